@@ -1,0 +1,44 @@
+"""dqrm: train click models in INT4 by quantization-aware training.
+
+The names below are the public API. They are imported on first use, so that `import dqrm` and `dqrm --help` stay quick.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "dqrm.config",
+    "ModelConfig": "dqrm.config",
+    "OptimizerConfig": "dqrm.config",
+    "TrainingConfig": "dqrm.config",
+    "QATConfig": "dqrm.quant.config",
+    "PrepareConfig": "dqrm.data.config",
+    "Dataset": "dqrm.data.dataset",
+    "DLRM": "dqrm.models.dlrm",
+    "QuantEmbedding": "dqrm.quant.embedding",
+    "QuantEmbeddingBag": "dqrm.quant.embedding",
+    "QuantEmbeddingBagCollection": "dqrm.quant.embedding",
+    "QuantLinear": "dqrm.quant.linear",
+    "Run": "dqrm.training.run",
+    "UserError": "dqrm.errors",
+    "evaluate": "dqrm.training.loop",
+    "prepare": "dqrm.data.prepare",
+    "prepare_qat": "dqrm.quant.convert",
+    "resume": "dqrm.training.loop",
+    "train": "dqrm.training.loop",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 (all of them are names)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dqrm' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

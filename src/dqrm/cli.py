@@ -1,0 +1,175 @@
+"""The command line: verbs -> functions. No logic here, and nothing heavy imported before a verb needs it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dqrm import __version__
+from dqrm.config import SECTIONS, Config
+from dqrm.data.config import PrepareConfig
+from dqrm.data.synthetic_config import GenerateConfig
+from dqrm.errors import UserError
+from dqrm.flags import GroupedCommand, config_options, given
+from dqrm.options import build, read_yaml
+
+_HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training"}
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, message="dqrm %(version)s")
+def cli() -> None:
+    """Train click models (DLRM) in INT4: prepare a log, train, evaluate."""
+
+
+@cli.command(cls=GroupedCommand)
+@click.option("-o", "--output", required=True, help="The log file to write.")
+@config_options(("Generated data", GenerateConfig))
+def generate(output: str, **flags: Any) -> None:
+    """Draw a click log in Criteo's layout from a known model."""
+    from dqrm.console import bars, messages
+    from dqrm.data.synthetic import generate as run
+
+    config = build(GenerateConfig, given(flags), "generate")
+    with bars() as progress:
+        run(output, config, progress=progress)
+    messages.print(f"{output}: {config.rows:,} generated lines")
+
+
+@cli.command(cls=GroupedCommand)
+@click.argument("sources", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, help="The dataset folder to make.")
+@click.option("--config", "config_file", help="A YAML file with any of the fields below; flags override it.")
+@_json
+@config_options(("What is in the log, and how it becomes a dataset", PrepareConfig))
+def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
+    """Turn raw click logs (files or globs) into a dataset folder."""
+    from dqrm.console import bars, print_json
+    from dqrm.data.prepare import prepare as run
+    from dqrm.info import print_dataset
+
+    fields = read_yaml(config_file) if config_file else {}
+    config = build(PrepareConfig, fields | given(flags), config_file or "prepare")
+    with bars(quiet=as_json) as progress:
+        dataset = run(sources, output, config, progress=progress)
+    if as_json:
+        print_json(dataset.describe())
+    else:
+        print_dataset(dataset)
+
+
+@cli.command(cls=GroupedCommand)
+@click.argument("data", required=False)
+@click.option("-o", "--output", help="The run folder to make.")
+@click.option("--resume", "resumed", metavar="RUN", help="Continue this run where its newest checkpoint stands.")
+@click.option("--config", "config_file", help="A YAML file with any of the fields below; flags override it.")
+@_json
+@config_options(*((_HEADINGS[name], cls) for name, cls in SECTIONS.items()))
+def train(
+    data: str | None, output: str | None, resumed: str | None, config_file: str | None, as_json: bool, **flags: Any
+) -> None:
+    """Train a model on the dataset folder DATA, or continue a run with --resume RUN [DATA]."""
+    overrides = given(flags)
+    if resumed is not None:
+        extra = (
+            [f"--{name.replace('_', '-')}" for name in overrides]
+            + ["--config"] * bool(config_file)
+            + ["-o"] * bool(output)
+        )
+        if extra:
+            raise UserError(f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}")
+    elif data is None or output is None:
+        raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
+    config = Config.load(config_file, overrides)
+
+    from dqrm.console import bars, messages, print_json
+    from dqrm.data.dataset import Dataset
+    from dqrm.info import print_summary
+    from dqrm.training.loop import Interrupted
+    from dqrm.training.loop import resume as continue_run
+    from dqrm.training.loop import train as start_run
+
+    run = resumed or output or ""
+    dataset = Dataset(data) if data else None
+    with bars(quiet=as_json) as progress:
+        try:
+            if dataset is None or resumed:
+                summary = continue_run(run, dataset, progress, progress.log)
+            else:
+                summary = start_run(dataset, run, config, progress, progress.log)
+        except Interrupted:
+            messages.print(f"Stopped; `dqrm train --resume {run}` continues exactly here.")
+            sys.exit(130)
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(Path(run), summary)
+
+
+@cli.command("eval")
+@click.argument("run")
+@click.argument("data")
+@click.option("--split", default="test", show_default=True, help="train, validation or test.")
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True,
+              help="The best on validation, or the last.")  # fmt: skip
+@click.option("--batch-size", default=8192, show_default=True, type=click.IntRange(1), help="Samples per step.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
+)
+@_json
+def evaluate(run: str, data: str, split: str, checkpoint: str, batch_size: int, device: str, as_json: bool) -> None:
+    """Evaluate the run RUN on a split of the dataset DATA."""
+    from dqrm.console import bars, print_json
+    from dqrm.data.dataset import Dataset
+    from dqrm.info import print_metrics
+    from dqrm.training.loop import evaluate as measure
+    from dqrm.training.loop import resolve_device
+    from dqrm.training.run import Run
+
+    opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
+    opened.require_same_data(dataset)
+    dataset.validate(split)
+    model, _ = opened.load_model(checkpoint)
+    with bars(quiet=as_json) as progress:
+        metrics = measure(model.to(where), dataset, split, batch_size, progress)
+    if as_json:
+        print_json(metrics)
+    else:
+        print_metrics(f"{run}, {checkpoint} checkpoint, on {split}", metrics)
+
+
+@cli.command()
+@click.argument("path")
+@_json
+def info(path: str, as_json: bool) -> None:
+    """Describe a dataset folder or a run folder."""
+    from dqrm.console import print_json
+    from dqrm.info import describe, print_description
+
+    if as_json:
+        print_json(describe(path))
+    else:
+        print_description(path)
+
+
+@cli.command(cls=GroupedCommand)
+@click.option(
+    "-o", "--output", default="demo", show_default=True, help="Folder for the log, the dataset and the two runs."
+)
+@_json
+def demo(output: str, as_json: bool) -> None:
+    """Generate a click log, train the same DLRM in FP32 and in INT4, and compare them."""
+    from dqrm.studies.demo import run_demo
+
+    run_demo(Path(output), as_json)
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is one sentence on standard error and exit code 2."""
+    try:
+        cli(prog_name="dqrm")
+    except UserError as error:
+        click.echo(f"dqrm: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,209 @@
+"""The configuration of a training run: one dataclass per concern.
+
+The same field names serve in Python, in YAML (under the section's name) and as flags (`--batch-size`); the text below a
+field is its help. Impossible values are refused when the dataclass is built. Importing this module imports no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from dqrm.errors import UserError
+from dqrm.options import build, did_you_mean, field_types, read_yaml
+from dqrm.quant.config import QATConfig
+
+
+def _at_least(config: Any, **lowest: float) -> None:
+    for name, bound in lowest.items():
+        value = getattr(config, name)
+        if not value >= bound:
+            raise ValueError(f"{name} is {value}, expected {bound} or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The DLRM architecture. Table sizes and column counts are not here: they come with the dataset."""
+
+    embedding_dim: int = 16
+    """Values per table row."""
+    bottom_mlp: tuple[int, ...] = (512, 256, 64, 16)
+    """Widths of the MLP on the dense columns; with 'dot' interaction it ends in the embedding dim."""
+    top_mlp: tuple[int, ...] = (512, 256, 1)
+    """Widths of the MLP that predicts; it ends in 1."""
+    interaction: Literal["dot", "cat"] = "dot"
+    """How the vectors of dense part and tables meet: all pairwise dot products, or concatenation."""
+    self_interaction: bool = False
+    """Include each vector's dot product with itself."""
+    pooling: Literal["sum", "mean"] = "sum"
+    """How the rows of a multi-valued column are pooled."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, embedding_dim=1)
+        for name in ("bottom_mlp", "top_mlp"):
+            widths = getattr(self, name)
+            if not widths or any(width < 1 for width in widths):
+                raise ValueError(
+                    f"{name} is {'-'.join(map(str, widths))!r}, expected widths of 1 or more, as 512-256-16"
+                )
+        if self.top_mlp[-1] != 1:
+            raise ValueError(f"top_mlp ends in {self.top_mlp[-1]}, expected 1 (one probability per sample)")
+        if self.interaction == "dot" and self.bottom_mlp[-1] != self.embedding_dim:
+            raise ValueError(
+                f"bottom_mlp ends in {self.bottom_mlp[-1]} but embedding_dim is {self.embedding_dim}: "
+                "with interaction 'dot' they must be equal"
+            )
+        if self.interaction == "cat" and self.self_interaction:
+            raise ValueError("self_interaction is true but interaction is 'cat', which has no dot products")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights are updated, and how the learning rate moves."""
+
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    """Update rule; rowwise_adagrad keeps one accumulator per table row (and plain Adagrad for the MLP)."""
+    learning_rate: float = 0.1
+    """Step size."""
+    adagrad_eps: float = 1e-10
+    """Added to Adagrad's root, against division by zero."""
+    table_l2: float = 0.0
+    """Lazy L2 on the tables: added to the gradient as table_l2 * weight, on the rows of the batch only."""
+    mlp_l2: float = 0.0
+    """L2 (weight decay) on the MLP weights and biases."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from 0."""
+    decay_start_step: int = 0
+    """Step at which DLRM's quadratic decay begins; used when decay_steps is above 0."""
+    decay_steps: int = 0
+    """Steps over which the learning rate decays quadratically to (almost) 0; 0: no decay."""
+    plateau_factor: float = 1.0
+    """Multiply the learning rate by this when validation AUC stops rising; 1: never."""
+    plateau_patience: int = 1
+    """Evaluations without a better validation AUC before the learning rate drops."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, learning_rate=0, adagrad_eps=0, table_l2=0, mlp_l2=0, warmup_steps=0, decay_start_step=0,
+            decay_steps=0, plateau_patience=1,
+        )  # fmt: skip
+        if not 0 < self.plateau_factor <= 1:
+            raise ValueError(f"plateau_factor is {self.plateau_factor}, expected above 0 and at most 1")
+        if self.decay_steps and self.decay_start_step < self.warmup_steps:
+            raise ValueError(
+                f"decay_start_step is {self.decay_start_step}, before the end of the warm-up at {self.warmup_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: how long, in what order, what is evaluated and saved when."""
+
+    epochs: int = 1
+    """Passes over the training split."""
+    batch_size: int = 128
+    """Samples per training step."""
+    max_steps: int = 0
+    """Stop after this many steps; 0: all epochs."""
+    shuffle: Literal["global", "block", "none"] = "global"
+    """Order of samples: a new permutation each epoch, shuffled blocks (files larger than memory), or as stored."""
+    eval_every: int = 0
+    """Evaluate on validation every so many steps, besides the end of each epoch; 0: only there."""
+    eval_batch_size: int = 8192
+    """Samples per evaluation step."""
+    select_by: Literal["auc", "log_loss"] = "auc"
+    """Validation figure that chooses the best checkpoint."""
+    early_stopping: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    checkpoint_every: int = 0
+    """Save a checkpoint every so many steps, besides each evaluation; 0: only there."""
+    checkpoint_minutes: float = 10.0
+    """Save a checkpoint when the last is so many minutes old; 0: no matter how old."""
+    log_every: int = 1000
+    """Write the training loss to metrics.jsonl every so many steps; 0: at evaluations only."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
+    device: str = "auto"
+    """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: torch's default."""
+    seed: int = 0
+    """Decides initial weights and order of samples."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, epochs=1, batch_size=1, max_steps=0, eval_every=0, eval_batch_size=1, early_stopping=0,
+            checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
+        )  # fmt: skip
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+            raise ValueError(f"device is {self.device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that, with the dataset, decides a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QATConfig = field(default_factory=QATConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Sections of plain values, as YAML and JSON write them."""
+        return {
+            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for section, values in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Mapping[str, Any]], where: str = "configuration") -> "Config":
+        """The inverse of `to_dict`; absent sections and fields take their defaults.
+
+        Raises:
+            UserError: an unknown section or field, a value of the wrong type, an impossible combination.
+        """
+        built = {}
+        for section, values in sections.items():
+            if section not in SECTIONS:
+                raise UserError(f"{where}: unknown section '{section}'{did_you_mean(str(section), SECTIONS)}")
+            if not isinstance(values, Mapping):
+                raise UserError(f"{where}: section '{section}' is {values!r}, expected 'name: value' lines below it")
+            built[section] = build(SECTIONS[section], values, f"{where}, {section}")
+        return cls(**built)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "Config":
+        """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
+
+        Overriding `bits` overrides table_bits and mlp_bits of the file as well, unless they are overridden too.
+
+        Raises:
+            UserError: as `from_dict`; or the file cannot be read.
+        """
+        sections = {name: dict(values or {}) for name, values in _sections_of(path).items()}
+        overrides = dict(overrides or {})
+        if "bits" in overrides:
+            for name in ("table_bits", "mlp_bits"):
+                sections.get("quantization", {}).pop(name, None)
+        for name, value in overrides.items():
+            section = next((s for s, kind in SECTIONS.items() if name in field_types(kind)), None)
+            if section is None:
+                known = [n for kind in SECTIONS.values() for n in field_types(kind)]
+                raise UserError(f"unknown field '{name}'{did_you_mean(name, known)}")
+            sections.setdefault(section, {})[name] = value
+        return cls.from_dict(sections, str(path) if path else "configuration")
+
+
+def _sections_of(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    content = read_yaml(path)
+    for section, values in content.items():
+        if section in SECTIONS and values is not None and not isinstance(values, Mapping):
+            raise UserError(f"{path}: section '{section}' is {values!r}, expected 'name: value' lines below it")
+        if section not in SECTIONS:
+            raise UserError(f"{path}: unknown section '{section}'{did_you_mean(str(section), SECTIONS)}")
+    return content
+
+
+SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]

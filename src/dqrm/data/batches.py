@@ -1,0 +1,205 @@
+"""One split of a dataset folder as batches of tensors, in a reproducible order, without loading it whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dqrm.data import folder
+from dqrm.errors import UserError
+
+Shuffle = Literal["none", "block", "global"]
+Array = NDArray[Any]
+
+BLOCK_ROWS = 4096
+# Blocks whose rows are mixed with each other: large enough that neighbours part, small enough to gather at once.
+_BLOCKS_PER_BUFFER = 32
+# Rows gathered in one piece; batches are views of it. Large enough that indexing costs nothing per batch.
+_GATHER_ROWS = 32_768
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows.
+
+    dense: float32 [B, D]. ids: int32 [B, T], the single-valued tables in order. bags: per multi-valued table
+    (values int32 [L], offsets int64 [B]), each offset the first position of a row's ids, as `nn.EmbeddingBag` takes
+    them. labels: float32 [B], 0 or 1.
+    """
+
+    dense: torch.Tensor
+    ids: torch.Tensor
+    bags: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(
+            self.dense.to(device, non_blocking=non_blocking),
+            self.ids.to(device, non_blocking=non_blocking),
+            tuple(
+                (values.to(device, non_blocking=non_blocking), offsets.to(device, non_blocking=non_blocking))
+                for values, offsets in self.bags
+            ),
+            self.labels.to(device, non_blocking=non_blocking),
+        )
+
+
+class Split:
+    """The rows of one split, memory-mapped."""
+
+    def __init__(self, path: Path, name: str, info: dict[str, Any]) -> None:
+        self.name = name
+        self.rows: int = info["rows"][name]
+        self.arrays = {
+            file: _map(path / name / file, dtype, shape) for file, (dtype, shape) in folder.arrays(info, name).items()
+        }
+        self._multi = [number for number, column in enumerate(info["schema"]["columns"]) if column["multi"]]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def labels(self) -> Array:
+        """Labels, uint8 [rows], memory-mapped."""
+        return self.arrays[folder.LABEL]
+
+    def num_batches(self, batch_size: int, drop_last: bool = False) -> int:
+        """How many batches `batches` yields from the start."""
+        return self.rows // batch_size if drop_last else -(-self.rows // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: Shuffle = "none",
+        seed: int = 0,
+        epoch: int = 0,
+        start_batch: int = 0,
+        block_rows: int = BLOCK_ROWS,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Each row once. The last batch may be short, unless `drop_last`.
+
+        The order is that of the log ("none"), a permutation of all rows ("global"), or blocks of `block_rows`
+        neighbouring rows in random order, mixed with the 31 blocks that follow ("block": for data larger than
+        memory, since it reads whole blocks). It depends on (shuffle, seed, epoch, rows, block_rows) alone; with
+        `start_batch` the iteration begins at that batch and is equal to the tail of the whole one.
+
+        Raises:
+            UserError: batch_size or block_rows below 1, negative seed, epoch or start_batch, unknown shuffle.
+        """
+        for field, value, least in (
+            ("batch_size", batch_size, 1),
+            ("block_rows", block_rows, 1),
+            ("seed", seed, 0),
+            ("epoch", epoch, 0),
+            ("start_batch", start_batch, 0),
+        ):
+            if value < least:
+                raise UserError(f"{field}: got {value}, expected at least {least}")
+        if shuffle not in ("none", "block", "global"):
+            raise UserError(f"shuffle: got {shuffle!r}, expected one of none, block, global")
+        return self._iterate(batch_size, shuffle, seed, epoch, start_batch, block_rows, drop_last)
+
+    def _iterate(
+        self, size: int, shuffle: Shuffle, seed: int, epoch: int, start: int, block_rows: int, drop_last: bool
+    ) -> Iterator[Batch]:
+        stop = self.num_batches(size, drop_last) * size if drop_last else self.rows
+        first = start * size
+        if first >= stop:
+            return
+        piece = max(1, _GATHER_ROWS // size) * size
+        if shuffle == "none":
+            pieces: Iterator[Array | slice] = (slice(at, min(at + piece, stop)) for at in range(first, stop, piece))
+        elif shuffle == "global":
+            order = _generator(seed, epoch).permutation(_indices(self.rows))
+            pieces = (order[at : min(at + piece, stop)] for at in range(first, stop, piece))
+        else:
+            pieces = _regroup(_block_order(self.rows, block_rows, seed, epoch, first), piece, stop - first)
+        for rows in pieces:
+            yield from self._cut(self._gather(rows), size)
+
+    def _gather(self, rows: Array | slice) -> tuple[Array, Array, Array, list[tuple[Array, Array]]]:
+        """Copies of the given rows: dense, ids, labels, and per multi-valued column (values, offsets [n + 1])."""
+        dense, ids = (np.array(self.arrays[file][rows]) for file in (folder.DENSE, folder.IDS))
+        labels = self.arrays[folder.LABEL][rows].astype(np.float32)
+        bags = []
+        for number in self._multi:
+            values, offsets = self.arrays[folder.values_file(number)], self.arrays[folder.offsets_file(number)]
+            if isinstance(rows, slice):
+                ends = np.array(offsets[rows.start : rows.stop + 1])
+                bags.append((np.array(values[ends[0] : ends[-1]]), ends - ends[0]))
+            else:
+                begins = offsets[rows]
+                lengths = offsets[rows + 1] - begins
+                ends = np.zeros(len(rows) + 1, np.int64)
+                np.cumsum(lengths, out=ends[1:])
+                bags.append((values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])], ends))
+        return dense, ids, labels, bags
+
+    def _cut(self, piece: tuple[Array, Array, Array, list[tuple[Array, Array]]], size: int) -> Iterator[Batch]:
+        dense, ids, labels = (torch.from_numpy(np.asarray(array)) for array in piece[:3])
+        bags = [(torch.from_numpy(np.asarray(values)), ends) for values, ends in piece[3]]
+        for at in range(0, len(labels), size):
+            end = min(at + size, len(labels))
+            yield Batch(
+                dense[at:end],
+                ids[at:end],
+                tuple(
+                    (values[ends[at] : ends[end]], torch.from_numpy(ends[at:end] - ends[at])) for values, ends in bags
+                ),
+                labels[at:end],
+            )
+
+
+def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    if 0 in shape:  # an empty file cannot be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, mode="r", shape=shape)
+
+
+def _generator(*seeds: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seeds)))
+
+
+def _indices(count: int) -> Array:
+    return np.arange(count, dtype=np.int32 if count < 2**31 - 1 else np.int64)
+
+
+def _block_order(rows: int, block_rows: int, seed: int, epoch: int, first: int) -> Iterator[Array]:
+    """Row numbers of the "block" order from position `first` on, one buffer of blocks after the other."""
+    blocks = _generator(seed, epoch).permutation(-(-rows // block_rows))
+    position = 0
+    for number, at in enumerate(range(0, len(blocks), _BLOCKS_PER_BUFFER)):
+        begins = blocks[at : at + _BLOCKS_PER_BUFFER] * block_rows
+        lengths = np.minimum(block_rows, rows - begins)
+        total = int(lengths.sum())
+        if position + total > first:
+            before = np.cumsum(lengths) - lengths
+            order = np.repeat(begins - before, lengths) + np.arange(total)
+            # Seeded per buffer, so that starting later needs none of the earlier ones.
+            _generator(seed, epoch, 1 + number).shuffle(order)
+            yield order[max(0, first - position) :]
+        position += total
+
+
+def _regroup(stream: Iterator[Array], size: int, total: int) -> Iterator[Array]:
+    """The first `total` entries of the stream in arrays of exactly `size`; the last may be shorter."""
+    held: list[Array] = []
+    count = 0
+    for array in stream:
+        held.append(array[: total - count] if len(array) > total - count else array)
+        count += len(held[-1])
+        joined = np.concatenate(held)
+        full = len(joined) // size * size
+        yield from (joined[at : at + size] for at in range(0, full, size))
+        held = [joined[full:]]
+    if held and len(held[0]):
+        yield held[0]

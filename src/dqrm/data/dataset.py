@@ -1,0 +1,170 @@
+"""Opens a dataset folder: its columns, table sizes and splits."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqrm.data import folder
+from dqrm.data.batches import Batch, Split
+from dqrm.errors import UserError
+from dqrm.options import did_you_mean
+
+__all__ = ["Batch", "Column", "Dataset", "Split"]
+
+# Entries looked at in one piece by `validate`.
+_SCAN = 1 << 20
+
+
+@dataclass(frozen=True)
+class Column:
+    """A categorical column and the rows of its table (row 0: unseen or rare). `multi`: several ids per cell."""
+
+    name: str
+    rows: int
+    multi: bool = False
+
+
+class Dataset:
+    """A dataset folder, opened.
+
+    Attributes:
+        path: the folder. info: what its dataset.json holds.
+        dense: names of the dense columns.
+        columns: the categorical columns in the order of the model's tables, single-valued ones first.
+        table_rows: rows of each table, in that order. num_single: how many columns are single-valued.
+        rows: rows per split. fingerprint: hexadecimal digest of all that decides the contents.
+
+    Raises:
+        UserError: no such folder, not a dataset folder, another format version, a missing or wrongly sized file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.info = _read_info(self.path)
+        schema = self.info["schema"]
+        self.dense: tuple[str, ...] = tuple(schema["dense"])
+        self.columns = tuple(Column(column["name"], column["rows"], column["multi"]) for column in schema["columns"])
+        self.table_rows = tuple(column.rows for column in self.columns)
+        self.num_single = sum(not column.multi for column in self.columns)
+        self.rows: dict[str, int] = {name: self.info["rows"][name] for name in folder.SPLITS}
+        self.fingerprint: str = self.info["fingerprint"]
+        self._check_files()
+
+    def split(self, name: str) -> Split:
+        """One split, memory-mapped.
+
+        Raises:
+            UserError: no split of that name.
+        """
+        if name not in folder.SPLITS:
+            raise UserError(f"no split '{name}' in {self.path}{did_you_mean(name, folder.SPLITS)}")
+        return Split(self.path, name, self.info)
+
+    def vocabulary_path(self, column: str) -> Path:
+        """The Parquet file of a column's vocabulary, with the columns key, row and count.
+
+        Raises:
+            UserError: no categorical column of that name.
+        """
+        for entry in self.info["schema"]["columns"]:
+            if entry["name"] == column:
+                return self.path / entry["vocabulary"]
+        known = (known.name for known in self.columns)
+        raise UserError(f"no categorical column '{column}' in {self.path}{did_you_mean(column, known)}")
+
+    def describe(self) -> dict[str, Any]:
+        """What `dqrm info` prints, ready for JSON."""
+        shown = {key: value for key, value in self.info.items() if key != "schema"}
+        return {
+            "path": str(self.path),
+            "kind": "dataset",
+            **shown,
+            "click_rate": {
+                name: self.info["clicks"][name] / rows if rows else None for name, rows in self.rows.items()
+            },
+            "dense_columns": len(self.dense),
+            "tables": len(self.columns),
+            "table_rows": sum(self.table_rows),
+            "schema": self.info["schema"],
+        }
+
+    def validate(self, *splits: str) -> None:
+        """Looks at every value of the given splits (all, when none is given), in pieces.
+
+        Raises:
+            UserError: an id outside its table, a dense value that is not finite, or a label other than 0 and 1.
+        """
+        for name in splits or folder.SPLITS:
+            arrays = self.split(name).arrays
+            where = f"{self.path}, split {name}"
+            for piece in _pieces(arrays[folder.LABEL]):
+                if piece.max() > 1:
+                    raise UserError(f"{where}: the label {piece.max()} lies outside 0 and 1; prepare the data again")
+            for piece in _pieces(arrays[folder.DENSE]):
+                finite = np.isfinite(piece).all(axis=0)
+                if not finite.all():
+                    column = self.dense[int(np.argmin(finite))]
+                    raise UserError(f"{where}: column {column} holds a number that is not finite; prepare the data again")
+            for piece in _pieces(arrays[folder.IDS]):
+                for column, low, high in zip(self.columns, piece.min(axis=0), piece.max(axis=0)):
+                    _check_range(where, column, int(low), int(high))
+            for number, column in enumerate(self.columns):
+                if column.multi:
+                    for piece in _pieces(arrays[folder.values_file(number)]):
+                        _check_range(where, column, int(piece.min()), int(piece.max()))
+                    offsets = arrays[folder.offsets_file(number)]
+                    values = len(arrays[folder.values_file(number)])
+                    rising = all((np.diff(piece) >= 0).all() for piece in _pieces(offsets, overlap=1))
+                    if offsets[0] != 0 or offsets[-1] != values or not rising:
+                        raise UserError(f"{where}: the offsets of column {column.name} are damaged; prepare the data again")
+
+    def _check_files(self) -> None:
+        for name in folder.SPLITS:
+            for file, (dtype, shape) in folder.arrays(self.info, name).items():
+                path, expected = self.path / name / file, dtype.itemsize * int(np.prod(shape))
+                if not path.is_file():
+                    raise UserError(f"{self.path} is incomplete: {name}/{file} is missing; prepare the data again")
+                if path.stat().st_size != expected:
+                    raise UserError(
+                        f"{self.path} is damaged: {name}/{file} has {path.stat().st_size} bytes, "
+                        f"expected {expected}; prepare the data again"
+                    )
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder, expected a dataset folder made by 'dqrm prepare'")
+    try:
+        info = json.loads((path / folder.INFO).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no {folder.INFO}, expected a dataset folder made by 'dqrm prepare'") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / folder.INFO} cannot be read ({error}); prepare the data again") from None
+    version = info.get("format_version") if isinstance(info, dict) else None
+    if version != folder.FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this dqrm reads version {folder.FORMAT_VERSION}; "
+            "prepare the data again"
+        )
+    return info
+
+
+def _pieces(array: np.ndarray[Any, Any], overlap: int = 0) -> Any:
+    """Parts of at most about a million entries, never empty; `overlap` entries are shared with the part before."""
+    if array.size == 0:
+        return
+    step = max(1, _SCAN // max(1, array.size // len(array)))
+    for at in range(0, len(array), step):
+        yield array[max(0, at - overlap) : at + step]
+
+
+def _check_range(where: str, column: Column, low: int, high: int) -> None:
+    if low < 0 or high >= column.rows:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"{where}: column {column.name} holds the id {wrong}, but its table has {column.rows} rows "
+            f"(ids 0 to {column.rows - 1}); prepare the data again"
+        )

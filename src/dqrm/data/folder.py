@@ -1,0 +1,49 @@
+"""The dataset folder on disk: names, types and shapes of its files, the same for who writes and who reads.
+
+    dataset.json                    schema, table sizes, rows per split, sources, fingerprint
+    vocabulary/<nn>_<name>.parquet  key, row, count of each table
+    train/ validation/ test/        flat little-endian arrays, below
+"""
+
+import re
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+FORMAT_VERSION = 1
+INFO = "dataset.json"
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[str, ...] = get_args(SplitName)
+
+DENSE, IDS, LABEL = "dense.f32", "ids.i32", "label.u8"
+
+
+def values_file(column: int) -> str:
+    """Where the ids of the multi-valued column number `column` (in schema order) lie."""
+    return f"{column:02d}.values.i32"
+
+
+def offsets_file(column: int) -> str:
+    """Where each row's first position in the values lies; one more entry than rows."""
+    return f"{column:02d}.offsets.i64"
+
+
+def vocabulary_file(column: int, name: str) -> str:
+    """Path inside the folder of a column's vocabulary; any name gives a valid file name."""
+    return f"vocabulary/{column:02d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:60]}.parquet"
+
+
+def arrays(info: dict[str, Any], split: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """The arrays of one split as {file name: (dtype, shape)}."""
+    rows, schema = info["rows"][split], info["schema"]
+    single = sum(not column["multi"] for column in schema["columns"])
+    found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        DENSE: (np.dtype("<f4"), (rows, len(schema["dense"]))),
+        IDS: (np.dtype("<i4"), (rows, single)),
+        LABEL: (np.dtype("u1"), (rows,)),
+    }
+    for number, column in enumerate(schema["columns"]):
+        if column["multi"]:
+            found[values_file(number)] = (np.dtype("<i4"), (info["values"][split][column["name"]],))
+            found[offsets_file(number)] = (np.dtype("<i8"), (rows + 1,))
+    return found

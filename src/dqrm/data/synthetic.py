@@ -1,0 +1,320 @@
+"""A click log in the layout of Criteo's Kaggle file, drawn from a known model.
+
+Real logs may not be redistributed, so the demo and the tests draw theirs. Every line comes from a few hidden things (who,
+which ad, where, when: `ENTITIES`), the 26 categorical columns are groups and crosses of those (`COLUMNS`), and a click is
+drawn with probability
+
+    sigmoid(bias + sum_j w_j log(1 + max(x_j, 0)) + sum_c s_c e_c(id) + sum_(a,b) t_ab <f_a(id), f_b(id)>)
+
+over the 13 dense columns j, the 26 columns c, and the pairs (a, b) of `PAIRS`. e_c is a number per id, about standard
+normal; f_c a vector of four numbers per id of variance 1/2 each, so that <f_a, f_b> has variance 1; a missing field adds nothing.
+So the probability is a function of what the line shows, and the AUC of the probabilities is what no trained model can beat.
+
+Nothing is kept per id: e and f are hashes of (seed, column, id). Lines are drawn in blocks of `BLOCK`, each with a random
+state of its own, so that memory is bounded and neither the chunk size nor an interruption changes a byte.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from dqrm.data.synthetic_config import GenerateConfig
+from dqrm.errors import UserError
+
+BLOCK = 1 << 14
+DAYS = 7
+RANK = 4
+
+Keys = NDArray[np.uint64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Something hidden behind a line. Its number is `floor(size * u^skew)` for uniform u: the larger the skew, the heavier the head."""
+
+    size: float  # how many there are; below 1: times the number of lines
+    skew: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """A categorical column: the entities it is made of, in how many groups (0: each its own id), s_c, share missing."""
+
+    of: tuple[str, ...]
+    groups: int
+    effect: float
+    missing: float
+    blank: float = 0.0
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense column: `floor(exp(mean + spread * z)) + shift`; z partly (`tied`) a trait of an entity. w_j, share missing."""
+
+    mean: float
+    spread: float
+    shift: int
+    tied: str
+    effect: float
+    missing: float
+
+
+ENTITIES = {
+    "user": Entity(0.10, 2.5),
+    "page": Entity(0.05, 3.0),
+    "ad": Entity(4000, 2.5),
+    "site": Entity(1500, 3.0),
+    "place": Entity(300, 2.0),
+    "device": Entity(40, 2.0),
+    "hour": Entity(24 * DAYS, 1.0),  # the line's place in time, in a log
+}
+
+COLUMNS = (
+    Column(("site",), 0, 0.35, 0.0),
+    Column(("ad",), 500, 0.25, 0.0),
+    Column(("user", "ad"), 0, 0.35, 0.03),
+    Column(("user", "site"), 0, 0.35, 0.03),
+    Column(("place",), 0, 0.20, 0.0),
+    Column(("device",), 12, 0.20, 0.12),
+    Column(("ad",), 0, 0.35, 0.0),
+    Column(("site",), 200, 0.15, 0.0),
+    Column(("device",), 3, 0.15, 0.0),
+    Column(("user",), 20_000, 0.25, 0.0),
+    Column(("page",), 4000, 0.20, 0.0),
+    Column(("user", "place"), 0, 0.30, 0.03),
+    Column(("ad",), 3000, 0.15, 0.0),
+    Column(("hour",), 24, 0.15, 0.0),
+    Column(("page",), 10_000, 0.20, 0.0),
+    Column(("page", "ad"), 0, 0.30, 0.03),
+    Column(("device",), 10, 0.10, 0.0),
+    Column(("site", "device"), 5000, 0.15, 0.0),
+    Column(("ad",), 2000, 0.15, 0.44),
+    Column(("hour",), 4, 0.10, 0.44),
+    Column(("page", "site"), 0, 0.30, 0.03),
+    Column(("device", "place"), 18, 0.10, 0.76),
+    Column(("place",), 15, 0.10, 0.0),
+    Column(("user", "page"), 0, 0.25, 0.03),
+    Column(("ad", "place"), 100, 0.10, 0.44),
+    Column(("site", "ad"), 0, 0.30, 0.44),
+)
+
+PAIRS = ((0, 6, 0.45), (4, 6, 0.35), (9, 1, 0.45), (10, 1, 0.35), (7, 4, 0.25))
+
+DENSE = (
+    Dense(0.5, 1.2, 0, "ad", 0.20, 0.45),
+    Dense(2.0, 2.0, -3, "site", -0.06, 0.0),
+    Dense(2.0, 1.4, 0, "page", 0.08, 0.21),
+    Dense(1.7, 1.0, 0, "site", 0.10, 0.22),
+    Dense(7.5, 2.2, 0, "user", -0.08, 0.03),
+    Dense(3.7, 1.5, 0, "user", -0.10, 0.22),
+    Dense(1.6, 1.5, -1, "ad", 0.12, 0.04),
+    Dense(2.2, 1.0, 0, "place", 0.00, 0.0),
+    Dense(3.6, 1.5, -1, "page", 0.00, 0.04),
+    Dense(-0.6, 0.8, 0, "ad", 0.35, 0.45),
+    Dense(0.7, 1.1, 0, "user", 0.18, 0.04),
+    Dense(-1.5, 1.2, 0, "device", 0.10, 0.76),
+    Dense(1.7, 1.1, 0, "site", -0.12, 0.22),
+)
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def truth_path(path: str | Path) -> Path:
+    """Where `generate` puts the true probabilities of the log at `path`: `<name>.truth.npy` beside it."""
+    path = Path(path)
+    return path.with_name(path.name + ".truth.npy")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` wrote: the log, the true probabilities (float32 [rows]), how many lines and clicks."""
+
+    path: Path
+    truth: Path
+    rows: int
+    clicks: int
+
+
+def generate(
+    path: str | Path,
+    config: GenerateConfig | None = None,
+    *,
+    chunk_rows: int = 4 * BLOCK,
+    progress: Callable[[int], None] | None = None,
+) -> Generated:
+    """Write a log of `config.rows` lines to `path` and the true probabilities to `truth_path(path)`.
+
+    A line is the label, 13 integers, 26 categories of 8 hexadecimal digits, tab separated, an empty field where a value
+    is missing, lines in order of time. Both files appear whole or not at all.
+
+    Args:
+        chunk_rows: about how many lines to hold in memory; does not change the result.
+        progress: called with the number of lines written since the last call.
+
+    Raises:
+        UserError: `path` cannot be written, or `chunk_rows` is below 1.
+    """
+    config = config or GenerateConfig()
+    if chunk_rows < 1:
+        raise UserError(f"chunk_rows: got {chunk_rows}, expected at least 1")
+    path = Path(path)
+    truth = truth_path(path)
+    partial, partial_truth = (target.with_name(target.name + ".partial") for target in (path, truth))
+    model = _Model(config)
+    blocks = -(-config.rows // BLOCK)
+    step = max(1, chunk_rows // BLOCK)
+    clicks = 0
+    try:
+        probabilities = np.lib.format.open_memmap(partial_truth, mode="w+", dtype=np.float32, shape=(config.rows,))
+        with open(partial, "wb") as file:
+            for first in range(0, blocks, step):
+                drawn = [model.block(number) for number in range(first, min(first + step, blocks))]
+                frame = pl.concat([lines for lines, _ in drawn])
+                start = first * BLOCK
+                probabilities[start : start + frame.height] = np.concatenate([p for _, p in drawn])
+                clicks += int(frame["label"].sum())
+                frame.write_csv(file, include_header=False, separator="\t", quote_style="never")
+                if progress:
+                    progress(frame.height)
+        probabilities.flush()
+        del probabilities
+        # The truth first: a log that is there has its truth.
+        os.replace(partial_truth, truth)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_truth.unlink(missing_ok=True)
+    return Generated(path, truth, config.rows, clicks)
+
+
+class _Model:
+    """The known model of one configuration: draws lines and says how likely each is clicked."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+        # The bias that gives the click rate, by bisection on a block that no log contains (numbered -1).
+        _, _, _, logits = self.draw(-1)
+        low, high = -50.0, 50.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _sigmoid(logits + middle).mean() < config.click_rate else (low, middle)
+        self.bias = np.float32(middle)
+
+    def block(self, number: int) -> tuple[pl.DataFrame, Floats]:
+        """The lines of block `number` as a frame of 40 columns, and their probabilities float32 [lines]."""
+        rng, dense, categories, logits = self.draw(number)
+        probabilities = _sigmoid(logits + self.bias)
+        label = (rng.random(BLOCK, dtype=np.float32) < probabilities).astype(np.uint8)
+        columns = [pl.Series("label", label)]
+        for index, (values, absent) in enumerate(dense):
+            columns.append(_with_nulls(pl.Series(f"I{index + 1}", values), absent))
+        for index, (keys, absent) in enumerate(categories):
+            columns.append(_with_nulls(_hexadecimal(f"C{index + 1}", keys), absent))
+        left = min(BLOCK, self.config.rows - number * BLOCK)
+        return pl.DataFrame(columns).head(left), probabilities[:left]
+
+    def draw(self, number: int) -> tuple[np.random.Generator, list, list, Floats]:
+        """Block `number` of `BLOCK` lines, without labels.
+
+        Returns:
+            the block's random state (to go on with), per dense column (int64 [BLOCK], absent bool [BLOCK]), per
+            categorical column (32-bit ids as uint64 [BLOCK], absent bool [BLOCK]), and the logits without bias, float32 [BLOCK].
+        """
+        rows, factor = self.config.rows, self.config.missing
+        rng = np.random.default_rng([self.config.seed, number + 1])
+        entities = {name: self._entity(name, entity, rng) for name, entity in ENTITIES.items()}
+        if number >= 0:
+            line = np.arange(number * BLOCK, (number + 1) * BLOCK)
+            entities["hour"] = (line * (24.0 * DAYS / rows)).astype(np.uint64)
+
+        logits = np.zeros(BLOCK, dtype=np.float32)
+        dense = []
+        for index, spec in enumerate(DENSE):
+            trait = _normal(self._hash(100 + index, entities[spec.tied]))
+            z = np.float32(0.8) * rng.standard_normal(BLOCK, dtype=np.float32) + np.float32(0.6) * trait
+            values = np.floor(np.exp(np.float32(spec.mean) + np.float32(spec.spread) * z)).astype(np.int64) + spec.shift
+            absent = rng.random(BLOCK, dtype=np.float32) < spec.missing * factor
+            shown = np.where(absent, 0, np.maximum(values, 0)).astype(np.float32)
+            logits += np.float32(spec.effect) * np.log1p(shown)
+            dense.append((values, absent))
+
+        categories = []
+        paired = {column for a, b, _ in PAIRS for column in (a, b)}
+        vectors = {}
+        for index, column in enumerate(COLUMNS):
+            # Salts by what the column is made of, so that two columns of one entity group it differently.
+            keys = self._hash(200 + index, *(entities[name] for name in column.of))
+            if column.groups:
+                keys = self._hash(300 + index, keys % np.uint64(column.groups))
+            keys &= np.uint64(0xFFFFFFFF)
+            absent = rng.random(BLOCK, dtype=np.float32) < column.missing * factor
+            effect = _normal(self._hash(400 + index, keys))
+            logits += np.where(absent, np.float32(column.blank), np.float32(column.effect) * effect)
+            if index in paired:
+                vectors[index] = np.where(absent[:, None], np.float32(0), _vector(self._hash(500 + index, keys)))
+            categories.append((keys, absent))
+        for a, b, weight in PAIRS:
+            logits += np.float32(weight) * np.einsum("nr,nr->n", vectors[a], vectors[b])
+        return rng, dense, categories, logits
+
+    def _entity(self, name: str, entity: Entity, rng: np.random.Generator) -> Keys:
+        size = max(2.0, entity.size * self.config.rows if entity.size < 1 else entity.size)
+        return (size * rng.random(BLOCK) ** entity.skew).astype(np.uint64)
+
+    def _hash(self, salt: int, *keys: Keys) -> Keys:
+        """One well mixed 64-bit number per line from (seed, salt, keys...): splitmix64's steps."""
+        mixed = np.full(len(keys[0]), (self.config.seed * 1_000_003 + salt) % (1 << 64), dtype=np.uint64)
+        for key in keys:
+            mixed = (mixed ^ key) * _GOLDEN
+            mixed ^= mixed >> np.uint64(30)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            mixed ^= mixed >> np.uint64(27)
+            mixed *= np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+        return mixed
+
+
+def _pieces(hashed: Keys) -> Floats:
+    """Four uniform numbers in [0, 1) from each 64-bit one: float32 [N, 4]."""
+    return hashed.astype("<u8", copy=False).view("<u2").reshape(-1, RANK).astype(np.float32) * np.float32(2**-16)
+
+
+def _normal(hashed: Keys) -> Floats:
+    """About standard normal numbers, float32 [N]: the sum of four uniform ones, of variance 4/12."""
+    a, b, c, d = _pieces(hashed).T
+    return (a + b + c + d - np.float32(2)) * np.float32(3**0.5)
+
+
+def _vector(hashed: Keys) -> Floats:
+    """Vectors float32 [N, RANK] with entries of mean 0 and variance 1/2, so that a product of two has variance 1."""
+    return (_pieces(hashed) - np.float32(0.5)) * np.float32(6**0.5)
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    return 1 / (1 + np.exp(-logits))
+
+
+@cache
+def _four_digits() -> pl.Series:
+    """The numbers below 65536 in hexadecimal: looking halves up is 3 times faster than making text of each id."""
+    return pl.Series([f"{number:04x}" for number in range(1 << 16)])
+
+
+def _hexadecimal(name: str, keys: Keys) -> pl.Series:
+    """32-bit ids uint64 [N] as 8 lower-case hexadecimal digits each."""
+    high = pl.Series(name, (keys >> np.uint64(16)).astype(np.uint32))
+    low = pl.Series((keys & np.uint64(0xFFFF)).astype(np.uint32))
+    return _four_digits().gather(high).alias(name) + _four_digits().gather(low)
+
+
+def _with_nulls(values: pl.Series, absent: NDArray[np.bool_]) -> pl.Series:
+    return values.set(pl.Series(absent), None) if absent.any() else values

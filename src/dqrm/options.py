@@ -1,0 +1,138 @@
+"""Configuration dataclasses as flags and as YAML: the same field names, help and checks in all three places.
+
+A field is declared once, with its help as the docstring below it:
+
+    learning_rate: float = 0.1
+    \"\"\"Step size of the optimizer.\"\"\"
+
+`field_help` reads that text for `--help`, `coerce` turns a flag's text or a YAML value into the declared type.
+"""
+
+import ast
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from dqrm.errors import UserError
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@cache
+def field_help(cls: type) -> dict[str, str]:
+    """The docstring below each field of the dataclass `cls`, as {field name: one line of help}."""
+    tree = ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    found = {}
+    for pair in pairwise(body):
+        match pair:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                found[name] = " ".join(text.split())
+    return found
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The resolved type of each field of the dataclass `cls`."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def coerce(name: str, value: Any, wanted: Any) -> Any:
+    """`value` (text from a flag, or what YAML gave) as the type `wanted`.
+
+    Lists may be written as YAML lists or as text: integers joined by '-' (512-256-16), names joined by ','.
+
+    Raises:
+        UserError: the value is not of that type; quotes the field and the value.
+    """
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return coerce(name, value, next(part for part in arguments if part is not type(None)))
+    if origin is Literal:
+        for choice in arguments:
+            if str(value) == str(choice) and not (isinstance(value, bool) and not isinstance(choice, bool)):
+                return choice
+        raise UserError(f"{name}: got {value!r}, expected one of {', '.join(str(choice) for choice in arguments)}")
+    if origin is tuple:
+        item = arguments[0]
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split("-" if item is int else ",")] if value.strip() else []
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{name}: got {value!r}, expected a list")
+        return tuple(coerce(name, part, item) for part in value)
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in _TRUE + _FALSE:
+            return str(value).lower() in _TRUE
+        raise UserError(f"{name}: got {value!r}, expected true or false")
+    if wanted in (int, float):
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = wanted(value)
+            if wanted is int and float(value) != number:
+                raise ValueError
+            return number
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{name}: got {value!r}, expected {'a whole' if wanted is int else 'a'} number") from None
+    if wanted is str:
+        if isinstance(value, (dict, list)) or value is None:
+            raise UserError(f"{name}: got {value!r}, expected text")
+        return str(value)
+    raise TypeError(f"options.coerce has no rule for the type {wanted} of {name}")
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' when something close to `got` is known, else the known names."""
+    known = list(known)
+    close = difflib.get_close_matches(got, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+
+
+def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """The dataclass `cls` from `values` (field name -> value as text, as YAML gave it, or already typed).
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type, or a combination that the dataclass refuses.
+    """
+    known = field_types(cls)
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}: unknown field '{name}'{did_you_mean(str(name), known)}")
+    typed = {name: coerce(name, value, known[name]) for name, value in values.items()}
+    try:
+        return cls(**typed)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: got {type(content).__name__}, expected 'name: value' lines")
+    return content

@@ -1,0 +1,52 @@
+"""What is quantized, and to how many bits. Importing this module imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+BITS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """Quantization-aware training: bits, granularity and scale period, separately for tables and MLP.
+
+    Raises:
+        ValueError: a number of bits that is not 2, 4, 8, 16 or 32 (32: not quantized), or a scale period below 1.
+    """
+
+    bits: int = 4
+    """Bits of tables and MLP weights alike: 2, 4, 8, 16, or 32 for no quantization."""
+    table_bits: int | None = None
+    """Bits of the embedding tables; none: as --bits."""
+    mlp_bits: int | None = None
+    """Bits of the MLP weights; none: as --bits."""
+    scale_period: int = 200
+    """Training steps between two refreshes of a table's scale (1: every step)."""
+    linear_granularity: Literal["channel", "tensor"] = "channel"
+    """One scale per output channel of a linear layer, or one per weight tensor."""
+    bias_bits: int = 32
+    """Bits of the MLP biases, on the scale of their weight row as in the DQRM reference; 32 keeps them FP32."""
+    activation_bits: int = 32
+    """Bits of the inputs of linear layers, on a running maximum; 32 keeps them FP32."""
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "table_bits", "mlp_bits", "bias_bits", "activation_bits"):
+            value = getattr(self, name)
+            if value is not None and value not in BITS:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, BITS))}")
+        if not isinstance(self.scale_period, int) or self.scale_period < 1:
+            raise ValueError(
+                f"scale_period is {self.scale_period!r}, expected a whole number of training steps, 1 or more"
+            )
+        if self.linear_granularity not in ("channel", "tensor"):
+            raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
+
+    @property
+    def effective_table_bits(self) -> int:
+        """Bits of the tables after `bits` is taken as the default."""
+        return self.bits if self.table_bits is None else self.table_bits
+
+    @property
+    def effective_mlp_bits(self) -> int:
+        """Bits of the MLP weights after `bits` is taken as the default."""
+        return self.bits if self.mlp_bits is None else self.mlp_bits

@@ -1,0 +1,1 @@
+"""Experiments as configuration: what they train, on what, and the table they print."""

@@ -1,0 +1,167 @@
+"""Checkpoints: folders `checkpoints/step-000000123` with weights in safetensors and state in JSON.
+
+A folder is written under another name, flushed to disk and renamed, so one that bears its name is whole. Two are kept:
+the newest, from which a run resumes, and the best on validation.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dqrm.errors import UserError
+
+_PREFIX, _PARTIAL = "step-", ".partial"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` beside `path` and rename: a reader sees the old file or the new one, never half of one."""
+    beside = path.with_name(path.name + _PARTIAL)
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON: damaged, or not written by dqrm") from None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is kept."""
+    return folder / f"{_PREFIX}{step:09d}"
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint in `folder`, or None."""
+    steps = [int(path.name[len(_PREFIX) :]) for path in folder.glob(f"{_PREFIX}*") if path.suffix != _PARTIAL]
+    return max(steps, default=None)
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: Mapping[str, Any], keep: set[int]
+) -> None:
+    """Write the checkpoint of `step`, then delete all others but those of the steps in `keep`."""
+    final = checkpoint_path(folder, step)
+    if final.exists():  # the same step of the same run: the same content
+        return
+    partial = final.with_name(final.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "weights.safetensors"
+    )
+    save_file(_optimizer_tensors(optimizers) | _random_state(), partial / "optimizer.safetensors")
+    write_json(partial / "state.json", state)
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    os.rename(partial, final)
+    _flush(folder)
+    names = {checkpoint_path(folder, kept).name for kept in (*keep, step)}
+    for path in folder.glob(f"{_PREFIX}*"):
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Copy the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another model.
+    """
+    file = checkpoint / "weights.safetensors"
+    small: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters())
+    for name, tensor in _tensors(file):
+        target = parameters.get(name)
+        if target is None:
+            small[name] = tensor
+        elif target.shape != tensor.shape:
+            raise UserError(f"{file}: '{name}' is {list(tensor.shape)}, but the model has {list(target.shape)} there")
+        else:
+            target.data.copy_(tensor)
+            small[name] = target.data
+    try:
+        model.load_state_dict(small)
+    except RuntimeError as error:
+        raise UserError(f"{file} is of another model: {' '.join(str(error).split())}") from None
+
+
+def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
+    """Restore optimizers and random state from a checkpoint; returns its state.json.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    tensors = dict(_tensors(checkpoint / "optimizer.safetensors"))
+    for number, optimizer in enumerate(optimizers):
+        content = optimizer.state_dict()
+        content["state"] = {}
+        for name, tensor in tensors.items():
+            owner, _, rest = name.partition("/")
+            if owner == str(number):
+                parameter, _, key = rest.partition("/")
+                content["state"].setdefault(int(parameter), {})[key] = tensor
+        optimizer.load_state_dict(content)
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    state = read_json(checkpoint / "state.json")
+    assert isinstance(state, dict)
+    return state
+
+
+def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    return {
+        f"{number}/{parameter}/{key}": value
+        for number, optimizer in enumerate(optimizers)
+        for parameter, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random/cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _tensors(file: Path) -> Any:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, opened.get_tensor(name)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing from the checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None

@@ -1,0 +1,417 @@
+"""The training loop: the only place that knows the order of a step.
+
+    batch -> loss -> gradients -> optimizers        evaluate, save and log when the configuration says so
+
+Start with `train(dataset, "runs/a", config)`, continue with `resume("runs/a")`. A run that was killed at any moment and
+resumed ends with the same weights as one that was not, bit for bit on CPU: the checkpoint holds weights, scales and
+their clock, optimizer state, random state and the position in the data.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dqrm.config import Config, TrainingConfig
+from dqrm.data.dataset import Batch, Dataset
+from dqrm.errors import UserError
+from dqrm.models.dlrm import DLRM
+from dqrm.quant.convert import stored_bytes
+from dqrm.training.checkpoints import (
+    checkpoint_path,
+    latest_step,
+    load_state,
+    load_weights,
+    save_checkpoint,
+    write_json,
+)
+from dqrm.training.metrics import click_metrics
+from dqrm.training.optimizers import build_optimizers, learning_rate
+from dqrm.training.run import Run, versions
+
+Progress = Callable[[str, int, int | None], None]
+Log = Callable[[str], None]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; a checkpoint was saved."""
+
+
+@dataclass
+class State:
+    """Where a run stands; with the weights and optimizers, all that resuming needs."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    loss_rows: int = 0
+    best: dict[str, Any] | None = None
+    evaluated_step: int = -1
+    without_better: int = 0
+    rate_factor: float = 1.0
+    finished: bool = False
+    metrics_bytes: int = 0
+    train_seconds: float = 0.0
+    train_rows: int = 0
+
+
+def train(
+    dataset: Dataset,
+    output: str | Path,
+    config: Config | None = None,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Train a DLRM on `dataset` and leave a run folder at `output`.
+
+    Args:
+        dataset: a prepared dataset folder, opened.
+        output: the run folder to make.
+        config: what to train and how; default INT4 with the paper's Kaggle settings.
+        progress: called as progress(stage, done, total).
+        log: called with one line of text per evaluation.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: the configuration cannot be run here or on this data, or the loss is no number any more.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
+    """
+    config = config or Config()
+    _check_environment(config.training)
+    dataset.validate(*dataset.rows)
+    if not dataset.rows["train"]:
+        raise UserError(f"{dataset.path} has no training rows: nothing to train on")
+    run = Run.create(Path(output), config, dataset)
+    return Trainer(run, dataset, progress, log).fit()
+
+
+def resume(
+    output: str | Path, dataset: Dataset | None = None, progress: Progress | None = None, log: Log | None = None
+) -> dict[str, Any]:
+    """Continue the run at `output` exactly where its newest checkpoint stands; returns its summary.
+
+    Args:
+        output: a run folder.
+        dataset: its data, where the folder has moved since; the fingerprint must be the same.
+
+    Raises:
+        UserError: no run there, other data, a damaged checkpoint, or as `train`.
+    """
+    run = Run.open(output)
+    if dataset is None:
+        dataset = Dataset(run.info["data"]["path"])
+    run.require_same_data(dataset)
+    if (done := run.summary) is not None:
+        return done
+    _check_environment(run.config.training)
+    dataset.validate(*dataset.rows)
+    return Trainer(run, dataset, progress, log).fit()
+
+
+def predict_logits(
+    model: DLRM, dataset: Dataset, split: str, batch_size: int, progress: Progress | None = None
+) -> np.ndarray:
+    """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards."""
+    part, device, training = dataset.split(split), model.tables.weight.device, model.training
+    logits, done = np.empty(part.rows, np.float32), 0
+    model.eval()
+    with torch.inference_mode():
+        for batch in part.batches(batch_size):
+            moved = batch.to(device)
+            logits[done : done + len(batch)] = model(moved.dense, moved.ids, moved.bags).cpu().numpy()
+            done += len(batch)
+            if progress:
+                progress(f"evaluating {split}", done, part.rows)
+    model.train(training)
+    return logits
+
+
+def evaluate(
+    model: DLRM, dataset: Dataset, split: str, batch_size: int = 8192, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Metrics of `model` on a split: see `metrics.click_metrics`."""
+    return click_metrics(
+        np.asarray(dataset.split(split).labels()), predict_logits(model, dataset, split, batch_size, progress)
+    )
+
+
+class Trainer:
+    """One run in progress: model, optimizers, state, and the folder they are saved in."""
+
+    def __init__(self, run: Run, dataset: Dataset, progress: Progress | None = None, log: Log | None = None) -> None:
+        self.run, self.dataset, self.config = run, dataset, run.config
+        self.options = self.config.training
+        self.progress, self.log = progress or (lambda *_: None), log or (lambda _: None)
+        self.device = resolve_device(self.options.device)
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        torch.manual_seed(self.options.seed)
+        self.state = State()
+        self.model = run.new_model()
+        last = latest_step(run.checkpoints)
+        if last is not None:
+            load_weights(checkpoint_path(run.checkpoints, last), self.model)
+        self.model.to(self.device).train()
+        tables = [self.model.tables.weight]
+        others = [p for p in self.model.parameters() if p is not tables[0]]
+        self.optimizers = build_optimizers(tables, others, self.config.optimizer)
+        if last is not None:
+            self.state = State(**load_state(checkpoint_path(run.checkpoints, last), self.optimizers))
+        self.metrics = open(run.path / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
+        self.metrics.truncate(self.state.metrics_bytes)  # lines after the checkpoint are written again
+        self.writer = _tensorboard(run.path) if self.options.tensorboard else None
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.saved_at = time.monotonic()
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; returns the summary."""
+        try:
+            with _stop_signals() as stopped:
+                for _ in self._steps():
+                    if stopped.is_set():
+                        self._save()
+                        raise Interrupted
+            return self._finish()
+        finally:
+            self.metrics.close()
+            if self.writer:
+                self.writer.close()
+
+    def _steps(self) -> Iterator[None]:
+        """One yield per training step, evaluations and checkpoints done."""
+        state, options = self.state, self.options
+        part = self.dataset.split("train")
+        batches = part.num_batches(options.batch_size)
+        self.loss_sum.fill_(state.loss_sum)
+        while not state.finished:
+            label = f"epoch {state.epoch + 1}/{options.epochs}"
+            started = time.monotonic()
+            for batch in part.batches(
+                options.batch_size,
+                shuffle=options.shuffle,
+                seed=options.seed,
+                epoch=state.epoch,
+                start_batch=state.batch,
+            ):
+                self.train_step(batch)
+                self.progress(label, state.batch * options.batch_size, part.rows)
+                end = state.batch == batches
+                state.finished = 0 < options.max_steps <= state.step or (end and state.epoch + 1 == options.epochs)
+                log_due = options.log_every > 0 and state.step % options.log_every == 0
+                if end or state.finished or log_due or self._due():
+                    state.train_seconds += time.monotonic() - started
+                    self._report(log_due, end)
+                    started = time.monotonic()
+                yield
+                if state.finished:
+                    return
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """Forward, backward and update on one batch; returns the mean loss."""
+        state = self.state
+        rate = learning_rate(state.step, self.config.optimizer) * state.rate_factor
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        batch = batch.to(self.device)
+        loss = F.binary_cross_entropy_with_logits(self.model(batch.dense, batch.ids, batch.bags), batch.labels)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.loss_sum += loss.detach().double() * len(batch)
+        state.step += 1
+        state.batch += 1
+        state.loss_rows += len(batch)
+        state.train_rows += len(batch)
+        return loss.detach()
+
+    def _due(self) -> bool:
+        every, saves, step = self.options.eval_every, self.options.checkpoint_every, self.state.step
+        return bool((every and step % every == 0) or (saves and step % saves == 0)) or self._old()
+
+    def _old(self) -> bool:
+        minutes = self.options.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _report(self, log_due: bool, epoch_ends: bool) -> None:
+        """Everything that may be due after a step: log, evaluation, end of the epoch, checkpoint."""
+        state, options = self.state, self.options
+        state.loss_sum = float(self.loss_sum)
+        if not np.isfinite(state.loss_sum):
+            raise UserError(
+                f"training diverged: the loss is {state.loss_sum} at step {state.step}; lower learning_rate "
+                f"(now {self.config.optimizer.learning_rate})"
+            )
+        train_loss = state.loss_sum / state.loss_rows
+        if log_due:
+            self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position()})
+        evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
+        if evaluate_now:
+            self._evaluate(train_loss)
+        if epoch_ends:
+            state.epoch += 1
+            state.batch, state.loss_sum, state.loss_rows = 0, 0.0, 0
+            self.loss_sum.zero_()
+        if evaluate_now or (options.checkpoint_every and state.step % options.checkpoint_every == 0) or self._old():
+            self._save()
+
+    def _evaluate(self, train_loss: float) -> None:
+        state, options = self.state, self.options
+        metrics = evaluate(self.model, self.dataset, "validation", options.eval_batch_size, self.progress)
+        state.evaluated_step = state.step
+        value = metrics[options.select_by]
+        sign = -1 if options.select_by == "log_loss" else 1
+        better = value is not None and (
+            state.best is None or state.best["metrics"][options.select_by] is None
+            or sign * value > sign * state.best["metrics"][options.select_by]
+        )  # fmt: skip
+        # Without validation rows there is nothing to choose by: the last state is the result.
+        if better or value is None:
+            state.best = {
+                "step": state.step,
+                "epoch": state.epoch + 1,
+                "train_loss": train_loss,
+                "metrics": metrics,
+            }
+            state.without_better = 0
+        else:
+            state.without_better += 1
+            if state.without_better % self.config.optimizer.plateau_patience == 0:
+                state.rate_factor *= self.config.optimizer.plateau_factor
+            if options.early_stopping and state.without_better >= options.early_stopping:
+                state.finished = True
+        self._write(
+            {
+                "kind": "evaluation",
+                "split": "validation",
+                "epoch": state.epoch + 1,
+                "train_loss": train_loss,
+                "best": better,
+                **metrics,
+                **self._position(),
+            }
+        )
+        self.log(
+            f"epoch {state.epoch + 1}, step {state.step}: training loss {train_loss:.4f}; validation "
+            + ", ".join(
+                f"{name} {metrics[name]:.4f}" for name in ("auc", "log_loss", "ne") if metrics[name] is not None
+            )
+            + (" (best so far)" if better else "")
+        )
+
+    def _position(self) -> dict[str, Any]:
+        rate = learning_rate(self.state.step - 1, self.config.optimizer) * self.state.rate_factor
+        return {"step": self.state.step, "learning_rate": rate, "train_seconds": round(self.state.train_seconds, 3)}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self.metrics.flush()
+        if self.writer:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+
+    def _save(self) -> None:
+        state = self.state
+        state.loss_sum = float(self.loss_sum)
+        os.fsync(self.metrics.fileno())
+        state.metrics_bytes = self.metrics.tell()
+        keep = {state.best["step"]} if state.best else set()
+        save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep)
+        self.saved_at = time.monotonic()
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate the chosen checkpoint on test and write the summary."""
+        state = self.state
+        model = self.model
+        if state.best and state.best["step"] != state.step:
+            load_weights(checkpoint_path(self.run.checkpoints, state.best["step"]), model)
+        test = None
+        if self.dataset.rows.get("test"):
+            test = evaluate(model, self.dataset, "test", self.options.eval_batch_size, self.progress)
+        seconds = max(state.train_seconds, 1e-9)
+        summary = {
+            "best": state.best,
+            "test": test,
+            "selection": f"best validation {self.options.select_by}",
+            "steps": state.step,
+            "epochs": state.epoch,
+            "stored_bytes": stored_bytes(model),
+            "train_seconds": round(state.train_seconds, 3),
+            "samples_per_second": round(state.train_rows / seconds, 1),
+            "config": self.config.to_dict(),
+            "seed": self.options.seed,
+            "data": self.run.info["data"],
+            "versions": versions(),
+            "device": str(self.device),
+        }
+        write_json(self.run.path / "summary.json", summary)
+        return summary
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a configuration's `device`.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu' or 'auto'"
+        )
+    return device
+
+
+def _check_environment(options: TrainingConfig) -> None:
+    resolve_device(options.device)
+    if options.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "tensorboard is true but not installed; `pip install 'dqrm[tensorboard]'` adds it"
+            ) from None
+
+
+def _tensorboard(path: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path / "tensorboard"))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C or SIGTERM sets the event instead of ending the process; the second ends it."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

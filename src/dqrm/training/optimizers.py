@@ -1,0 +1,162 @@
+"""Update rules for sparse gradients: what a step reads and writes is the rows of the batch, never a whole table.
+
+They are ordinary `torch.optim.Optimizer`s on parameters whose `.grad` is a sparse COO tensor, as the tables of `DLRM`
+and `QuantEmbeddingBag(sparse=True)` have. torch's own SGD and Adagrad refuse weight decay on such gradients, and a
+row-wise Adagrad it does not have.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dqrm.config import OptimizerConfig
+
+
+def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row once, in rising order, with the sum of its gradients.
+
+    Args:
+        rows: int64 [N].
+        values: float32 [N, dim].
+
+    Returns:
+        rows int64 [U] and values float32 [U, dim]. The sums run in the order of the input: the same bits every time.
+    """
+    unique, inverse = torch.unique(rows, return_inverse=True)
+    return unique, add_rows(values.new_zeros(len(unique), values.shape[1]), inverse, values)
+
+
+def add_rows(target: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """target[rows[i]] += values[i] in place, rows repeated or not.
+
+    On CPU `scatter_add_` with an expanded index sorts the rows and adds in parallel: 4 to 5 times faster than
+    `index_add_`, and the same bits every time.
+    """
+    if target.device.type == "cpu":
+        return target.scatter_add_(0, rows[:, None].expand(-1, target.shape[1]), values)
+    return target.index_add_(0, rows, values)
+
+
+class _SparseOptimizer(Optimizer):
+    """Lazy L2 and the loop over parameters; a subclass says how rows move."""
+
+    def __init__(self, params: Iterable[Any], lr: float, l2: float, **defaults: float) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr is {lr}, expected 0 or more")
+        if not l2 >= 0:
+            raise ValueError(f"l2 is {l2}, expected 0 or more")
+        super().__init__(params, {"lr": lr, "l2": l2, **defaults})
+
+    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of the rows that the gradients name.
+
+        Raises:
+            ValueError: a gradient is dense.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if not parameter.grad.is_sparse:
+                    raise ValueError(f"{type(self).__name__} got a dense gradient, expected one of sparse tables")
+                rows, values = parameter.grad._indices()[0], parameter.grad._values()
+                self._update(parameter, rows, values, group)
+        return loss
+
+
+class SparseSGD(_SparseOptimizer):
+    """w[row] -= lr * (g + l2 * w[row]) for the rows of the gradient.
+
+    Args:
+        params: parameters with sparse gradients.
+        lr: learning rate.
+        l2: lazy L2 (weight decay on the rows of the batch only).
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, l2: float = 0.0) -> None:
+        super().__init__(params, lr, l2)
+
+    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        if group["l2"]:
+            rows, values = sum_duplicates(rows, values)
+            values.add_(weight.index_select(0, rows), alpha=group["l2"])
+        add_rows(weight, rows, values * -group["lr"])
+
+
+class SparseAdagrad(_SparseOptimizer):
+    """s[row] += g**2; w[row] -= lr * g / (sqrt(s[row]) + eps), with g summed over duplicates of a row first.
+
+    Adagrad (Duchi et al. 2011). Row-wise, as FBGEMM and TorchRec do it: one accumulator per row for the mean of g**2
+    over the embedding dim, so that the state is 1/dim of the table.
+
+    Args:
+        params: parameters with sparse gradients.
+        lr: learning rate.
+        l2: lazy L2.
+        eps: added to the root.
+        rowwise: one accumulator per row instead of one per weight.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, l2: float = 0.0, eps: float = 1e-10, rowwise: bool = False
+    ) -> None:
+        super().__init__(params, lr, l2, eps=eps)
+        self.rowwise = rowwise
+        for group in self.param_groups:
+            for weight in group["params"]:
+                shape = (len(weight), 1) if rowwise else weight.shape
+                self.state[weight]["sum"] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+
+    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        rows, values = sum_duplicates(rows, values)
+        if group["l2"]:
+            values.add_(weight.index_select(0, rows), alpha=group["l2"])
+        square = values.square()
+        if self.rowwise:
+            square = square.mean(1, keepdim=True)
+        accumulator = self.state[weight]["sum"]
+        total = accumulator.index_select(0, rows).add_(square)
+        accumulator.index_copy_(0, rows, total)
+        add_rows(weight, rows, values.div_(total.sqrt_().add_(group["eps"])).mul_(-group["lr"]))
+
+
+def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConfig) -> list[Optimizer]:
+    """One optimizer for the tables (sparse gradients) and torch's own for everything else."""
+    rate, eps = config.learning_rate, config.adagrad_eps
+    table: Optimizer
+    if config.optimizer == "sgd":
+        table = SparseSGD(tables, rate, config.table_l2)
+        return [table, torch.optim.SGD(others, rate, weight_decay=config.mlp_l2)]
+    table = SparseAdagrad(tables, rate, config.table_l2, eps, rowwise=config.optimizer == "rowwise_adagrad")
+    return [table, torch.optim.Adagrad(others, rate, eps=eps, weight_decay=config.mlp_l2)]
+
+
+def learning_rate(step: int, config: OptimizerConfig) -> float:
+    """The learning rate of training step `step` (counted from 0), before any drop on a plateau.
+
+    DLRM's policy: linear warm-up over `warmup_steps`; from `decay_start_step` on, quadratic decay over `decay_steps`:
+    rate * ((start + decay_steps - step) / decay_steps)**2, and its last value afterwards, so never exactly 0.
+    """
+    rate = config.learning_rate
+    if step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    if config.decay_steps and step >= config.decay_start_step:
+        left = max(config.decay_start_step + config.decay_steps - step, 1)
+        return float(rate * (left / config.decay_steps) ** 2)
+    return rate

@@ -1,0 +1,150 @@
+"""The run folder: what a training run leaves behind, and how to open it again.
+
+run.json        what was asked for and on what: configuration, data fingerprint, columns, versions (written first)
+metrics.jsonl   one line per evaluation and per `log_every` steps
+summary.json    the result (written last: a run without it is not finished)
+checkpoints/    see `checkpoints`
+"""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dqrm import __version__
+from dqrm.config import Config
+from dqrm.data.dataset import Dataset
+from dqrm.errors import UserError
+from dqrm.models.dlrm import DLRM
+from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights, read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its run.json says."""
+
+    path: Path
+    info: dict[str, Any]
+
+    @classmethod
+    def create(cls, path: Path, config: Config, dataset: Dataset) -> "Run":
+        """Start a run folder.
+
+        Raises:
+            UserError: the folder exists and is not empty.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = f"`dqrm train --resume {path}` continues it, or" if (path / "run.json").exists() else "Please"
+            raise UserError(f"{path} exists and is not empty; {hint} name another folder with -o")
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(
+            path / "run.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "versions": versions(),
+                "config": config.to_dict(),
+                "data": {
+                    "path": str(dataset.path.resolve()),
+                    "fingerprint": dataset.fingerprint,
+                    "dense": list(dataset.dense),
+                    "columns": [
+                        {"name": column.name, "rows": column.rows, "multi": column.multi} for column in dataset.columns
+                    ],
+                    "rows": dataset.rows,
+                    "split": dataset.info["split"],
+                },
+            },
+        )
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open a run folder.
+
+        Raises:
+            UserError: no such folder, no run, or one of another format version.
+        """
+        path = Path(path)
+        if not (path / "run.json").is_file():
+            what = "holds no run.json: not a run folder" if path.is_dir() else "does not exist"
+            raise UserError(f"{path} {what}; `dqrm train DATA -o {path}` makes one")
+        info = read_json(path / "run.json")
+        found = info.get("format_version") if isinstance(info, dict) else None
+        if found != FORMAT_VERSION:
+            raise UserError(f"{path} is a run of format version {found}, this dqrm reads version {FORMAT_VERSION}")
+        return cls(path, info)
+
+    @property
+    def config(self) -> Config:
+        """The configuration that the run was started with."""
+        return Config.from_dict(self.info["config"], str(self.path / "run.json"))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The result, or None while the run is not finished."""
+        file = self.path / "summary.json"
+        return read_json(file) if file.exists() else None
+
+    def require_same_data(self, dataset: Dataset) -> None:
+        """Raise UserError unless `dataset` is the one that the run was trained on: its ids mean other rows."""
+        wanted = self.info["data"]["fingerprint"]
+        if dataset.fingerprint != wanted:
+            raise UserError(
+                f"{dataset.path} is other data than {self.path} was trained on: fingerprint "
+                f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
+            )
+
+    def new_model(self) -> DLRM:
+        """The run's model with its initial weights."""
+        data, config = self.info["data"], self.config
+        try:
+            return DLRM(
+                len(data["dense"]),
+                [column["rows"] for column in data["columns"]],
+                multi=[column["multi"] for column in data["columns"]],
+                config=config.model,
+                qat=config.quantization,
+                seed=config.training.seed,
+            )
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    def load_model(self, which: str = "best") -> tuple[DLRM, dict[str, Any]]:
+        """The trained model in eval mode, and the state.json of its checkpoint.
+
+        Args:
+            which: 'best' on validation, or 'last'.
+
+        Raises:
+            UserError: there is no checkpoint yet, or it is damaged.
+        """
+        last = latest_step(self.checkpoints)
+        if last is None:
+            raise UserError(f"{self.path} has no checkpoint yet; `dqrm train --resume {self.path}` continues the run")
+        state = read_json(checkpoint_path(self.checkpoints, last) / "state.json")
+        best = (state["best"] or {}).get("step", last)
+        if which == "best" and best != last:
+            state = read_json(checkpoint_path(self.checkpoints, best) / "state.json")
+        model = self.new_model()
+        load_weights(checkpoint_path(self.checkpoints, best if which == "best" else last), model)
+        return model.eval(), state
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    import numpy
+    import torch
+
+    return {
+        "dqrm": __version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }

@@ -1,0 +1,72 @@
+"""QATConfig: defaults, frozen, and every wrong value refused with its name."""
+
+import dataclasses
+
+import pytest
+
+from dqrm.quant.config import QATConfig
+
+DEFAULTS = {
+    "bits": 4,
+    "scale_period": 200,
+    "linear_granularity": "channel",
+    "bias_bits": 32,
+    "activation_bits": 32,
+}
+BITS_FIELDS = ["bits", "table_bits", "mlp_bits", "bias_bits", "activation_bits"]
+
+
+def test_defaults():
+    config = QATConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_fields_are_these_and_no_others():
+    assert {field.name for field in dataclasses.fields(QATConfig)} == {*DEFAULTS, "table_bits", "mlp_bits"}
+
+
+@pytest.mark.parametrize("name", BITS_FIELDS)
+@pytest.mark.parametrize("bits", [2, 4, 8, 16, 32])
+def test_every_width_is_accepted(name, bits):
+    assert getattr(QATConfig(**{name: bits}), name) == bits
+
+
+def test_it_is_frozen():
+    config = QATConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 8
+
+
+def test_equal_values_are_equal_and_hash_alike():
+    assert QATConfig(bits=8) == QATConfig(bits=8)
+    assert hash(QATConfig(bits=8)) == hash(QATConfig(bits=8))
+    assert QATConfig(bits=8) != QATConfig(bits=4)
+
+
+def test_replace_works():
+    assert dataclasses.replace(QATConfig(bits=8), scale_period=7).scale_period == 7
+
+
+@pytest.mark.parametrize("name", BITS_FIELDS)
+@pytest.mark.parametrize("value", [0, 1, 3, 6, 64, -4])
+def test_wrong_bits_are_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*(?<!\d){value}(?!\d)|(?<!\d){value}(?!\d).*{name}"):
+        QATConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bits", "four"),
+        ("scale_period", 0),
+        ("scale_period", -1),
+        ("scale_period", 2.5),
+        ("linear_granularity", "row"),
+        ("linear_granularity", ""),
+        ("linear_granularity", None),
+    ],
+)
+def test_wrong_values_are_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        QATConfig(**{name: value})
+    assert str(value) in str(error.value)
