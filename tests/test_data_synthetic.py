@@ -88,13 +88,14 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 def test_the_chunk_size_does_not_change_the_result(tmp_path):
     config = GenerateConfig(rows=2 * BLOCK + 7, seed=2)
-    told: list[int] = []
-    small = generate(tmp_path / "small.txt", config, chunk_rows=1, progress=told.append)
+    told: list[tuple] = []
+    small = generate(tmp_path / "small.txt", config, chunk_rows=1, progress=lambda *step: told.append(step))
     large = generate(tmp_path / "large.txt", config, chunk_rows=10**9)
     assert small.path.read_bytes() == large.path.read_bytes()
     assert small.truth.read_bytes() == large.truth.read_bytes()
     assert small.clicks == large.clicks
-    assert told == [BLOCK, BLOCK, 7]
+    assert [done for _, done, _ in told] == [BLOCK, 2 * BLOCK, config.rows]
+    assert {(stage, total) for stage, _, total in told} == {("generating", config.rows)}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 200])
@@ -111,14 +112,14 @@ def test_options_are_obeyed(tmp_path):
 
 
 def test_nothing_partial_is_left(tmp_path):
-    def interrupt(_: int) -> None:
+    def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "log.txt", GenerateConfig(rows=300), progress=interrupt)
     assert list(tmp_path.iterdir()) == []
     generate(tmp_path / "log.txt", GenerateConfig(rows=300))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.txt", "log.txt.truth.npy"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.truth.npy", "log.txt"]
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,10 @@ def test_wrong_values_are_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=name) as error:
         QATConfig(**{name: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("mlp", [{"mlp_bits": 32}, {"bits": 32}])
+def test_quantized_biases_need_quantized_weights(mlp):
+    """A bias is quantized on its weight row's scale: refused here, before any layer is touched."""
+    with pytest.raises(ValueError, match="bias_bits"):
+        QATConfig(bias_bits=8, **mlp)

@@ -60,7 +60,7 @@ def test_bag_with_32_bits_is_the_parent(case, sparse, training):
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"sparse": True}, {"padding_idx": -1, "sparse": True}])
-@pytest.mark.parametrize("shape", [(), (8,), (2, 4), (0,), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1,), (8,), (2, 4), (0,), (2, 2, 2)])
 def test_embedding_with_32_bits_is_the_parent(options, shape):
     ids = IDS[: torch.Size(shape).numel()].reshape(shape)
     parent, ours = nn.Embedding(11, 5, **options), QuantEmbedding(11, 5, bits=32, **options)
@@ -220,6 +220,30 @@ def test_copies_and_saved_states_give_the_same_output():
     for other in (twin, loaded):
         assert torch.equal(other.eval()(IDS, OFFSETS), expected)
         assert other.weight is not module.weight
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_inputs_in_any_memory_layout(bits):
+    module = QuantEmbeddingBag(11, 5, mode="sum", bits=bits)
+    ids, weights = IDS.view(4, 2), WEIGHTS.view(4, 2)
+    turned = (ids.t().contiguous().t(), None, weights.t().contiguous().t())
+    assert torch.equal(module(*turned), module(ids, None, weights))
+    table = QuantEmbedding(11, 5, bits=bits)
+    assert torch.equal(table(turned[0]), table(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_scale_stays_float32_when_the_weights_are_cast(dtype, bits):
+    """In FP16 the scale of small weights underflows to 0: every value becomes 0, and a weight of 0 becomes NaN."""
+    module = QuantEmbeddingBag(11, 5, mode="sum", bits=bits)
+    with torch.no_grad():
+        module.weight.mul_(1e-5)
+    module.to(dtype)
+    out = module(IDS, OFFSETS)
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+    assert module.scale.dtype == torch.float32
 
 
 def test_a_frozen_table_still_looks_up():

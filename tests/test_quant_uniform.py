@@ -160,6 +160,19 @@ def test_fake_quantize_is_quantize_then_dequantize(bits, factor):
 
 
 @pytest.mark.parametrize("bits", ref.BITS)
+def test_both_agree_on_the_last_bit_next_to_a_tie(bits):
+    """Where the last bit of the quotient decides the code, training must see the code that is stored."""
+    n = ref.levels(bits)
+    scale = torch.tensor(0.0371)
+    ties = (torch.arange(-n - 1, n).float() + 0.5) * scale
+    infinity = torch.tensor(float("inf"))
+    x = torch.cat([ties, torch.nextafter(ties, infinity), torch.nextafter(ties, -infinity)])
+    codes = quantize(x, scale, bits)
+    ref.assert_codes(codes.numpy(), x.numpy(), scale.numpy(), bits)
+    assert torch.equal(fake_quantize(x, scale, bits), dequantize(codes, scale))
+
+
+@pytest.mark.parametrize("bits", ref.BITS)
 def test_the_error_is_at_most_half_a_step(bits):
     x = random(1000)
     scale = scale_from_max(x.abs().max(), bits)

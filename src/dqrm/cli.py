@@ -1,5 +1,6 @@
 """The command line: verbs -> functions. No logic here, and nothing heavy imported before a verb needs it."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,9 @@ def main() -> None:
     except UserError as error:
         click.echo(f"dqrm: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.errno == errno.EPIPE:  # whoever read our output has seen enough
+            sys.stderr.close()
+            sys.exit(1)
+        click.echo(f"dqrm: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
+        sys.exit(1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,7 +22,8 @@ from rich.table import Table
 
 # Progress and messages go to standard error: standard output is for results, so that `--json` can be piped.
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
-results = Console(highlight=False)
+# A pipe has no width of its own; a table must not lose columns there.
+results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 class Bars:
@@ -73,13 +75,12 @@ def print_json(content: Any) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on standard output; the first column is text, the others are aligned as numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    width = max(results.width, 100) if not sys.stdout.isatty() else None
-    results.print(table, width=width)
+    results.print(table)
 
 
 def figure(value: Any, digits: int = 4) -> str:

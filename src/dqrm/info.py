@@ -68,9 +68,9 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
 def print_summary(path: Path, summary: dict[str, Any]) -> None:
     """The result of a training run."""
     best, quantization = summary["best"], summary["config"]["quantization"]
-    rows = [["validation", *(figure(best["metrics"][name], 6) for name in _METRICS)]]
+    rows = [["validation", *(figure(best["metrics"][name], 5) for name in _METRICS)]]
     if summary["test"]:
-        rows.append(["test", *(figure(summary["test"][name], 6) for name in _METRICS)])
+        rows.append(["test", *(figure(summary["test"][name], 5) for name in _METRICS)])
     print_table(f"{path}: step {best['step']}, chosen by {summary['selection']}", ["split", *_METRICS], rows)
     bits = [quantization[name] or quantization["bits"] for name in ("table_bits", "mlp_bits")]
     results.print(

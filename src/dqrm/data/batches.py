@@ -106,16 +106,12 @@ class Split:
                 raise UserError(f"{field}: got {value}, expected at least {least}")
         if shuffle not in ("none", "block", "global"):
             raise UserError(f"shuffle: got {shuffle!r}, expected one of none, block, global")
-        return self._iterate(batch_size, shuffle, seed, epoch, start_batch, block_rows, drop_last)
-
-    def _iterate(
-        self, size: int, shuffle: Shuffle, seed: int, epoch: int, start: int, block_rows: int, drop_last: bool
-    ) -> Iterator[Batch]:
-        stop = self.num_batches(size, drop_last) * size if drop_last else self.rows
-        first = start * size
+        first = start_batch * batch_size
+        stop = self.rows - self.rows % batch_size if drop_last else self.rows
         if first >= stop:
-            return
-        piece = max(1, _GATHER_ROWS // size) * size
+            return iter(())
+        # Whole batches, so that a batch never spans two pieces.
+        piece = max(1, _GATHER_ROWS // batch_size) * batch_size
         if shuffle == "none":
             pieces: Iterator[Array | slice] = (slice(at, min(at + piece, stop)) for at in range(first, stop, piece))
         elif shuffle == "global":
@@ -123,8 +119,7 @@ class Split:
             pieces = (order[at : min(at + piece, stop)] for at in range(first, stop, piece))
         else:
             pieces = _regroup(_block_order(self.rows, block_rows, seed, epoch, first), piece, stop - first)
-        for rows in pieces:
-            yield from self._cut(self._gather(rows), size)
+        return (batch for rows in pieces for batch in self._cut(self._gather(rows), batch_size))
 
     def _gather(self, rows: Array | slice) -> tuple[Array, Array, Array, list[tuple[Array, Array]]]:
         """Copies of the given rows: dense, ids, labels, and per multi-valued column (values, offsets [n + 1])."""

@@ -106,8 +106,8 @@ class Dataset:
             for piece in _pieces(arrays[folder.DENSE]):
                 finite = np.isfinite(piece).all(axis=0)
                 if not finite.all():
-                    column = self.dense[int(np.argmin(finite))]
-                    raise UserError(f"{where}: column {column} holds a number that is not finite; prepare the data again")
+                    bad = self.dense[int(np.argmin(finite))]
+                    raise UserError(f"{where}: column {bad} holds a number that is not finite; prepare the data again")
             for piece in _pieces(arrays[folder.IDS]):
                 for column, low, high in zip(self.columns, piece.min(axis=0), piece.max(axis=0)):
                     _check_range(where, column, int(low), int(high))
@@ -119,7 +119,7 @@ class Dataset:
                     values = len(arrays[folder.values_file(number)])
                     rising = all((np.diff(piece) >= 0).all() for piece in _pieces(offsets, overlap=1))
                     if offsets[0] != 0 or offsets[-1] != values or not rising:
-                        raise UserError(f"{where}: the offsets of column {column.name} are damaged; prepare the data again")
+                        raise UserError(f"{where}: damaged offsets of column {column.name}; prepare the data again")
 
     def _check_files(self) -> None:
         for name in folder.SPLITS:

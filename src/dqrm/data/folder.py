@@ -1,8 +1,8 @@
 """The dataset folder on disk: names, types and shapes of its files, the same for who writes and who reads.
 
-    dataset.json                    schema, table sizes, rows per split, sources, fingerprint
-    vocabulary/<nn>_<name>.parquet  key, row, count of each table
-    train/ validation/ test/        flat little-endian arrays, below
+dataset.json                    schema, table sizes, rows per split, sources, fingerprint
+vocabulary/<nn>_<name>.parquet  key, row, count of each table
+train/ validation/ test/        flat little-endian arrays, below
 """
 
 import re

@@ -11,15 +11,12 @@ class GenerateConfig:
 
     rows: int = 400_000
     """Lines to draw; the high-cardinality columns grow with them."""
-
     seed: int = 1
     """Seed of the known model and of everything drawn from it."""
-
     click_rate: float = 0.25
     """Share of lines that are clicks, between 0.01 and 0.99."""
-
     missing: float = 1.0
-    """Factor on each column's share of missing fields: 0 for none, 1 for a share like Criteo's, at most 1.5."""
+    """Factor on each column's share of missing fields, from 0 (none) to 1 (shares like Criteo's)."""
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -28,5 +25,5 @@ class GenerateConfig:
             raise UserError(f"seed: got {self.seed}, expected 0 or more")
         if not 0.01 <= self.click_rate <= 0.99:
             raise UserError(f"click_rate: got {self.click_rate}, expected a share between 0.01 and 0.99")
-        if not 0 <= self.missing <= 1.5:
-            raise UserError(f"missing: got {self.missing}, expected a factor between 0 and 1.5")
+        if not 0 <= self.missing <= 1:
+            raise UserError(f"missing: got {self.missing}, expected a factor between 0 and 1")

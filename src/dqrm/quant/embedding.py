@@ -195,7 +195,7 @@ class QuantEmbeddingBagCollection(TableScales):
         scale = self.scale if self.bits == 32 else self._tick()
 
         looked_up = found.split([len(part) for part in rows]) if bags else (found,)
-        pooled = fake_quantize(looked_up[0].view(len(ids), single, -1), scale[:single, None], self.bits)
+        pooled = fake_quantize(looked_up[0].view(len(ids), single, self.embedding_dim), scale[:single, None], self.bits)
         if not bags:
             return pooled
         vectors = [pooled]

@@ -112,7 +112,9 @@ def _show(result: dict[str, Any], dataset: Dataset) -> None:
         for name, variant in result["variants"].items()
         for line in variant["epochs"]
     ]
-    results.print("\nThese figures are of GENERATED data: they show that the program works, not how it does on your clicks.")
+    results.print(
+        "\nThese figures are of GENERATED data: they show that the program works, not how well on your clicks."
+    )
     print_table("Validation, epoch by epoch (* the epoch that validation chose)", header, rows)
     chosen = [
         [

@@ -172,6 +172,7 @@ class Trainer:
             self.state = State(**load_state(checkpoint_path(run.checkpoints, last), self.optimizers))
         self.metrics = open(run.path / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
         self.metrics.truncate(self.state.metrics_bytes)  # lines after the checkpoint are written again
+        self.metrics.seek(0, os.SEEK_END)
         self.writer = _tensorboard(run.path) if self.options.tensorboard else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.saved_at = time.monotonic()
@@ -270,7 +271,7 @@ class Trainer:
             self._save()
 
     def _evaluate(self, train_loss: float) -> None:
-        state, options = self.state, self.options
+        state, options, position = self.state, self.options, self._position()
         metrics = evaluate(self.model, self.dataset, "validation", options.eval_batch_size, self.progress)
         state.evaluated_step = state.step
         value = metrics[options.select_by]
@@ -302,7 +303,7 @@ class Trainer:
                 "train_loss": train_loss,
                 "best": better,
                 **metrics,
-                **self._position(),
+                **position,
             }
         )
         self.log(

@@ -24,7 +24,7 @@ def click_metrics(labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
 
     rows = len(labels)
     if rows == 0:
-        return dict.fromkeys(("auc", "log_loss", "accuracy", "ne", "calibration")) | {"rows": 0}
+        return {"rows": 0} | dict.fromkeys(("auc", "log_loss", "accuracy", "ne", "calibration"))
     labels = labels.astype(np.int8)
     probabilities = expit(logits.astype(np.float64))
     clicks = int(labels.sum())

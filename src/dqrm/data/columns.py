@@ -1,0 +1,235 @@
+"""Which columns of a log become what, and their values, checked and typed: one polars query per block."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
+from dqrm.data.lines import Block
+from dqrm.errors import UserError
+from dqrm.options import did_you_mean
+
+CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
+
+# What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
+KeyKind = Literal["hex", "hex*hex", "text"]
+_JOIN = "\x1f"
+_BOOLEANS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
+
+
+@dataclass(frozen=True)
+class KeyColumn:
+    """A column that has keys: a categorical one, a cross, or the one that decides the split."""
+
+    name: str
+    parts: tuple[str, ...]
+    kind: KeyKind
+    multi: bool = False
+
+    def hash_name(self) -> str:
+        """The function whose value is taken modulo the cap."""
+        return {"hex": "value", "hex*hex": "splitmix64", "text": "crc32"}[self.kind]
+
+    def modulo(self, keys: pl.Series, rows: int) -> NDArray[np.uint32]:
+        """The keys' hashes modulo `rows`: fixed functions, so that any program can look an id up."""
+        if self.kind == "text":
+            numbers = np.fromiter((zlib.crc32(key.encode()) for key in keys), np.uint64, len(keys))
+        else:
+            numbers = keys.to_numpy().astype(np.uint64)
+        if self.kind == "hex*hex":
+            # The low word alone would decide if `rows` were a power of two.
+            numbers = _splitmix64(numbers)
+        return (numbers % np.uint64(rows)).astype(np.uint32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The columns of a configuration in the order of the schema: single-valued ones, crosses, multi-valued ones."""
+
+    config: PrepareConfig
+    keys: tuple[KeyColumn, ...]
+    split: KeyColumn | None
+
+    @property
+    def criteo(self) -> bool:
+        return self.config.layout != "table"
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        return self.config.dense_names
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The columns of the log that are read."""
+        label = "label" if self.criteo else self.config.label
+        others = [part for key in (*self.keys, *((self.split,) if self.split else ())) for part in key.parts]
+        return tuple(dict.fromkeys([label, *self.dense, *others]))
+
+    def check(self, known: Sequence[str], where: str) -> None:
+        """Whether a file has the columns.
+
+        Raises:
+            UserError: one is missing, there twice, or the configuration names none at all.
+        """
+        if not self.dense and not self.keys:
+            raise UserError(f"no column was named in categorical or dense; {where} has {', '.join(known)}")
+        for name in self.needed:
+            if name not in known:
+                raise UserError(f"no column '{name}' in {where}{did_you_mean(name, known)}")
+            if list(known).count(name) > 1:
+                raise UserError(f"{where} has {list(known).count(name)} columns of the name '{name}', expected one")
+
+    def typed(self, block: Block) -> pl.DataFrame:
+        """The good rows of a block; the others are added to `block.bad`.
+
+        Columns: label UInt8, d<n> Float32 (transformed), k<n> keys (UInt32, UInt64 or String; List(String) for a
+        multi-valued column) and, where the split needs it, s String.
+        """
+        raw = block.fields.select(self.needed)
+        kinds = dict(raw.schema)
+        # The log may use our names, so it gets others.
+        raw.columns = [f"r{at}" for at in range(raw.width)]
+        parsed = raw.select(
+            _label(self._raw(self.needed[0])).alias("label"),
+            *(self._number(name).alias(f"d{n}") for n, name in enumerate(self.dense)),
+            *(_hex(self._raw(name)).alias(name) for name in self._hex_columns()),
+        )
+        values = raw.hstack(parsed).select(
+            "label",
+            *(self._transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
+            *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
+            *((_text(self._raw(self.split.name)).alias("s"),) if self.split else ()),
+        )
+        good = self._good(raw, parsed, values)
+        if not good.select(pl.all_horizontal(pl.all().all())).item():
+            keep = good.select(pl.all_horizontal(pl.all())).to_series()
+            for row in (~keep).arg_true():
+                name = next(name for name in good.columns if not good[name][row])
+                text = raw[f"r{self.needed.index(name)}"][row]
+                block.bad.append((int(block.lines[row]), self._reason(name, text)))
+            values = values.filter(keep)
+        return values
+
+    def _raw(self, name: str) -> pl.Expr:
+        return pl.col(f"r{self.needed.index(name)}")
+
+    def _hex_columns(self) -> list[str]:
+        """Criteo's categories in use, alone or in a cross."""
+        return [name for name in self.needed if name in CRITEO_CATEGORICAL] if self.criteo else []
+
+    def _number(self, name: str) -> pl.Expr:
+        return self._raw(name).cast(pl.Int64 if self.criteo else pl.Float64, strict=False)
+
+    def _transform(self, number: pl.Expr) -> pl.Expr:
+        known = number.cast(pl.Float64).fill_nan(None).fill_null(0.0)
+        return (known.clip(0.0).log1p() if self.config.dense_transform == "log1p" else known).cast(pl.Float32)
+
+    def _key(self, key: KeyColumn, kinds: dict[str, pl.DataType]) -> pl.Expr:
+        parts = [self._raw(part) for part in key.parts]
+        if key.kind == "hex":
+            return pl.col(key.name).fill_null(0)
+        if key.kind == "hex*hex":
+            high, low = (pl.col(part).fill_null(0).cast(pl.UInt64) for part in key.parts)
+            return pl.when((high == 0) | (low == 0)).then(0).otherwise(high * 2**32 + low).cast(pl.UInt64)
+        if key.multi:
+            lists = isinstance(kinds[key.name], pl.List)
+            cells = parts[0].cast(pl.List(pl.String)) if lists else parts[0].str.split(self.config.multi_separator)
+            return cells.fill_null([]).list.eval(pl.element().filter(pl.element() != ""))
+        if self.criteo:
+            parts = [part.str.to_lowercase() for part in parts]
+        texts = [_text(part) for part in parts]
+        if len(texts) == 1:
+            return texts[0]
+        missing = pl.any_horizontal(text == "" for text in texts)
+        return pl.when(missing).then(pl.lit("")).otherwise(pl.concat_str(texts, separator=_JOIN))
+
+    def _good(self, raw: pl.DataFrame, parsed: pl.DataFrame, values: pl.DataFrame) -> pl.DataFrame:
+        """Per checked column of the log, whether each row's field is in order."""
+        checks = [parsed["label"].is_not_null().alias(self.needed[0])]
+        for n, name in enumerate(self.dense):
+            column, number = raw[f"r{self.needed.index(name)}"], parsed[f"d{n}"]
+            good = number.is_not_null() & values[f"d{n}"].is_finite()
+            if good.all():
+                checks.append(good.alias(name))
+                continue
+            missing = (
+                column.is_null() | (column == "").fill_null(False) if column.dtype == pl.String else column.is_null()
+            )
+            checks.append((good | missing).alias(name))
+        for name in self._hex_columns():
+            column = raw[f"r{self.needed.index(name)}"]
+            # Parsing alone would take a sign, and more digits if they are zeros.
+            sound = (column.str.len_bytes() <= 8) & ~column.str.starts_with("+") & parsed[name].is_not_null()
+            checks.append((sound | column.is_null()).alias(name))
+        return pl.DataFrame(checks)
+
+    def _reason(self, name: str, text: Any) -> str:
+        if name == self.needed[0]:
+            return f"the label in column {name} is {text!r}, expected 0 or 1"
+        if name in self.dense:
+            wanted = "a whole number" if self.criteo else "a finite number"
+            return f"column {name} holds {text!r}, expected {wanted} or nothing"
+        return f"column {name} holds {text!r}, expected up to 8 hexadecimal digits or nothing"
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """The columns that a configuration asks for."""
+    criteo = config.layout != "table"
+    singles = [
+        KeyColumn(name, (name,), "hex" if criteo else "text")
+        for name in config.categorical_names
+        if name not in config.multi
+    ]
+    for cross in config.cross:
+        parts = tuple(cross.split("*"))
+        pair = criteo and len(parts) == 2 and all(part in CRITEO_CATEGORICAL for part in parts)
+        singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text"))
+    multis = [KeyColumn(name, (name,), "text", multi=True) for name in config.categorical if name in config.multi]
+    split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
+    return Plan(config, (*singles, *multis), split)
+
+
+def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
+    """Whether a Parquet file's columns have types that can be what they are named for.
+
+    Raises:
+        UserError: one has not.
+    """
+    for name in plan.needed:
+        kind = schema[name]
+        multi = name in plan.config.multi
+        if isinstance(kind, pl.List) and not multi:
+            raise UserError(f"column {name} of {where} holds lists; name it in multi too, or leave it out")
+        inner = kind.inner if isinstance(kind, pl.List) else kind
+        if multi and not isinstance(kind, pl.List) and kind != pl.String:
+            raise UserError(f"multi column {name} of {where} is of type {kind}, expected lists or text")
+        if not isinstance(inner, pl.DataType) or inner.is_nested() or inner in (pl.Binary, pl.Object):
+            raise UserError(f"column {name} of {where} is of type {kind}, expected numbers or text")
+        if name in plan.dense and not (kind.is_numeric() or kind in (pl.Boolean, pl.String, pl.Null)):
+            raise UserError(f"dense column {name} of {where} is of type {kind}, expected numbers")
+
+
+def _text(column: pl.Expr) -> pl.Expr:
+    """Text, "" where missing."""
+    return column.cast(pl.String).fill_null("")
+
+
+def _label(column: pl.Expr) -> pl.Expr:
+    return column.cast(pl.String).str.to_lowercase().replace_strict(_BOOLEANS, default=None, return_dtype=pl.UInt8)
+
+
+def _hex(column: pl.Expr) -> pl.Expr:
+    return column.str.to_integer(base=16, strict=False, dtype=pl.UInt32)
+
+
+def _splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of Steele, Lea and Flood's SplitMix64, modulo 2^64."""
+    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

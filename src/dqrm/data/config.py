@@ -1,0 +1,162 @@
+"""How a raw log is read: the fields of `dqrm prepare`. Imports no torch and no polars, so that `--help` is quick."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["criteo-kaggle", "criteo-terabyte", "table"]
+
+CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
+CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What `prepare` does with a log.
+
+    Raises:
+        ValueError: a combination that cannot work, in one sentence.
+    """
+
+    layout: Layout = "table"
+    """Layout of the log: Criteo's raw files, or a CSV, TSV or Parquet table whose columns you name."""
+    label: str = "label"
+    """Column of the label: 0 or 1, false or true (table layout)."""
+    dense: tuple[str, ...] = ()
+    """Numeric columns, joined by commas (table layout)."""
+    categorical: tuple[str, ...] = ()
+    """Categorical columns, joined by commas, in the order of the model's tables (table layout)."""
+    multi: tuple[str, ...] = ()
+    """Those of the categorical columns whose cells hold several ids: lists in Parquet, or text to be split."""
+    multi_separator: str = "|"
+    """What parts the ids of a cell in a multi column that is text."""
+    cross: tuple[str, ...] = ()
+    """Crosses of two or more columns, each a categorical column of its own: user*director,movie*age."""
+    delimiter: str | None = None
+    """What parts the fields of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
+    quoting: bool = True
+    """Whether fields of a text table may be quoted ("a, b"); false takes quote characters literally."""
+    dense_transform: Literal["log1p", "none"] = "log1p"
+    """What becomes of numeric columns: log1p sets negative to 0 and takes log(1 + x); missing is 0 in both."""
+    min_count: int = 1
+    """Ids seen less often than this share row 0 with unseen ones."""
+    max_rows_per_table: int | None = None
+    """Ids are taken modulo this before they are counted, so that a table has at most this many rows and row 0."""
+    vocabulary: Literal["train", "all"] = "train"
+    """Rows whose ids get table rows: those of the training split, or all (as the papers do it)."""
+    split: Literal["time", "file", "column", "random"] | None = None
+    """Rule of the split; none: time for criteo-kaggle, file for criteo-terabyte, random for a table."""
+    validation_fraction: float = 0.1
+    """Share of rows for validation, when the split is random or by time (table and criteo-terabyte)."""
+    test_fraction: float = 0.1
+    """Share of rows for the test, when the split is random or by time (table and criteo-terabyte)."""
+    split_column: str | None = None
+    """Column whose values decide, when the split is by column; it need not be one of the model's."""
+    validation_values: tuple[str, ...] = ()
+    """Values of split_column (or names of files, when the split is by file) that mean validation."""
+    test_values: tuple[str, ...] = ()
+    """Values of split_column (or names of files, when the split is by file) that mean test."""
+    subsample_negatives: float = 0.0
+    """Share of rows with label 0 to drop at random, in all splits; the paper: 0.875 on Terabyte."""
+    seed: int = 0
+    """Seed of the random split and of subsample_negatives."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a malformed line does: stop with its file and line number, or be skipped and counted."""
+    chunk_rows: int = 262_144
+    """Rows in memory at a time; changes memory and speed, never the result."""
+
+    def __post_init__(self) -> None:
+        if self.layout == "table":
+            _check_roles(self)
+        else:
+            for field in ("dense", "categorical", "multi", "delimiter"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} is for layout table; layout {self.layout} has its own columns")
+        for cross in self.cross:
+            parts = cross.split("*")
+            if len(parts) < 2 or not all(parts) or len(set(parts)) < len(parts):
+                raise ValueError(f"cross '{cross}' should name two or more different columns, as user*director")
+            for part in parts:
+                if part in self.multi:
+                    raise ValueError(f"cross '{cross}': {part} is a multi column and cannot be crossed")
+                if part == self.label:
+                    raise ValueError(f"cross '{cross}': {part} is the label")
+        _check_unique("cross", ["*".join(sorted(cross.split("*"))) for cross in self.cross])
+        _check_split(self)
+        if self.min_count < 1:
+            raise ValueError(f"min_count is {self.min_count}, should be at least 1")
+        if self.max_rows_per_table is not None and not 1 <= self.max_rows_per_table < 2**31:
+            raise ValueError(f"max_rows_per_table is {self.max_rows_per_table}, should be from 1 to 2147483647")
+        if not (math.isfinite(self.subsample_negatives) and 0 <= self.subsample_negatives < 1):
+            raise ValueError(f"subsample_negatives is {self.subsample_negatives}, should be at least 0 and below 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, should be at least 0")
+        if self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows is {self.chunk_rows}, should be at least 1")
+        if self.delimiter is not None and (len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n'):
+            raise ValueError(f"delimiter is {self.delimiter!r}, should be one ASCII character and not a quote")
+
+    @property
+    def split_rule(self) -> str:
+        """The rule of the split, the layout's own where none is given."""
+        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file", "table": "random"}[self.layout]
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names of the dense columns, Criteo's own included."""
+        return self.dense if self.layout == "table" else CRITEO_DENSE
+
+    @property
+    def categorical_names(self) -> tuple[str, ...]:
+        """Names of the categorical columns, without crosses."""
+        return self.categorical if self.layout == "table" else CRITEO_CATEGORICAL
+
+
+def _check_roles(config: PrepareConfig) -> None:
+    for field in ("dense", "categorical", "multi"):
+        _check_unique(field, getattr(config, field))
+        if config.label in getattr(config, field):
+            raise ValueError(f"column {config.label} is the label and cannot be in {field} too")
+    for name in config.dense:
+        if name in config.categorical:
+            raise ValueError(f"column {name} is in both dense and categorical, should be in one")
+    for name in config.multi:
+        if name not in config.categorical:
+            raise ValueError(f"multi column {name} should be among the categorical columns")
+    for name in config.cross:
+        if name in config.categorical or name in config.dense:
+            raise ValueError(f"cross '{name}' is the name of a column too, and one of them should be renamed")
+    if not config.multi_separator:
+        raise ValueError("multi_separator is empty, should be the text between two ids")
+
+
+def _check_split(config: PrepareConfig) -> None:
+    rule = config.split_rule
+    for field in ("validation_fraction", "test_fraction"):
+        if not (math.isfinite(getattr(config, field)) and 0 <= getattr(config, field) < 1):
+            raise ValueError(f"{field} is {getattr(config, field)}, should be at least 0 and below 1")
+    if config.validation_fraction + config.test_fraction >= 1:
+        raise ValueError(
+            f"validation_fraction {config.validation_fraction} and test_fraction {config.test_fraction} "
+            "should leave rows for training"
+        )
+    if (rule == "column") != (config.split_column is not None):
+        raise ValueError(f"split is {rule} and split_column is {config.split_column}, should be column and its name")
+    if rule == "column" and not (config.validation_values or config.test_values):
+        raise ValueError("split by column needs validation_values or test_values")
+    if rule in ("time", "random") and (config.validation_values or config.test_values):
+        raise ValueError(f"validation_values and test_values are for a split by column or file, and split is {rule}")
+    if config.split_column is not None and config.split_column in config.multi:
+        raise ValueError(f"split_column {config.split_column} is a multi column, should be single-valued")
+    for value in config.validation_values:
+        if value in config.test_values:
+            raise ValueError(f"'{value}' is in both validation_values and test_values, should be in one")
+
+
+def _check_unique(field: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{field} names {name} twice")
+        seen.add(name)

@@ -1,0 +1,111 @@
+"""The log while it is being prepared: chunks on disk, each column as the chunk's distinct keys and codes into them.
+
+Later passes look at distinct keys only, which are far fewer than rows, and read one column at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from dqrm.data.columns import KeyColumn, Plan
+
+Array = NDArray[Any]
+
+
+class Staging:
+    """Chunks of typed rows in a folder.
+
+    Attributes:
+        rows: rows per chunk. entries: per column, entries per chunk (rows; ids, for a multi-valued column).
+        distinct: per column, distinct keys per chunk.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        folder.mkdir()
+        self._folder, self.plan = folder, plan
+        self.columns: tuple[KeyColumn, ...] = (*plan.keys, *((plan.split,) if plan.split else ()))
+        self.rows: list[int] = []
+        self.entries: list[list[int]] = [[] for _ in self.columns]
+        self.distinct: list[list[int]] = [[] for _ in self.columns]
+        self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Writes the next chunk, a frame of `Plan.typed`."""
+        names = [f"k{n}" for n in range(len(self.plan.keys))] + (["s"] if self.plan.split else [])
+        stored = {"label": frame["label"].implode()}
+        if self.plan.dense:
+            dense = frame.select(f"d{n}" for n in range(len(self.plan.dense))).to_numpy()
+            stored["dense"] = pl.Series("dense", np.ascontiguousarray(dense).reshape(-1)).implode()
+        coded = self._threads.map(self._code, self.columns, (frame[name] for name in names))
+        for n, (keys, codes, lengths) in enumerate(coded):
+            stored[f"keys{n}"] = keys.implode()
+            stored[f"codes{n}"] = pl.Series(codes).implode()
+            if lengths is not None:
+                stored[f"lengths{n}"] = lengths.implode()
+            self.entries[n].append(len(codes))
+            self.distinct[n].append(len(keys))
+        chunk = pl.DataFrame([series.alias(name) for name, series in stored.items()])
+        chunk.write_ipc(self._path(len(self.rows)), compression="lz4")
+        self.rows.append(frame.height)
+
+    def read(self, chunk: int, *names: str) -> list[pl.Series]:
+        """Arrays of one chunk by the name they are stored under: label, dense, keys<n>, codes<n>, lengths<n>."""
+        frame = pl.read_ipc(self._path(chunk), columns=list(names))
+        return [frame[name].explode(empty_as_null=False) for name in names]
+
+    def codes(self, column: int) -> Iterator[tuple[pl.Series, Array, Array | None]]:
+        """Per chunk: distinct keys, the code of each entry, and entries per row (None: one)."""
+        for chunk in range(len(self.rows)):
+            names = [f"keys{column}", f"codes{column}"]
+            multi = self.columns[column].multi
+            keys, codes, *lengths = self.read(chunk, *names, *([f"lengths{column}"] if multi else []))
+            yield keys, codes.to_numpy(), lengths[0].to_numpy() if multi else None
+
+    def _path(self, chunk: int) -> Path:
+        return self._folder / f"{chunk:06d}.arrow"
+
+    def _code(self, column: KeyColumn, cells: pl.Series) -> tuple[pl.Series, Array, pl.Series | None]:
+        lengths = None
+        if column.multi:
+            lengths = cells.list.len()
+            cells = cells.explode(empty_as_null=False)
+        keys = cells.unique().sort()
+        codes: Array = keys.search_sorted(cells).to_numpy()
+        rows = self.plan.config.max_rows_per_table
+        if rows is not None and column is not self.plan.split:
+            remainders, inverse = np.unique(column.modulo(keys, rows), return_inverse=True)
+            keys, codes = pl.Series(remainders), inverse[codes]
+        return keys, codes.astype(np.min_scalar_type(max(0, len(keys) - 1))), lengths
+
+
+class Chunker:
+    """Gathers frames and hands them on in chunks of exactly `rows` rows."""
+
+    def __init__(self, rows: int, sink: Callable[[pl.DataFrame], None]) -> None:
+        self._rows, self._sink = rows, sink
+        self._held: list[pl.DataFrame] = []
+        self._count = 0
+
+    def add(self, frame: pl.DataFrame) -> None:
+        self._held.append(frame)
+        self._count += frame.height
+        if self._count >= self._rows:
+            joined = pl.concat(self._held)
+            full = self._count - self._count % self._rows
+            for at in range(0, full, self._rows):
+                self._sink(joined[at : at + self._rows])
+            self._held, self._count = [joined[full:]], self._count - full
+
+    def finish(self) -> None:
+        if self._count:
+            self._sink(pl.concat(self._held))
+        self._held, self._count = [], 0

@@ -1,0 +1,90 @@
+"""Which key has which row of its table.
+
+Every chunk's distinct keys are a sorted run (key, count, first position). Runs of like size are merged as they come, so
+that the work stays n log n and the memory near the vocabulary's own, however many chunks there are.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Vocabulary:
+    """Rows 1 to K of a table in order of first appearance. Row 0 is for keys that are unseen or rare.
+
+    keys: sorted. table_rows: int32 [K]. counts: int64 [K].
+    """
+
+    def __init__(self, keys: pl.Series, table_rows: Array, counts: Array) -> None:
+        self.keys, self.table_rows, self.counts = keys, table_rows, counts
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table, row 0 included."""
+        return len(self.keys) + 1
+
+    def lookup(self, keys: pl.Series) -> Array:
+        """The table row of each of the sorted keys, int32; 0 where it has none."""
+        if not len(self.keys):
+            return np.zeros(len(keys), np.int32)
+        # With both sides sorted a binary search walks through memory in order, which no hash table does.
+        at = np.minimum(self.keys.search_sorted(keys).to_numpy(), len(self.keys) - 1)
+        found = (self.keys.gather(at) == keys).to_numpy()
+        return np.where(found, self.table_rows[at], 0).astype(np.int32)
+
+    def write(self, path: Path) -> None:
+        """A Parquet file with the columns key, row and count, by row."""
+        frame = pl.DataFrame({"key": self.keys, "row": self.table_rows, "count": self.counts})
+        frame.sort("row").write_parquet(path)
+
+
+class Counter:
+    """Counts keys over chunks."""
+
+    def __init__(self) -> None:
+        self._runs: list[pl.DataFrame] = []
+
+    def add(self, keys: pl.Series, codes: Array, counted: Array | None, position: int) -> None:
+        """One chunk: sorted distinct keys, each entry's code, which entries count (None: all), the first's position."""
+        positions = np.arange(position, position + len(codes))
+        if counted is not None:
+            codes, positions = codes[counted], positions[counted]
+        counts = np.bincount(codes, minlength=len(keys))
+        first = np.zeros(len(keys), np.int64)
+        first[codes[::-1]] = positions[::-1]  # of several values for one place the last stays
+        run = pl.DataFrame({"key": keys, "count": counts.astype(np.int64), "first": first})
+        self._runs.append(run.filter(pl.col("count") > 0))
+        while len(self._runs) > 1 and self._runs[-2].height <= 2 * self._runs[-1].height:
+            self._merge()
+
+    def finish(self, min_count: int) -> Vocabulary:
+        """The vocabulary of the keys seen at least `min_count` times."""
+        while len(self._runs) > 1:
+            self._merge()
+        run = self._runs.pop().filter(pl.col("count") >= min_count)
+        table_rows = np.empty(run.height, np.int32)
+        table_rows[np.argsort(run["first"].to_numpy())] = np.arange(1, run.height + 1, dtype=np.int32)
+        return Vocabulary(run["key"], table_rows, run["count"].to_numpy())
+
+    def _merge(self) -> None:
+        newer, older = self._runs.pop(), self._runs.pop()
+        both = older.merge_sorted(newer, "key")
+        keys = both["key"]
+        starts = (keys != keys.shift()).fill_null(True).arg_true().to_numpy()
+        if not len(starts):
+            self._runs.append(both)
+            return
+        self._runs.append(
+            pl.DataFrame(
+                {
+                    "key": keys.gather(starts),
+                    "count": np.add.reduceat(both["count"].to_numpy(), starts),
+                    "first": np.minimum.reduceat(both["first"].to_numpy(), starts),
+                }
+            )
+        )

@@ -1,0 +1,96 @@
+"""Several configurations, several seeds, one table: means and spreads instead of one lucky run.
+
+    python -m dqrm.studies.seeds data/ml1m configs/ml1m_fp32.yaml configs/ml1m_int4.yaml --seeds 1,2,3 -o runs/ml1m
+
+Each run lands in a folder of its own below the output and can be killed and continued: finished runs are not repeated,
+the others are resumed. Test figures are those of the epoch that validation chose.
+"""
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+
+from dqrm.config import Config
+from dqrm.console import figure, messages, print_json, print_table
+from dqrm.errors import UserError
+
+_METRICS = ("auc", "log_loss", "accuracy", "ne", "calibration")
+
+
+def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -> dict[str, Any]:
+    """Train, continue or just read the run of one configuration and seed; returns its summary."""
+    from dqrm.data.dataset import Dataset
+    from dqrm.training.loop import resume, train
+
+    dataset = Dataset(data)
+    if (Path(output) / "run.json").exists():
+        return resume(output, dataset)
+    return train(dataset, output, Config.load(config_file, {"seed": seed, "threads": threads}))
+
+
+def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Test figures over seeds: each metric's mean, standard deviation and values; the epochs chosen; speed; size."""
+    values = {name: [summary["test"][name] for summary in summaries] for name in _METRICS}
+    return {
+        "seeds": [summary["seed"] for summary in summaries],
+        "epochs": [summary["best"]["epoch"] for summary in summaries],
+        "test": {
+            name: {"mean": mean(found), "stdev": stdev(found) if len(found) > 1 else 0.0, "values": found}
+            for name, found in values.items()
+        },
+        "stored_bytes": summaries[0]["stored_bytes"]["total"],
+        "samples_per_second": mean(summary["samples_per_second"] for summary in summaries),
+    }
+
+
+@click.command()
+@click.argument("data")
+@click.argument("configs", nargs=-1, required=True)
+@click.option("--seeds", default="1,2,3", show_default=True, help="Seeds, joined by commas.")
+@click.option("-o", "--output", required=True, help="Folder for the runs.")
+@click.option("--jobs", default=1, show_default=True, help="Runs at the same time.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads of each run.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int, threads: int, as_json: bool) -> None:
+    """Train each of CONFIGS on DATA with each seed, and print the test figures' means and spreads."""
+    tasks = [(config, int(seed)) for seed in seeds.split(",") for config in configs]
+    # Spawned, since torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {
+            (config, seed): pool.submit(run_one, data, config, seed, f"{output}/{Path(config).stem}-{seed}", threads)
+            for config, seed in tasks
+        }
+        summaries: dict[str, list[dict[str, Any]]] = {}
+        for (config, seed), future in futures.items():
+            summary = future.result()
+            summaries.setdefault(Path(config).stem, []).append(summary)
+            messages.print(
+                f"{config}, seed {seed}: test AUC {summary['test']['auc']:.5f}, epoch {summary['best']['epoch']}"
+            )
+    result = {name: summarize(found) for name, found in summaries.items()}
+    if as_json:
+        print_json(result)
+        return
+    header = ["", "epochs", *(name.replace("_", " ") for name in _METRICS)]
+    rows = [
+        [
+            name,
+            " ".join(map(str, found["epochs"])),
+            *(f"{figure(found['test'][m]['mean'])} ± {figure(found['test'][m]['stdev'])}" for m in _METRICS),
+        ]
+        for name, found in result.items()
+    ]
+    print_table(f"Test, mean ± standard deviation over seeds {seeds}", header, rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        click.echo(f"dqrm: {error}", err=True)
+        sys.exit(2)

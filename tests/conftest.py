@@ -1,0 +1,63 @@
+"""Shared by all tests: few threads, and small datasets that are made once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.quant.config import QATConfig
+
+torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory: pytest.TempPathFactory):
+    """A generated log of 2,000 lines in Criteo's layout, prepared: 13 dense columns, 26 tables."""
+    from dqrm.data.config import PrepareConfig
+    from dqrm.data.prepare import prepare
+    from dqrm.data.synthetic import generate
+    from dqrm.data.synthetic_config import GenerateConfig
+
+    folder = tmp_path_factory.mktemp("generated")
+    generate(folder / "log.txt", GenerateConfig(rows=2000))
+    return prepare([folder / "log.txt"], folder / "data", PrepareConfig(layout="criteo-kaggle"))
+
+
+@pytest.fixture(scope="session")
+def bags_data(tmp_path_factory: pytest.TempPathFactory):
+    """A small table with a multi-valued column and a column of strings, no dense column."""
+    import numpy as np
+    import polars as pl
+
+    from dqrm.data.config import PrepareConfig
+    from dqrm.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("bags")
+    random = np.random.default_rng(0)
+    tags = [[f"t{tag}" for tag in random.integers(0, 9, count)] for count in random.integers(0, 4, 400)]
+    users = random.integers(0, 30, 400)
+    pl.DataFrame({"label": (users % 2).astype(int), "user": users.astype(str), "tags": tags}).write_parquet(
+        folder / "log.parquet"
+    )
+    config = PrepareConfig(layout="table", label="label", categorical=("user", "tags"), multi=("tags",))
+    return prepare([folder / "log.parquet"], folder / "data", config)
+
+
+def tiny(bits: int = 4, *, optimizer: str = "sgd", period: int = 3, table_l2: float = 0.0, **training) -> Config:
+    """A small DLRM that trains in a second; keyword arguments are fields of TrainingConfig."""
+    return Config(
+        model=ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1)),
+        quantization=QATConfig(bits=bits, scale_period=period),
+        optimizer=OptimizerConfig(optimizer=optimizer, table_l2=table_l2),
+        training=TrainingConfig(**{"epochs": 2, "batch_size": 64, "device": "cpu", **training}),
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{file.name}/{name}": t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()
+    }

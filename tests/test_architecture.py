@@ -1,0 +1,56 @@
+"""Imports between the packages run one way, and light modules stay light."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dqrm
+
+SOURCE = Path(dqrm.__file__).parent
+BASE = {"errors", "options", "config", "__init__"}
+# What each part may import of the others.
+ALLOWED = {
+    "quant": set(),
+    "data": {"errors", "options", "__init__"},
+    "models": {"quant", "config", "errors"},
+    "training": {"models", "quant", "data"} | BASE,
+    "studies": {"training", "models", "quant", "data", "console"} | BASE,
+}
+
+
+def imports(file: Path) -> set[str]:
+    """The first-level parts of dqrm that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "dqrm" else [f"dqrm.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "dqrm":
+                part = [*name.split("."), "__init__"][1]
+                found.add("__init__" if part.startswith("__") else part)
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_run_one_way(part):
+    files = list((SOURCE / part).glob("*.py"))
+    assert files
+    for file in files:
+        assert imports(file) <= ALLOWED[part] | {part}, file.name
+
+
+def test_the_public_names_exist():
+    for name in dqrm.__all__:
+        assert getattr(dqrm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = dqrm.nothing
+    assert set(dqrm.__all__) <= set(dir(dqrm))
+
+
+def test_files_stay_short():
+    for file in SOURCE.rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 430, file.name

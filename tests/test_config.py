@@ -1,0 +1,124 @@
+"""The configuration: one set of names for Python, YAML and flags; what is impossible is refused with a sentence."""
+
+from dataclasses import fields
+
+import pytest
+
+from dqrm.config import SECTIONS, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.data.config import PrepareConfig
+from dqrm.data.synthetic_config import GenerateConfig
+from dqrm.errors import UserError
+from dqrm.options import coerce, field_help, field_types
+from dqrm.quant.config import QATConfig
+
+
+@pytest.mark.parametrize("cls", [*SECTIONS.values(), PrepareConfig, GenerateConfig])
+def test_every_field_has_one_sentence_of_help(cls):
+    helps = field_help(cls)
+    for field in fields(cls):
+        assert helps.get(field.name), f"{cls.__name__}.{field.name} has no help"
+        assert helps[field.name].endswith(".")
+
+
+def test_field_names_are_unique_over_all_sections_so_that_flags_are():
+    names = [name for cls in SECTIONS.values() for name in field_types(cls)]
+    assert len(names) == len(set(names))
+
+
+def test_defaults_are_the_papers_kaggle_settings_in_int4():
+    config = Config()
+    assert config.model == ModelConfig(16, (512, 256, 64, 16), (512, 256, 1), "dot", False, "sum")
+    assert (config.quantization.effective_table_bits, config.quantization.effective_mlp_bits) == (4, 4)
+    assert (config.quantization.scale_period, config.optimizer.learning_rate, config.training.batch_size) == (
+        200,
+        0.1,
+        128,
+    )
+
+
+def test_dictionary_round_trip():
+    config = Config(ModelConfig(embedding_dim=8, bottom_mlp=(8,)), QATConfig(table_bits=2), OptimizerConfig("adagrad"))
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_file_then_flags(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "model:\n  embedding_dim: 8\n  bottom_mlp: [32, 8]\nquantization:\n  table_bits: 8\noptimizer:\n  learning_rate: 1e-3\n"
+    )
+    config = Config.load(file, {"top_mlp": "16-1", "epochs": "3"})
+    assert (config.model.embedding_dim, config.model.bottom_mlp, config.model.top_mlp) == (8, (32, 8), (16, 1))
+    assert config.optimizer.learning_rate == 0.001  # YAML 1.1 reads 1e-3 as text
+    assert config.training.epochs == 3
+    assert config.quantization.effective_table_bits == 8
+
+
+def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("quantization:\n  table_bits: 8\n")
+    assert Config.load(file, {"bits": "2"}).quantization.effective_table_bits == 2
+    assert Config.load(file, {"bits": "2", "table_bits": "16"}).quantization.effective_table_bits == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  embeding_dim: 8\n", "unknown field 'embeding_dim'; did you mean 'embedding_dim'"),
+        ("modle:\n  embedding_dim: 8\n", "unknown section 'modle'; did you mean 'model'"),
+        ("model: 3\n", "section 'model' is 3"),
+        ("- 1\n", "got list"),
+        ("model: [\n", "is not YAML"),
+        ("training:\n  batch_size: many\n", "batch_size: got 'many', expected a whole number"),
+        ("training:\n  batch_size: 1.5\n", "batch_size: got 1.5, expected a whole number"),
+        ("training:\n  batch_size: 0\n", "batch_size is 0, expected 1 or more"),
+        ("training:\n  shuffle: random\n", "shuffle: got 'random', expected one of global, block, none"),
+        ("training:\n  device: tpu\n", "device is 'tpu'"),
+        ("model:\n  top_mlp: [8, 2]\n", "top_mlp ends in 2, expected 1"),
+        ("model:\n  embedding_dim: 8\n", "bottom_mlp ends in 16 but embedding_dim is 8"),
+        ("model:\n  interaction: cat\n  self_interaction: true\n", "self_interaction is true"),
+        ("quantization:\n  bits: 3\n", "bits is 3, expected one of 2, 4, 8, 16, 32"),
+        ("optimizer:\n  learning_rate: -1\n", "learning_rate is -1.0"),
+        ("optimizer:\n  learning_rate: .nan\n", "learning_rate is nan"),
+        ("optimizer:\n  plateau_factor: 0\n", "plateau_factor is 0.0"),
+        ("optimizer:\n  warmup_steps: 10\n  decay_steps: 5\n", "before the end of the warm-up"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_quoted(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        Config.load(file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_an_unknown_override():
+    with pytest.raises(UserError, match="cannot read the configuration no_such"):
+        Config.load("no_such.yaml")
+    with pytest.raises(UserError, match="did you mean 'epochs'"):
+        Config.load(None, {"epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ("512-256-1", tuple[int, ...], (512, 256, 1)),
+        ([5, "6"], tuple[int, ...], (5, 6)),
+        ("", tuple[int, ...], ()),
+        ("a, b", tuple[str, ...], ("a", "b")),
+        ("none", int | None, None),
+        ("8", int | None, 8),
+        ("on", bool, True),
+        ("2", float, 2.0),
+    ],
+)
+def test_coerce(value, kind, expected):
+    got = coerce("field", value, kind)
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+def test_a_section_default_is_a_fresh_valid_object():
+    for cls in SECTIONS.values():
+        assert cls() == cls()
+    assert TrainingConfig().epochs == 1

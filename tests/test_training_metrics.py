@@ -1,0 +1,46 @@
+"""Metrics against their definitions, and where they are not defined."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dqrm.training.metrics import click_metrics
+
+
+def test_against_the_definitions():
+    random = np.random.default_rng(0)
+    labels, logits = random.integers(0, 2, 300), random.standard_normal(300).astype(np.float32).round(1)
+    found = click_metrics(labels, logits)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    loss = -np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+    rate = labels.mean()
+    positive, negative = logits[labels == 1][:, None], logits[labels == 0][None]
+    auc = ((positive > negative) + 0.5 * (positive == negative)).mean()  # ties count half
+    assert found["rows"] == 300
+    assert found["auc"] == pytest.approx(auc, abs=1e-12)
+    assert found["log_loss"] == pytest.approx(loss, abs=1e-9)
+    assert found["accuracy"] == pytest.approx(((p > 0.5) == labels).mean(), abs=1e-12)
+    assert found["ne"] == pytest.approx(loss / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)), abs=1e-9)
+    assert found["calibration"] == pytest.approx(p.sum() / labels.sum(), abs=1e-9)
+
+
+def test_predicting_the_rate_has_normalized_entropy_and_calibration_1():
+    labels = np.array([1, 0, 0, 0])
+    found = click_metrics(labels, np.full(4, math.log(0.25 / 0.75)))
+    assert found["ne"] == pytest.approx(1)
+    assert found["calibration"] == pytest.approx(1)
+    assert found["auc"] == 0.5
+
+
+def test_one_class_and_no_rows_are_told_as_none():
+    assert click_metrics(np.ones(3), np.zeros(3))["auc"] is None
+    assert click_metrics(np.zeros(3), np.zeros(3))["calibration"] is None
+    assert click_metrics(np.zeros(0), np.zeros(0)) == {
+        "rows": 0, "auc": None, "log_loss": None, "accuracy": None, "ne": None, "calibration": None,
+    }  # fmt: skip
+
+
+def test_extreme_logits_stay_finite():
+    found = click_metrics(np.array([0, 1, 0, 1]), np.array([1e4, -1e4, -1e4, 1e4], np.float32))
+    assert all(math.isfinite(value) for value in found.values())
