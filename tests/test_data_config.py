@@ -23,6 +23,7 @@ from dqrm.options import field_help, field_types
         ({"cross": ("a*label",)}, "label is the label"),
         ({"categorical": ("a", "b"), "multi": ("a",), "cross": ("a*b",)}, "a is a multi column"),
         ({"layout": "criteo-kaggle", "categorical": ("a",)}, "categorical is for layout table"),
+        ({"layout": "criteo-kaggle", "label": "click"}, "label is for layout table"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"test_fraction": float("nan")}, "test_fraction is nan"),
         ({"validation_fraction": 0.5, "test_fraction": 0.5}, "should leave rows for training"),

@@ -297,6 +297,48 @@ def test_crosses_of_criteo_columns_use_both_parts_modulo_a_power_of_two(tmp_path
     assert dataset.table_rows[26] > 20
 
 
+def test_crosses_of_three_criteo_columns_and_of_dense_ones(tmp_path):
+    rows = [spoil(row, 14, text) for row, text in zip(criteo_lines(4), ["a", "0000000A", "", "b"])]
+    rows = [spoil(spoil(spoil(row, 15, "1"), 16, "2"), 1, "5") for row in rows] * 7
+    config = dataclasses.replace(KAGGLE, cross=("C1*C2*C3", "I1*C2"))
+    dataset = prepare([write(tmp_path / "a.txt", rows)], tmp_path / "out", config)
+    assert pl.read_parquet(dataset.vocabulary_path("C1*C2*C3"))["key"].to_list() == [
+        "0000000a\x1f00000001\x1f00000002",
+        "",
+        "0000000b\x1f00000001\x1f00000002",
+    ]
+    assert pl.read_parquet(dataset.vocabulary_path("I1*C2"))["key"].to_list() == ["5\x1f00000001"]
+    with pytest.raises(UserError, match=r"no column 'C27' in layout criteo-kaggle; did you mean 'C"):
+        prepare([tmp_path / "a.txt"], tmp_path / "none", dataclasses.replace(KAGGLE, cross=("C1*C27",)))
+
+
+@pytest.mark.parametrize("modulo", [None, 9])
+def test_several_ids_per_cell(tmp_path, modulo):
+    draw = random.Random(1)
+    cells = [[f"t{draw.randint(0, 30)}" for _ in range(draw.randint(0, 5))] for _ in range(200)]
+    table(tmp_path / "a.csv", [{"label": n % 2, "m": " ".join(cell)} for n, cell in enumerate(cells)])
+    config = PrepareConfig(
+        categorical=("m",), multi=("m",), multi_separator=" ", split="time", min_count=15, max_rows_per_table=modulo
+    )
+    made = [
+        prepare([tmp_path / "a.csv"], tmp_path / f"{rows}", dataclasses.replace(config, chunk_rows=rows))
+        for rows in (33, 1000)
+    ]
+    assert content(made[0]) == content(made[1])
+
+    def key(text):
+        return zlib.crc32(text.encode()) % modulo if modulo else text
+
+    counts = Counter(key(text) for cell in cells[:160] for text in cell)
+    rows = {text: n for n, text in enumerate((text for text in counts if counts[text] >= 15), 1)}
+    assert len(rows) < len(counts) or modulo
+    assert made[0].table_rows == (len(rows) + 1,)
+    for name, part in (("train", cells[:160]), ("validation", cells[160:180]), ("test", cells[180:])):
+        arrays = made[0].split(name).arrays
+        assert arrays["00.values.i32"].tolist() == [rows.get(key(text), 0) for cell in part for text in cell]
+        assert np.diff(arrays["00.offsets.i64"]).tolist() == [len(cell) for cell in part]
+
+
 def test_random_split_is_exact_and_seeded(tmp_path):
     table(tmp_path / "a.csv", [{"label": 0, "n": n} for n in range(1000)])
     config = PrepareConfig(dense=("n",), dense_transform="none")
@@ -366,8 +408,8 @@ MALFORMED = [
     ("short", lambda row: row.rsplit("\t", 1)[0], "39 columns, expected 40"),
     ("long", lambda row: row + "\t1", "41 columns, expected 40"),
     ("empty", lambda row: "", "an empty line"),
-    ("no label", lambda row: spoil(row, 0, ""), "the label in column label is None, expected 0 or 1"),
-    ("label 2", lambda row: spoil(row, 0, "2"), "the label in column label is '2', expected 0 or 1"),
+    ("no label", lambda row: spoil(row, 0, ""), "column label holds nothing, expected 0 or 1"),
+    ("label 2", lambda row: spoil(row, 0, "2"), "column label holds '2', expected 0 or 1"),
     ("text", lambda row: spoil(row, 3, "abc"), "column I3 holds 'abc', expected a whole number"),
     ("fraction", lambda row: spoil(row, 13, "1.5"), "column I13 holds '1.5', expected a whole number"),
     ("not hex", lambda row: spoil(row, 14, "0000000g"), "column C1 holds '0000000g', expected up to 8 hexadecimal"),
@@ -418,7 +460,7 @@ def test_truncated_and_damaged_files(tmp_path, kind):
     assert 1000 < read < 4000
     check_against_reference(dataset, rows[:read])
     path.write_bytes(packed[:20] + b"\xff" * 2000)
-    with pytest.raises(UserError, match="data (is damaged|ends too early)"):
+    with pytest.raises(UserError, match=r"data (is damaged|ends too early)"):
         prepare([path], tmp_path / "damaged", KAGGLE)
 
 
@@ -432,7 +474,7 @@ def test_table_mistakes_name_the_line(tmp_path):
         assert os.listdir(tmp_path) == ["log.csv"]
         return str(caught.value)
 
-    assert "line 3: the label in column label is 'x', expected 0 or 1" in attempt("label,c,d\n1,a,1\nx,a,1\n")
+    assert "line 3: column label holds 'x', expected 0 or 1" in attempt("label,c,d\n1,a,1\nx,a,1\n")
     assert "line 3: column d holds 'inf', expected a finite number" in attempt("label,c,d\n1,a,1\n1,a,inf\n")
     assert "line 4: column d holds '1,5'" in attempt('label,c,d\n1,"a\nb",1\n1,a,"1,5"\n')
     assert "line 3: 2 columns, expected 3" in attempt("label,c,d\n1,a,1\n1,a\n")
@@ -461,7 +503,7 @@ def test_parquet_mistakes(tmp_path):
     lists = {"label": [0, 1], "c": [["a"], ["b"]]}
     assert "column c of" in attempt(lists, categorical=("c",))
     assert "of type List" in attempt(lists, dense=("c",)) or "holds lists" in attempt(lists, dense=("c",))
-    assert "row 2: the label in column label is 3" in attempt({"label": [0, 3], "c": ["a", "b"]}, categorical=("c",))
+    assert "row 2: column label holds 3" in attempt({"label": [0, 3], "c": ["a", "b"]}, categorical=("c",))
     assert "row 1: column d holds inf" in attempt({"label": [0, 1], "d": [math.inf, 1]}, dense=("d",))
     assert "expected lists or text" in attempt({"label": [0], "c": [1]}, categorical=("c",), multi=("c",))
     assert "use layout table" in attempt({"label": [0]}, layout="criteo-kaggle")

@@ -140,6 +140,11 @@ def test_a_bad_configuration_is_refused(values, message):
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         generate(tmp_path / "absent" / "log.txt", GenerateConfig(rows=10))
+    with pytest.raises(UserError, match="it is a folder"):
+        generate(tmp_path, GenerateConfig(rows=10))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        generate(tmp_path / "file" / "log.txt", GenerateConfig(rows=10))
     with pytest.raises(UserError, match="chunk_rows: got 0"):
         generate(tmp_path / "log.txt", GenerateConfig(rows=10), chunk_rows=0)
 

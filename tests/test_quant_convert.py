@@ -369,3 +369,14 @@ def test_32_bits_change_no_output(model, batch):
 def test_a_prepared_model_runs_the_same_in_training_and_evaluation(model, batch):
     prepare_qat(model)
     assert torch.equal(model(*batch), model.eval()(*batch))
+
+
+def test_the_fused_path_of_a_transformer_layer_does_not_go_around_the_quantization():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, dropout=0.0, batch_first=True)
+    model = prepare_qat(nn.TransformerEncoder(layer, 2), QATConfig(bits=2))
+    x = torch.randn(3, 5, 8)
+    trained = model.train()(x)
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    torch.testing.assert_close(trained, evaluated)

@@ -105,8 +105,10 @@ class Plan:
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
             *((_text(self._raw(self.split.name)).alias("s"),) if self.split else ()),
         )
-        good = self._good(raw, parsed, values)
-        if not good.select(pl.all_horizontal(pl.all().all())).item():
+        everything = raw.hstack(parsed).hstack(values.select(pl.col("^d\\d+$").name.prefix("value_")))
+        checks = [check.alias(name) for name, check in self._checks(kinds).items()]
+        if not all(everything.select(check.all() for check in checks).row(0)):
+            good = everything.select(checks)
             keep = good.select(pl.all_horizontal(pl.all())).to_series()
             for row in (~keep).arg_true():
                 name = next(name for name in good.columns if not good[name][row])
@@ -141,40 +143,41 @@ class Plan:
             cells = parts[0].cast(pl.List(pl.String)) if lists else parts[0].str.split(self.config.multi_separator)
             return cells.fill_null([]).list.eval(pl.element().filter(pl.element() != ""))
         if self.criteo:
-            parts = [part.str.to_lowercase() for part in parts]
+            # One number, one text, however it is written.
+            hexadecimal = zip(key.parts, parts)
+            parts = [
+                part.str.to_lowercase().str.zfill(8) if name in CRITEO_CATEGORICAL else part
+                for name, part in hexadecimal
+            ]
         texts = [_text(part) for part in parts]
         if len(texts) == 1:
             return texts[0]
         missing = pl.any_horizontal(text == "" for text in texts)
         return pl.when(missing).then(pl.lit("")).otherwise(pl.concat_str(texts, separator=_JOIN))
 
-    def _good(self, raw: pl.DataFrame, parsed: pl.DataFrame, values: pl.DataFrame) -> pl.DataFrame:
-        """Per checked column of the log, whether each row's field is in order."""
-        checks = [parsed["label"].is_not_null().alias(self.needed[0])]
+    def _checks(self, kinds: dict[str, pl.DataType]) -> dict[str, pl.Expr]:
+        """Per checked column of the log, whether a row's field is in order. Never null."""
+        checks = {self.needed[0]: pl.col("label").is_not_null()}
         for n, name in enumerate(self.dense):
-            column, number = raw[f"r{self.needed.index(name)}"], parsed[f"d{n}"]
-            good = number.is_not_null() & values[f"d{n}"].is_finite()
-            if good.all():
-                checks.append(good.alias(name))
-                continue
-            missing = (
-                column.is_null() | (column == "").fill_null(False) if column.dtype == pl.String else column.is_null()
-            )
-            checks.append((good | missing).alias(name))
+            missing = self._raw(name).is_null()
+            if kinds[name] == pl.String:
+                missing = missing | (self._raw(name) == "").fill_null(False)
+            checks[name] = missing | (pl.col(f"d{n}").is_not_null() & pl.col(f"value_d{n}").is_finite())
         for name in self._hex_columns():
-            column = raw[f"r{self.needed.index(name)}"]
             # Parsing alone would take a sign, and more digits if they are zeros.
-            sound = (column.str.len_bytes() <= 8) & ~column.str.starts_with("+") & parsed[name].is_not_null()
-            checks.append((sound | column.is_null()).alias(name))
-        return pl.DataFrame(checks)
+            sound = (self._raw(name).str.len_bytes() <= 8) & ~self._raw(name).str.starts_with("+")
+            checks[name] = self._raw(name).is_null() | (pl.col(name).is_not_null() & sound)
+        return checks
 
     def _reason(self, name: str, text: Any) -> str:
         if name == self.needed[0]:
-            return f"the label in column {name} is {text!r}, expected 0 or 1"
-        if name in self.dense:
-            wanted = "a whole number" if self.criteo else "a finite number"
-            return f"column {name} holds {text!r}, expected {wanted} or nothing"
-        return f"column {name} holds {text!r}, expected up to 8 hexadecimal digits or nothing"
+            wanted = "0 or 1"
+        elif name in self.dense:
+            wanted = "a whole number or nothing" if self.criteo else "a finite number or nothing"
+        else:
+            wanted = "up to 8 hexadecimal digits or nothing"
+        got = "nothing" if text is None or text == "" else repr(text)
+        return f"column {name} holds {got if len(got) <= 60 else got[:60] + '...'}, expected {wanted}"
 
 
 def make_plan(config: PrepareConfig) -> Plan:

@@ -73,6 +73,8 @@ class PrepareConfig:
             for field in ("dense", "categorical", "multi", "delimiter"):
                 if getattr(self, field):
                     raise ValueError(f"{field} is for layout table; layout {self.layout} has its own columns")
+            if self.label != "label":
+                raise ValueError(f"label is for layout table; layout {self.layout} has its own columns")
         for cross in self.cross:
             parts = cross.split("*")
             if len(parts) < 2 or not all(parts) or len(set(parts)) < len(parts):

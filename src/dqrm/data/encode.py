@@ -1,41 +1,49 @@
 """Writes the arrays of the splits: keys become table rows, chunk by chunk."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import folder
+from dqrm.data.ahead import ahead
 from dqrm.data.splits import TRAIN, Splits
 from dqrm.data.staging import Staging
-from dqrm.data.vocabulary import Counter, Vocabulary
+from dqrm.data.vocabulary import Counter, Vocabulary, count_chunk
 
 Array = NDArray[Any]
 
 
 def build_vocabulary(staged: Staging, column: int, splits: Splits, train_only: bool, min_count: int) -> Vocabulary:
     """Counts one column over the training rows, or over all."""
-    counter, row, position = Counter(), 0, 0
-    for chunk, (keys, codes, lengths) in enumerate(staged.codes(column)):
+    counter = Counter()
+    for run in ahead(_runs(staged, column, splits, train_only)):
+        counter.add(run)
+    return counter.finish(min_count)
+
+
+def _runs(staged: Staging, column: int, splits: Splits, train_only: bool) -> Iterator[pl.DataFrame]:
+    row, position = 0, 0
+    for rows, (keys, codes, lengths) in zip(staged.rows, staged.codes(column)):
         counted = None
         if train_only:
-            counted = splits[row : row + staged.rows[chunk]] == TRAIN
+            counted = splits[row : row + rows] == TRAIN
             if lengths is not None:
                 counted = np.repeat(counted, lengths)
-        counter.add(keys, codes, counted, position)
-        row += staged.rows[chunk]
+        yield count_chunk(keys, codes, counted, position, sum(staged.entries[column]))
+        row += rows
         position += len(codes)
-    return counter.finish(min_count)
 
 
 def translate(staged: Staging, column: int, vocabulary: Vocabulary, path: Path) -> None:
     """Writes the table row of every chunk's distinct keys, int32, one chunk after the other."""
     with path.open("wb") as file:
-        for chunk in range(len(staged.rows)):
-            vocabulary.lookup(staged.read(chunk, f"keys{column}")[0]).tofile(file)
+        for (keys,) in ahead(staged.read(chunk, f"keys{column}") for chunk in range(len(staged.rows))):
+            vocabulary.lookup(keys).tofile(file)
 
 
 class Writer:
@@ -90,8 +98,9 @@ def write_splits(
     files = [path.open("rb") for path in translated]
     done, row = False, 0
     try:
-        for chunk, rows in enumerate(staged.rows):
-            found = {name: series.to_numpy() for name, series in zip(names, staged.read(chunk, *names))}
+        chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
+        for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
+            found = {name: series.to_numpy() for name, series in zip(names, read)}
             dense = found["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
             ids = np.empty((rows, len(single)), np.int32)
             maps = [np.fromfile(file, np.int32, staged.distinct[n][chunk]) for n, file in enumerate(files)]

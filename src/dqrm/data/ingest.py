@@ -33,7 +33,9 @@ def check(sources: list[Source], plan: Plan) -> None:
                 plan.check(_reader(Source(source.path, False), plan).names, where)
             except Damaged as damage:
                 raise UserError(f"{where}: {damage}") from None
-        elif source.parquet:
+        else:
+            plan.check(CRITEO_COLUMNS, f"layout {plan.config.layout}")
+        if plan.criteo and source.parquet:
             raise UserError(f"{where} is a Parquet file, but layout {plan.config.layout} is text; use layout table")
 
 
@@ -50,7 +52,8 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
     keep = _Subsample(config)
     for source in sources:
         unit = "row" if source.parquet else "line"
-        blocks = _parquet_blocks(source, plan, advance) if source.parquet else _text_blocks(source, plan, advance)
+        blocks = _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
+        told = 0
         for block in blocks:
             frame = plan.typed(block)
             if block.bad and config.on_error == "stop":
@@ -61,6 +64,9 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
             source.rows += frame.height
             if frame.height:
                 chunker.add(frame)
+            advance(source.bytes - told)
+            told = source.bytes
+        advance(source.bytes - told)
     chunker.finish()
     return keep.dropped
 
@@ -80,8 +86,8 @@ class _Subsample:
         return frame.filter(pl.Series(kept))
 
 
-def _reader(source: Source, plan: Plan, advance: Callable[[int], None] = lambda count: None) -> TextReader:
-    pieces = read_bytes(source, advance)
+def _reader(source: Source, plan: Plan) -> TextReader:
+    pieces = read_bytes(source)
     if plan.criteo:
         return TextReader(pieces, str(source.path), "\t", False, CRITEO_COLUMNS)
     separator = plan.config.delimiter or _separator(source)
@@ -100,10 +106,10 @@ def _separator(source: Source) -> str:
     )
 
 
-def _text_blocks(source: Source, plan: Plan, advance: Callable[[int], None]) -> Iterator[Block]:
+def _text_blocks(source: Source, plan: Plan) -> Iterator[Block]:
     last = 0
     try:
-        reader = _reader(source, plan, advance)
+        reader = _reader(source, plan)
         for block in reader.blocks(plan.needed):
             last = max([last, *block.lines[-1:], *(line for line, _ in block.bad[-1:])])
             yield block
@@ -121,16 +127,16 @@ def _hash_again(source: Source) -> None:
     source.bytes, source.sha256 = fresh.bytes, fresh.sha256
 
 
-def _parquet_blocks(source: Source, plan: Plan, advance: Callable[[int], None]) -> Iterator[Block]:
+def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
     row = 1
     try:
         scan = pl.scan_parquet(source.path).select(plan.needed)
+        hash_file(source)
         for frame in scan.collect_batches(chunk_size=min(plan.config.chunk_rows, 1 << 17), maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height))
             row += frame.height
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{source.path}, after row {row - 1}: cannot be read as Parquet ({error})") from None
-    hash_file(source, advance)
 
 
 def _parquet_schema(source: Source) -> pl.Schema:

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from dqrm.data.ahead import ahead
 from dqrm.data.sources import Damaged
 from dqrm.errors import UserError
 
@@ -52,7 +53,7 @@ class TextReader:
     def blocks(self, wanted: Sequence[str]) -> Iterator[Block]:
         """The `wanted` columns of all rows, in order. Whatever the pieces raise at their end is raised at the end."""
         positions = [self.names.index(name) for name in wanted]
-        for data, last in self._pieces:
+        for data, last in ahead(self._pieces):
             joined = self._rest + data if self._rest else data
             cut = len(joined) if last else joined.rfind(b"\n") + 1
             block, self._rest = joined[:cut], joined[cut:]

@@ -79,14 +79,14 @@ def resolve(given: Sequence[str | Path]) -> list[Source]:
     return [Source(path, _head(path, 4) == _PARQUET) for path in paths]
 
 
-def read_bytes(source: Source, advance: Callable[[int], None] = lambda count: None) -> Iterator[bytes]:
+def read_bytes(source: Source) -> Iterator[bytes]:
     """The decompressed content in pieces; `source` gets size and hash of the file itself when all is read.
 
     Raises:
         Damaged: after the last good piece.
     """
     head = _head(source.path, 4)
-    raw = _raw(source, advance)
+    raw = _raw(source)
     if head.startswith(_GZIP):
         return _inflate(raw, lambda: zlib.decompressobj(wbits=31), "gzip")
     if head.startswith(_ZSTD):
@@ -94,19 +94,18 @@ def read_bytes(source: Source, advance: Callable[[int], None] = lambda count: No
     return raw
 
 
-def hash_file(source: Source, advance: Callable[[int], None] = lambda count: None) -> None:
+def hash_file(source: Source) -> None:
     """Size and hash of a file that is read by other means."""
-    for _ in _raw(source, advance):
+    for _ in _raw(source):
         pass
 
 
-def _raw(source: Source, advance: Callable[[int], None]) -> Iterator[bytes]:
+def _raw(source: Source) -> Iterator[bytes]:
     try:
         with source.path.open("rb") as file:
             while block := file.read(_READ):
                 source.digest.update(block)
                 source.bytes += len(block)
-                advance(len(block))
                 yield block
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror}") from None

@@ -21,6 +21,7 @@ random state of its own, so memory is bounded and the chunk size does not change
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -173,34 +174,37 @@ def generate(
     if chunk_rows < 1:
         raise UserError(f"chunk_rows: got {chunk_rows}, expected at least 1")
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder, expected the name of a file")
     truth = truth_path(path)
     partial, partial_truth = (target.with_name(target.name + ".partial") for target in (path, truth))
     model = _Model(config)
     blocks = -(-config.rows // BLOCK)
     step = max(1, chunk_rows // BLOCK)
-    clicks = 0
+    written = clicks = 0
     try:
-        probabilities = np.lib.format.open_memmap(partial_truth, mode="w+", dtype=np.float32, shape=(config.rows,))
-        with open(partial, "wb") as file:
+        with open(partial, "wb") as lines, open(partial_truth, "wb") as probabilities:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (config.rows,)}
+            np.lib.format.write_array_header_1_0(probabilities, header)
             for first in range(0, blocks, step):
                 drawn = [model.block(number) for number in range(first, min(first + step, blocks))]
-                frame = pl.concat([lines for lines, _ in drawn])
-                start = first * BLOCK
-                probabilities[start : start + frame.height] = np.concatenate([p for _, p in drawn])
+                frame = pl.concat([part for part, _ in drawn])
+                frame.write_csv(lines, include_header=False, separator="\t", quote_style="never")
+                for _, part in drawn:
+                    probabilities.write(part.astype("<f4").tobytes())
                 clicks += int(frame["label"].sum())
-                frame.write_csv(file, include_header=False, separator="\t", quote_style="never")
+                written += frame.height
                 if progress:
-                    progress("generating", start + frame.height, config.rows)
-        probabilities.flush()
-        del probabilities
+                    progress("generating", written, config.rows)
         # The truth first: a log that is there has its truth.
         os.replace(partial_truth, truth)
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        partial.unlink(missing_ok=True)
-        partial_truth.unlink(missing_ok=True)
+        for leftover in (partial, partial_truth):
+            with suppress(OSError):
+                leftover.unlink()
     return Generated(path, truth, config.rows, clicks)
 
 
@@ -239,7 +243,7 @@ class _Model:
         """
         rows, factor = self.config.rows, self.config.missing
         rng = np.random.default_rng([self.config.seed, number + 1])
-        entities = {name: self._entity(name, entity, rng) for name, entity in ENTITIES.items()}
+        entities = {name: self._entity(entity, rng) for name, entity in ENTITIES.items()}
         if number >= 0:
             line = np.arange(number * BLOCK, (number + 1) * BLOCK)
             entities["hour"] = (line * (24.0 * DAYS / rows)).astype(np.uint64)
@@ -274,7 +278,7 @@ class _Model:
             logits += np.float32(weight) * np.einsum("nr,nr->n", vectors[a], vectors[b])
         return rng, dense, categories, logits
 
-    def _entity(self, name: str, entity: Entity, rng: np.random.Generator) -> Keys:
+    def _entity(self, entity: Entity, rng: np.random.Generator) -> Keys:
         size = max(2.0, entity.size * self.config.rows if entity.size < 1 else entity.size)
         return (size * rng.random(BLOCK) ** entity.skew).astype(np.uint64)
 

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 class Vocabulary:
     """Rows 1 to K of a table in order of first appearance. Row 0 is for keys that are unseen or rare.
 
-    keys: sorted. table_rows: int32 [K]. counts: int64 [K].
+    keys: sorted. table_rows: int32 [K]. counts: integers [K].
     """
 
     def __init__(self, keys: pl.Series, table_rows: Array, counts: Array) -> None:
@@ -40,25 +40,35 @@ class Vocabulary:
     def write(self, path: Path) -> None:
         """A Parquet file with the columns key, row and count, by row."""
         frame = pl.DataFrame({"key": self.keys, "row": self.table_rows, "count": self.counts})
-        frame.sort("row").write_parquet(path)
+        frame.sort("row").with_columns(pl.col("count").cast(pl.Int64)).write_parquet(path)
+
+
+def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: int, total: int) -> pl.DataFrame:
+    """The run of one chunk: (key, count, first position) of each key that occurs, sorted by key.
+
+    keys: sorted and distinct. codes: which of them each entry is. counted: which entries count (None: all).
+    position: that of the first entry, of `total` in all chunks.
+    """
+    # Half the memory, unless there are too many to count so.
+    integer = np.uint32 if total < 2**32 else np.int64
+    positions = np.arange(position, position + len(codes), dtype=integer)
+    if counted is not None:
+        codes, positions = codes[counted], positions[counted]
+    counts = np.bincount(codes, minlength=len(keys))
+    first = np.zeros(len(keys), integer)
+    first[codes[::-1]] = positions[::-1]  # of several values for one place the last stays
+    return pl.DataFrame({"key": keys, "count": counts.astype(integer), "first": first}).filter(pl.col("count") > 0)
 
 
 class Counter:
-    """Counts keys over chunks."""
+    """Merges runs of counted keys."""
 
     def __init__(self) -> None:
         self._runs: list[pl.DataFrame] = []
 
-    def add(self, keys: pl.Series, codes: Array, counted: Array | None, position: int) -> None:
-        """One chunk: sorted distinct keys, each entry's code, which entries count (None: all), the first's position."""
-        positions = np.arange(position, position + len(codes))
-        if counted is not None:
-            codes, positions = codes[counted], positions[counted]
-        counts = np.bincount(codes, minlength=len(keys))
-        first = np.zeros(len(keys), np.int64)
-        first[codes[::-1]] = positions[::-1]  # of several values for one place the last stays
-        run = pl.DataFrame({"key": keys, "count": counts.astype(np.int64), "first": first})
-        self._runs.append(run.filter(pl.col("count") > 0))
+    def add(self, run: pl.DataFrame) -> None:
+        """One chunk's run, as `count_chunk` makes it."""
+        self._runs.append(run)
         while len(self._runs) > 1 and self._runs[-2].height <= 2 * self._runs[-1].height:
             self._merge()
 
@@ -74,7 +84,7 @@ class Counter:
     def _merge(self) -> None:
         newer, older = self._runs.pop(), self._runs.pop()
         both = older.merge_sorted(newer, "key")
-        keys = both["key"]
+        keys, counts = both["key"], both["count"].to_numpy()
         starts = (keys != keys.shift()).fill_null(True).arg_true().to_numpy()
         if not len(starts):
             self._runs.append(both)
@@ -83,7 +93,7 @@ class Counter:
             pl.DataFrame(
                 {
                     "key": keys.gather(starts),
-                    "count": np.add.reduceat(both["count"].to_numpy(), starts),
+                    "count": np.add.reduceat(counts, starts, dtype=counts.dtype),
                     "first": np.minimum.reduceat(both["first"].to_numpy(), starts),
                 }
             )

@@ -34,6 +34,10 @@ class QATConfig:
             value = getattr(self, name)
             if value is not None and value not in BITS:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, BITS))}")
+        if self.bias_bits != 32 and self.effective_mlp_bits == 32:
+            raise ValueError(
+                f"bias_bits is {self.bias_bits}, but the MLP is not quantized, and a bias has no scale but its weight's"
+            )
         if not isinstance(self.scale_period, int) or self.scale_period < 1:
             raise ValueError(
                 f"scale_period is {self.scale_period!r}, expected a whole number of training steps, 1 or more"

@@ -22,8 +22,8 @@ def prepare_qat(
     A module keeps its identity, name, parameters, hooks and device; only its class changes. An optimizer built before
     still holds the right parameters, tied weights stay tied, and a state dict of the unprepared model still loads.
     Subclasses of those layers are left alone, since their own forward would be lost; so is what is prepared already.
-    A parent that reads `child.weight` instead of calling the child (the fused path of `nn.TransformerEncoderLayer` in
-    evaluation) goes around the quantization.
+    A parent that reads `child.weight` instead of calling the child goes around the quantization. The one in torch that
+    does, `nn.TransformerEncoderLayer` in evaluation, has that path switched off.
 
     Args:
         model: any module; returned.
@@ -45,6 +45,9 @@ def prepare_qat(
                 refuse_unsupported(module)
             except ValueError as error:
                 raise ValueError(f"module '{name}': {error}") from None
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the flag by which it and nn.TransformerEncoder allow their fused path
     for _, module in chosen:
         module.__class__ = _SWAPS[type(module)]
         if isinstance(module, QuantLinear):

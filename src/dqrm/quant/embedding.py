@@ -187,8 +187,12 @@ class QuantEmbeddingBagCollection(TableScales):
                 f"got {ids.shape[1]} columns of ids and {len(bags)} of bags, expected {single} and {tables - single}"
             )
         self._check(ids, range(single))
-        rows = [(ids + self.row_offsets[:single]).view(-1)]
-        for number, (values, _) in enumerate(bags, start=single):
+        rows = [(ids + self.row_offsets[:single]).reshape(-1)]
+        for number, (values, offsets) in enumerate(bags, start=single):
+            if len(offsets) != len(ids):
+                raise ValueError(
+                    f"table {number} got {len(offsets)} offsets, expected one for each of {len(ids)} samples"
+                )
             self._check(values[:, None], range(number, number + 1))
             rows.append(values + self.row_offsets[number])
         found = F.embedding(torch.cat(rows) if bags else rows[0], self.weight, sparse=self.sparse)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqrm.quant.uniform import fake_quantize, scale_from_max
+from dqrm.quant.uniform import check_bits, fake_quantize, scale_from_max
 
 
 class QuantLinear(nn.Linear):
@@ -44,8 +44,8 @@ class QuantLinear(nn.Linear):
     def _init_quantization(self, bits: int, granularity: str, bias_bits: int, activation_bits: int) -> None:
         if granularity not in ("channel", "tensor"):
             raise ValueError(f"granularity is {granularity!r}, expected 'channel' or 'tensor'")
-        for width in (bits, bias_bits, activation_bits):
-            fake_quantize(torch.zeros(1), torch.ones(1), width)  # refuses an impossible number of bits
+        for name, width in (("bits", bits), ("bias_bits", bias_bits), ("activation_bits", activation_bits)):
+            check_bits(name, width)
         if bias_bits != 32 and bits == 32:
             raise ValueError(
                 f"bias_bits is {bias_bits}, but a bias has a scale only where the weight has one (bits is 32)"
@@ -61,10 +61,10 @@ class QuantLinear(nn.Linear):
 
     def weight_scale(self) -> Tensor:
         """Scale of the weight: float32 [out_features], or [1] per tensor."""
-        magnitude = self.weight.detach().abs()
-        return scale_from_max(
-            magnitude.amax(1) if self.granularity == "channel" else magnitude.amax().view(1), self.bits
-        )
+        magnitude, by_channel = self.weight.detach().abs(), self.granularity == "channel"
+        if magnitude.numel() == 0:  # no inputs or no outputs: nothing to take a maximum of
+            return scale_from_max(magnitude.new_zeros(self.out_features if by_channel else 1), self.bits)
+        return scale_from_max(magnitude.amax(1) if by_channel else magnitude.amax().view(1), self.bits)
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -85,6 +85,13 @@ class QuantLinear(nn.Linear):
         # Before any training step there is no range yet: take this batch's.
         used = torch.where(self.activation_max > 0, self.activation_max, largest)
         return fake_quantize(x, scale_from_max(used, self.activation_bits), self.activation_bits)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        missing = rest[2]  # (local_metadata, strict, missing_keys, ...)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "activation_max" in missing:  # an unquantized model's weights: the range starts anew
+            missing.remove(prefix + "activation_max")
+            self.activation_max.zero_()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, granularity={self.granularity}"

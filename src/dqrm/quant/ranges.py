@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqrm.quant.uniform import scale_from_max
+from dqrm.quant.uniform import check_bits, scale_from_max
 
 
 def max_abs(weight: Tensor) -> Tensor:
     """max|weight| as a float32 scalar tensor, in one pass and without a copy of `weight`."""
+    if weight.numel() == 0:
+        return torch.zeros((), device=weight.device)
     low, high = torch.aminmax(weight)
     return torch.maximum(-low, high).float()
 
@@ -32,10 +34,9 @@ class TableScales(nn.Module):
     scale: Tensor
 
     def _init_scales(self, tables: int, bits: int, scale_period: int) -> None:
-        if scale_period < 1:
-            raise ValueError(f"scale_period is {scale_period}, expected 1 or more training steps")
-        if bits != 32:
-            scale_from_max(torch.zeros(1), bits)  # refuses an impossible number of bits here, not in the first forward
+        if not isinstance(scale_period, int) or scale_period < 1:
+            raise ValueError(f"scale_period is {scale_period!r}, expected a whole number of training steps, 1 or more")
+        check_bits("bits", bits)
         self.bits, self.scale_period = bits, scale_period
         self.register_buffer("scale", torch.zeros(tables, dtype=torch.float32, device=self.weight.device))
         self.scale_ticks = 0
@@ -58,26 +59,25 @@ class TableScales(nn.Module):
             self.scale_ticks += 1
         return self.scale
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves the scale with the module, but never casts it: in FP16 the scale of small weights would be 0."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale_ticks"] = torch.tensor(self.scale_ticks, dtype=torch.int64)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        missing = rest[2]  # (local_metadata, strict, missing_keys, ...)
         ticks = state_dict.pop(prefix + "scale_ticks", None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if prefix + "scale" in missing_keys:
-            missing_keys.remove(prefix + "scale")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "scale" in missing:
+            missing.remove(prefix + "scale")
+            if prefix + "weight" in missing:  # a partial state dict that is not about this module
+                return
             self.scale.zero_()
         self.scale_ticks = 0 if ticks is None else int(ticks)
         self._scale_known = bool((self.scale > 0).all())

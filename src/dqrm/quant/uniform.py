@@ -29,6 +29,12 @@ def code_limits(bits: int) -> tuple[int, int]:
     return -n - 1, n
 
 
+def check_bits(name: str, bits: int) -> None:
+    """Raise ValueError, naming the argument, unless `bits` is 2, 4, 8, 16 or 32 (not quantized)."""
+    if bits not in BITS:
+        raise ValueError(f"{name} is {bits!r}, expected one of {', '.join(map(str, BITS))}")
+
+
 def scale_from_max(max_abs: Tensor, bits: int) -> Tensor:
     """The scale of weights whose largest magnitude is `max_abs`: float32, same shape. NaN stays NaN."""
     return max_abs.float().clamp(min=SMALLEST_MAXIMUM) / code_limits(bits)[1]

@@ -1,0 +1,17 @@
+"""Reading ahead: the next item is made in a thread while the last one is used."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each one made while its predecessor is used; at most one more is in memory."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting = thread.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
