@@ -44,7 +44,9 @@ def test_dictionary_round_trip():
 def test_file_then_flags(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(
-        "model:\n  embedding_dim: 8\n  bottom_mlp: [32, 8]\nquantization:\n  table_bits: 8\noptimizer:\n  learning_rate: 1e-3\n"
+        "model: {embedding_dim: 8, bottom_mlp: [32, 8]}\n"
+        "quantization:\n  table_bits: 8\n"
+        "optimizer:\n  learning_rate: 1e-3\n"
     )
     config = Config.load(file, {"top_mlp": "16-1", "epochs": "3"})
     assert (config.model.embedding_dim, config.model.bottom_mlp, config.model.top_mlp) == (8, (32, 8), (16, 1))

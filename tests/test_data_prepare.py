@@ -570,7 +570,7 @@ def test_awkward_names(tmp_path):
 
 
 def test_describe_is_json(tmp_path):
-    dataset = prepare([write(tmp_path / "log.txt", criteo_lines(50))], tmp_path / "out", KAGGLE)
+    dataset = prepare(write(tmp_path / "log.txt", criteo_lines(50)), str(tmp_path / "out"), KAGGLE)
     shown = json.loads(json.dumps(Dataset(tmp_path / "out").describe()))
     assert shown["rows"] == dataset.rows
     assert shown["table_rows"] == sum(dataset.table_rows)

@@ -1,5 +1,5 @@
-"""What we tell people to type, run on a few generated rows: the commands and the Python of the README, and the commands in
-the header of every shipped configuration."""
+"""What we tell people to type, run on a few generated rows: the commands and the Python of the README, and the
+commands in the header of every shipped configuration."""
 
 import re
 import shlex

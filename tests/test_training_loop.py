@@ -16,7 +16,8 @@ from dqrm.config import OptimizerConfig
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
-from dqrm.training.loop import evaluate, resume, train
+from dqrm.training.evaluation import evaluate
+from dqrm.training.loop import resume, train
 from dqrm.training.run import Run
 
 
@@ -161,8 +162,8 @@ def wait_for_checkpoint(run, process, number):
 def test_sigkill_of_the_process_itself(generated, tmp_path):
     config = tiny(checkpoint_every=1, epochs=3, threads=1)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in
-             {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 3, "batch_size": 64,
-              "device": "cpu", "checkpoint_every": 1, "threads": 1}.items()]  # fmt: skip
+             {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 3,
+              "batch_size": 64, "device": "cpu", "checkpoint_every": 1, "threads": 1}.items()]  # fmt: skip
     train(generated, tmp_path / "whole", config)
     run = tmp_path / "killed"
     arguments = ["train", generated.path, "-o", run, *flags]

@@ -22,7 +22,7 @@ _HOMES = {
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
     "UserError": "dqrm.errors",
-    "evaluate": "dqrm.training.loop",
+    "evaluate": "dqrm.training.evaluation",
     "prepare": "dqrm.data.prepare",
     "prepare_qat": "dqrm.quant.convert",
     "resume": "dqrm.training.loop",

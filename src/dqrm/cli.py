@@ -125,8 +125,8 @@ def evaluate(run: str, data: str, split: str, checkpoint: str, batch_size: int, 
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics
-    from dqrm.training.loop import evaluate as measure
-    from dqrm.training.loop import resolve_device
+    from dqrm.training.environment import resolve_device
+    from dqrm.training.evaluation import evaluate as measure
     from dqrm.training.run import Run
 
     opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)

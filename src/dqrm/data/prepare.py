@@ -23,7 +23,7 @@ DEFAULTS = PrepareConfig()
 
 
 def prepare(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     output: str | Path,
     config: PrepareConfig = DEFAULTS,
     progress: Progress | None = None,
@@ -39,7 +39,7 @@ def prepare(
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
-    files, plan = resolve(sources), make_plan(config)
+    files, plan = resolve([sources] if isinstance(sources, (str, Path)) else sources), make_plan(config)
     ingest.check(files, plan)
     partial = output.with_name(output.name + ".partial")
     try:

@@ -103,15 +103,18 @@ def _by_file(config: PrepareConfig, sources: Sequence[Source], rows: int) -> Spl
 
 def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
     chosen = dict.fromkeys(config.validation_values, VALIDATION) | dict.fromkeys(config.test_values, TEST)
-    splits, at, seen = np.zeros(rows, np.uint8), 0, set()
+    splits, at = np.zeros(rows, np.uint8), 0
+    seen: set[str] = set()
+    some: list[str] = []
     for keys, codes, _ in staged.codes(len(staged.columns) - 1):
         of_key = np.array([chosen.get(key, TRAIN) for key in keys], np.uint8)
         splits[at : at + len(codes)] = of_key[codes]
         at += len(codes)
-        seen |= set(keys)
+        seen |= chosen.keys() & set(keys)
+        some = some or keys.head(20).to_list()
     for value in chosen:
         if value not in seen:
-            known = did_you_mean(value, sorted(seen)[:20])
+            known = did_you_mean(value, some)
             raise UserError(f"split by column {config.split_column}: no row holds '{value}'{known}")
     return splits
 

@@ -42,7 +42,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
         config: what to train; its quantization is replaced by each variant's.
 
     Returns:
-        {'data', 'ceiling': AUC of the known model per split, 'variants': {name: epochs, test, ...}, 'seconds'}.
+        {'data', 'ceiling': AUC of the known model per split, 'variants': {name: summary and evaluations}, 'seconds'}.
 
     Raises:
         UserError: the folder holds something that is no demo.
@@ -65,7 +65,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
             progress.log(f"Training DLRM in {name}")
             run = folder / name.lower()
             summary = train(dataset, run, replace(config, quantization=quantization), progress, progress.log)
-            variants[name] = {"epochs": _epochs(run), **summary}
+            variants[name] = {**summary, "evaluations": _evaluations(run)}
     result = {
         "data": "generated",
         "rows": dataset.rows,
@@ -82,7 +82,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
     return result
 
 
-def _epochs(run: Path) -> list[dict[str, Any]]:
+def _evaluations(run: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line["kind"] == "evaluation"]
 
@@ -110,7 +110,7 @@ def _show(result: dict[str, Any], dataset: Dataset) -> None:
             *(figure(line[metric]) for metric in _METRICS),
         ]
         for name, variant in result["variants"].items()
-        for line in variant["epochs"]
+        for line in variant["evaluations"]
     ]
     results.print(
         "\nThese figures are of GENERATED data: they show that the program works, not how well on your clicks."

@@ -9,11 +9,8 @@ their clock, optimizer state, random state and the position in the data.
 
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dqrm.config import Config, TrainingConfig
+from dqrm.config import Config
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.errors import UserError
-from dqrm.models.dlrm import DLRM
 from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
     checkpoint_path,
@@ -35,11 +31,11 @@ from dqrm.training.checkpoints import (
     save_checkpoint,
     write_json,
 )
-from dqrm.training.metrics import click_metrics
+from dqrm.training.environment import Progress, check_environment, resolve_device, stop_signals
+from dqrm.training.evaluation import evaluate
 from dqrm.training.optimizers import build_optimizers, learning_rate
 from dqrm.training.run import Run, versions
 
-Progress = Callable[[str, int, int | None], None]
 Log = Callable[[str], None]
 
 
@@ -90,7 +86,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = config or Config()
-    _check_environment(config.training)
+    check_environment(config.training)
     dataset.validate(*dataset.rows)
     if not dataset.rows["train"]:
         raise UserError(f"{dataset.path} has no training rows: nothing to train on")
@@ -116,36 +112,9 @@ def resume(
     run.require_same_data(dataset)
     if (done := run.summary) is not None:
         return done
-    _check_environment(run.config.training)
+    check_environment(run.config.training)
     dataset.validate(*dataset.rows)
     return Trainer(run, dataset, progress, log).fit()
-
-
-def predict_logits(
-    model: DLRM, dataset: Dataset, split: str, batch_size: int, progress: Progress | None = None
-) -> np.ndarray:
-    """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards."""
-    part, device, training = dataset.split(split), model.tables.weight.device, model.training
-    logits, done = np.empty(part.rows, np.float32), 0
-    model.eval()
-    with torch.inference_mode():
-        for batch in part.batches(batch_size):
-            moved = batch.to(device)
-            logits[done : done + len(batch)] = model(moved.dense, moved.ids, moved.bags).cpu().numpy()
-            done += len(batch)
-            if progress:
-                progress(f"evaluating {split}", done, part.rows)
-    model.train(training)
-    return logits
-
-
-def evaluate(
-    model: DLRM, dataset: Dataset, split: str, batch_size: int = 8192, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Metrics of `model` on a split: see `metrics.click_metrics`."""
-    return click_metrics(
-        np.asarray(dataset.split(split).labels()), predict_logits(model, dataset, split, batch_size, progress)
-    )
 
 
 class Trainer:
@@ -180,7 +149,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the summary."""
         try:
-            with _stop_signals() as stopped:
+            with stop_signals() as stopped:
                 for _ in self._steps():
                     if stopped.is_set():
                         self._save()
@@ -364,55 +333,7 @@ class Trainer:
         return summary
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a configuration's `device`.
-
-    Raises:
-        UserError: CUDA was asked for and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu' or 'auto'"
-        )
-    return device
-
-
-def _check_environment(options: TrainingConfig) -> None:
-    resolve_device(options.device)
-    if options.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "tensorboard is true but not installed; `pip install 'dqrm[tensorboard]'` adds it"
-            ) from None
-
-
 def _tensorboard(path: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(path / "tensorboard"))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C or SIGTERM sets the event instead of ending the process; the second ends it."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.set()
-        for restored, handler in previous.items():
-            signal.signal(restored, handler)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

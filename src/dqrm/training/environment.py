@@ -1,0 +1,62 @@
+"""What a run needs of the machine: its device, its optional packages, and signals that stop it cleanly."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dqrm.config import TrainingConfig
+from dqrm.errors import UserError
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a configuration's `device`.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu' or 'auto'"
+        )
+    return device
+
+
+def check_environment(options: TrainingConfig) -> None:
+    resolve_device(options.device)
+    if options.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "tensorboard is true but not installed; `pip install 'dqrm[tensorboard]'` adds it"
+            ) from None
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C or SIGTERM sets the event instead of ending the process; the second ends it."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        for restored, handler in previous.items():
+            signal.signal(restored, handler)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""The studies on small data: they measure what they say they measure."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from sklearn.metrics import roc_auc_score
+
+from conftest import tiny
+from dqrm.data.dataset import Dataset
+from dqrm.data.synthetic_config import GenerateConfig
+from dqrm.errors import UserError
+from dqrm.studies import demo
+from dqrm.studies.seeds import main as seeds
+
+
+def test_the_demo(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    result = demo.run_demo(folder, log=GenerateConfig(rows=1500), config=tiny(epochs=3))
+    shown = capsys.readouterr().out
+    assert "GENERATED" in shown
+    assert "ceiling" in shown
+    assert shown.count("FP32") == shown.count("INT4") == 4  # three epochs and the test line
+    for name, bits in (("FP32", 32), ("INT4", 4)):
+        variant = result["variants"][name]
+        assert [line["epoch"] for line in variant["evaluations"]] == [1, 2, 3]
+        assert variant["config"]["quantization"]["bits"] == bits
+        assert f"{variant['test']['auc']:.4f}" in shown
+    assert result["variants"]["INT4"]["stored_bytes"]["total"] < result["variants"]["FP32"]["stored_bytes"]["total"] / 6
+    assert json.loads((folder / "demo.json").read_text()) == result
+    # The ceiling belongs to the rows of the split: the truth file is in the order of the log.
+    dataset, truth = Dataset(folder / "data"), np.load(folder / "log.truth.npy")
+    train, test = dataset.rows["train"], dataset.rows["test"]
+    lines = (folder / "log.txt").read_text().splitlines()
+    labels = np.array([int(line.split("\t")[0]) for line in lines])
+    assert labels[train : train + test].tolist() == dataset.split("test").labels().tolist()
+    assert result["ceiling"]["test"] == roc_auc_score(labels[train : train + test], truth[train : train + test])
+    # A second demo replaces the first.
+    capsys.readouterr()
+    again = demo.run_demo(folder, True, log=GenerateConfig(rows=1500), config=tiny(epochs=3))
+    assert json.loads(capsys.readouterr().out) == again
+    assert again["variants"]["INT4"]["test"] == result["variants"]["INT4"]["test"]
+
+
+def test_the_demo_does_not_write_over_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds no demo"):
+        demo.run_demo(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_demo_trains_the_same_model_but_for_the_bits():
+    fp32, int4 = (replace(demo.CONFIG, quantization=bits) for bits in demo.VARIANTS.values())
+    assert replace(fp32, quantization=int4.quantization) == int4
+    assert (fp32.quantization.bits, int4.quantization.bits) == (32, 4)
+
+
+def test_seeds(generated, tmp_path):
+    import yaml
+
+    for bits in (32, 4):
+        (tmp_path / f"b{bits}.yaml").write_text(yaml.safe_dump(tiny(bits, epochs=1).to_dict()))
+    arguments = [str(generated.path), *(str(tmp_path / f"b{bits}.yaml") for bits in (32, 4)), "--seeds=1,2", "--json"]
+    first = CliRunner().invoke(seeds, [*arguments, "-o", str(tmp_path / "runs")])
+    assert first.exit_code == 0, first.output
+    result = json.loads(first.stdout)
+    assert result.keys() == {"b32", "b4"}
+    values = [
+        json.loads((tmp_path / "runs" / f"b4-{seed}" / "summary.json").read_text())["test"]["auc"] for seed in (1, 2)
+    ]
+    assert result["b4"]["test"]["auc"]["values"] == values
+    assert result["b4"]["test"]["auc"]["mean"] == pytest.approx(np.mean(values))
+    assert result["b4"]["test"]["auc"]["stdev"] == pytest.approx(np.std(values, ddof=1))
+    again = CliRunner().invoke(
+        seeds, [*arguments, "-o", str(tmp_path / "runs")]
+    )  # finished runs are read, not repeated
+    assert json.loads(again.stdout) == result
