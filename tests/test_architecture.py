@@ -8,11 +8,11 @@ import pytest
 import dqrm
 
 SOURCE = Path(dqrm.__file__).parent
-BASE = {"errors", "options", "config", "__init__"}
+BASE = {"errors", "options", "config", "files", "__init__"}
 # What each part may import of the others.
 ALLOWED = {
     "quant": set(),
-    "data": {"errors", "options", "__init__"},
+    "data": {"errors", "options", "files", "__init__"},
     "models": {"quant", "config", "errors"},
     "training": {"models", "quant", "data"} | BASE,
     "studies": {"training", "models", "quant", "data", "console"} | BASE,

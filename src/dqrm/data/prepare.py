@@ -17,6 +17,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.sources import Source, resolve
 from dqrm.data.staging import Staging
 from dqrm.errors import UserError
+from dqrm.files import flush, write_json
 
 Progress = Callable[[str, int, int | None], None]
 DEFAULTS = PrepareConfig()
@@ -51,7 +52,7 @@ def prepare(
     try:
         _fill(partial, files, plan, tell)
         os.replace(partial, output)
-        _sync(output.parent)
+        flush(output.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
@@ -99,11 +100,8 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
         staged.close()
     shutil.rmtree(work)
     info = _info(plan, files, columns, writers, dropped)
-    with (path / folder.INFO).open("w", encoding="utf-8") as written:
-        json.dump(info, written, indent=1, ensure_ascii=False)
-        written.flush()
-        os.fsync(written.fileno())
-    _sync(path)
+    write_json(path / folder.INFO, info)
+    flush(path)
 
 
 def _info(
@@ -171,12 +169,3 @@ def _version() -> str:
         return importlib.metadata.version("dqrm")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _sync(path: Path) -> None:
-    """Makes a folder's entries last."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,8 +16,8 @@ from dqrm.quant.ranges import TableScales
 from dqrm.quant.uniform import fake_quantize
 
 
-def refuse_unsupported(module: nn.Embedding | nn.EmbeddingBag) -> None:
-    """Raise ValueError if `module` uses an option that a quantized table cannot have."""
+def refuse_unsupported(module: Any) -> None:
+    """Raise ValueError if an `nn.Embedding` or `nn.EmbeddingBag` uses an option that a quantized table cannot have."""
     if module.max_norm is not None:
         raise ValueError(f"max_norm is {module.max_norm}: a quantized table cannot be renormalized at lookup; use None")
     if module.scale_grad_by_freq:
@@ -26,7 +26,22 @@ def refuse_unsupported(module: nn.Embedding | nn.EmbeddingBag) -> None:
         raise ValueError("mode is 'max', expected 'sum' or 'mean'")
 
 
-class QuantEmbedding(TableScales, nn.Embedding):
+class _OneTable(TableScales):
+    """What `QuantEmbedding` and `QuantEmbeddingBag` share: bits and scale of the one table in `weight`."""
+
+    def __init__(self, *args: Any, bits: int = 4, scale_period: int = 200, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quantization(bits, scale_period)
+
+    def _init_quantization(self, bits: int, scale_period: int) -> None:
+        refuse_unsupported(self)
+        self._init_scales(1, bits, scale_period)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}, scale_period={self.scale_period}"
+
+
+class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
@@ -37,25 +52,14 @@ class QuantEmbedding(TableScales, nn.Embedding):
         ValueError: max_norm or scale_grad_by_freq is asked for, or another number of bits.
     """
 
-    def __init__(self, *args: Any, bits: int = 4, scale_period: int = 200, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quantization(bits, scale_period)
-
-    def _init_quantization(self, bits: int, scale_period: int) -> None:
-        refuse_unsupported(self)
-        self._init_scales(1, bits, scale_period)
-
     def forward(self, input: Tensor) -> Tensor:
         # Flat, since torch 2.13 fails in the sparse gradient of a single id (0 dimensions) with padding.
         rows = F.embedding(input.reshape(-1), self.weight, self.padding_idx, sparse=self.sparse)
         rows = rows.view(*input.shape, self.embedding_dim)
         return rows if self.bits == 32 else fake_quantize(rows, self._tick(), self.bits)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, scale_period={self.scale_period}"
 
-
-class QuantEmbeddingBag(TableScales, nn.EmbeddingBag):
+class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
@@ -65,14 +69,6 @@ class QuantEmbeddingBag(TableScales, nn.EmbeddingBag):
     Raises:
         ValueError: mode 'max', max_norm or scale_grad_by_freq is asked for, or another number of bits.
     """
-
-    def __init__(self, *args: Any, bits: int = 4, scale_period: int = 200, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quantization(bits, scale_period)
-
-    def _init_quantization(self, bits: int, scale_period: int) -> None:
-        refuse_unsupported(self)
-        self._init_scales(1, bits, scale_period)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if self.bits == 32:
@@ -96,9 +92,6 @@ class QuantEmbeddingBag(TableScales, nn.EmbeddingBag):
             include_last_offset=self.include_last_offset,
             padding_idx=padding,
         )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, scale_period={self.scale_period}"
 
 
 class QuantEmbeddingBagCollection(TableScales):

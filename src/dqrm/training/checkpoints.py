@@ -4,7 +4,6 @@ A folder is written under another name, flushed to disk and renamed, so one that
 the newest, from which a run resumes, and the best on validation.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,41 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dqrm.errors import UserError
+from dqrm.files import flush, read_json, write_json
 
 _PREFIX, _PARTIAL = "step-", ".partial"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` beside `path` and rename: a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(path.name + _PARTIAL)
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: no such file, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is not JSON: damaged, or not written by dqrm") from None
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -82,9 +49,9 @@ def save_checkpoint(
     save_file(_optimizer_tensors(optimizers) | _random_state(), partial / "optimizer.safetensors")
     write_json(partial / "state.json", state)
     for path in (*partial.iterdir(), partial):
-        _flush(path)
+        flush(path)
     os.rename(partial, final)
-    _flush(folder)
+    flush(folder)
     names = {checkpoint_path(folder, kept).name for kept in (*keep, step)}
     for path in folder.glob(f"{_PREFIX}*"):
         if path.name not in names:

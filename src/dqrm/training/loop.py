@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from dqrm.config import Config
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.errors import UserError
+from dqrm.files import write_json
 from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
     checkpoint_path,
@@ -29,7 +30,6 @@ from dqrm.training.checkpoints import (
     load_state,
     load_weights,
     save_checkpoint,
-    write_json,
 )
 from dqrm.training.environment import Progress, check_environment, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate

@@ -15,8 +15,9 @@ from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
+from dqrm.files import read_json, write_json
 from dqrm.models.dlrm import DLRM
-from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights, read_json, write_json
+from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights
 
 FORMAT_VERSION = 1
 

@@ -1,0 +1,42 @@
+"""Files that are whole or not there: written beside, flushed to disk, renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dqrm.errors import UserError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` beside `path` and rename: a reader sees the old file or the new one, never half of one."""
+    beside = path.with_name(path.name + ".partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON: damaged, or not written by dqrm") from None
+
+
+def flush(path: Path) -> None:
+    """Make a file, or the entries of a folder, last over a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
