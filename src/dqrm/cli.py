@@ -162,9 +162,15 @@ def info(path: str, as_json: bool) -> None:
 @_json
 def demo(output: str, as_json: bool) -> None:
     """Generate a click log, train the same DLRM in FP32 and in INT4, and compare them."""
+    from dqrm.console import messages
     from dqrm.studies.demo import run_demo
+    from dqrm.training.loop import Interrupted
 
-    run_demo(Path(output), as_json)
+    try:
+        run_demo(Path(output), as_json)
+    except Interrupted:
+        messages.print("Stopped; the next `dqrm demo` starts again.")
+        sys.exit(130)
 
 
 def main() -> None:
