@@ -115,7 +115,7 @@ def test_what_the_user_got_wrong_is_one_sentence(capsys, generated, bags_data, t
         ("train", "--resume", tmp_path / "no"): "does not exist",
         ("eval", out, bags_data.path): "is other data than",
         ("eval", out, data, "--split", "tset"): "did you mean 'test'",
-        ("eval", data, data): "not a run folder",
+        ("eval", data, data): "expected a run folder",
         ("info", tmp_path / "no"): "does not exist",
         ("info", tmp_path): "is neither a dataset folder nor a run folder",
         ("prepare", "no.txt", "-o", tmp_path / "x"): "no.txt",

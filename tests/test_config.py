@@ -83,6 +83,13 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
         ("optimizer:\n  learning_rate: .nan\n", "learning_rate is nan"),
         ("optimizer:\n  plateau_factor: 0\n", "plateau_factor is 0.0"),
         ("optimizer:\n  warmup_steps: 10\n  decay_steps: 5\n", "before the end of the warm-up"),
+        ("optimizer:\n  learning_rate: .inf\n", "learning_rate is inf"),
+        ("training:\n  checkpoint_minutes: .inf\n", "checkpoint_minutes is inf"),
+        ("training:\n  seed: 18446744073709551616\n", "expected below 2^63"),
+        ("training:\n  threads: 100000\n", "threads is 100000, expected 1024 or fewer"),
+        ("training:\n  learning_rate: 1\n", "'learning_rate' is a field of section 'optimizer', not of 'training'"),
+        ("epochs: 5\n", "'epochs' is a field of section 'training' and belongs below it"),
+        ("quantization:\n  bits: 32\n  bias_bits: 8\n", "bias_bits is 8, but the MLP is not quantized"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_quoted(tmp_path, text, message):
@@ -91,6 +98,7 @@ def test_what_is_wrong_is_quoted(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         Config.load(file)
     assert message in str(error.value)
+    assert "c.yaml" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -112,12 +120,29 @@ def test_a_missing_file_and_an_unknown_override():
         ("8", int | None, 8),
         ("on", bool, True),
         ("2", float, 2.0),
+        ("9223372036854775807", int, 9223372036854775807),
+        (9223372036854775807, int, 9223372036854775807),
     ],
 )
 def test_coerce(value, kind, expected):
     got = coerce("field", value, kind)
     assert got == expected
     assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(optimizer="adam"), "optimizer: got 'adam', expected one of sgd"),
+        (lambda: TrainingConfig(shuffle="foo"), "shuffle: got 'foo'"),
+        (lambda: TrainingConfig(epochs=1.5), "epochs: got 1.5, expected a whole number"),
+        (lambda: ModelConfig(embedding_dim="wide"), "embedding_dim: got 'wide'"),
+    ],
+)
+def test_python_is_refused_as_yaml_is(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    assert ModelConfig(top_mlp=[8, 1]).top_mlp == (8, 1)
 
 
 def test_a_section_default_is_a_fresh_valid_object():

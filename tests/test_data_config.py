@@ -42,6 +42,13 @@ from dqrm.options import field_help, field_types
         ({"chunk_rows": 0}, "chunk_rows is 0"),
         ({"delimiter": ",,"}, "delimiter is ',,'"),
         ({"multi_separator": ""}, "multi_separator is empty"),
+        ({"layout": "foo"}, "layout is 'foo', should be one of criteo-kaggle, criteo-terabyte, table"),
+        ({"split": "foo"}, "split is 'foo', should be one of time, file, column, random"),
+        ({"vocabulary": None}, "vocabulary is None, should be one of train, all"),
+        ({"on_error": "go"}, "on_error is 'go', should be one of stop, skip"),
+        ({"dense_transform": "log"}, "dense_transform is 'log', should be one of log1p, none"),
+        ({"categorical": "user"}, "categorical is 'user', should be a tuple of names"),
+        ({"test_values": (1,)}, "test_values is \\(1,\\), should be a tuple of names"),
     ],
 )
 def test_impossible_configurations(fields, reason):

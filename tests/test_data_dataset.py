@@ -156,6 +156,17 @@ def test_another_format_version(copy):
         Dataset(copy)
 
 
+@pytest.mark.parametrize("key", ["schema", "rows", "clicks", "values", "fingerprint", "split"])
+def test_a_description_that_lacks_something(copy, key):
+    info = json.loads((copy / "dataset.json").read_text())
+    for spoilt in ({k: v for k, v in info.items() if k != key}, {**info, key: None}):
+        if spoilt.get(key, 0) is None and key in ("fingerprint", "split"):
+            continue
+        (copy / "dataset.json").write_text(json.dumps(spoilt))
+        with pytest.raises(UserError, match=r"is damaged: its dataset\.json .*; prepare the data again"):
+            Dataset(copy)
+
+
 def test_missing_and_wrongly_sized_files(copy):
     ids = copy / "train" / "ids.i32"
     data = ids.read_bytes()

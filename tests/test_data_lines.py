@@ -117,7 +117,14 @@ def test_header_names_the_columns():
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [(b"", "is empty"), (b"\n1,2\n", "is empty"), (b"a,\xff\n", "0xff"), (b'a,b"c\n', "a quote")]
+    ("text", "reason"),
+    [
+        (b"", "is empty"),
+        (b"\n1,2\n", "is empty"),
+        (b"a,\xff\n", "0xff"),
+        (b'a,b"c\n', "a quote"),
+        (b"a,b\r1,2\r", "log.csv, line 1: a carriage return"),
+    ],
 )
 def test_header_that_cannot_be_read(text, reason):
     with pytest.raises(UserError, match=reason):

@@ -9,8 +9,12 @@ import math
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import zlib
 from collections import Counter
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ import zstandard
 from dqrm.data import lines, splits
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
 from dqrm.data.dataset import Dataset
-from dqrm.data.prepare import prepare
+from dqrm.data.prepare import MARKER, prepare
 from dqrm.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -507,6 +511,15 @@ def test_parquet_mistakes(tmp_path):
     assert "row 1: column d holds inf" in attempt({"label": [0, 1], "d": [math.inf, 1]}, dense=("d",))
     assert "expected lists or text" in attempt({"label": [0], "c": [1]}, categorical=("c",), multi=("c",))
     assert "use layout table" in attempt({"label": [0]}, layout="criteo-kaggle")
+    assert "name it in multi too" in attempt(lists, categorical=("c",))
+    by_column = {"split": "column", "split_column": "c", "test_values": ("a",)}
+    for more in ({"categorical": ("x",)}, {"categorical": ("x", "c")}):
+        said = attempt({**lists, "x": ["a", "b"]}, **by_column, **more)
+        assert "split_column c of" in said and "holds lists, expected one number or text per row" in said
+    for odd in (timedelta(seconds=1), b"\xff", {"a": 1}, [timedelta(seconds=1)]):
+        multi = ("c",) if isinstance(odd, list) else ()
+        said = attempt({"label": [0], "c": [odd]}, categorical=("c",), multi=multi)
+        assert "column c of" in said and "expected numbers or text" in said
     path.write_bytes(b"PAR1" + b"x" * 100)
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         prepare([path], tmp_path / "out", PrepareConfig(categorical=("c",)))
@@ -538,8 +551,91 @@ def test_outputs_and_sources_that_cannot_be(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "dataset.json").write_text("{}")
+    (tmp_path / "out.partial" / MARKER).touch()
     assert sum(prepare([path], tmp_path / "out", KAGGLE).rows.values()) == 20
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_brackets_in_names_are_no_pattern(tmp_path):
+    config = PrepareConfig(categorical=("c",))
+    for name, rows in (("a[1].parquet", 20), ("a1.parquet", 30)):
+        days = [date(2020, 1, 1 + n) for n in range(rows)]
+        pl.DataFrame({"label": [1] * rows, "c": days}).write_parquet(tmp_path / name)
+    dataset = prepare(tmp_path / "a[1].parquet", tmp_path / "[out]" / "[br]", config)
+    assert sum(dataset.rows.values()) == 20
+    assert os.listdir(dataset.path.parent) == ["[br]"]
+
+
+def test_a_folder_of_somebody_else_is_kept(tmp_path):
+    path = write(tmp_path / "log.txt", criteo_lines(20))
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("x")
+    with pytest.raises(UserError, match=r"out\.partial .* was not made by dqrm prepare; move it"):
+        prepare([path], tmp_path / "out", KAGGLE)
+    assert (tmp_path / "out.partial" / "mine").read_text() == "x"
+    (tmp_path / "link.partial").symlink_to(tmp_path / "out.partial")
+    with pytest.raises(UserError, match="was not made by dqrm prepare"):
+        prepare([path], tmp_path / "link", KAGGLE)
+
+
+def test_two_runs_into_one_output(tmp_path):
+    path = write(tmp_path / "log.txt", criteo_lines(20))
+    refused = []
+
+    def meanwhile(what, done, total):
+        if not refused:
+            with pytest.raises(UserError, match="another dqrm prepare is writing to") as caught:
+                prepare([path], tmp_path / "out", KAGGLE)
+            refused.append(caught.value)
+
+    dataset = prepare([path], tmp_path / "out", KAGGLE, meanwhile)
+    dataset.validate()
+    assert refused and sorted(os.listdir(tmp_path)) == ["log.txt", "out"]
+    assert MARKER not in os.listdir(dataset.path)
+
+
+def test_a_killed_run_is_cleared(tmp_path):
+    path = write(tmp_path / "log.txt", criteo_lines(20))
+    code = (
+        "import os, signal; from dqrm.data.prepare import prepare; from dqrm.data.config import PrepareConfig;"
+        "prepare('log.txt', 'out', PrepareConfig(layout='criteo-kaggle'),"
+        "lambda what, *_: what == 'writing' and os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "out.partial" / "staging").is_dir()
+    assert sum(prepare([path], tmp_path / "out", KAGGLE).rows.values()) == 20
+    assert sorted(os.listdir(tmp_path)) == ["log.txt", "out"]
+
+
+def test_odd_outputs(tmp_path, monkeypatch):
+    path = write(tmp_path / "log.txt", criteo_lines(20))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder that this runs in"):
+        prepare([path], ".", KAGGLE)
+    with pytest.raises(UserError, match=r"log\.txt is a file, expected a folder"):
+        prepare([path], path / "below", KAGGLE)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="cannot write to"):
+        prepare([path], tmp_path / "loop", KAGGLE)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert sum(prepare([path], tmp_path / "link", KAGGLE).rows.values()) == 20
+    assert (tmp_path / "real" / "dataset.json").is_file()
+
+
+@pytest.mark.parametrize("limit", [200, 3_000])
+def test_a_full_disk_is_named(tmp_path, limit):
+    write(tmp_path / "log.txt", criteo_lines(200))
+    code = (
+        "import resource; from dqrm.data.prepare import prepare; from dqrm.data.config import PrepareConfig;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "prepare('log.txt', 'out', PrepareConfig(layout='criteo-kaggle', chunk_rows=10))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert "UserError: cannot write to" in last and not last.endswith("None")
+    assert os.listdir(tmp_path) == ["log.txt"]
 
 
 def test_an_interruption_leaves_nothing(tmp_path):

@@ -115,12 +115,14 @@ def train(
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True,
               help="The best on validation, or the last.")  # fmt: skip
-@click.option("--batch-size", default=8192, show_default=True, type=click.IntRange(1), help="Samples per step.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples per step; default: the run's eval_batch_size.")
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
 )
 @_json
-def evaluate(run: str, data: str, split: str, checkpoint: str, batch_size: int, device: str, as_json: bool) -> None:
+def evaluate(
+    run: str, data: str, split: str, checkpoint: str, batch_size: int | None, device: str, as_json: bool
+) -> None:
     """Evaluate the run RUN on a split of the dataset DATA."""
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
@@ -134,7 +136,8 @@ def evaluate(run: str, data: str, split: str, checkpoint: str, batch_size: int, 
     dataset.validate(split)
     model, _ = opened.load_model(checkpoint)
     with bars(quiet=as_json) as progress:
-        metrics = measure(model.to(where), dataset, split, batch_size, progress)
+        size = batch_size or opened.config.training.eval_batch_size
+        metrics = measure(model.to(where), dataset, split, size, progress)
     if as_json:
         print_json(metrics)
     else:

@@ -4,20 +4,22 @@ The same field names serve in Python, in YAML (under the section's name) and as 
 field is its help. Impossible values are refused when the dataclass is built. Importing this module imports no torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from dqrm.errors import UserError
-from dqrm.options import build, did_you_mean, field_types, read_yaml
+from dqrm.options import build, check_fields, did_you_mean, field_types, read_yaml
 from dqrm.quant.config import QATConfig
 
 
 def _at_least(config: Any, **lowest: float) -> None:
+    check_fields(config)
     for name, bound in lowest.items():
         value = getattr(config, name)
-        if not value >= bound:
+        if not (value >= bound and math.isfinite(value)):
             raise ValueError(f"{name} is {value}, expected {bound} or more")
 
 
@@ -78,9 +80,9 @@ class OptimizerConfig:
     decay_steps: int = 0
     """Steps over which the learning rate decays quadratically to (almost) 0; 0: no decay."""
     plateau_factor: float = 1.0
-    """Multiply the learning rate by this when validation AUC stops rising; 1: never."""
+    """Multiply the learning rate by this when the validation figure of --select-by gets no better; 1: never."""
     plateau_patience: int = 1
-    """Evaluations without a better validation AUC before the learning rate drops."""
+    """Evaluations without a better validation figure before the learning rate drops."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -135,6 +137,9 @@ class TrainingConfig:
             self, epochs=1, batch_size=1, max_steps=0, eval_every=0, eval_batch_size=1, early_stopping=0,
             checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
         )  # fmt: skip
+        if self.seed >= 2**63 or self.threads > 1024:
+            name, bound = ("seed", "below 2^63") if self.seed >= 2**63 else ("threads", "1024 or fewer")
+            raise ValueError(f"{name} is {getattr(self, name)}, expected {bound}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")
 
@@ -165,9 +170,12 @@ class Config:
         built = {}
         for section, values in sections.items():
             if section not in SECTIONS:
-                raise UserError(f"{where}: unknown section '{section}'{did_you_mean(str(section), SECTIONS)}")
+                raise UserError(f"{where}: {_unknown_section(section)}")
             if not isinstance(values, Mapping):
                 raise UserError(f"{where}: section '{section}' is {values!r}, expected 'name: value' lines below it")
+            for name in values:
+                if name not in field_types(SECTIONS[section]) and (home := _section_of(name)):
+                    raise UserError(f"{where}: '{name}' is a field of section '{home}', not of '{section}'")
             built[section] = build(SECTIONS[section], values, f"{where}, {section}")
         return cls(**built)
 
@@ -186,7 +194,7 @@ class Config:
             for name in ("table_bits", "mlp_bits"):
                 sections.get("quantization", {}).pop(name, None)
         for name, value in overrides.items():
-            section = next((s for s, kind in SECTIONS.items() if name in field_types(kind)), None)
+            section = _section_of(name)
             if section is None:
                 known = [n for kind in SECTIONS.values() for n in field_types(kind)]
                 raise UserError(f"unknown field '{name}'{did_you_mean(name, known)}")
@@ -202,8 +210,18 @@ def _sections_of(path: str | Path | None) -> dict[str, Any]:
         if section in SECTIONS and values is not None and not isinstance(values, Mapping):
             raise UserError(f"{path}: section '{section}' is {values!r}, expected 'name: value' lines below it")
         if section not in SECTIONS:
-            raise UserError(f"{path}: unknown section '{section}'{did_you_mean(str(section), SECTIONS)}")
+            raise UserError(f"{path}: {_unknown_section(section)}")
     return content
+
+
+def _section_of(field_name: str) -> str | None:
+    return next((section for section, kind in SECTIONS.items() if field_name in field_types(kind)), None)
+
+
+def _unknown_section(name: Any) -> str:
+    if home := _section_of(name):
+        return f"'{name}' is a field of section '{home}' and belongs below it"
+    return f"unknown section '{name}'{did_you_mean(str(name), SECTIONS)}"
 
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]

@@ -21,9 +21,9 @@ from rich.progress import (
 from rich.table import Table
 
 # Progress and messages go to standard error: standard output is for results, so that `--json` can be piped.
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 # A pipe has no width of its own; a table must not lose columns there.
-results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+results = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 class Bars:
@@ -55,7 +55,7 @@ class Bars:
 def bars(quiet: bool = False) -> Iterator[Bars]:
     """Progress bars on standard error while inside; nothing is drawn where it is no terminal."""
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

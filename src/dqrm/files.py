@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,30 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def exclusive(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock on the file `path` (made if need be) that the system lets go of even when the process is killed.
+
+    Raises:
+        UserError: `message`, where another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system: two processes at the same files stay the user's to avoid
+        yield
+        return
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        yield
+
+
+def require_keys(path: Path, content: Any, *keys: str) -> None:
+    """Raise UserError unless `content`, read from `path`, is a mapping with these keys."""
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{path} lacks '{missing[0]}': damaged, or not written by dqrm")

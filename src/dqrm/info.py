@@ -71,7 +71,7 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
     rows = [["validation", *(figure(best["metrics"][name], 5) for name in _METRICS)]]
     if summary["test"]:
         rows.append(["test", *(figure(summary["test"][name], 5) for name in _METRICS)])
-    print_table(f"{path}: step {best['step']}, chosen by {summary['selection']}", ["split", *_METRICS], rows)
+    print_table(f"{path}: step {best['step']}, {summary['selection']}", ["split", *_METRICS], rows)
     bits = [quantization[name] or quantization["bits"] for name in ("table_bits", "mlp_bits")]
     results.print(
         f"Tables {bits[0]} bits, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "

@@ -80,10 +80,9 @@ def coerce(name: str, value: Any, wanted: Any) -> Any:
         try:
             if isinstance(value, bool):
                 raise ValueError
-            number = wanted(value)
-            if wanted is int and float(value) != number:
+            if wanted is int and isinstance(value, float) and not value.is_integer():
                 raise ValueError
-            return number
+            return wanted(value)
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: got {value!r}, expected {'a whole' if wanted is int else 'a'} number") from None
     if wanted is str:
@@ -110,11 +109,23 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     for name in values:
         if name not in known:
             raise UserError(f"{where}: unknown field '{name}'{did_you_mean(str(name), known)}")
-    typed = {name: coerce(name, value, known[name]) for name, value in values.items()}
     try:
-        return cls(**typed)
-    except (TypeError, ValueError) as error:
+        return cls(**{name: coerce(name, value, known[name]) for name, value in values.items()})
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def check_fields(instance: Any) -> None:
+    """For `__post_init__`: bring each field of a dataclass to its declared type, as YAML and flags do.
+
+    Raises:
+        ValueError: a value that is not of its type.
+    """
+    for name, wanted in field_types(type(instance)).items():  # type: ignore[arg-type]
+        try:
+            object.__setattr__(instance, name, coerce(name, getattr(instance, name), wanted))
+        except UserError as error:
+            raise ValueError(str(error)) from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

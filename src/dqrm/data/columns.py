@@ -19,6 +19,8 @@ CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 # What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
 KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
+# Types of Parquet columns, besides numbers, that polars can write as text.
+_TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Date, pl.Datetime, pl.Time, pl.Null)
 _BOOLEANS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
 
 
@@ -207,14 +209,22 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
         kind = schema[name]
         multi = name in plan.config.multi
         if isinstance(kind, pl.List) and not multi:
-            raise UserError(f"column {name} of {where} holds lists; name it in multi too, or leave it out")
+            # Only a categorical column that nothing else uses can be a multi one.
+            used = [part for key in (*plan.keys, *((plan.split,) if plan.split else ())) for part in key.parts]
+            could = name in plan.config.categorical and used.count(name) == 1 and name != plan.config.label
+            hint = "; name it in multi too, or leave it out" if could else ", expected one number or text per row"
+            raise UserError(f"{_role(plan, name)} {name} of {where} holds lists{hint}")
         inner = kind.inner if isinstance(kind, pl.List) else kind
         if multi and not isinstance(kind, pl.List) and kind != pl.String:
             raise UserError(f"multi column {name} of {where} is of type {kind}, expected lists or text")
-        if not isinstance(inner, pl.DataType) or inner.is_nested() or inner in (pl.Binary, pl.Object):
-            raise UserError(f"column {name} of {where} is of type {kind}, expected numbers or text")
+        if not isinstance(inner, pl.DataType) or not (inner.is_numeric() or inner in _TEXTS):
+            raise UserError(f"{_role(plan, name)} {name} of {where} is of type {kind}, expected numbers or text")
         if name in plan.dense and not (kind.is_numeric() or kind in (pl.Boolean, pl.String, pl.Null)):
             raise UserError(f"dense column {name} of {where} is of type {kind}, expected numbers")
+
+
+def _role(plan: Plan, name: str) -> str:
+    return "split_column" if plan.split and name == plan.split.name else "column"
 
 
 def _text(column: pl.Expr) -> pl.Expr:

@@ -44,14 +44,12 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.info = _read_info(self.path)
-        schema = self.info["schema"]
-        self.dense: tuple[str, ...] = tuple(schema["dense"])
-        self.columns = tuple(Column(column["name"], column["rows"], column["multi"]) for column in schema["columns"])
-        self.table_rows = tuple(column.rows for column in self.columns)
-        self.num_single = sum(not column.multi for column in self.columns)
-        self.rows: dict[str, int] = {name: self.info["rows"][name] for name in folder.SPLITS}
-        self.fingerprint: str = self.info["fingerprint"]
-        self._check_files()
+        try:
+            self._take(self.info)
+            self._check_files()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used ({error})"
+            raise UserError(f"{self.path} is damaged: its {folder.INFO} {what}; prepare the data again") from None
 
     def split(self, name: str) -> Split:
         """One split, memory-mapped.
@@ -120,6 +118,18 @@ class Dataset:
                     rising = all((np.diff(piece) >= 0).all() for piece in _pieces(offsets, overlap=1))
                     if offsets[0] != 0 or offsets[-1] != values or not rising:
                         raise UserError(f"{where}: damaged offsets of column {column.name}; prepare the data again")
+
+    def _take(self, info: dict[str, Any]) -> None:
+        schema = info["schema"]
+        self.dense: tuple[str, ...] = tuple(schema["dense"])
+        self.columns = tuple(Column(column["name"], column["rows"], column["multi"]) for column in schema["columns"])
+        self.table_rows = tuple(column.rows for column in self.columns)
+        self.num_single = sum(not column.multi for column in self.columns)
+        self.rows: dict[str, int] = {name: info["rows"][name] for name in folder.SPLITS}
+        self.fingerprint: str = info["fingerprint"]
+        # Used later, so better missed now.
+        _ = [column["vocabulary"] for column in schema["columns"]], info["split"]
+        _ = [info["clicks"][name] for name in folder.SPLITS]
 
     def _check_files(self) -> None:
         for name in folder.SPLITS:

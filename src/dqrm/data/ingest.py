@@ -130,7 +130,8 @@ def _hash_again(source: Source) -> None:
 def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
     row = 1
     try:
-        scan = pl.scan_parquet(source.path).select(plan.needed)
+        # The name is a file's, whatever brackets are in it.
+        scan = pl.scan_parquet(source.path, glob=False).select(plan.needed)
         hash_file(source)
         for frame in scan.collect_batches(chunk_size=min(plan.config.chunk_rows, 1 << 17), maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height))
@@ -141,6 +142,6 @@ def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
 
 def _parquet_schema(source: Source) -> pl.Schema:
     try:
-        return pl.scan_parquet(source.path).collect_schema()
+        return pl.scan_parquet(source.path, glob=False).collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise UserError(f"{source.path} cannot be read as Parquet ({error})") from None

@@ -204,7 +204,13 @@ class TextReader:
         reader = csv.reader(
             [text], delimiter=self.separator.decode(), quoting=csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
         )
-        return next(reader)
+        try:
+            return next(reader)
+        except csv.Error as error:
+            reason = f"the names of the columns cannot be told ({error})"
+            if "\r" in text:
+                reason = "a carriage return inside the line, expected lines that end in LF or CR LF"
+            raise UserError(f"{self.where}, line 1: {reason}") from None
 
 
 def _is_text(block: bytes) -> bool:

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
@@ -19,6 +20,13 @@ from dqrm.data.staging import Staging
 from dqrm.errors import UserError
 from dqrm.files import flush, write_json
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one output are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+# Lies in a folder that is being written, locked while its process lives: what has it may be deleted.
+MARKER = ".dqrm-preparing"
 Progress = Callable[[str, int, int | None], None]
 DEFAULTS = PrepareConfig()
 
@@ -32,33 +40,98 @@ def prepare(
     """Writes the dataset folder `output` from logs.
 
     sources: files, or globs of them. progress: called with what is being done, how much of it is done, and of how much.
-    All is written to `<output>.partial` first, which is removed on failure and renamed at the end.
+    All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
 
     Raises:
-        UserError: a file, column or line that is not as it should be, or an output that exists.
+        UserError: a file, column or line that is not as it should be, an output that exists, or one being written.
     """
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
     files, plan = resolve([sources] if isinstance(sources, (str, Path)) else sources), make_plan(config)
     ingest.check(files, plan)
-    partial = output.with_name(output.name + ".partial")
+    # A link to a folder means the folder: a folder cannot be renamed onto a link.
+    target = output.resolve()
+    partial = target.with_name(target.name + ".partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _claim(partial)
     except OSError as error:
-        raise UserError(f"cannot write to {partial}: {error.strerror}") from None
+        raise UserError(f"cannot write to {partial}: {error.strerror or error}") from None
     try:
+        _check_output(output)  # a run that ended meanwhile may have filled it
         _fill(partial, files, plan, tell)
-        os.replace(partial, output)
-        flush(output.parent)
+        os.replace(partial, target)
+        (target / MARKER).unlink()
+        flush(target.parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if isinstance(error, OSError):
-            raise UserError(f"cannot write to {partial}: {error.strerror}") from error
+            # Those of numpy and polars have a message only.
+            raise UserError(f"cannot write to {partial}: {error.strerror or error}") from error
         raise
+    finally:
+        lock.close()
     return Dataset(output)
+
+
+def _claim(partial: Path) -> IO[bytes]:
+    """Makes the folder, or empties what a dead run left, and locks it until the result is closed.
+
+    Raises:
+        UserError: it is somebody else's, or another run is writing it.
+    """
+    marker = partial / MARKER
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        ours = partial.is_dir() and not partial.is_symlink() and (marker.is_file() or not any(partial.iterdir()))
+        if not ours:
+            raise UserError(
+                f"{partial} is needed for the work and was not made by dqrm prepare; move it, or name another output"
+            ) from None
+    lock = marker.open("ab")
+    try:
+        _lock(lock, partial)
+        for entry in partial.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != marker:
+                entry.unlink()
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _lock(file: IO[bytes], partial: Path) -> None:
+    if fcntl is None:
+        file.close()  # Windows renames no folder with an open file in it
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another dqrm prepare is writing to {partial}; wait for it, or name another output") from None
+    except OSError:  # a file system without locks
+        return
+    # The run that held the lock before may have renamed or removed the folder since the file was opened.
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(partial / MARKER)):
+            return
+    raise UserError(f"another dqrm prepare has just written to {partial}; look at its output, or name another one")
+
+
+def _remove(partial: Path) -> None:
+    """The marker goes last, so that no other run takes the folder while it is being emptied."""
+    with suppress(OSError):
+        for entry in partial.iterdir():
+            if entry.name != MARKER:
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink()
+        (partial / MARKER).unlink()
+        partial.rmdir()
 
 
 def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
@@ -158,10 +231,20 @@ class _Steps:
 
 
 def _check_output(output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} exists and is not empty, expected the name of a new folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} exists and is a file, expected the name of a new folder")
+    try:
+        target = output.resolve()
+        if target.is_dir() and any(target.iterdir()):
+            raise UserError(f"{output} exists and is not empty, expected the name of a new folder")
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{output} exists and is a file, expected the name of a new folder")
+        # Another folder takes its place at the end, which would leave the shell in one that is deleted.
+        if target == Path.cwd():
+            raise UserError(f"{output} is the folder that this runs in, expected the name of a new one such as ./data")
+        above = next(parent for parent in target.parents if parent.exists())
+        if not above.is_dir():
+            raise UserError(f"cannot write to {output}: {above} is a file, expected a folder")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
+        raise UserError(f"cannot write to {output}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _version() -> str:

@@ -59,7 +59,9 @@ class Staging:
 
     def read(self, chunk: int, *names: str) -> list[pl.Series]:
         """Arrays of one chunk by the name they are stored under: label, dense, keys<n>, codes<n>, lengths<n>."""
-        frame = pl.read_ipc(self._path(chunk), columns=list(names))
+        # Opened here: polars would take brackets in the name of a folder for a pattern.
+        with self._path(chunk).open("rb") as file:
+            frame = pl.read_ipc(file, columns=list(names))
         return [frame[name].explode(empty_as_null=False) for name in names]
 
     def codes(self, column: int) -> Iterator[tuple[pl.Series, Array, Array | None]]:

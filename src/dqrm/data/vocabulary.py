@@ -40,7 +40,10 @@ class Vocabulary:
     def write(self, path: Path) -> None:
         """A Parquet file with the columns key, row and count, by row."""
         frame = pl.DataFrame({"key": self.keys, "row": self.table_rows, "count": self.counts})
-        frame.sort("row").with_columns(pl.col("count").cast(pl.Int64)).write_parquet(path)
+        try:
+            frame.sort("row").with_columns(pl.col("count").cast(pl.Int64)).write_parquet(path)
+        except pl.exceptions.PolarsError as error:  # a full disk
+            raise OSError(str(error)) from None
 
 
 def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: int, total: int) -> pl.DataFrame:

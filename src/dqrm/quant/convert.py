@@ -1,5 +1,6 @@
 """Quantization-aware training for any module: swap the layers, train as before."""
 
+import warnings
 from collections.abc import Callable
 
 from torch import nn
@@ -21,7 +22,9 @@ def prepare_qat(
 
     A module keeps its identity, name, parameters, hooks and device; only its class changes. An optimizer built before
     still holds the right parameters, tied weights stay tied, and a state dict of the unprepared model still loads.
-    Subclasses of those layers are left alone, since their own forward would be lost; so is what is prepared already.
+    Subclasses of those layers are left alone, since their own forward would be lost (lazy layers; in
+    `nn.MultiheadAttention` the output projection, and its input projection is no layer at all); so is what is prepared
+    already. Where that leaves nothing quantized, a warning says so.
     A parent that reads `child.weight` instead of calling the child goes around the quantization. The one in torch that
     does, `nn.TransformerEncoderLayer` in evaluation, has that path switched off.
 
@@ -39,6 +42,8 @@ def prepare_qat(
         for name, module in model.named_modules()
         if type(module) in _SWAPS and (filter is None or filter(name, module))
     ]
+    if not chosen and not any(isinstance(module, (QuantLinear, TableScales)) for module in model.modules()):
+        warnings.warn("prepare_qat found no nn.Linear, nn.Embedding or nn.EmbeddingBag to quantize", stacklevel=2)
     for name, module in chosen:  # refuse before anything is changed
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             try:

@@ -27,6 +27,7 @@ class TableScales(nn.Module):
     Adds the buffer `scale` (float32 [tables]; 0 until it is first computed) and, to the state dict, `scale_ticks`
     (int64 scalar): how many training forwards there were, so that a resumed run refreshes at the same steps. A state
     dict without them (an unquantized model's) loads too; the scale is then computed at the next forward.
+    Activation checkpointing runs a forward twice and so ticks twice.
     """
 
     weight: Any
@@ -48,7 +49,8 @@ class TableScales(nn.Module):
     @torch.no_grad()
     def refresh_scale(self) -> None:
         """Compute every table's scale from all of its rows."""
-        self.scale.copy_(scale_from_max(torch.stack([max_abs(table) for table in self._tables()]), self.bits))
+        if len(self.scale):
+            self.scale.copy_(scale_from_max(torch.stack([max_abs(table) for table in self._tables()]), self.bits))
         self._scale_known = True
 
     def _tick(self) -> Tensor:

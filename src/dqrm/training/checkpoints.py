@@ -5,6 +5,7 @@ the newest, from which a run resumes, and the best on validation.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +30,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def latest_step(folder: Path) -> int | None:
     """The step of the newest complete checkpoint in `folder`, or None."""
-    steps = [int(path.name[len(_PREFIX) :]) for path in folder.glob(f"{_PREFIX}*") if path.suffix != _PARTIAL]
-    return max(steps, default=None)
+    names = (re.fullmatch(_PREFIX + r"(\d{9,})", path.name) for path in folder.glob(f"{_PREFIX}*"))
+    return max((int(name[1]) for name in names if name), default=None)
 
 
 def save_checkpoint(
@@ -42,16 +43,19 @@ def save_checkpoint(
         return
     partial = final.with_name(final.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "weights.safetensors"
-    )
-    save_file(_optimizer_tensors(optimizers) | _random_state(), partial / "optimizer.safetensors")
-    write_json(partial / "state.json", state)
-    for path in (*partial.iterdir(), partial):
-        flush(path)
-    os.rename(partial, final)
-    flush(folder)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        partial.mkdir(parents=True)
+        save_file(weights, partial / "weights.safetensors")
+        save_file(_optimizer_tensors(optimizers) | _random_state(), partial / "optimizer.safetensors")
+        write_json(partial / "state.json", state)
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        os.rename(partial, final)
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot save the checkpoint {final} ({error}); the one before it is untouched") from None
     names = {checkpoint_path(folder, kept).name for kept in (*keep, step)}
     for path in folder.glob(f"{_PREFIX}*"):
         if path.name not in names:
@@ -88,7 +92,10 @@ def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    tensors = dict(_tensors(checkpoint / "optimizer.safetensors"))
+    file = checkpoint / "optimizer.safetensors"
+    tensors = dict(_tensors(file))
+    if "random/cpu" not in tensors:
+        raise UserError(f"{file} holds no random state: damaged, or not written by dqrm")
     for number, optimizer in enumerate(optimizers):
         content = optimizer.state_dict()
         content["state"] = {}
@@ -97,12 +104,14 @@ def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
             if owner == str(number):
                 parameter, _, key = rest.partition("/")
                 content["state"].setdefault(int(parameter), {})[key] = tensor
-        optimizer.load_state_dict(content)
+        try:
+            optimizer.load_state_dict(content)
+        except (ValueError, KeyError, RuntimeError):
+            raise UserError(f"{file} is of another optimizer or model") from None
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    state = read_json(checkpoint / "state.json")
-    assert isinstance(state, dict)
+    state: dict[str, Any] = read_json(checkpoint / "state.json")
     return state
 
 

@@ -1,5 +1,6 @@
 """What a run needs of the machine: its device, its optional packages, and signals that stop it cleanly."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def stop(number: int, frame: Any) -> None:
         stopped.set()
+        os.write(2, b"\nStopping after this step and saving; once more ends at once.\n")
         for restored, handler in previous.items():
             signal.signal(restored, handler)
 

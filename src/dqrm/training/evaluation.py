@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dqrm.data.dataset import Dataset
+from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.training.environment import Progress
 from dqrm.training.metrics import click_metrics
@@ -32,7 +33,12 @@ def predict_logits(
 def evaluate(
     model: DLRM, dataset: Dataset, split: str, batch_size: int = 8192, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Metrics of `model` on a split: see `metrics.click_metrics`."""
-    return click_metrics(
-        np.asarray(dataset.split(split).labels()), predict_logits(model, dataset, split, batch_size, progress)
-    )
+    """Metrics of `model` on a split: see `metrics.click_metrics`.
+
+    Raises:
+        UserError: a prediction is no finite number.
+    """
+    logits = predict_logits(model, dataset, split, batch_size, progress)
+    if not np.isfinite(logits).all():
+        raise UserError(f"the model predicts {logits[~np.isfinite(logits)][0]} on {split}: its training diverged")
+    return click_metrics(np.asarray(dataset.split(split).labels()), logits)

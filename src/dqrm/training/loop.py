@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from dqrm.config import Config
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.errors import UserError
-from dqrm.files import write_json
+from dqrm.files import require_keys, write_json
+from dqrm.models.dlrm import DLRM
 from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
     checkpoint_path,
@@ -63,7 +64,7 @@ class State:
 
 
 def train(
-    dataset: Dataset,
+    dataset: Dataset | str | Path,
     output: str | Path,
     config: Config | None = None,
     progress: Progress | None = None,
@@ -72,7 +73,7 @@ def train(
     """Train a DLRM on `dataset` and leave a run folder at `output`.
 
     Args:
-        dataset: a prepared dataset folder, opened.
+        dataset: a prepared dataset folder.
         output: the run folder to make.
         config: what to train and how; default INT4 with the paper's Kaggle settings.
         progress: called as progress(stage, done, total).
@@ -86,16 +87,23 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = config or Config()
+    dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     check_environment(config.training)
-    dataset.validate(*dataset.rows)
+    run = Run.plan(Path(output), config, dataset)
     if not dataset.rows["train"]:
         raise UserError(f"{dataset.path} has no training rows: nothing to train on")
-    run = Run.create(Path(output), config, dataset)
-    return Trainer(run, dataset, progress, log).fit()
+    dataset.validate(*dataset.rows)
+    model = run.new_model()  # before the folder is made: an impossible model must not leave one
+    run.start()
+    with run.exclusive():
+        return Trainer(run, model, dataset, progress, log).fit()
 
 
 def resume(
-    output: str | Path, dataset: Dataset | None = None, progress: Progress | None = None, log: Log | None = None
+    output: str | Path,
+    dataset: Dataset | str | Path | None = None,
+    progress: Progress | None = None,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Continue the run at `output` exactly where its newest checkpoint stands; returns its summary.
 
@@ -108,20 +116,31 @@ def resume(
     """
     run = Run.open(output)
     if dataset is None:
-        dataset = Dataset(run.info["data"]["path"])
+        try:
+            dataset = Dataset(run.info["data"]["path"])
+        except UserError as error:
+            raise UserError(
+                f"{error}; where the data has moved, `dqrm train --resume {output} DATA` names it"
+            ) from None
+    dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     run.require_same_data(dataset)
     if (done := run.summary) is not None:
+        if log:
+            log(f"{output} is finished; nothing to continue.")
         return done
     check_environment(run.config.training)
     dataset.validate(*dataset.rows)
-    return Trainer(run, dataset, progress, log).fit()
+    with run.exclusive():
+        return Trainer(run, run.new_model(), dataset, progress, log).fit()
 
 
 class Trainer:
     """One run in progress: model, optimizers, state, and the folder they are saved in."""
 
-    def __init__(self, run: Run, dataset: Dataset, progress: Progress | None = None, log: Log | None = None) -> None:
-        self.run, self.dataset, self.config = run, dataset, run.config
+    def __init__(
+        self, run: Run, model: DLRM, dataset: Dataset, progress: Progress | None = None, log: Log | None = None
+    ) -> None:
+        self.run, self.model, self.dataset, self.config = run, model, dataset, run.config
         self.options = self.config.training
         self.progress, self.log = progress or (lambda *_: None), log or (lambda _: None)
         self.device = resolve_device(self.options.device)
@@ -129,7 +148,6 @@ class Trainer:
             torch.set_num_threads(self.options.threads)
         torch.manual_seed(self.options.seed)
         self.state = State()
-        self.model = run.new_model()
         last = latest_step(run.checkpoints)
         if last is not None:
             load_weights(checkpoint_path(run.checkpoints, last), self.model)
@@ -138,13 +156,16 @@ class Trainer:
         others = [p for p in self.model.parameters() if p is not tables[0]]
         self.optimizers = build_optimizers(tables, others, self.config.optimizer)
         if last is not None:
-            self.state = State(**load_state(checkpoint_path(run.checkpoints, last), self.optimizers))
+            folder = checkpoint_path(run.checkpoints, last)
+            state = load_state(folder, self.optimizers)
+            require_keys(folder / "state.json", state, *(field.name for field in fields(State)))
+            self.state = State(**state)
         self.metrics = open(run.path / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
         self.metrics.truncate(self.state.metrics_bytes)  # lines after the checkpoint are written again
         self.metrics.seek(0, os.SEEK_END)
-        self.writer = _tensorboard(run.path) if self.options.tensorboard else None
+        self.writer = _tensorboard(run.path, self.state.step) if self.options.tensorboard else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.saved_at = time.monotonic()
+        self.saved_at = self.clock = time.monotonic()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the summary."""
@@ -152,6 +173,7 @@ class Trainer:
             with stop_signals() as stopped:
                 for _ in self._steps():
                     if stopped.is_set():
+                        self._count_time()
                         self._save()
                         raise Interrupted
             return self._finish()
@@ -168,7 +190,7 @@ class Trainer:
         self.loss_sum.fill_(state.loss_sum)
         while not state.finished:
             label = f"epoch {state.epoch + 1}/{options.epochs}"
-            started = time.monotonic()
+            self.clock = time.monotonic()
             for batch in part.batches(
                 options.batch_size,
                 shuffle=options.shuffle,
@@ -182,9 +204,9 @@ class Trainer:
                 state.finished = 0 < options.max_steps <= state.step or (end and state.epoch + 1 == options.epochs)
                 log_due = options.log_every > 0 and state.step % options.log_every == 0
                 if end or state.finished or log_due or self._due():
-                    state.train_seconds += time.monotonic() - started
+                    self._count_time()
                     self._report(log_due, end)
-                    started = time.monotonic()
+                    self.clock = time.monotonic()
                 yield
                 if state.finished:
                     return
@@ -209,6 +231,21 @@ class Trainer:
         state.train_rows += len(batch)
         return loss.detach()
 
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.state.train_seconds += now - self.clock
+        self.clock = now
+
+    def _sum_loss(self) -> None:
+        """Bring the epoch's loss into the state, unless it is no number: that must never reach a checkpoint."""
+        state = self.state
+        state.loss_sum = float(self.loss_sum)
+        if not np.isfinite(state.loss_sum):
+            raise UserError(
+                f"training diverged: the loss is {state.loss_sum} at step {state.step}; lower learning_rate "
+                f"(now {self.config.optimizer.learning_rate})"
+            )
+
     def _due(self) -> bool:
         every, saves, step = self.options.eval_every, self.options.checkpoint_every, self.state.step
         return bool((every and step % every == 0) or (saves and step % saves == 0)) or self._old()
@@ -220,12 +257,7 @@ class Trainer:
     def _report(self, log_due: bool, epoch_ends: bool) -> None:
         """Everything that may be due after a step: log, evaluation, end of the epoch, checkpoint."""
         state, options = self.state, self.options
-        state.loss_sum = float(self.loss_sum)
-        if not np.isfinite(state.loss_sum):
-            raise UserError(
-                f"training diverged: the loss is {state.loss_sum} at step {state.step}; lower learning_rate "
-                f"(now {self.config.optimizer.learning_rate})"
-            )
+        self._sum_loss()
         train_loss = state.loss_sum / state.loss_rows
         if log_due:
             self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position()})
@@ -275,11 +307,10 @@ class Trainer:
                 **position,
             }
         )
+        figures = [f"{name} {metrics[name]:.4f}" for name in ("auc", "log_loss", "ne") if metrics[name] is not None]
         self.log(
             f"epoch {state.epoch + 1}, step {state.step}: training loss {train_loss:.4f}; validation "
-            + ", ".join(
-                f"{name} {metrics[name]:.4f}" for name in ("auc", "log_loss", "ne") if metrics[name] is not None
-            )
+            + (", ".join(figures) or "has no rows")
             + (" (best so far)" if better else "")
         )
 
@@ -297,7 +328,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = self.state
-        state.loss_sum = float(self.loss_sum)
+        self._sum_loss()
         os.fsync(self.metrics.fileno())
         state.metrics_bytes = self.metrics.tell()
         keep = {state.best["step"]} if state.best else set()
@@ -310,6 +341,7 @@ class Trainer:
         model = self.model
         if state.best and state.best["step"] != state.step:
             load_weights(checkpoint_path(self.run.checkpoints, state.best["step"]), model)
+        chosen = state.best is not None and state.best["metrics"][self.options.select_by] is not None
         test = None
         if self.dataset.rows.get("test"):
             test = evaluate(model, self.dataset, "test", self.options.eval_batch_size, self.progress)
@@ -317,7 +349,7 @@ class Trainer:
         summary = {
             "best": state.best,
             "test": test,
-            "selection": f"best validation {self.options.select_by}",
+            "selection": f"best validation {self.options.select_by}" if chosen else "last state (no validation figure)",
             "steps": state.step,
             "epochs": state.epoch,
             "stored_bytes": stored_bytes(model),
@@ -333,7 +365,8 @@ class Trainer:
         return summary
 
 
-def _tensorboard(path: Path) -> Any:
+def _tensorboard(path: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(path / "tensorboard"))
+    # What an interrupted run wrote after the checkpoint is written again.
+    return SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)

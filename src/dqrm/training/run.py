@@ -7,6 +7,7 @@ checkpoints/    see `checkpoints`
 """
 
 import platform
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.files import read_json, write_json
+from dqrm.files import exclusive, read_json, require_keys, write_json
 from dqrm.models.dlrm import DLRM
 from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights
 
@@ -30,35 +31,42 @@ class Run:
     info: dict[str, Any]
 
     @classmethod
-    def create(cls, path: Path, config: Config, dataset: Dataset) -> "Run":
-        """Start a run folder.
+    def plan(cls, path: Path, config: Config, dataset: Dataset) -> "Run":
+        """A run that is still to be started: nothing is written yet.
 
         Raises:
             UserError: the folder exists and is not empty.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"`dqrm train --resume {path}` continues it, or" if (path / "run.json").exists() else "Please"
+            hint = f"`dqrm train --resume {path}` continues it, or" if (path / "run.json").exists() else "please"
             raise UserError(f"{path} exists and is not empty; {hint} name another folder with -o")
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(
-            path / "run.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "versions": versions(),
-                "config": config.to_dict(),
-                "data": {
-                    "path": str(dataset.path.resolve()),
-                    "fingerprint": dataset.fingerprint,
-                    "dense": list(dataset.dense),
-                    "columns": [
-                        {"name": column.name, "rows": column.rows, "multi": column.multi} for column in dataset.columns
-                    ],
-                    "rows": dataset.rows,
-                    "split": dataset.info["split"],
-                },
-            },
-        )
-        return cls.open(path)
+        columns = [{"name": column.name, "rows": column.rows, "multi": column.multi} for column in dataset.columns]
+        data = {
+            "path": str(dataset.path.resolve()),
+            "fingerprint": dataset.fingerprint,
+            "dense": list(dataset.dense),
+            "columns": columns,
+            "rows": dataset.rows,
+            "split": dataset.info["split"],
+        }
+        info = {"format_version": FORMAT_VERSION, "versions": versions(), "config": config.to_dict(), "data": data}
+        return cls(path, info)
+
+    def start(self) -> None:
+        """Make the folder and write run.json.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "run.json", self.info)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """While inside, no other process trains into this folder; raises UserError where one does already."""
+        return exclusive(self.path / ".lock", f"another process is training into {self.path}; wait for it or stop it")
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -69,12 +77,14 @@ class Run:
         """
         path = Path(path)
         if not (path / "run.json").is_file():
-            what = "holds no run.json: not a run folder" if path.is_dir() else "does not exist"
-            raise UserError(f"{path} {what}; `dqrm train DATA -o {path}` makes one")
+            what = "holds no run.json, expected a run folder made by `dqrm train`"
+            raise UserError(f"{path} {what if path.is_dir() else 'does not exist, expected a run folder'}")
         info = read_json(path / "run.json")
         found = info.get("format_version") if isinstance(info, dict) else None
         if found != FORMAT_VERSION:
             raise UserError(f"{path} is a run of format version {found}, this dqrm reads version {FORMAT_VERSION}")
+        require_keys(path / "run.json", info, "config", "data")
+        require_keys(path / "run.json", info["data"], "path", "fingerprint", "dense", "columns")
         return cls(path, info)
 
     @property
@@ -90,7 +100,11 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """The result, or None while the run is not finished."""
         file = self.path / "summary.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        summary: dict[str, Any] = read_json(file)
+        require_keys(file, summary, "best", "test", "selection", "config", "stored_bytes")
+        return summary
 
     def require_same_data(self, dataset: Dataset) -> None:
         """Raise UserError unless `dataset` is the one that the run was trained on: its ids mean other rows."""
@@ -114,7 +128,13 @@ class Run:
                 seed=config.training.seed,
             )
         except ValueError as error:
-            raise UserError(f"{self.path}: {error}") from None
+            raise UserError(f"{self.info['data']['path']}: {error}") from None
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise
+            rows = sum(column["rows"] for column in data["columns"])
+            need = rows * config.model.embedding_dim * 4 / 1e9
+            raise UserError(f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB") from None
 
     def load_model(self, which: str = "best") -> tuple[DLRM, dict[str, Any]]:
         """The trained model in eval mode, and the state.json of its checkpoint.
@@ -128,13 +148,19 @@ class Run:
         last = latest_step(self.checkpoints)
         if last is None:
             raise UserError(f"{self.path} has no checkpoint yet; `dqrm train --resume {self.path}` continues the run")
-        state = read_json(checkpoint_path(self.checkpoints, last) / "state.json")
+        state = self._state(last)
         best = (state["best"] or {}).get("step", last)
         if which == "best" and best != last:
-            state = read_json(checkpoint_path(self.checkpoints, best) / "state.json")
+            state = self._state(best)
         model = self.new_model()
         load_weights(checkpoint_path(self.checkpoints, best if which == "best" else last), model)
         return model.eval(), state
+
+    def _state(self, step: int) -> dict[str, Any]:
+        file = checkpoint_path(self.checkpoints, step) / "state.json"
+        state: dict[str, Any] = read_json(file)
+        require_keys(file, state, "step", "best")
+        return state
 
 
 def versions() -> dict[str, str]:
