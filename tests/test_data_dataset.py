@@ -207,6 +207,8 @@ def test_a_split_is_not_loaded_whole(tmp_path):
         "fingerprint": "0" * 64,
         "schema": {"dense": [f"d{n}" for n in range(width)], "columns": []},
         "rows": {"train": rows, "validation": 0, "test": 0},
+        "clicks": {"train": 0, "validation": 0, "test": 0},
+        "split": {},
     }
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     for name in folder.SPLITS:

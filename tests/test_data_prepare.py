@@ -515,11 +515,13 @@ def test_parquet_mistakes(tmp_path):
     by_column = {"split": "column", "split_column": "c", "test_values": ("a",)}
     for more in ({"categorical": ("x",)}, {"categorical": ("x", "c")}):
         said = attempt({**lists, "x": ["a", "b"]}, **by_column, **more)
-        assert "split_column c of" in said and "holds lists, expected one number or text per row" in said
+        assert "split_column c of" in said
+        assert "holds lists, expected one number or text per row" in said
     for odd in (timedelta(seconds=1), b"\xff", {"a": 1}, [timedelta(seconds=1)]):
         multi = ("c",) if isinstance(odd, list) else ()
         said = attempt({"label": [0], "c": [odd]}, categorical=("c",), multi=multi)
-        assert "column c of" in said and "expected numbers or text" in said
+        assert "column c of" in said
+        assert "expected numbers or text" in said
     path.write_bytes(b"PAR1" + b"x" * 100)
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         prepare([path], tmp_path / "out", PrepareConfig(categorical=("c",)))
@@ -590,7 +592,8 @@ def test_two_runs_into_one_output(tmp_path):
 
     dataset = prepare([path], tmp_path / "out", KAGGLE, meanwhile)
     dataset.validate()
-    assert refused and sorted(os.listdir(tmp_path)) == ["log.txt", "out"]
+    assert refused
+    assert sorted(os.listdir(tmp_path)) == ["log.txt", "out"]
     assert MARKER not in os.listdir(dataset.path)
 
 
@@ -634,7 +637,8 @@ def test_a_full_disk_is_named(tmp_path, limit):
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
     last = run.stderr.strip().splitlines()[-1]
-    assert "UserError: cannot write to" in last and not last.endswith("None")
+    assert "UserError: cannot write to" in last
+    assert not last.endswith("None")
     assert os.listdir(tmp_path) == ["log.txt"]
 
 

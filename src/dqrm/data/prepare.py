@@ -93,11 +93,7 @@ def _claim(partial: Path) -> IO[bytes]:
     lock = marker.open("ab")
     try:
         _lock(lock, partial)
-        for entry in partial.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry != marker:
-                entry.unlink()
+        _empty(partial)
     except BaseException:
         lock.close()
         raise
@@ -121,15 +117,18 @@ def _lock(file: IO[bytes], partial: Path) -> None:
     raise UserError(f"another dqrm prepare has just written to {partial}; look at its output, or name another one")
 
 
+def _empty(partial: Path) -> None:
+    for entry in partial.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARKER:
+            entry.unlink()
+
+
 def _remove(partial: Path) -> None:
     """The marker goes last, so that no other run takes the folder while it is being emptied."""
     with suppress(OSError):
-        for entry in partial.iterdir():
-            if entry.name != MARKER:
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-                else:
-                    entry.unlink()
+        _empty(partial)
         (partial / MARKER).unlink()
         partial.rmdir()
 
