@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
-from dqrm.options import field_types
+from dqrm.options import check_fields
 
 Layout = Literal["criteo-kaggle", "criteo-terabyte", "table"]
 
@@ -69,7 +69,7 @@ class PrepareConfig:
     """Rows in memory at a time; changes memory and speed, never the result."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_fields(self)
         if self.layout == "table":
             _check_roles(self)
         else:
@@ -116,19 +116,6 @@ class PrepareConfig:
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
         return self.categorical if self.layout == "table" else CRITEO_CATEGORICAL
-
-
-def _check_types(config: PrepareConfig) -> None:
-    """What Python does not check: the choices, and text where a tuple belongs, which would become its letters."""
-    for field, kind in field_types(PrepareConfig).items():
-        value = getattr(config, field)
-        # `split` is a choice or none.
-        choices = [c for part in (kind, *get_args(kind)) if get_origin(part) is Literal for c in get_args(part)]
-        if choices and value not in choices and not (value is None and type(None) in get_args(kind)):
-            raise ValueError(f"{field} is {value!r}, should be one of {', '.join(choices)}")
-        names = isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
-        if get_origin(kind) is tuple and not names:
-            raise ValueError(f"{field} is {value!r}, should be a tuple of names such as ('user', 'movie')")
 
 
 def _check_roles(config: PrepareConfig) -> None:
