@@ -133,7 +133,7 @@ def test_nothing_partial_is_left(tmp_path):
     ],
 )
 def test_a_bad_configuration_is_refused(values, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         GenerateConfig(**values)
 
 

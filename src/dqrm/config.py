@@ -168,11 +168,7 @@ class Config:
             UserError: an unknown section or field, a value of the wrong type, an impossible combination.
         """
         built = {}
-        for section, values in sections.items():
-            if section not in SECTIONS:
-                raise UserError(f"{where}: {_unknown_section(section)}")
-            if not isinstance(values, Mapping):
-                raise UserError(f"{where}: section '{section}' is {values!r}, expected 'name: value' lines below it")
+        for section, values in _checked(sections, where).items():
             for name in values:
                 if name not in field_types(SECTIONS[section]) and (home := _section_of(name)):
                     raise UserError(f"{where}: '{name}' is a field of section '{home}', not of '{section}'")
@@ -188,7 +184,7 @@ class Config:
         Raises:
             UserError: as `from_dict`; or the file cannot be read.
         """
-        sections = {name: dict(values or {}) for name, values in _sections_of(path).items()}
+        sections = _checked(read_yaml(path), str(path)) if path else {}
         overrides = dict(overrides or {})
         if "bits" in overrides:
             for name in ("table_bits", "mlp_bits"):
@@ -202,16 +198,14 @@ class Config:
         return cls.from_dict(sections, str(path) if path else "configuration")
 
 
-def _sections_of(path: str | Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    content = read_yaml(path)
-    for section, values in content.items():
-        if section in SECTIONS and values is not None and not isinstance(values, Mapping):
-            raise UserError(f"{path}: section '{section}' is {values!r}, expected 'name: value' lines below it")
+def _checked(sections: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """A copy of the sections; an empty one in YAML is None. Raises UserError unless all are known and hold fields."""
+    for section, values in sections.items():
         if section not in SECTIONS:
-            raise UserError(f"{path}: {_unknown_section(section)}")
-    return content
+            raise UserError(f"{where}: {_unknown_section(section)}")
+        if values is not None and not isinstance(values, Mapping):
+            raise UserError(f"{where}: section '{section}' is {values!r}, expected 'name: value' lines below it")
+    return {section: dict(values or {}) for section, values in sections.items()}
 
 
 def _section_of(field_name: str) -> str | None:

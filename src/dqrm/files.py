@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dqrm.errors import UserError
 
@@ -44,21 +44,38 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed or the process ends, however it ends.
+
+    Returns:
+        False where the system or the file system knows no locks: nothing is locked then.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def exclusive(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock on the file `path` (made if need be) that the system lets go of even when the process is killed.
+    """Hold a lock on the file `path` (made if need be) while inside.
 
     Raises:
         UserError: `message`, where another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on this system: two processes at the same files stay the user's to avoid
-        yield
-        return
     with open(path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(file)
         except BlockingIOError:
             raise UserError(message) from None
         yield

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from dqrm import __version__
 from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
@@ -18,12 +18,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.sources import Source, resolve
 from dqrm.data.staging import Staging
 from dqrm.errors import UserError
-from dqrm.files import flush, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one output are not told apart there
-    fcntl = None  # type: ignore[assignment]
+from dqrm.files import flush, try_lock, write_json
 
 # Lies in a folder that is being written, locked while its process lives: what has it may be deleted.
 MARKER = ".dqrm-preparing"
@@ -101,14 +96,12 @@ def _claim(partial: Path) -> IO[bytes]:
 
 
 def _lock(file: IO[bytes], partial: Path) -> None:
-    if fcntl is None:
-        file.close()  # Windows renames no folder with an open file in it
-        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = try_lock(file)
     except BlockingIOError:
         raise UserError(f"another dqrm prepare is writing to {partial}; wait for it, or name another output") from None
-    except OSError:  # a file system without locks
+    if not locked:
+        file.close()  # Windows renames no folder with an open file in it
         return
     # The run that held the lock before may have renamed or removed the folder since the file was opened.
     with suppress(FileNotFoundError):
@@ -212,7 +205,7 @@ def _info(
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return {
         "format_version": info.pop("format_version"),
-        "dqrm_version": _version(),
+        "dqrm_version": __version__,
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         **info,
     }
@@ -244,10 +237,3 @@ def _check_output(output: Path) -> None:
             raise UserError(f"cannot write to {output}: {above} is a file, expected a folder")
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
         raise UserError(f"cannot write to {output}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("dqrm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

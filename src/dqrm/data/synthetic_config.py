@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dqrm.errors import UserError
+from dqrm.options import check_fields
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class GenerateConfig:
     """Factor on each column's share of missing fields, from 0 (none) to 1 (shares like Criteo's)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rows < 1:
-            raise UserError(f"rows: got {self.rows}, expected at least 1")
+            raise ValueError(f"rows: got {self.rows}, expected at least 1")
         if self.seed < 0:
-            raise UserError(f"seed: got {self.seed}, expected 0 or more")
+            raise ValueError(f"seed: got {self.seed}, expected 0 or more")
         if not 0.01 <= self.click_rate <= 0.99:
-            raise UserError(f"click_rate: got {self.click_rate}, expected a share between 0.01 and 0.99")
+            raise ValueError(f"click_rate: got {self.click_rate}, expected a share between 0.01 and 0.99")
         if not 0 <= self.missing <= 1:
-            raise UserError(f"missing: got {self.missing}, expected a factor between 0 and 1")
+            raise ValueError(f"missing: got {self.missing}, expected a factor between 0 and 1")

@@ -1,6 +1,6 @@
 """Embedding tables that are quantized as they are looked up: only the rows of the batch, and before pooling.
 
-One scale per table (DQRM paper, section 3.2). A lookup of N rows reads N rows, a backward pass writes a gradient of N
+One scale per table (DQRM paper). A lookup of N rows reads N rows, a backward pass writes a gradient of N
 rows; the whole table is read only when its scale is refreshed (`ranges`). The paper's reference code quantizes the
 pooled vector instead; with more than one row per bag that corresponds to no stored INT4 table.
 """

@@ -12,7 +12,7 @@ from dqrm.quant.uniform import check_bits, fake_quantize, scale_from_max
 class QuantLinear(nn.Linear):
     """`nn.Linear` on a fake-quantized weight: one scale per output channel, recomputed each forward (it is small).
 
-    forward: float [..., in_features] -> float [..., out_features]. DQRM paper, section 3.1. The bias stays FP32 by
+    forward: float [..., in_features] -> float [..., out_features]. From the DQRM paper. The bias stays FP32 by
     default: on the scale of its weight row, as in the DQRM reference, a bias beyond 8/7 of the row's largest weight
     saturates.
 

@@ -1,7 +1,7 @@
 """When a table's scale is refreshed.
 
 A scale comes from the whole table, and reading a table of ten million rows costs more than the rest of a training step.
-So it is refreshed at training forwards 0, P, 2P, ... (P: the scale period; DQRM paper, section 3.2) and reused between
+So it is refreshed at training forwards 0, P, 2P, ... (P: the scale period; DQRM paper) and reused between
 them, in evaluation, and in whatever is exported: the loss that a checkpoint reports is the loss that its codes give.
 """
 

@@ -1,6 +1,6 @@
 """The symmetric uniform quantizer: scale, codes, values. The only place in the package that rounds a number.
 
-With k bits, n = 2**(k-1) - 1 and, for weights w that share one scale (DQRM paper, section 3.1):
+With k bits, n = 2**(k-1) - 1 and, for weights w that share one scale (DQRM paper):
 
     scale = max(max|w|, 1e-8) / n        code = clamp(round(w / scale), -n - 1, n)        value = code * scale
 
@@ -70,7 +70,7 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`x` rounded to the values that its codes stand for; same shape and dtype.
 
-    The gradient passes unchanged, also where a code was clamped (DQRM paper, section 3.1); `scale` gets none.
+    The gradient passes unchanged, also where a code was clamped (DQRM paper); `scale` gets none.
     With 32 bits `x` itself is returned.
 
     Raises:

@@ -32,6 +32,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_environment(options: TrainingConfig) -> None:
+    """Raise UserError if the device or an optional package that a run asks for is not here."""
     resolve_device(options.device)
     if options.tensorboard:
         try:

@@ -54,7 +54,6 @@ class State:
     loss_sum: float = 0.0
     loss_rows: int = 0
     best: dict[str, Any] | None = None
-    evaluated_step: int = -1
     without_better: int = 0
     rate_factor: float = 1.0
     finished: bool = False
@@ -211,8 +210,8 @@ class Trainer:
                 if state.finished:
                     return
 
-    def train_step(self, batch: Batch) -> torch.Tensor:
-        """Forward, backward and update on one batch; returns the mean loss."""
+    def train_step(self, batch: Batch) -> None:
+        """Forward, backward and update on one batch."""
         state = self.state
         rate = learning_rate(state.step, self.config.optimizer) * state.rate_factor
         for optimizer in self.optimizers:
@@ -229,7 +228,6 @@ class Trainer:
         state.batch += 1
         state.loss_rows += len(batch)
         state.train_rows += len(batch)
-        return loss.detach()
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -274,7 +272,6 @@ class Trainer:
     def _evaluate(self, train_loss: float) -> None:
         state, options, position = self.state, self.options, self._position()
         metrics = evaluate(self.model, self.dataset, "validation", options.eval_batch_size, self.progress)
-        state.evaluated_step = state.step
         value = metrics[options.select_by]
         sign = -1 if options.select_by == "log_loss" else 1
         better = value is not None and (
