@@ -9,6 +9,8 @@ from dqrm.quant.config import QATConfig
 DEFAULTS = {
     "bits": 4,
     "scale_period": 200,
+    "scale_refresh": "periodic",
+    "rescan_period": 10_000,
     "linear_granularity": "channel",
     "bias_bits": 32,
     "activation_bits": 32,

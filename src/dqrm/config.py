@@ -129,6 +129,10 @@ class TrainingConfig:
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     threads: int = 0
     """CPU threads for arithmetic; 0: torch's default."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of MLP and interaction in training; bf16 keeps FP32 weights and evaluates in FP32."""
+    table_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Master weights of the tables; bf16 (stochastic rounding) needs half the memory."""
     seed: int = 0
     """Decides initial weights and order of samples."""
 

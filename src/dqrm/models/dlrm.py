@@ -8,19 +8,43 @@ Tables and MLP weights are fake-quantized as `QATConfig` says (32 bits: plain DL
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise, repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dqrm.config import ModelConfig
+from dqrm.models.interaction import dot_interaction, pairs
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
 
+# Table values drawn at once; a piece stays in the processor's cache for all three passes over it.
+_PIECE = 1 << 18
 
-def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> nn.Sequential:
+
+class MLP(nn.Sequential):
+    """Linear layers, each but possibly the last followed by ReLU; a layer and its ReLU are computed as one.
+
+    With `bf16`, training multiplies in bf16 except in a last layer without ReLU: its output is the logit.
+    """
+
+    bf16 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, inputs] -> [B, outputs]."""
+        layers = list(self)
+        for number, layer in enumerate(layers):
+            if isinstance(layer, QuantLinear):
+                relu = number + 1 < len(layers)
+                bf16 = self.bf16 and self.training and relu
+                x = layer.forward_relu(x if bf16 else x.float(), relu, bf16)
+        return x
+
+
+def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> MLP:
     """Linear layers widths[0] -> widths[1] -> ..., each but possibly the last followed by ReLU."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
@@ -36,7 +60,7 @@ def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> nn.Sequential
         )
         if number < len(widths) - 1 or last_relu:
             layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+    return MLP(*layers)
 
 
 class DLRM(nn.Module):
@@ -49,6 +73,9 @@ class DLRM(nn.Module):
         config: architecture.
         qat: what is quantized to how many bits.
         seed: decides all initial weights, the same on every machine and device.
+        precision: 'bf16' multiplies in bf16 while training; evaluation is always FP32, as what is exported is.
+        table_dtype: of the tables' master weights: torch.float32, or torch.bfloat16 for half the memory.
+        table_weight: the tables' initial weights [sum(table_rows), embedding_dim], used as they are and not copied.
 
     Raises:
         ValueError: neither dense columns nor tables, or nothing to interact.
@@ -65,6 +92,9 @@ class DLRM(nn.Module):
         config: ModelConfig | None = None,
         qat: QATConfig | None = None,
         seed: int = 0,
+        precision: str = "fp32",
+        table_dtype: torch.dtype = torch.float32,
+        table_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         config, qat = config or ModelConfig(), qat or QATConfig()
@@ -79,38 +109,39 @@ class DLRM(nn.Module):
             pooling=config.pooling,
             bits=qat.effective_table_bits,
             scale_period=qat.scale_period,
-            _weight=torch.empty(sum(table_rows), config.embedding_dim),
+            scale_refresh=qat.scale_refresh,
+            rescan_period=qat.rescan_period,
+            _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=table_dtype)
+            if table_weight is None
+            else table_weight,
         )
         vectors = len(table_rows) + (num_dense > 0)
         dense_width = config.bottom_mlp[-1] if num_dense else 0
         if config.interaction == "dot":
-            row, column = torch.tril_indices(vectors, vectors, -1 + config.self_interaction)
-            self.register_buffer("pairs", row * vectors + column, persistent=False)
-            width = dense_width + len(row)
+            self.register_buffer("pairs", pairs(vectors, config.self_interaction), persistent=False)
+            width = dense_width + len(self.pairs)
         else:
             width = dense_width + len(table_rows) * config.embedding_dim
         if width == 0:
             raise ValueError("one table and no dense columns make no pair; use self_interaction or interaction 'cat'")
         self.top = mlp((width, *config.top_mlp), qat, last_relu=False)
-        self.reset_parameters(seed)
+        for part in (self.bottom, self.top):
+            if part is not None:
+                part.bf16 = precision == "bf16"
+        self.reset_parameters(seed, tables=table_weight is None)
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
+    def reset_parameters(self, seed: int, tables: bool = True) -> None:
         """Initial weights of the DLRM paper's code: tables uniform(+-sqrt(1/rows)), MLP weights
         normal(0, sqrt(2/(in+out))), biases normal(0, sqrt(1/out)).
 
         Drawn by numpy on the CPU, one stream per table and layer: the same on CPU and CUDA, and a table's values do not
-        depend on which other tables there are.
+        depend on which other tables there are. `tables` False leaves the tables as they are.
         """
-        for number, rows in enumerate(self.tables.table_rows):
-            # In place, since a second copy of a table may not fit.
-            table = self.tables.table(number)
-            values = table.numpy() if table.device.type == "cpu" else np.empty(table.shape, np.float32)
-            np.random.default_rng([seed, 0, number]).random(dtype=np.float32, out=values)
-            values -= 0.5
-            values *= 2 / np.sqrt(rows)
-            if table.device.type != "cpu":
-                table.copy_(torch.from_numpy(values))
+        if tables:
+            # The generator lets go of the interpreter's lock, so tables are drawn side by side.
+            with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
+                list(threads.map(self._draw_table, range(len(self.tables.table_rows)), repeat(seed)))
         linear = (layer for part in (self.bottom, self.top) if part is not None for layer in part)
         for number, layer in enumerate(layer for layer in linear if isinstance(layer, nn.Linear)):
             random = np.random.default_rng([seed, 1, number])
@@ -118,6 +149,19 @@ class DLRM(nn.Module):
             weight = random.standard_normal((outputs, inputs), np.float32) * np.float32(np.sqrt(2 / (inputs + outputs)))
             layer.weight.copy_(torch.from_numpy(weight))
             layer.bias.copy_(torch.from_numpy(random.standard_normal(outputs, np.float32) * np.float32(outputs**-0.5)))
+
+    def _draw_table(self, number: int, seed: int) -> None:
+        """In place and in pieces, since a second copy of a table may not fit."""
+        table, random = self.tables.table(number), np.random.default_rng([seed, 0, number])
+        factor = 2 / np.sqrt(self.tables.table_rows[number])
+        for piece in table.split(max(1, _PIECE // table.shape[1])):
+            in_place = piece.device.type == "cpu" and piece.dtype == torch.float32
+            values = piece.numpy() if in_place else np.empty(piece.shape, np.float32)
+            random.random(dtype=np.float32, out=values)
+            values -= 0.5
+            values *= factor
+            if not in_place:
+                piece.copy_(torch.from_numpy(values))
 
     def forward(self, dense: Tensor, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """The logit of a click for each sample: float32 [B].
@@ -137,9 +181,6 @@ class DLRM(nn.Module):
 
     def interact(self, dense: Tensor | None, vectors: Tensor) -> Tensor:
         """The dense vector [B, dim] beside each pair's dot product, or ('cat') beside all vectors [B, T, dim]."""
-        first = [] if dense is None else [dense]
         if self.config.interaction == "cat":
-            return torch.cat([*first, vectors.flatten(1)], dim=1)
-        together = vectors if dense is None else torch.cat([dense[:, None], vectors], dim=1)
-        products = torch.bmm(together, together.transpose(1, 2)).flatten(1)
-        return torch.cat([*first, products.index_select(1, self.pairs)], dim=1)
+            return torch.cat([*([] if dense is None else [dense]), vectors.flatten(1)], dim=1)
+        return dot_interaction(dense, vectors, self.pairs, self.config.self_interaction)

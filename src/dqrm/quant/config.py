@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 BITS = (2, 4, 8, 16, 32)
+REFRESHES = ("periodic", "running_max")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class QATConfig:
     """Bits of the MLP weights; none: as --bits."""
     scale_period: int = 200
     """Training steps between two refreshes of a table's scale (1: every step)."""
+    scale_refresh: Literal["periodic", "running_max"] = "periodic"
+    """From all rows every scale_period steps, or raised each step by the rows just updated (running_max)."""
+    rescan_period: int = 10_000
+    """With running_max: training steps between two exact scales from all rows."""
     linear_granularity: Literal["channel", "tensor"] = "channel"
     """One scale per output channel of a linear layer, or one per weight tensor."""
     bias_bits: int = 32
@@ -38,10 +43,12 @@ class QATConfig:
             raise ValueError(
                 f"bias_bits is {self.bias_bits}, but the MLP is not quantized, and a bias has no scale but its weight's"
             )
-        if not isinstance(self.scale_period, int) or self.scale_period < 1:
-            raise ValueError(
-                f"scale_period is {self.scale_period!r}, expected a whole number of training steps, 1 or more"
-            )
+        for name in ("scale_period", "rescan_period"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
+        if self.scale_refresh not in REFRESHES:
+            raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
 

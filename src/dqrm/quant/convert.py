@@ -60,7 +60,9 @@ def prepare_qat(
                 config.effective_mlp_bits, config.linear_granularity, config.bias_bits, config.activation_bits
             )
         elif isinstance(module, (QuantEmbedding, QuantEmbeddingBag)):
-            module._init_quantization(config.effective_table_bits, config.scale_period)
+            module._init_quantization(
+                config.effective_table_bits, config.scale_period, config.scale_refresh, config.rescan_period
+            )
     return model
 
 

@@ -6,14 +6,67 @@ pooled vector instead; with more than one row per bag that corresponds to no sto
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from dqrm.quant.ranges import TableScales
+from dqrm import kernels
+from dqrm.quant.ranges import BlockMaxima, TableScales
 from dqrm.quant.uniform import fake_quantize
+
+
+@dataclass(frozen=True, eq=False)
+class _Lookup:
+    """Ids to look up in tables that lie in one weight: ids[i] is of table first + i % len(starts)."""
+
+    ids: Tensor  # int32 or int64, contiguous
+    first: int
+    starts: Tensor  # int64 [tables], the first row of each
+    table_rows: Tensor  # int64 [tables]
+    scale: Tensor | None  # float32 [tables]; None: not quantized
+
+
+class _ActiveRows(torch.autograd.Function):
+    """Gather and fake-quantize in one pass of compiled code; backward: one sparse gradient (STE)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: tuple[int, int], blocks: BlockMaxima | None
+    ) -> tuple[Tensor, Tensor]:
+        count = sum(lookup.ids.numel() for lookup in lookups)
+        found = torch.empty(count, weight.shape[1])
+        rows = torch.empty(count, dtype=torch.int64)
+        at = 0
+        for lookup in lookups:
+            end = at + lookup.ids.numel()
+            tables = slice(lookup.first, lookup.first + len(lookup.starts))
+            watched = () if blocks is None else (blocks.dirty, blocks.starts[tables], blocks.block)
+            wrong = kernels.lookup(
+                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, limits, found[at:end], rows[at:end],
+                *watched,
+            )  # fmt: skip
+            if wrong >= 0:
+                number = wrong % len(lookup.starts)
+                _refuse_id(int(lookup.ids.reshape(-1)[wrong]), lookup.first + number, int(lookup.table_rows[number]))
+            at = end
+        ctx.rows, ctx.shape, ctx.dtype = rows, weight.shape, weight.dtype
+        ctx.mark_non_differentiable(rows)
+        return found, rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        values = grads[0].to(ctx.dtype).contiguous()
+        grad = torch.sparse_coo_tensor(ctx.rows[None], values, ctx.shape, check_invariants=False)
+        return grad, None, None, None
+
+
+def _refuse_id(id: int, table: int, rows: int) -> None:
+    raise IndexError(f"id {id} is outside table {table}, which has {rows} rows (0 to {rows - 1})")
 
 
 def refuse_unsupported(module: Any) -> None:
@@ -29,13 +82,41 @@ def refuse_unsupported(module: Any) -> None:
 class _OneTable(TableScales):
     """What `QuantEmbedding` and `QuantEmbeddingBag` share: bits and scale of the one table in `weight`."""
 
-    def __init__(self, *args: Any, bits: int = 4, scale_period: int = 200, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        bits: int = 4,
+        scale_period: int = 200,
+        scale_refresh: str = "periodic",
+        rescan_period: int = 10_000,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_quantization(bits, scale_period)
+        self._init_quantization(bits, scale_period, scale_refresh, rescan_period)
 
-    def _init_quantization(self, bits: int, scale_period: int) -> None:
+    def _init_quantization(self, bits: int, *scales: Any) -> None:
         refuse_unsupported(self)
-        self._init_scales(1, bits, scale_period)
+        self._init_scales(1, bits, *scales)
+
+    padding_idx: int | None
+    sparse: bool
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
+        if self.bits == 32:
+            return F.embedding(ids, self.weight, self.padding_idx, sparse=self.sparse)
+        scale = self._tick()
+        plain = self.padding_idx is not None or self.weight.dtype != torch.float32
+        if self.sparse and not plain and kernels.fits(ids, self.weight, scale):
+            table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(self.weight)]), scale)
+            found, rows = _ActiveRows.apply(self.weight, [table], self._limits(), self._blocks)
+        else:
+            rows = ids.long()
+            found = fake_quantize(
+                F.embedding(rows, self.weight, self.padding_idx, sparse=self.sparse), scale, self.bits
+            )
+        self._note_rows(rows)
+        return found
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, scale_period={self.scale_period}"
@@ -54,9 +135,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         # Flat, since torch 2.13 fails in the sparse gradient of a single id (0 dimensions) with padding.
-        rows = F.embedding(input.reshape(-1), self.weight, self.padding_idx, sparse=self.sparse)
-        rows = rows.view(*input.shape, self.embedding_dim)
-        return rows if self.bits == 32 else fake_quantize(rows, self._tick(), self.bits)
+        return self._rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
 
 
 class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
@@ -73,9 +152,10 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if self.bits == 32:
             return super().forward(input, offsets, per_sample_weights)
-        ids = input.reshape(-1).long()
-        rows = F.embedding(ids, self.weight, padding_idx=self.padding_idx, sparse=self.sparse)
-        rows = fake_quantize(rows, self._tick(), self.bits)
+        ids = input.reshape(-1)
+        rows = self._rows(ids)
+        if input.dim() == 2 and input.shape[1] == 1 and per_sample_weights is None and self.padding_idx is None:
+            return rows  # one id per bag: nothing to pool
         # Pool by position: row i of `rows` is what the i-th id looked up, whatever the shape of the input.
         position = torch.arange(ids.numel(), dtype=input.dtype, device=input.device).view(input.shape)
         padding = None
@@ -126,6 +206,8 @@ class QuantEmbeddingBagCollection(TableScales):
         pooling: str = "sum",
         bits: int = 4,
         scale_period: int = 200,
+        scale_refresh: str = "periodic",
+        rescan_period: int = 10_000,
         sparse: bool = True,
         _weight: Tensor | None = None,
     ) -> None:
@@ -146,7 +228,7 @@ class QuantEmbeddingBagCollection(TableScales):
         self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
         self.register_buffer("row_offsets", torch.tensor(self._starts[:-1], dtype=torch.int64), persistent=False)
         self.register_buffer("rows_per_table", torch.tensor(self.table_rows, dtype=torch.int64), persistent=False)
-        self._init_scales(len(self.table_rows), bits, scale_period)
+        self._init_scales(len(self.table_rows), bits, scale_period, scale_refresh, rescan_period)
         if _weight is None:
             self.reset_parameters()
 
@@ -179,28 +261,58 @@ class QuantEmbeddingBagCollection(TableScales):
             raise ValueError(
                 f"got {ids.shape[1]} columns of ids and {len(bags)} of bags, expected {single} and {tables - single}"
             )
-        self._check(ids, range(single))
-        rows = [(ids + self.row_offsets[:single]).reshape(-1)]
-        for number, (values, offsets) in enumerate(bags, start=single):
+        for number, (_, offsets) in enumerate(bags, start=single):
             if len(offsets) != len(ids):
                 raise ValueError(
                     f"table {number} got {len(offsets)} offsets, expected one for each of {len(ids)} samples"
                 )
-            self._check(values[:, None], range(number, number + 1))
-            rows.append(values + self.row_offsets[number])
-        found = F.embedding(torch.cat(rows) if bags else rows[0], self.weight, sparse=self.sparse)
-        scale = self.scale if self.bits == 32 else self._tick()
-
-        looked_up = found.split([len(part) for part in rows]) if bags else (found,)
-        pooled = fake_quantize(looked_up[0].view(len(ids), single, self.embedding_dim), scale[:single, None], self.bits)
+        scale = None if self.bits == 32 else self._tick()
+        # Single-valued tables are looked up together, each multi-valued one by itself.
+        groups = [(ids, 0, single)] if single else []
+        groups += [(values, number, 1) for number, (values, _) in enumerate(bags, start=single)]
+        if self.sparse and kernels.fits(self.weight, scale):
+            lookups = [
+                _Lookup(
+                    found.contiguous(),
+                    first,
+                    self.row_offsets[first : first + tables],
+                    self.rows_per_table[first : first + tables],
+                    None if scale is None else scale[first : first + tables],
+                )
+                for found, first, tables in groups
+            ]
+            found, rows = _ActiveRows.apply(self.weight, lookups, self._limits(), self._blocks)
+        else:
+            found, rows = self._plain_rows(groups, scale)
+        lengths = [part.numel() for part, _, _ in groups]
+        for part, (_, first, tables) in zip(rows.split(lengths) if bags else (rows,), groups):
+            self._note_rows(part, first, tables)
         if not bags:
-            return pooled
-        vectors = [pooled]
-        for number, (part, (values, offsets)) in enumerate(zip(looked_up[1:], bags), start=single):
+            return found.view(len(ids), single, self.embedding_dim)
+        looked_up = found.split(lengths)
+        vectors = [looked_up[0].view(len(ids), single, self.embedding_dim)] if single else []
+        for part, (values, offsets) in zip(looked_up[-len(bags) :], bags):
             position = torch.arange(len(values), device=values.device)
-            quantized = fake_quantize(part, scale[number], self.bits)
-            vectors.append(F.embedding_bag(position, quantized, offsets.long(), mode=self.pooling)[:, None])
+            vectors.append(F.embedding_bag(position, part, offsets.long(), mode=self.pooling)[:, None])
         return torch.cat(vectors, dim=1)
+
+    def _plain_rows(self, groups: list[tuple[Tensor, int, int]], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same rows [N, dim] and their numbers in plain torch."""
+        pieces = []
+        for ids, first, tables in groups:
+            self._check(ids.view(-1, tables), range(first, first + tables))
+            pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
+        rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
+        found = F.embedding(rows, self.weight, sparse=self.sparse).float()
+        if scale is None:
+            return found, rows
+        quantized = [
+            fake_quantize(
+                part.view(-1, tables, self.embedding_dim), scale[first : first + tables, None], self.bits
+            ).flatten(0, 1)
+            for part, (_, first, tables) in zip(found.split([len(piece) for piece in pieces]), groups)
+        ]
+        return torch.cat(quantized) if len(quantized) > 1 else quantized[0], rows
 
     def _check(self, ids: Tensor, numbers: range) -> None:
         if ids.device.type != "cpu" or ids.numel() == 0:
@@ -208,11 +320,7 @@ class QuantEmbeddingBagCollection(TableScales):
         outside = (ids < 0) | (ids >= self.rows_per_table[numbers.start : numbers.stop])
         if outside.any():
             sample, column = outside.nonzero()[0].tolist()
-            number = numbers[column]
-            raise IndexError(
-                f"id {int(ids[sample, column])} is outside table {number}, which has {self.table_rows[number]} rows "
-                f"(0 to {self.table_rows[number] - 1})"
-            )
+            _refuse_id(int(ids[sample, column]), numbers[column], self.table_rows[numbers[column]])
 
     def extra_repr(self) -> str:
         return (

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dqrm.config import Config
 from dqrm.data.dataset import Batch, Dataset
@@ -34,8 +33,9 @@ from dqrm.training.checkpoints import (
 )
 from dqrm.training.environment import Progress, check_environment, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate
-from dqrm.training.optimizers import build_optimizers, learning_rate
+from dqrm.training.optimizers import learning_rate
 from dqrm.training.run import Run, versions
+from dqrm.training.step import TrainStep
 
 Log = Callable[[str], None]
 
@@ -151,9 +151,8 @@ class Trainer:
         if last is not None:
             load_weights(checkpoint_path(run.checkpoints, last), self.model)
         self.model.to(self.device).train()
-        tables = [self.model.tables.weight]
-        others = [p for p in self.model.parameters() if p is not tables[0]]
-        self.optimizers = build_optimizers(tables, others, self.config.optimizer)
+        self.step = TrainStep(self.model, self.config)
+        self.optimizers = self.step.optimizers
         if last is not None:
             folder = checkpoint_path(run.checkpoints, last)
             state = load_state(folder, self.optimizers)
@@ -214,16 +213,8 @@ class Trainer:
         """Forward, backward and update on one batch."""
         state = self.state
         rate = learning_rate(state.step, self.config.optimizer) * state.rate_factor
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        batch = batch.to(self.device)
-        loss = F.binary_cross_entropy_with_logits(self.model(batch.dense, batch.ids, batch.bags), batch.labels)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.loss_sum += loss.detach().double() * len(batch)
+        loss = self.step(batch.to(self.device), rate)
+        self.loss_sum += loss.double() * len(batch)
         state.step += 1
         state.batch += 1
         state.loss_rows += len(batch)

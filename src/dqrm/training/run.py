@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
@@ -126,6 +128,8 @@ class Run:
                 config=config.model,
                 qat=config.quantization,
                 seed=config.training.seed,
+                precision=config.training.precision,
+                table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
             )
         except ValueError as error:
             raise UserError(f"{self.info['data']['path']}: {error}") from None
@@ -133,7 +137,7 @@ class Run:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             rows = sum(column["rows"] for column in data["columns"])
-            need = rows * config.model.embedding_dim * 4 / 1e9
+            need = rows * config.model.embedding_dim * (2 if config.training.table_dtype == "bf16" else 4) / 1e9
             raise UserError(f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB") from None
 
     def load_model(self, which: str = "best") -> tuple[DLRM, dict[str, Any]]:
@@ -166,7 +170,6 @@ class Run:
 def versions() -> dict[str, str]:
     """What the run was made with."""
     import numpy
-    import torch
 
     return {
         "dqrm": __version__,

@@ -1,0 +1,173 @@
+"""Compiled CPU kernels: the passes of a training step that plain torch makes many of.
+
+Knows memory only and imports nothing else of dqrm. Callers ask `fits(tensors)` first and have a plain torch path beside
+it, which other devices, machines without a compiler, and tracing take. Formulas are in `quant` and `models`; tests hold
+both paths to each other and to a float64 reference.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.kernels.build import library
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
+
+
+def native() -> bool:
+    """Whether the compiled kernels are there."""
+    return library() is not None
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these tensors: on the CPU, contiguous, of a known dtype, and not traced."""
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN
+            and tensor.device.type == "cpu"
+            and tensor.dtype in _DTYPES
+            and tensor.is_contiguous()
+        ):
+            return False
+    return not torch.compiler.is_compiling() and native()
+
+
+_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "lookup": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p,
+                         c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]),
+    "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int]),
+    "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_int]),
+    "sum_duplicates": (c_int64, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
+    "rows_max": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int]),
+    "blocks_max": (c_uint32, [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int]),
+    "quantize_weight": (None, [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
+    "finish_linear": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int]),
+    "start_linear": (None, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
+                            c_void_p, c_int]),
+    "interact": (c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_int64, c_int]),
+    "interact_backward": (c_int, [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_int, c_int64,
+                                  c_void_p, c_void_p, c_int]),
+}  # fmt: skip
+_functions: dict[str, Any] = {}
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """One kernel on all of torch's threads; tensors pass as pointers, None as a null pointer."""
+    function = _functions.get(name)
+    if function is None:
+        loaded = library()
+        assert loaded is not None, "callers ask fits() first"
+        function = _functions[name] = getattr(loaded, f"dqrm_{name}")
+        function.restype, function.argtypes = _PROTOTYPES[name]
+    return function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
+
+
+def _half(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.bfloat16
+
+
+def lookup(
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
+    out: Tensor, rows_out: Tensor, dirty: Tensor | None = None, dirty_starts: Tensor | None = None, block: int = 1,
+) -> int:  # fmt: skip
+    """Fake-quantized rows of `weight` for integer ids [..., T] of T tables into `out` float32 [N, dim], N ids.
+
+    Args:
+        starts, table_rows: int64 [T], first row and number of rows of each table. scale: float32 [T], or None.
+        limits: lowest and highest code. rows_out: int64 [N], set to the rows read.
+        dirty: uint8 flags of blocks of `block` rows, set where a row is read; table t's begin at dirty_starts[t].
+
+    Returns:
+        The first position whose id is outside its table, or -1.
+    """
+    found: int = _call(
+        "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
+        _half(weight), weight.shape[1], scale, *limits, out, rows_out, dirty, dirty_starts, block,
+    )  # fmt: skip
+    return found
+
+
+def add_rows(weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
+    """weight[rows[i]] += factor * values[i] in place, in the order of i.
+
+    Args:
+        weight: float32 [R, dim]. rows: int64 [N]. values: float32 [N, dim].
+    """
+    torch.autograd.graph.increment_version(weight)  # torch cannot see the write
+    _call("add_rows", weight, weight.shape[1], rows, values, len(rows), factor)
+
+
+def add_rows_stochastic(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int) -> None:
+    """The same on bf16 weights with stochastic rounding (`seed` below 2**32); no row twice."""
+    torch.autograd.graph.increment_version(weight)
+    _call("add_rows_stochastic", weight, weight.shape[1], rows, values, len(rows), factor, seed)
+
+
+def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Each of the rows int64 [N] once, in rising order, with the sum of its values float32 [N, dim]; None: too many."""
+    unique, sums = torch.empty_like(rows), torch.empty_like(values)
+    count = _call("sum_duplicates", rows, values, *values.shape, unique, sums, rows.new_empty(2 * len(rows)))
+    return None if count < 0 else (unique[:count], sums[:count])
+
+
+def rows_max(rows: Tensor, tables: int, weight: Tensor, maxima: Tensor) -> None:
+    """maxima[i % tables] = max(itself, max|weight[rows[i]]|), in place; float32 [tables] of magnitudes."""
+    _call("rows_max", rows, len(rows), tables, weight, _half(weight), weight.shape[1], maxima)
+
+
+def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
+    """max|table|, reading only the blocks of `block` rows whose flag in `dirty` (uint8) is set; cleans them.
+
+    maxima: float32, the maximum of each block, brought up to date.
+    """
+    bits = _call("blocks_max", table, _half(table), *table.shape, block, dirty, maxima)
+    return ctypes.c_float.from_buffer(c_uint32(bits)).value
+
+
+def quantize_weight(weight: Tensor, per_channel: bool, limits: tuple[int, int], codes: bool) -> tuple[Tensor, Tensor]:
+    """Codes as bf16, or values as float32, of a float32 weight [outputs, inputs], and the scale [outputs] or [1]."""
+    scale = weight.new_empty(len(weight) if per_channel else 1)
+    out = torch.empty_like(weight, dtype=torch.bfloat16 if codes else torch.float32)
+    _call("quantize_weight", weight, *weight.shape, per_channel, *limits, scale, out, codes)
+    return out, scale
+
+
+def finish_linear(y: Tensor, scale: Tensor, bias: Tensor, relu: bool) -> None:
+    """y * scale + bias, then ReLU where asked for: bf16 [B, outputs] in place."""
+    _call("finish_linear", y, *y.shape, scale, len(scale), bias, relu)
+
+
+def start_linear(grad: Tensor, y: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient behind the ReLU that gave `y` (None: no ReLU), the same times `scale` (None: the same tensor), and
+    its sum over the batch, float32 [outputs]."""
+    masked, bias_grad = torch.empty_like(grad), grad.new_empty(grad.shape[1], dtype=torch.float32)
+    scaled = None if scale is None else torch.empty_like(grad)
+    scales = 0 if scale is None else len(scale)
+    _call("start_linear", grad, y, _half(grad), *grad.shape, scale, scales, masked, scaled, bias_grad)
+    return masked, masked if scaled is None else scaled, bias_grad
+
+
+def interact(dense: Tensor | None, tables: Tensor, self_interaction: bool, width: int) -> Tensor:
+    """The dense vector [B, dim] beside all pairs' dot products: [B, width], of dense's dtype (bf16 or float32)."""
+    out = tables.new_empty(len(tables), width, dtype=tables.dtype if dense is None else dense.dtype)
+    if _call("interact", dense, _half(dense), tables, *tables.shape, self_interaction, out, width):
+        raise MemoryError("the interaction needs more memory than there is")
+    return out
+
+
+def interact_backward(
+    grad: Tensor, dense: Tensor | None, tables: Tensor, self_interaction: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of `interact` by dense and by tables."""
+    grad_dense = None if dense is None else torch.empty_like(dense)
+    grad_tables = torch.empty_like(tables)
+    if _call(
+        "interact_backward", grad, dense, _half(dense), tables, *tables.shape, self_interaction, grad.shape[1],
+        grad_dense, grad_tables,
+    ):  # fmt: skip
+        raise MemoryError("the interaction's gradient needs more memory than there is")
+    return grad_dense, grad_tables

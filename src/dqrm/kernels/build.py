@@ -1,0 +1,83 @@
+"""Compiles kernels.c for this machine, once, and loads it.
+
+The library lies in the user's cache folder under a name that holds source, flags, compiler and processor: any change of
+these compiles again (a few seconds). Without a compiler the package works in plain torch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch  # noqa: F401 (its OpenMP library must be loaded first, so that the kernels share its threads)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+         "-fvisibility=hidden", "-fPIC", "-shared")  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where DQRM_NATIVE=0 says so or they cannot be built (then a warning says why)."""
+    if os.environ.get("DQRM_NATIVE", "1") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"the CPU kernels cannot be built ({error}); training runs in plain torch, more slowly. A C compiler "
+            "(gcc or clang) makes them available, DQRM_NATIVE=0 silences this.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _compiled() -> Path:
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None:
+        raise RuntimeError("no C compiler found")
+    version = _run([compiler, "--version"])
+    identity = "\0".join([SOURCE.read_text(), *FLAGS, compiler, version, _processor()])
+    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqrm"
+    if (cache / name).is_file():
+        return cache / name
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=cache))
+    except OSError:  # no home, or a read-only one: compile for this process only
+        cache = folder = Path(tempfile.mkdtemp())
+    built = folder / "building.so"
+    try:
+        try:
+            _run([compiler, *FLAGS, "-fopenmp", "-o", str(built), str(SOURCE), "-lm"])
+        except RuntimeError:  # Apple's clang has no OpenMP: one thread
+            _run([compiler, *FLAGS, "-Wno-unknown-pragmas", "-o", str(built), str(SOURCE), "-lm"])
+        os.replace(built, cache / name)  # several processes may build at once
+    finally:
+        if folder != cache:
+            shutil.rmtree(folder, ignore_errors=True)
+    return cache / name
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(next((line for line in lines if "error" in line), f"{command[0]} failed"))
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on; a home folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,403 @@
+/* The CPU kernels of dqrm: what a training step does besides matrix products, each in one pass over its data.
+ *
+ * Plain C with OpenMP, no header but the standard ones; `build.py` compiles it for the machine it runs on. Every function
+ * gives the same bits for any number of threads, and the quantizer gives the bits of `quant/uniform.py`:
+ * compile without -ffast-math and with -ffp-contract=off.
+ *
+ * bf16 is stored as uint16_t, the upper half of a float. `half` arguments say that a void pointer is to bf16 rather
+ * than float. Magnitudes are compared as bit patterns: the order is that of the numbers, and NaN is above infinity.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define SMALLEST_MAXIMUM 1e-8f
+#define AHEAD 12      /* rows prefetched before they are needed: a table lies in memory, not in a cache */
+#define LITTLE 16384  /* elements below which starting threads costs more than it gives */
+
+/* Sixteen floats: one register with AVX-512, two with AVX2, four with NEON; unaligned. */
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+
+static inline uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+static inline float float_of(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+static inline float widen(uint16_t h) { return float_of((uint32_t)h << 16); }
+static inline uint16_t narrow(float x) { /* round half to even; NaN stays NaN */
+    uint32_t b = bits_of(x), r = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    return (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? (b >> 16) | 0x40 : r);
+}
+static inline float load(const void *p, int half, int64_t i) {
+    return half ? widen(((const uint16_t *)p)[i]) : ((const float *)p)[i];
+}
+static inline void store(void *p, int half, int64_t i, float x) {
+    if (half) ((uint16_t *)p)[i] = narrow(x);
+    else ((float *)p)[i] = x;
+}
+static inline float scale_of(uint32_t max_bits, int high) {
+    float m = float_of(max_bits);
+    return (m < SMALLEST_MAXIMUM ? SMALLEST_MAXIMUM : m) / (float)high;
+}
+static inline float code_of(float x, float scale, float low, float high) {
+    float q = rintf(x / scale);
+    q = q < low ? low : q;
+    return q > high ? high : q;
+}
+static uint32_t max_bits_of(const void *x, int half, int64_t count) {
+    uint32_t m = 0;
+    if (half) {
+        const uint16_t *h = x;
+        uint16_t n = 0;
+        for (int64_t i = 0; i < count; i++) { uint16_t b = h[i] & 0x7fff; n = b > n ? b : n; }
+        m = (uint32_t)n << 16;
+    } else {
+        const uint32_t *f = x;
+        for (int64_t i = 0; i < count; i++) { uint32_t b = f[i] & 0x7fffffff; m = b > m ? b : m; }
+    }
+    return m;
+}
+
+/* ---- tables ---------------------------------------------------------------------------------------------------- */
+
+/* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
+ * `dirty` (or NULL): flags per block of `block` rows, those of table t from dirty_starts[t] on, are set for what is read.
+ * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
+EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
+                           const int64_t *table_rows, const void *weight, int half, int64_t dim, const float *scale,
+                           int low, int high, float *out, int64_t *rows_out, uint8_t *dirty,
+                           const int64_t *dirty_starts, int64_t block, int threads) {
+    int64_t bad = INT64_MAX;
+    int64_t size = half ? 2 : 4;
+#pragma omp parallel for reduction(min : bad) num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t i = 0; i < count; i++) {
+        int64_t table = i % tables, id = wide ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
+        if (id < 0 || id >= table_rows[table]) { bad = i < bad ? i : bad; rows_out[i] = starts[table]; continue; }
+        rows_out[i] = starts[table] + id;
+        if (dirty) __atomic_store_n(&dirty[dirty_starts[table] + id / block], 1, __ATOMIC_RELAXED);
+    }
+    if (bad != INT64_MAX) return bad;
+#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) {
+            const char *next = (const char *)weight + rows_out[i + AHEAD] * dim * size;
+            for (int64_t b = 0; b < dim * size; b += 64) __builtin_prefetch(next + b);
+        }
+        float *to = out + i * dim;
+        float s = scale ? scale[i % tables] : 1.0f;
+        if (half) {
+            const uint16_t *from = (const uint16_t *)weight + rows_out[i] * dim;
+            for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
+        } else {
+            memcpy(to, (const float *)weight + rows_out[i] * dim, dim * 4);
+        }
+        if (scale)
+            for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, low, high) * s;
+    }
+    return -1;
+}
+
+/* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. */
+EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
+                          float factor, int threads) {
+    if (count * dim <= LITTLE) threads = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        int me = 0, all = 1;
+#ifdef _OPENMP
+        extern int omp_get_thread_num(void);
+        extern int omp_get_num_threads(void);
+        me = omp_get_thread_num();
+        all = omp_get_num_threads();
+#endif
+        /* Each thread walks all rows and takes its own: no two write one row. */
+        for (int64_t i = 0; i < count; i++) {
+            if (i + AHEAD < count && (rows[i + AHEAD] >> 4) % all == me)
+                for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(weight + rows[i + AHEAD] * dim + d, 1);
+            if ((rows[i] >> 4) % all != me) continue;
+            float *to = weight + rows[i] * dim;
+            const float *from = values + i * dim;
+            for (int64_t d = 0; d < dim; d++) to[d] += from[d] * factor;
+        }
+    }
+}
+
+/* The same on bf16 weights with stochastic rounding; rows must not repeat. A number between two bf16 neighbours goes up
+ * with the probability of its distance to the lower one: the 16 bits that are cut off, plus 16 random bits, carry. */
+EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_t *rows, const float *values,
+                                     int64_t count, float factor, uint32_t seed, int threads) {
+#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) __builtin_prefetch(weight + rows[i + AHEAD] * dim, 1);
+        uint16_t *to = weight + rows[i] * dim;
+        const float *from = values + i * dim;
+        for (int64_t d = 0; d < dim; d++) {
+            /* murmur3's finalizer over (seed, row, column): no state, so any order and any thread gives the same */
+            uint32_t h = seed ^ (uint32_t)(rows[i] * dim + d) * 0x9e3779b1u;
+            h = (h ^ (h >> 16)) * 0x85ebca6bu;
+            h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+            float x = widen(to[d]) + from[d] * factor;
+            uint32_t b = bits_of(x);
+            int special = (b & 0x7f800000) == 0x7f800000;
+            to[d] = special ? narrow(x) : (uint16_t)((b + ((h ^ (h >> 16)) & 0xffff)) >> 16);
+        }
+    }
+}
+
+/* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
+ * scratch. Returns how many rows there are, or -1 where count or a row is too large for the packed sort keys. */
+EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int64_t count, int64_t dim,
+                                   int64_t *rows_out, float *values_out, uint64_t *keys, int threads) {
+    int64_t largest = 0;
+    for (int64_t i = 0; i < count; i++) largest = rows[i] > largest ? rows[i] : largest;
+    if (count >= (1LL << 28) || largest >= (1LL << 36)) return -1;
+    uint64_t *from = keys, *to = keys + count;
+    for (int64_t i = 0; i < count; i++) from[i] = (uint64_t)rows[i] << 28 | (uint64_t)i;
+    for (int shift = 28; largest >> (shift - 28) > 0; shift += 11) { /* radix sort by row; stable, so by position too */
+        int64_t counts[2048] = {0}, at = 0;
+        for (int64_t i = 0; i < count; i++) counts[from[i] >> shift & 2047]++;
+        for (int b = 0; b < 2048; b++) { int64_t c = counts[b]; counts[b] = at; at += c; }
+        for (int64_t i = 0; i < count; i++) to[counts[from[i] >> shift & 2047]++] = from[i];
+        uint64_t *swap = from; from = to; to = swap;
+    }
+    int64_t unique = 0; /* where each run of equal rows begins, in the half of the scratch that is free now */
+    for (int64_t i = 0; i < count; i++)
+        if (i == 0 || from[i] >> 28 != from[i - 1] >> 28) to[unique++] = i;
+#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t u = 0; u < unique; u++) {
+        int64_t first = to[u], end = u + 1 < unique ? (int64_t)to[u + 1] : count;
+        float *sum = values_out + u * dim;
+        rows_out[u] = from[first] >> 28;
+        memcpy(sum, values + (from[first] & 0xfffffff) * dim, dim * 4);
+        for (int64_t i = first + 1; i < end; i++) {
+            const float *v = values + (from[i] & 0xfffffff) * dim;
+            for (int64_t d = 0; d < dim; d++) sum[d] += v[d];
+        }
+    }
+    return unique;
+}
+
+/* maxima[i % tables] = max(itself, max|weight[rows[i]]|). */
+EXPORT void dqrm_rows_max(const int64_t *rows, int64_t count, int64_t tables, const void *weight, int half, int64_t dim,
+                          uint32_t *maxima, int threads) {
+#pragma omp parallel for reduction(max : maxima[:tables]) num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * dim * (half ? 2 : 4));
+        uint32_t m = max_bits_of((const char *)weight + rows[i] * dim * (half ? 2 : 4), half, dim);
+        maxima[i % tables] = m > maxima[i % tables] ? m : maxima[i % tables];
+    }
+}
+
+/* max|weight[0:rows]| in bits, reading only blocks that are dirty and taking `maxima` for the others; cleans them. */
+EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int64_t dim, int64_t block, uint8_t *dirty,
+                                uint32_t *maxima, int threads) {
+    int64_t blocks = (rows + block - 1) / block;
+    uint32_t largest = 0;
+#pragma omp parallel for reduction(max : largest) schedule(static, 256) num_threads(threads) if (rows * dim > LITTLE)
+    for (int64_t b = 0; b < blocks; b++) {
+        if (dirty[b]) {
+            int64_t count = (rows - b * block < block ? rows - b * block : block) * dim;
+            maxima[b] = max_bits_of((const char *)weight + b * block * dim * (half ? 2 : 4), half, count);
+            dirty[b] = 0;
+        }
+        largest = maxima[b] > largest ? maxima[b] : largest;
+    }
+    return largest;
+}
+
+/* ---- linear layers ------------------------------------------------------------------------------------------------ */
+
+/* Weight [outputs, inputs] on its own scale, per output channel or one for all. `half_out`: codes as bf16 (exact up to
+ * 8 bits); else values as float. scale: [outputs], or [1]. */
+EXPORT void dqrm_quantize_weight(const float *weight, int64_t outputs, int64_t inputs, int per_channel, int low,
+                                 int high, float *scale, void *out, int half_out, int threads) {
+    if (!per_channel) {
+        uint32_t m = 0;
+#pragma omp parallel for reduction(max : m) num_threads(threads) if (outputs * inputs > LITTLE)
+        for (int64_t o = 0; o < outputs; o++) {
+            uint32_t n = max_bits_of(weight + o * inputs, 0, inputs);
+            m = n > m ? n : m;
+        }
+        scale[0] = scale_of(m, high);
+    }
+#pragma omp parallel for num_threads(threads) if (outputs * inputs > LITTLE)
+    for (int64_t o = 0; o < outputs; o++) {
+        const float *w = weight + o * inputs;
+        if (per_channel) scale[o] = scale_of(max_bits_of(w, 0, inputs), high);
+        float s = scale[per_channel ? o : 0];
+        if (half_out) {
+            uint16_t *to = (uint16_t *)out + o * inputs;
+            for (int64_t i = 0; i < inputs; i++) to[i] = narrow(code_of(w[i], s, low, high));
+        } else {
+            float *to = (float *)out + o * inputs;
+            for (int64_t i = 0; i < inputs; i++) to[i] = code_of(w[i], s, low, high) * s;
+        }
+    }
+}
+
+/* y [batch, outputs] bf16, in place: y * scale + bias, and ReLU where asked for. scale: [scales] (1 or outputs). */
+EXPORT void dqrm_finish_linear(uint16_t *y, int64_t batch, int64_t outputs, const float *scale, int64_t scales,
+                               const float *bias, int relu, int threads) {
+#pragma omp parallel for num_threads(threads) if (batch * outputs > LITTLE)
+    for (int64_t b = 0; b < batch; b++) {
+        uint16_t *row = y + b * outputs;
+        float floor = relu ? 0.0f : -INFINITY;
+        if (scales == outputs)
+            for (int64_t o = 0; o < outputs; o++) {
+                float v = widen(row[o]) * scale[o] + bias[o];
+                row[o] = narrow(v < floor ? floor : v);
+            }
+        else
+            for (int64_t o = 0; o < outputs; o++) {
+                float v = widen(row[o]) * scale[0] + bias[o];
+                row[o] = narrow(v < floor ? floor : v);
+            }
+    }
+}
+
+/* The backward pass of the same: grad [batch, outputs] where y > 0 (y NULL: everywhere) into `masked`, times the scale
+ * into `scaled` (NULL: not wanted), summed over the batch into bias_grad. Columns are split over threads. */
+static inline __attribute__((always_inline)) void start_linear(
+    const void *restrict grad, const void *restrict y, int half, int64_t batch, int64_t outputs,
+    const float *restrict scale, int64_t scales, void *restrict masked, void *restrict scaled,
+    float *restrict bias_grad, int threads) {
+    int64_t step = ((outputs + threads - 1) / threads + 63) & ~63LL;
+#pragma omp parallel for num_threads(threads) if (batch * outputs > LITTLE)
+    for (int64_t from = 0; from < outputs; from += step) {
+        int64_t columns = from + step < outputs ? step : outputs - from;
+        float *restrict sum = bias_grad + from;
+        for (int64_t o = 0; o < columns; o++) sum[o] = 0;
+        for (int64_t b = 0; b < batch; b++) {
+            int64_t at = b * outputs + from;
+            if (y)
+                for (int64_t o = 0; o < columns; o++)
+                    store(masked, half, at + o, load(y, half, at + o) > 0 ? load(grad, half, at + o) : 0.0f);
+            else
+                memcpy((char *)masked + at * (half ? 2 : 4), (const char *)grad + at * (half ? 2 : 4),
+                       columns * (half ? 2 : 4));
+            for (int64_t o = 0; o < columns; o++) sum[o] += load(masked, half, at + o);
+            if (scaled && scales == 1)
+                for (int64_t o = 0; o < columns; o++)
+                    store(scaled, half, at + o, load(masked, half, at + o) * scale[0]);
+            else if (scaled)
+                for (int64_t o = 0; o < columns; o++)
+                    store(scaled, half, at + o, load(masked, half, at + o) * scale[from + o]);
+        }
+    }
+}
+EXPORT void dqrm_start_linear(const void *grad, const void *y, int half, int64_t batch, int64_t outputs,
+                              const float *scale, int64_t scales, void *masked, void *scaled, float *bias_grad,
+                              int threads) {
+    if (half) start_linear(grad, y, 1, batch, outputs, scale, scales, masked, scaled, bias_grad, threads);
+    else start_linear(grad, y, 0, batch, outputs, scale, scales, masked, scaled, bias_grad, threads);
+}
+
+/* ---- interaction -------------------------------------------------------------------------------------------------- */
+
+/* The vectors of one sample, dense first, zero-padded to [ROUND4(vectors), ROUND16(dim)]. */
+#define ROUND4(n) (((n) + 3) & ~3LL)
+#define ROUND16(n) (((n) + 15) & ~15LL)
+
+static void gather_vectors(float *v, const void *dense, int half, const float *tables, int64_t sample, int64_t count,
+                           int64_t dim, int64_t padded) {
+    if (dense) {
+        for (int64_t d = 0; d < dim; d++) v[d] = load(dense, half, sample * dim + d);
+        v += padded;
+    }
+    for (int64_t t = 0; t < count; t++) memcpy(v + t * padded, tables + (sample * count + t) * dim, dim * 4);
+}
+
+/* out[sample] = dense vector, then the dot products of vector i with vectors j < i (j <= i with `self`), i rising.
+ * dense: [batch, dim] (half or float) or NULL; tables: float [batch, count, dim]; out: as dense, [batch, width].
+ * Returns 0, or 1 where memory is short. */
+EXPORT int dqrm_interact(const void *dense, int half, const float *tables, int64_t batch, int64_t count, int64_t dim,
+                         int self, void *out, int64_t width, int threads) {
+    int64_t vectors = count + (dense != NULL), rows = ROUND4(vectors), columns = ROUND16(vectors), padded = ROUND16(dim);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (batch * count * dim > LITTLE)
+    {
+        float *v = calloc(rows * padded, 4), *turned = calloc(padded * columns, 4), *line = malloc((width + 64) * 4);
+        if (!v || !turned || !line) failed = 1;
+#pragma omp barrier
+#pragma omp for
+        for (int64_t s = 0; s < batch; s++) {
+            if (failed) continue;
+            gather_vectors(v, dense, half, tables, s, count, dim, padded);
+            for (int64_t i = 0; i < vectors; i++)
+                for (int64_t d = 0; d < dim; d++) turned[d * columns + i] = v[i * padded + d];
+            int64_t at = 0;
+            if (dense) { memcpy(line, v, dim * 4); at = dim; }
+            for (int64_t i = 0; i < vectors; i += 4) {
+                int64_t begin[4] = {0};
+                for (int64_t k = 0; k < 4 && i + k < vectors; k++) { begin[k] = at; at += i + k + self; }
+                const float *v0 = v + i * padded, *v1 = v0 + padded, *v2 = v1 + padded, *v3 = v2 + padded;
+                for (int64_t j = 0; j < i + 3 + self && j < vectors; j += 16) {
+                    v16 s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+                    for (int64_t d = 0; d < dim; d++) {
+                        v16 t = *(const v16 *)(turned + d * columns + j);
+                        s0 += v0[d] * t, s1 += v1[d] * t, s2 += v2[d] * t, s3 += v3[d] * t;
+                    }
+                    v16 sum[4] = {s0, s1, s2, s3};
+                    for (int64_t k = 0; k < 4 && i + k < vectors; k++) {
+                        int64_t end = i + k + self - j;
+                        if (end > 0) memcpy(line + begin[k] + j, &sum[k], (end < 16 ? end : 16) * 4);
+                    }
+                }
+            }
+            if (half) {
+                uint16_t *to = (uint16_t *)out + s * width;
+                for (int64_t n = 0; n < width; n++) to[n] = narrow(line[n]);
+            } else {
+                memcpy((float *)out + s * width, line, width * 4);
+            }
+        }
+        free(v), free(turned), free(line);
+    }
+    return failed;
+}
+
+/* The gradients of the same from grad [batch, width]: grad_dense as dense, grad_tables float [batch, count, dim]. */
+EXPORT int dqrm_interact_backward(const void *grad, const void *dense, int half, const float *tables, int64_t batch,
+                                  int64_t count, int64_t dim, int self, int64_t width, void *grad_dense,
+                                  float *grad_tables, int threads) {
+    int64_t first = dense != NULL, vectors = count + first, rows = ROUND4(vectors), padded = ROUND16(dim);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (batch * count * dim > LITTLE)
+    {
+        /* `both` is symmetric: the gradient of pair (i, j) reaches i by way of j and j by way of i. */
+        float *v = calloc(rows * padded, 4), *both = calloc(rows * rows, 4), *line = malloc((width + 64) * 4);
+        if (!v || !both || !line) failed = 1;
+#pragma omp barrier
+#pragma omp for
+        for (int64_t s = 0; s < batch; s++) {
+            if (failed) continue;
+            gather_vectors(v, dense, half, tables, s, count, dim, padded);
+            for (int64_t n = 0; n < width; n++) line[n] = load(grad, half, s * width + n);
+            int64_t at = first ? dim : 0;
+            for (int64_t i = 0; i < vectors; i++) {
+                for (int64_t j = 0; j < i; j++) both[i * rows + j] = both[j * rows + i] = line[at++];
+                if (self) both[i * rows + i] = 2 * line[at++];
+            }
+            for (int64_t i = 0; i < vectors; i += 4)
+                for (int64_t d = 0; d < padded; d += 16) {
+                    v16 s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+                    for (int64_t j = 0; j < vectors; j++) {
+                        v16 t = *(const v16 *)(v + j * padded + d);
+                        const float *b = both + j * rows + i; /* symmetric: a column is a row */
+                        s0 += b[0] * t, s1 += b[1] * t, s2 += b[2] * t, s3 += b[3] * t;
+                    }
+                    v16 sum[4] = {s0, s1, s2, s3};
+                    int64_t end = dim - d < 16 ? dim - d : 16;
+                    for (int64_t k = 0; k < 4 && i + k < vectors; k++) {
+                        if (i + k >= first) {
+                            memcpy(grad_tables + (s * count + i + k - first) * dim + d, &sum[k], end * 4);
+                            continue;
+                        }
+                        for (int64_t n = 0; n < end; n++)
+                            store(grad_dense, half, s * dim + d + n, sum[k][n] + line[d + n]);
+                    }
+                }
+        }
+        free(v), free(both), free(line);
+    }
+    return failed;
+}
