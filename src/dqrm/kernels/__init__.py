@@ -27,10 +27,7 @@ def fits(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these tensors: on the CPU, contiguous, of a known dtype, and not traced."""
     for tensor in tensors:
         if tensor is not None and not (
-            type(tensor) in _PLAIN
-            and tensor.device.type == "cpu"
-            and tensor.dtype in _DTYPES
-            and tensor.is_contiguous()
+            type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in _DTYPES and tensor.is_contiguous()
         ):
             return False
     return not torch.compiler.is_compiling() and native()

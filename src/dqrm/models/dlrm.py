@@ -20,31 +20,13 @@ from dqrm.models.interaction import dot_interaction, pairs
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mlp import QuantMLP
 
 # Table values drawn at once; a piece stays in the processor's cache for all three passes over it.
 _PIECE = 1 << 18
 
 
-class MLP(nn.Sequential):
-    """Linear layers, each but possibly the last followed by ReLU; a layer and its ReLU are computed as one.
-
-    With `bf16`, training multiplies in bf16 except in a last layer without ReLU: its output is the logit.
-    """
-
-    bf16 = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [B, inputs] -> [B, outputs]."""
-        layers = list(self)
-        for number, layer in enumerate(layers):
-            if isinstance(layer, QuantLinear):
-                relu = number + 1 < len(layers)
-                bf16 = self.bf16 and self.training and relu
-                x = layer.forward_relu(x if bf16 else x.float(), relu, bf16)
-        return x
-
-
-def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> MLP:
+def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> QuantMLP:
     """Linear layers widths[0] -> widths[1] -> ..., each but possibly the last followed by ReLU."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
@@ -60,7 +42,7 @@ def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> MLP:
         )
         if number < len(widths) - 1 or last_relu:
             layers.append(nn.ReLU())
-    return MLP(*layers)
+    return QuantMLP(*layers)
 
 
 class DLRM(nn.Module):

@@ -6,8 +6,7 @@ pooled vector instead; with more than one row per bag that corresponds to no sto
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,7 @@ from dqrm.quant.ranges import BlockMaxima, TableScales
 from dqrm.quant.uniform import fake_quantize
 
 
-@dataclass(frozen=True, eq=False)
-class _Lookup:
+class _Lookup(NamedTuple):
     """Ids to look up in tables that lie in one weight: ids[i] is of table first + i % len(starts)."""
 
     ids: Tensor  # int32 or int64, contiguous

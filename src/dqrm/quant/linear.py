@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dqrm import kernels
 from dqrm.quant.uniform import check_bits, code_limits, dequantize, fake_quantize, quantize, scale_from_max
@@ -42,50 +41,6 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
-
-
-class _LinearReLU(torch.autograd.Function):
-    """Quantized linear layer and ReLU, with few passes over memory: float32 or bf16 [B, inputs] -> [B, outputs].
-
-    In bf16 the codes are multiplied and the result is scaled, so the quantized weight loses nothing; sums are FP32.
-    Backward: STE.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, bits: int, per_channel: bool, relu: bool, bf16: bool
-    ) -> Tensor:
-        scale = None
-        used = weight
-        if bits != 32 and not (bf16 and bits == 16):  # 16-bit codes do not fit bf16: round the weight itself
-            used, scale = quantized_weight(weight, bits, per_channel, codes=bf16)
-        if bf16:
-            x, used = x.to(torch.bfloat16), used.to(torch.bfloat16)
-            y = x.mm(used.t())
-            scale = weight.new_ones(1) if scale is None else scale
-            if kernels.fits(y, bias, scale):
-                kernels.finish_linear(y, scale, bias, relu)
-            else:
-                y = torch.addcmul(bias, y.float(), scale).to(torch.bfloat16)
-                y = y.relu_() if relu else y
-        else:
-            y = torch.addmm(bias, x, used.t())
-            y = y.relu_() if relu else y
-        ctx.save_for_backward(x, used, y if relu else None, scale if bf16 else None)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, used, y, scale = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        if kernels.fits(grad, y, scale):
-            grad, scaled, bias_grad = kernels.start_linear(grad, y, scale)
-        else:
-            grad = grad if y is None else torch.where(y > 0, grad, 0)
-            scaled, bias_grad = grad if scale is None else (grad * scale).to(grad.dtype), grad.float().sum(0)
-        x_grad = scaled.mm(used) if ctx.needs_input_grad[0] else None
-        return x_grad, grad.t().mm(x), bias_grad, None, None, None, None
 
 
 class QuantLinear(nn.Linear):
@@ -146,33 +101,19 @@ class QuantLinear(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.bits != 32:
-            bias = self._quantized_bias()
+            bias = self.quantized_bias()
             weight = _FakeQuantizeWeight.apply(weight, self.bits, self.granularity == "channel")
-        return F.linear(self._quantized_input(input), weight, bias)
+        return F.linear(self.quantized_input(input), weight, bias)
 
-    def forward_relu(self, input: Tensor, relu: bool, bf16: bool = False) -> Tensor:
-        """`forward`, then ReLU where asked for, as one step of autograd: [B, inputs] -> [B, outputs].
-
-        Args:
-            bf16: multiply in bf16; the result is bf16 too. Not differentiable twice.
-        """
-        bias = self._quantized_bias()
-        if bias is None or self.weight.dtype != torch.float32:
-            unfused: Tensor = self(input)
-            return unfused.relu() if relu else unfused
-        per_channel = self.granularity == "channel"
-        y: Tensor = _LinearReLU.apply(
-            self._quantized_input(input), self.weight, bias, self.bits, per_channel, relu, bf16
-        )
-        return y
-
-    def _quantized_bias(self) -> Tensor | None:
+    def quantized_bias(self) -> Tensor | None:
+        """The bias as it is added: [outputs], or None."""
         bias: Tensor | None = self.bias
         if bias is None or self.bias_bits == 32:
             return bias
         return fake_quantize(bias, self.weight_scale(), self.bias_bits)
 
-    def _quantized_input(self, x: Tensor) -> Tensor:
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input as it is multiplied; in training, its range widens the running maximum."""
         if self.activation_bits == 32 or x.numel() == 0:
             return x
         largest = torch.maximum(self.activation_max, x.detach().abs().amax().float())

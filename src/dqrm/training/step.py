@@ -19,7 +19,8 @@ class TrainStep:
     def __init__(self, model: DLRM, config: Config) -> None:
         self.model = model
         tables = [model.tables.weight]
-        others = [parameter for parameter in model.parameters() if parameter is not tables[0]]
+        self._parameters = list(model.parameters())
+        others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         self.optimizers = build_optimizers(tables, others, config.optimizer, config.training.seed)
         model.tables.only_looked_up_rows_change()  # true of all our optimizers of tables
 
@@ -36,8 +37,8 @@ class TrainStep:
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradients in the parameters: sparse for the tables, dense for the MLP."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         loss.backward()
 
     def update(self, rate: float) -> None:

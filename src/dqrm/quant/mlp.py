@@ -1,0 +1,118 @@
+"""A stack of quantized linear layers with ReLU between them, as one step of autograd.
+
+Per layer, a matrix product and one pass over the result; between layers nothing else. That lets a quantized MLP
+cost what an unquantized one costs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dqrm import kernels
+from dqrm.quant.linear import QuantLinear, quantized_weight
+
+# Multiplications below which converting to bf16 and back costs more than multiplying faster gains (measured).
+_WORTH_BF16 = 4_000_000
+
+
+class _Layer(NamedTuple):
+    bits: int
+    per_channel: bool
+    relu: bool
+    bf16: bool
+
+
+class _Layers(torch.autograd.Function):
+    """Quantized linear layers, each with or without ReLU: float [B, inputs] -> [B, outputs]. Backward: STE.
+
+    In bf16 the codes are multiplied and the result is scaled, so the quantized weight loses nothing; sums are FP32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[_Layer], *parameters: Tensor) -> Tensor:
+        saved: list[Tensor | None] = []
+        for number, layer in enumerate(layers):
+            weight, bias = parameters[2 * number : 2 * number + 2]
+            bf16 = layer.bf16 and len(x) * weight.numel() >= _WORTH_BF16
+            used, scale = weight, None
+            if layer.bits != 32 and not (bf16 and layer.bits == 16):  # 16-bit codes do not fit: round the weight itself
+                used, scale = quantized_weight(weight, layer.bits, layer.per_channel, codes=bf16)
+            if bf16:
+                x, used = x.bfloat16(), used.bfloat16()
+                scale = weight.new_ones(1) if scale is None else scale
+                y = x.mm(used.t())
+                if kernels.fits(y, bias, scale):
+                    kernels.finish_linear(y, scale, bias, layer.relu)
+                else:
+                    y = torch.addcmul(bias, y.float(), scale).bfloat16()
+                    y = y.relu_() if layer.relu else y
+            else:
+                x, scale = x.float(), None
+                y = torch.addmm(bias, x, used.t())
+                y = y.relu_() if layer.relu else y
+            saved += [x, used, scale]
+            x = y
+        ctx.save_for_backward(*saved, x)
+        ctx.layers = layers
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, layers = ctx.saved_tensors, ctx.layers
+        y, grad = saved[-1], grads[0].contiguous()
+        found: list[Tensor | None] = []
+        for number in range(len(layers) - 1, -1, -1):
+            x, used, scale = saved[3 * number : 3 * number + 3]
+            grad = grad.to(used.dtype)
+            shown = y if layers[number].relu else None
+            # The next layer may have taken y in another dtype; what is 0 there is 0 here.
+            if shown is not None and shown.dtype != grad.dtype:
+                shown = shown.to(grad.dtype)
+            if kernels.fits(grad, shown, scale):
+                grad, scaled, bias_grad = kernels.start_linear(grad, shown, scale)
+            else:
+                grad = grad if shown is None else torch.where(shown > 0, grad, 0)
+                scaled, bias_grad = grad if scale is None else (grad * scale).to(grad.dtype), grad.float().sum(0)
+            found += [bias_grad, grad.t().mm(x)]
+            if number:
+                grad = scaled.mm(used)
+            y = x
+        x_grad = scaled.mm(used) if ctx.needs_input_grad[0] else None
+        return x_grad, None, *reversed(found)
+
+
+class QuantMLP(nn.Sequential):
+    """`QuantLinear` layers, each but possibly the last followed by `nn.ReLU`.
+
+    Attributes:
+        bf16: in training, multiply large layers in bf16, except a last layer without ReLU, whose output is the logit.
+            The result is bf16 then. Evaluation is always FP32, as what is exported is.
+    """
+
+    bf16 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [B, inputs] -> [B, outputs]; not differentiable twice."""
+        modules = list(self)
+        layers: list[_Layer] = []
+        parameters: list[Tensor] = []
+        for number, module in enumerate(modules):
+            if not isinstance(module, QuantLinear):
+                continue
+            relu = number + 1 < len(modules)
+            bias = module.quantized_bias()
+            if bias is None:
+                bias = module.weight.new_zeros(module.out_features)
+            if module.activation_bits != 32:  # its input must be quantized first: finish what is before it
+                if layers:
+                    x, layers, parameters = _Layers.apply(x, layers, *parameters), [], []
+                x = module.quantized_input(x.float())
+            layers.append(
+                _Layer(module.bits, module.granularity == "channel", relu, self.bf16 and self.training and relu)
+            )
+            parameters += [module.weight, bias]
+        found: Tensor = _Layers.apply(x, layers, *parameters)
+        return found
