@@ -132,3 +132,111 @@ def assert_pooled(actual, table, *, scale, bits, ids, bags, mode="sum", per_samp
     ties = pool(slack(table, scale, bits), ids, bags, mode=mode, per_sample_weights=weights)
     expected = pool(values, ids, bags, mode=mode, per_sample_weights=per_sample_weights)
     assert_within(actual, expected, rounding + ties)
+
+
+def sequential_sums(rows, values):
+    """Each row once, in rising order, with the float32 sum of its values in the order of the input."""
+    unique = sorted(set(rows.tolist()))
+    sums = np.zeros((len(unique), values.shape[1]), np.float32)
+    for number, row in enumerate(unique):
+        first, *others = np.flatnonzero(rows == row)
+        sums[number] = values[first]
+        for position in others:
+            sums[number] += values[position]
+    return np.array(unique, np.int64), sums
+
+
+def interact(dense, tables, self_interaction):
+    """The dense vector (or None), then the products of vector i with vectors j < i (j <= i), i rising; float64."""
+    vectors = tables if dense is None else np.concatenate([dense[:, None], tables], axis=1)
+    columns = [] if dense is None else list(dense.T)
+    for i in range(vectors.shape[1]):
+        columns += [(vectors[:, i] * vectors[:, j]).sum(1) for j in range(i + self_interaction)]
+    return np.stack(columns, axis=1) if columns else np.zeros((len(tables), 0))
+
+
+def interact_gradients(grad, dense, tables, self_interaction):
+    """Gradients of ``interact`` to all vectors [B, V, dim], the dense one first where there is one."""
+    vectors = tables if dense is None else np.concatenate([dense[:, None], tables], axis=1)
+    found, at = np.zeros_like(vectors), 0
+    if dense is not None:
+        at = dense.shape[1]
+        found[:, 0] = grad[:, :at]
+    for i in range(vectors.shape[1]):
+        for j in range(i + self_interaction):
+            found[:, i] += grad[:, at, None] * vectors[:, j]
+            found[:, j] += grad[:, at, None] * vectors[:, i]
+            at += 1
+    return found
+
+
+def bf16_neighbours(x):
+    """The bf16 numbers at or next below and above the finite float32 numbers ``x`` (towards zero and away from it)."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    inner = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    outer = np.where(bits & np.uint32(0xFFFF), (bits & np.uint32(0xFFFF0000)) + np.uint32(0x10000), bits)
+    return inner, outer.astype(np.uint32).view(np.float32)
+
+
+def dlrm(model, dense, ids, bags, labels):
+    """Logits, mean BCE loss and all gradients (by parameter name) of a DLRM that has just run this training batch.
+
+    Written out in float64 torch; takes the table scales and activation ranges that the model used. A quantized number
+    is straight-through: its value forward, its master's gradient backward.
+    """
+    import torch
+
+    def quantized(x, scale, bits):
+        if bits == 32:
+            return x
+        n = levels(bits)
+        return x + ((x.detach() / scale).round().clamp(-n - 1, n) * scale - x.detach())
+
+    weights = {name: parameter.detach().double().requires_grad_() for name, parameter in model.named_parameters()}
+    tables, config, at = model.tables, model.config, 0
+    vectors = []
+    for number, rows in enumerate(tables.table_rows):
+        table = weights["tables.weight"][at : at + rows]
+        table, at = quantized(table, tables.scale[number].double(), tables.bits), at + rows
+        if number < ids.shape[1]:
+            vectors.append(table[ids[:, number].long()])
+            continue
+        values, offsets = bags[number - ids.shape[1]]
+        spans = zip(offsets.tolist(), [*offsets.tolist()[1:], len(values)])
+        pooled = [
+            table[values[a:b].long()].sum(0) / max(1, (b - a) if config.pooling == "mean" else 1) for a, b in spans
+        ]
+        vectors.append(torch.stack(pooled))
+
+    def mlp(part, x):
+        layers = [(name, layer) for name, layer in getattr(model, part).named_children() if hasattr(layer, "bits")]
+        for name, layer in layers:
+            weight, bias = weights[f"{part}.{name}.weight"], weights[f"{part}.{name}.bias"]
+            if layer.activation_bits != 32:
+                x = quantized(x, float(scale_from_max(array(layer.activation_max), layer.activation_bits)),
+                              layer.activation_bits)  # fmt: skip
+            if layer.bits != 32:
+                largest = array(weight.abs().amax(1) if layer.granularity == "channel" else weight.abs().amax().view(1))
+                scale = torch.from_numpy(scale_from_max(largest, layer.bits)).double()
+                weight = quantized(weight, scale[:, None], layer.bits)
+                bias = quantized(bias, scale, layer.bias_bits)
+            x = x @ weight.t() + bias
+            if part == "bottom" or name != layers[-1][0]:
+                x = x.relu()
+        return x
+
+    first = [] if model.bottom is None else [mlp("bottom", dense.double())]
+    if config.interaction == "cat":
+        x = torch.cat(first + vectors, 1)
+    else:
+        together = first + vectors
+        products = [
+            (together[i] * together[j]).sum(1, keepdim=True)
+            for i in range(len(together))
+            for j in range(i + config.self_interaction)
+        ]
+        x = torch.cat(first + products, 1)
+    logits = mlp("top", x)[:, 0]
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.double())
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    return logits.detach(), loss.detach(), dict(zip(weights, gradients))

@@ -11,10 +11,12 @@ SOURCE = Path(dqrm.__file__).parent
 BASE = {"errors", "options", "config", "files", "__init__"}
 # What each part may import of the others.
 ALLOWED = {
-    "quant": set(),
+    "kernels": set(),
+    "quant": {"kernels"},
     "data": {"errors", "options", "files", "__init__"},
-    "models": {"quant", "config", "errors"},
-    "training": {"models", "quant", "data"} | BASE,
+    "models": {"kernels", "quant", "config", "errors"},
+    "training": {"models", "quant", "kernels", "data"} | BASE,
+    "bench": {"training", "models", "quant", "data", "kernels", "console"} | BASE,
     "studies": {"training", "models", "quant", "data", "console"} | BASE,
 }
 

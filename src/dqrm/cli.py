@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from dqrm import __version__
+from dqrm.bench.config import BenchEmbeddingConfig, BenchStepConfig
 from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
@@ -174,6 +175,43 @@ def demo(output: str, as_json: bool) -> None:
     except Interrupted:
         messages.print("Stopped; the next `dqrm demo` starts again.")
         sys.exit(130)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed: variants alternate in one process."""
+
+
+@bench.command("step", cls=GroupedCommand)
+@_json
+@config_options(("What is measured", BenchStepConfig))
+def bench_step(as_json: bool, **flags: Any) -> None:
+    """Whole training steps on generated data: FP32, INT4, and plain torch as the baseline."""
+    config = build(BenchStepConfig, given(flags), "bench step")
+
+    from dqrm.bench.report import print_step
+    from dqrm.bench.step import run_step
+    from dqrm.console import bars, print_json
+
+    with bars(quiet=as_json) as progress:
+        found = run_step(config, progress)
+    (print_json if as_json else print_step)(found)
+
+
+@bench.command("embedding", cls=GroupedCommand)
+@_json
+@config_options(("What is measured", BenchEmbeddingConfig))
+def bench_embedding(as_json: bool, **flags: Any) -> None:
+    """Forward and backward of one table: our active rows, whole-table QAT, torch.ao, torchao, FP32."""
+    config = build(BenchEmbeddingConfig, given(flags), "bench embedding")
+
+    from dqrm.bench.embedding import run_embedding
+    from dqrm.bench.report import print_embedding
+    from dqrm.console import bars, print_json
+
+    with bars(quiet=as_json) as progress:
+        found = run_embedding(config, progress)
+    (print_json if as_json else print_embedding)(found)
 
 
 def main() -> None:

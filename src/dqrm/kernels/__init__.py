@@ -30,12 +30,13 @@ def fits(*tensors: Tensor | None) -> bool:
             type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in _DTYPES and tensor.is_contiguous()
         ):
             return False
-    return not torch.compiler.is_compiling() and native()
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and native()
 
 
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "lookup": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p,
                          c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]),
+    "outside": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
     "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int]),
     "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_int]),
     "sum_duplicates": (c_int64, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
@@ -88,18 +89,28 @@ def lookup(
     return found
 
 
+def _require_rows(weight: Tensor, rows: Tensor, values: Tensor) -> None:
+    if values.shape != (len(rows), weight.shape[1]):
+        raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {weight.shape[1]}]")
+    wrong = _call("outside", rows, len(rows), len(weight))
+    if wrong >= 0:
+        raise IndexError(f"row {int(rows[wrong])} is outside a weight of {len(weight)} rows")
+
+
 def add_rows(weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
     """weight[rows[i]] += factor * values[i] in place, in the order of i.
 
     Args:
         weight: float32 [R, dim]. rows: int64 [N]. values: float32 [N, dim].
     """
+    _require_rows(weight, rows, values)
     torch.autograd.graph.increment_version(weight)  # torch cannot see the write
     _call("add_rows", weight, weight.shape[1], rows, values, len(rows), factor)
 
 
 def add_rows_stochastic(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int) -> None:
     """The same on bf16 weights with stochastic rounding (`seed` below 2**32); no row twice."""
+    _require_rows(weight, rows, values)
     torch.autograd.graph.increment_version(weight)
     _call("add_rows_stochastic", weight, weight.shape[1], rows, values, len(rows), factor, seed)
 

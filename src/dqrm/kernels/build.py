@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -28,7 +29,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("DQRM_NATIVE", "1") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        return _load()
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"the CPU kernels cannot be built ({error}); training runs in plain torch, more slowly. A C compiler "
@@ -38,36 +39,45 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _compiled() -> Path:
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None:
+def _load() -> ctypes.CDLL:
+    compiler = (
+        shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
+    )
+    if not compiler:
         raise RuntimeError("no C compiler found")
-    version = _run([compiler, "--version"])
-    identity = "\0".join([SOURCE.read_text(), *FLAGS, compiler, version, _processor()])
+    version = _run([*compiler, "--version"])
+    identity = "\0".join([SOURCE.read_text(), *FLAGS, *compiler, version, _processor()])
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqrm"
-    if (cache / name).is_file():
-        return cache / name
+    cache: Path | None
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqrm"
+        if (cache / name).is_file():
+            try:
+                return ctypes.CDLL(str(cache / name))
+            except OSError:  # damaged: build it again
+                (cache / name).unlink()
         cache.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=cache))
-    except OSError:  # no home, or a read-only one: compile for this process only
-        cache = folder = Path(tempfile.mkdtemp())
-    built = folder / "building.so"
+    except (OSError, RuntimeError):  # no home, or a read-only one: for this process only
+        cache, folder = None, Path(tempfile.mkdtemp())
     try:
+        built = folder / name
         try:
-            _run([compiler, *FLAGS, "-fopenmp", "-o", str(built), str(SOURCE), "-lm"])
+            _run([*compiler, *FLAGS, "-fopenmp", "-o", str(built), str(SOURCE), "-lm"])
         except RuntimeError:  # Apple's clang has no OpenMP: one thread
-            _run([compiler, *FLAGS, "-Wno-unknown-pragmas", "-o", str(built), str(SOURCE), "-lm"])
-        os.replace(built, cache / name)  # several processes may build at once
+            _run([*compiler, *FLAGS, "-Wno-unknown-pragmas", "-o", str(built), str(SOURCE), "-lm"])
+        if cache is not None:  # several processes may build at once
+            built = built.replace(cache / name)
+        return ctypes.CDLL(str(built))
     finally:
-        if folder != cache:
-            shutil.rmtree(folder, ignore_errors=True)
-    return cache / name
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise RuntimeError(next((line for line in lines if "error" in line), f"{command[0]} failed"))

@@ -96,6 +96,15 @@ EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tab
     return -1;
 }
 
+/* The first position whose row is none of 0 .. total - 1, or -1. */
+EXPORT int64_t dqrm_outside(const int64_t *rows, int64_t count, int64_t total, int threads) {
+    int64_t bad = INT64_MAX;
+#pragma omp parallel for reduction(min : bad) num_threads(threads) if (count > LITTLE)
+    for (int64_t i = 0; i < count; i++)
+        if (rows[i] < 0 || rows[i] >= total) bad = i < bad ? i : bad;
+    return bad == INT64_MAX ? -1 : bad;
+}
+
 /* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. */
 EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
                           float factor, int threads) {
@@ -144,12 +153,16 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
 }
 
 /* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
- * scratch. Returns how many rows there are, or -1 where count or a row is too large for the packed sort keys. */
+ * scratch. Returns how many rows there are, or -1 where count or a row does not fit the
+ * packed sort keys. */
 EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int64_t count, int64_t dim,
                                    int64_t *rows_out, float *values_out, uint64_t *keys, int threads) {
-    int64_t largest = 0;
-    for (int64_t i = 0; i < count; i++) largest = rows[i] > largest ? rows[i] : largest;
-    if (count >= (1LL << 28) || largest >= (1LL << 36)) return -1;
+    int64_t largest = 0, smallest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        largest = rows[i] > largest ? rows[i] : largest;
+        smallest = rows[i] < smallest ? rows[i] : smallest;
+    }
+    if (count >= (1LL << 28) || largest >= (1LL << 36) || smallest < 0) return -1;
     uint64_t *from = keys, *to = keys + count;
     for (int64_t i = 0; i < count; i++) from[i] = (uint64_t)rows[i] << 28 | (uint64_t)i;
     for (int shift = 28; largest >> (shift - 28) > 0; shift += 11) { /* radix sort by row; stable, so by position too */

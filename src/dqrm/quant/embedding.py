@@ -63,6 +63,19 @@ class _ActiveRows(torch.autograd.Function):
         return grad, None, None, None
 
 
+def _integers(ids: Tensor) -> Tensor:
+    """The same ids as int32 or int64.
+
+    Raises:
+        ValueError: they are no integers.
+    """
+    if ids.dtype in (torch.int32, torch.int64):
+        return ids
+    if ids.dtype not in (torch.int8, torch.uint8, torch.int16):
+        raise ValueError(f"ids are {ids.dtype}, expected integers")
+    return ids.long()
+
+
 def _refuse_id(id: int, table: int, rows: int) -> None:
     raise IndexError(f"id {id} is outside table {table}, which has {rows} rows (0 to {rows - 1})")
 
@@ -103,13 +116,14 @@ class _OneTable(TableScales):
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
         if self.bits == 32:
             return F.embedding(ids, self.weight, self.padding_idx, sparse=self.sparse)
-        scale = self._tick()
+        ids, scale = _integers(ids), self._tick()
         plain = self.padding_idx is not None or self.weight.dtype != torch.float32
         if self.sparse and not plain and kernels.fits(ids, self.weight, scale):
             table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(self.weight)]), scale)
             found, rows = _ActiveRows.apply(self.weight, [table], self._limits(), self._blocks)
         else:
             rows = ids.long()
+            self._mark(rows)
             found = fake_quantize(
                 F.embedding(rows, self.weight, self.padding_idx, sparse=self.sparse), scale, self.bits
             )
@@ -266,12 +280,12 @@ class QuantEmbeddingBagCollection(TableScales):
                 )
         scale = None if self.bits == 32 else self._tick()
         # Single-valued tables are looked up together, each multi-valued one by itself.
-        groups = [(ids, 0, single)] if single else []
-        groups += [(values, number, 1) for number, (values, _) in enumerate(bags, start=single)]
-        if self.sparse and kernels.fits(self.weight, scale):
+        groups = [(_integers(ids).contiguous(), 0, single)] if single else []
+        groups += [(_integers(values).contiguous(), number, 1) for number, (values, _) in enumerate(bags, start=single)]
+        if self.sparse and kernels.fits(self.weight, scale, *(found for found, _, _ in groups)):
             lookups = [
                 _Lookup(
-                    found.contiguous(),
+                    found,
                     first,
                     self.row_offsets[first : first + tables],
                     self.rows_per_table[first : first + tables],
@@ -300,6 +314,7 @@ class QuantEmbeddingBagCollection(TableScales):
         for ids, first, tables in groups:
             self._check(ids.view(-1, tables), range(first, first + tables))
             pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
+            self._mark(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
         found = F.embedding(rows, self.weight, sparse=self.sparse).float()
         if scale is None:

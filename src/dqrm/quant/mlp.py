@@ -95,24 +95,34 @@ class QuantMLP(nn.Sequential):
     bf16 = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [B, inputs] -> [B, outputs]; not differentiable twice."""
+        """float [B, inputs] -> [B, outputs]; not differentiable twice.
+
+        Layers that were put in place of others, have hooks or are no longer float32 run one by one, as they are.
+        """
         modules = list(self)
+        if x.dim() != 2 or not all(map(_fusible, modules)):
+            return super().forward(x)
         layers: list[_Layer] = []
         parameters: list[Tensor] = []
-        for number, module in enumerate(modules):
+        for module, following in zip(modules, [*modules[1:], None]):
             if not isinstance(module, QuantLinear):
-                continue
-            relu = number + 1 < len(modules)
-            bias = module.quantized_bias()
-            if bias is None:
-                bias = module.weight.new_zeros(module.out_features)
+                if layers and layers[-1].relu:
+                    continue
+                return super().forward(x)  # a ReLU that follows no layer
             if module.activation_bits != 32:  # its input must be quantized first: finish what is before it
                 if layers:
                     x, layers, parameters = _Layers.apply(x, layers, *parameters), [], []
                 x = module.quantized_input(x.float())
-            layers.append(
-                _Layer(module.bits, module.granularity == "channel", relu, self.bf16 and self.training and relu)
-            )
-            parameters += [module.weight, bias]
+            relu = isinstance(following, nn.ReLU)
+            bf16 = self.bf16 and self.training and relu
+            layers.append(_Layer(module.bits, module.granularity == "channel", relu, bf16))
+            bias = module.quantized_bias()
+            parameters += [module.weight, module.weight.new_zeros(module.out_features) if bias is None else bias]
         found: Tensor = _Layers.apply(x, layers, *parameters)
         return found
+
+
+def _fusible(module: nn.Module) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return type(module) is nn.ReLU or (type(module) is QuantLinear and module.weight.dtype == torch.float32)

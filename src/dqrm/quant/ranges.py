@@ -19,6 +19,8 @@ from dqrm.quant.uniform import check_bits, code_limits, scale_from_max
 _CHUNK = 1 << 20
 # Rows per block whose maximum is remembered: small enough that a period dirties few of them.
 _BLOCK = 16
+# Forwards whose rows running_max keeps while no optimizer changes the weight; with more, it rescans.
+_FORWARDS_KEPT = 64
 
 
 def max_abs(weight: Tensor) -> Tensor:
@@ -40,10 +42,19 @@ class BlockMaxima:
     def __init__(self, table_rows: tuple[int, ...]) -> None:
         blocks = torch.tensor([0, *(-(-rows // _BLOCK) for rows in table_rows)], dtype=torch.int64).cumsum(0)
         self.starts = blocks[:-1].contiguous()
+        self._row_starts = torch.tensor([0, *table_rows[:-1]], dtype=torch.int64).cumsum(0)
         self._bounds = blocks.tolist()
         self.block = _BLOCK
         self.dirty = torch.ones(self._bounds[-1], dtype=torch.uint8)
         self.maxima = torch.zeros(self._bounds[-1])
+
+    def mark(self, rows: Tensor, first: int, tables: int) -> None:
+        """Rows of the whole weight, position i of table first + i % tables, may change (the kernels mark their own)."""
+        part = slice(first, first + tables)
+        blocks = self.starts[part] + (rows.view(-1, tables) - self._row_starts[part]).div_(
+            _BLOCK, rounding_mode="floor"
+        )
+        self.dirty[blocks.view(-1)] = 1
 
     def all_changed(self) -> None:
         """The weights are others now: the next refresh reads everything."""
@@ -129,6 +140,8 @@ class TableScales(nn.Module):
         """Raise scales to what the rows of the last training forwards need, once an optimizer has changed them."""
         if not self._looked_up or self.weight._version == self._looked_up_at:
             return
+        if len(self._looked_up) > _FORWARDS_KEPT:
+            return self.refresh_scale()
         for rows, first, tables in self._looked_up:
             scale = self.scale[first : first + tables]
             largest = torch.zeros_like(scale)
@@ -143,9 +156,15 @@ class TableScales(nn.Module):
 
     def _note_rows(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
         """This forward looks up `rows` (int64 [N]; position i is of table first + i % tables)."""
-        if self.scale_refresh == "running_max" and self.training and self.bits != 32:
-            self._looked_up.append((rows, first, tables))
+        if self.scale_refresh == "running_max" and self.training and self.bits != 32 and self.weight.requires_grad:
+            if len(self._looked_up) <= _FORWARDS_KEPT:
+                self._looked_up.append((rows, first, tables))
             self._looked_up_at = self.weight._version
+
+    def _mark(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
+        """As `_note_rows`, for exact refreshes, where the kernels have not done it."""
+        if self._blocks is not None:
+            self._blocks.mark(rows, first, tables)
 
     def _tick(self) -> Tensor:
         """The scales that this forward uses [tables]; in training, one tick of the clock."""
@@ -162,6 +181,7 @@ class TableScales(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the scale with the module, but never casts it: in FP16 the scale of small weights would be 0."""
+        self._raise_scale()
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
@@ -170,6 +190,11 @@ class TableScales(nn.Module):
             self._blocks = None
             self.only_looked_up_rows_change()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: their weight counts its versions anew."""
+        self._raise_scale()
+        return {**self.__dict__, "_looked_up": list(self._looked_up), "_looked_up_at": -1}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._raise_scale()

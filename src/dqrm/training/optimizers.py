@@ -34,12 +34,18 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return unique, add_rows(values.new_zeros(len(unique), values.shape[1]), inverse, values)
 
 
+def _native(target: Tensor, dtype: torch.dtype, rows: Tensor, values: Tensor) -> bool:
+    """Whether the kernels take this update."""
+    right = target.dtype == dtype and values.dtype == torch.float32 and rows.dtype == torch.int64 and target.dim() == 2
+    return right and len(rows) > 0 and kernels.fits(target, rows, values)
+
+
 def add_rows(target: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0) -> Tensor:
     """target[rows[i]] += factor * values[i] in place, rows repeated or not; in the order of the rows on CPU.
 
     In plain torch on CPU, `scatter_add_` with an expanded index is 4 to 5 times faster than `index_add_`.
     """
-    if target.dtype == torch.float32 and len(rows) and kernels.fits(target, rows, values):
+    if _native(target, torch.float32, rows, values):
         kernels.add_rows(target, rows, values, factor)
         return target
     if factor != 1.0:
@@ -56,7 +62,7 @@ def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: fl
     far below the weight's precision arrive on average, where rounding to nearest would lose them all. The random bits
     are a hash of (seed, row, column): the same on every device, in any order.
     """
-    if len(rows) and kernels.fits(target, rows, values):
+    if _native(target, torch.bfloat16, rows, values):
         kernels.add_rows_stochastic(target, rows, values, factor, seed)
         return target
     dim = target.shape[1]
@@ -85,6 +91,15 @@ class _SparseOptimizer(Optimizer):
             for weight in group["params"]:
                 if weight.dtype == torch.bfloat16:  # the random bits of a step depend on how many there were
                     self.state[weight]["steps"] = torch.zeros((), dtype=torch.int64)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As torch's, but the state keeps its dtypes: torch would cast it to that of a bf16 weight."""
+        super().load_state_dict(state_dict)
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for weight, number in zip(mine["params"], saved["params"]):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[weight][name] = value.clone().to(weight.device if value.dim() else "cpu")
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         raise NotImplementedError

@@ -1,0 +1,172 @@
+"""What `dqrm bench` measures: its flags and the architectures. Importing this module imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dqrm.options import check_fields, did_you_mean
+from dqrm.quant.config import BITS
+
+NUM_DENSE = 13
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Layer widths and table sizes of the DQRM paper's model for one dataset."""
+
+    embedding_dim: int
+    bottom_mlp: tuple[int, ...]
+    top_mlp: tuple[int, ...]
+    table_rows: tuple[int, ...]
+
+    def scaled(self, factor: float) -> tuple[int, ...]:
+        """Rows of each table times `factor`; no table falls below 3 rows, unless it has fewer."""
+        return tuple(min(rows, max(3, round(rows * factor))) for rows in self.table_rows)
+
+
+ARCHITECTURES = {
+    "kaggle": Architecture(
+        16, (512, 256, 64, 16), (512, 256, 1),
+        (1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10,
+         5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
+    ),
+    "terabyte": Architecture(
+        64, (512, 256, 64), (512, 512, 256, 1),
+        (9980200, 26095, 17224, 7383, 20152, 3, 7112, 1435, 62, 9756762, 1332128, 314263, 10, 2208, 11168, 122, 4,
+         971, 14, 9994101, 7267918, 9946670, 415284, 12422, 102, 36),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to train: what the name of a variant says."""
+
+    bits: int
+    running_max: bool = False
+    bf16: bool = False
+    bf16_tables: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The name of the unquantized variant with the same arithmetic."""
+        return "fp32_bf16" if self.bf16 else "fp32"
+
+
+def _schemes() -> dict[str, Scheme]:
+    found = {}
+    for bits in (32, *BITS[:-1]):
+        for running_max in (False, True)[: 1 + (bits != 32)]:
+            for bf16 in (False, True):
+                for bf16_tables in (False, True):
+                    name = "fp32" if bits == 32 else f"int{bits}"
+                    name += "_running_max" * running_max + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
+                    found[name] = Scheme(bits, running_max, bf16, bf16_tables)
+    return found
+
+
+SCHEMES = _schemes()
+"""Every variant of our own by name: fp32 or int<bits>, then what differs from periodic scales and FP32."""
+
+EMBEDDING_VARIANTS = ("ours", "collection", "fp32", "whole_table", "torch_ao", "torchao")
+
+
+@dataclass(frozen=True)
+class BenchStepConfig:
+    """What `dqrm bench step` measures."""
+
+    arch: Literal["kaggle", "terabyte"] = "kaggle"
+    """Architecture and table sizes of the DQRM paper."""
+    rows_scale: float = 1.0
+    """Factor on the rows of every table, above 0 and at most 1."""
+    batch_size: tuple[int, ...] = (128, 2048)
+    """Samples per step; several are measured one after the other."""
+    steps: int = 100
+    """Measured steps of each variant."""
+    warmup: int = 20
+    """Steps of each variant before the measured ones."""
+    scale_period: int = 200
+    """Training steps between two refreshes of the tables' scales."""
+    variants: tuple[str, ...] = ("baseline", "fp32", "int4", "int4_running_max", "fp32_bf16", "int4_bf16")
+    """What to measure: baseline (nn.EmbeddingBag and nn.Linear), or fp32|int2|int4|int8|int16 followed by
+    _running_max, _bf16 (arithmetic), _bf16_tables (weights of the tables), in this order."""
+    samples: int = 262_144
+    """Rows of generated data that the steps read; at least 16 batches."""
+    shuffle: Literal["global", "block"] = "global"
+    """Order in which the data is read, as in training."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: torch's default."""
+    device: str = "auto"
+    """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
+    seed: int = 0
+    """Decides weights, data and the order of variants."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _at_least(self, steps=1, warmup=1, scale_period=1, samples=1, threads=0, seed=0)
+        if not 0 < self.rows_scale <= 1:
+            raise ValueError(f"rows_scale is {self.rows_scale}, expected above 0 and at most 1")
+        if not self.batch_size or min(self.batch_size) < 1:
+            raise ValueError(
+                f"batch_size is {'-'.join(map(str, self.batch_size))!r}, expected sizes of 1 or more, as 128-2048"
+            )
+        _check_names(self.variants, (BASELINE, *SCHEMES))
+        _check_device(self.device)
+
+
+@dataclass(frozen=True)
+class BenchEmbeddingConfig:
+    """What `dqrm bench embedding` measures."""
+
+    rows: int = 1_000_000
+    """Rows of the table."""
+    dim: int = 16
+    """Values per row."""
+    batch_size: int = 2048
+    """Ids looked up per step, one per sample."""
+    bits: int = 4
+    """Bits of the table in every quantized variant; torch.ao and torchao know 4 and 8."""
+    repeats: int = 200
+    """Measured steps of each variant; those that touch the whole table take a tenth, but at least 10."""
+    scale_period: int = 200
+    """Training steps between two refreshes of our scale."""
+    variants: tuple[str, ...] = EMBEDDING_VARIANTS
+    """What to measure: ours (QuantEmbeddingBag), collection (a QuantEmbeddingBagCollection of one table), fp32
+    (nn.EmbeddingBag), whole_table (QAT of the whole table), torch_ao, torchao (skipped where not installed)."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0: torch's default."""
+    device: str = "auto"
+    """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
+    seed: int = 0
+    """Decides weights, ids and the order of variants."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _at_least(self, rows=1, dim=1, batch_size=1, repeats=1, scale_period=1, threads=0, seed=0)
+        if self.bits not in BITS or self.bits == 32:
+            raise ValueError(f"bits is {self.bits}, expected 2, 4, 8 or 16")
+        _check_names(self.variants, EMBEDDING_VARIANTS)
+        _check_device(self.device)
+
+
+def _at_least(config: Any, **lowest: int) -> None:
+    for name, bound in lowest.items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected {bound} or more")
+    if config.threads > 1024:
+        raise ValueError(f"threads is {config.threads}, expected 1024 or fewer")
+
+
+def _check_names(names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not names:
+        raise ValueError(f"variants is empty; known are {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"variants has '{name}'{did_you_mean(name, known)}")
+        if names.count(name) > 1:
+            raise ValueError(f"variants has '{name}' twice")
+
+
+def _check_device(device: str) -> None:
+    if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
+        raise ValueError(f"device is {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")

@@ -1,0 +1,156 @@
+"""The variants of a whole training step, each as the same few calls: data, and a step whole or part by part."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqrm.bench.baseline import PlainDLRM
+from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, SCHEMES, Architecture, BenchStepConfig, Scheme
+from dqrm.bench.measure import Clock, Scales
+from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.data.batches import Batch
+from dqrm.models.dlrm import DLRM
+from dqrm.quant.config import QATConfig
+from dqrm.training.step import TrainStep
+
+LEARNING_RATE = 0.1
+
+
+class Contender(ABC):
+    """A model with its optimizer and its own stream of batches."""
+
+    title: ClassVar[str] = ""
+    scales: Scales | None = None
+
+    def __init__(self, name: str, tables: nn.Module) -> None:
+        self.name, self.tables = name, tables
+        self.batches: Iterator[Batch] = iter(())
+        self.loss: Any = None
+
+    def next(self) -> Any:
+        """The next batch in the form that this variant takes, on its device."""
+        return self.prepare(next(self.batches))
+
+    @property
+    def refreshed(self) -> int:
+        """How many exact refreshes of the scales there have been."""
+        return len(self.scales.refreshes) if self.scales else 0
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> Any:
+        """A batch of the reader as this variant takes it."""
+
+    @abstractmethod
+    def step(self, batch: Any) -> None:
+        """One whole training step."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Tensor:
+        """From a batch to its loss, the lookup included."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """From the loss to gradients."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """From gradients to weights."""
+
+
+class Ours(Contender):
+    """A DLRM of this package, trained as `dqrm train` trains it."""
+
+    def __init__(self, name: str, config: Config, model: DLRM, clock: Clock) -> None:
+        super().__init__(name, model.tables)
+        self.device, self.model = clock.device, model.train()
+        self.train_step = TrainStep(model, config)
+        if SCHEMES[name].bits != 32:
+            self.scales = Scales(model.tables, clock)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
+
+    def step(self, batch: Batch) -> None:
+        self.loss = self.train_step(batch, LEARNING_RATE)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.train_step.forward(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self.train_step.backward(loss)
+
+    def update(self) -> None:
+        self.train_step.update(LEARNING_RATE)
+
+
+class Plain(Contender):
+    """The baseline, trained as torch's tutorials train: sparse gradients and torch.optim.SGD."""
+
+    title = "nn.EmbeddingBag + nn.Linear"
+
+    def __init__(self, name: str, arch: Architecture, weights: Sequence[Tensor], device: torch.device) -> None:
+        self.device = device
+        self.model = PlainDLRM(NUM_DENSE, arch.bottom_mlp, arch.top_mlp, weights).to(device)
+        super().__init__(name, self.model.tables)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE)
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        # One contiguous row of int64 per table is what nn.EmbeddingBag works on.
+        ids = batch.ids.to(self.device).t().contiguous().long()
+        return batch.dense.to(self.device), ids, batch.labels.to(self.device)
+
+    def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        loss = self.forward(batch)
+        self.backward(loss)
+        self.update()
+        self.loss = loss.detach()
+
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        dense, ids, labels = batch
+        return F.binary_cross_entropy_with_logits(self.model(dense, ids), labels)
+
+    def backward(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+
+def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
+    """The configuration with which `dqrm train` would train `scheme`."""
+    arch = ARCHITECTURES[options.arch]
+    return Config(
+        model=ModelConfig(embedding_dim=arch.embedding_dim, bottom_mlp=arch.bottom_mlp, top_mlp=arch.top_mlp),
+        quantization=QATConfig(
+            bits=scheme.bits,
+            scale_period=options.scale_period,
+            scale_refresh="running_max" if scheme.running_max else "periodic",
+        ),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        training=TrainingConfig(
+            precision="bf16" if scheme.bf16 else "fp32",
+            table_dtype="bf16" if scheme.bf16_tables else "fp32",
+            device=options.device,
+            threads=options.threads,
+            seed=options.seed,
+        ),
+    )
+
+
+def build_model(config: Config, table_rows: Sequence[int], weight: Tensor | None) -> DLRM:
+    """The model of a configuration; with `weight` it trains on these tables instead of its own."""
+    return DLRM(
+        NUM_DENSE,
+        table_rows,
+        config=config.model,
+        qat=config.quantization,
+        seed=config.training.seed,
+        precision=config.training.precision,
+        table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
+        table_weight=weight,
+    )

@@ -1,0 +1,189 @@
+"""`dqrm bench embedding`: one table, forward and backward, quantized in the rows in use or as a whole.
+
+No optimizer runs: what other modules leave behind is a dense gradient, whose update would cost yet more.
+"""
+
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.bench.baseline import WholeTableQAT
+from dqrm.bench.config import BenchEmbeddingConfig
+from dqrm.bench.measure import Clock, Scales, machine, median, peak_rss_mb, spread
+from dqrm.kernels import native
+from dqrm.quant.embedding import QuantEmbeddingBag, QuantEmbeddingBagCollection
+from dqrm.training.environment import Progress, resolve_device
+
+TITLES = {
+    "ours": "active rows, ours",
+    "collection": "active rows, ours, collection",
+    "fp32": "nn.EmbeddingBag FP32, sparse",
+    "whole_table": "whole-table QAT, plain torch",
+    "torch_ao": "torch.ao.nn.qat.EmbeddingBag",
+    "torchao": "torchao FakeQuantizedEmbedding",
+}
+_WARMUP = 3
+
+
+class Unavailable(Exception):
+    """A variant that cannot be measured here; the message says why."""
+
+
+def run_embedding(options: BenchEmbeddingConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure what `options` says; returns the object that --json prints."""
+    progress = progress or (lambda *_: None)
+    before = torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        return _run(options, resolve_device(options.device), progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(options: BenchEmbeddingConfig, device: torch.device, progress: Progress) -> dict[str, Any]:
+    torch.manual_seed(options.seed)
+    modules: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    progress("creating the tables", 0, None)
+    for name in options.variants:
+        try:
+            modules[name] = BUILDERS[name](options).to(device).train()
+        except Unavailable as reason:
+            skipped[name] = str(reason)
+    clock = Clock(device)
+    scales = {name: Scales(made, clock) for name, made in modules.items() if name in ("ours", "collection")}
+    times = measure(modules, scales, options, clock, progress)
+
+    variants: list[dict[str, Any]] = []
+    for name, taken in times.items():
+        refresh = scales[name].full_refresh_ms() if name in scales else 0.0
+        scale = refresh / options.scale_period if options.scale_period > 1 else 0.0
+        variants.append({
+            "name": TITLES[name],
+            "variant": name,
+            "steps": len(taken),
+            **spread(taken, options.batch_size),
+            "scale_refresh_ms": round(refresh, 4),
+            "amortized_scale_ms": round(scale, 5),
+            "cost_ms": round(median(taken) + scale, 4),
+            "peak_rss_mb": peak_rss_mb(),
+        })  # fmt: skip
+    ours: float | None = next((variant["cost_ms"] for variant in variants if variant["variant"] == "ours"), None)
+    for variant in variants:
+        variant["ratio_to_ours"] = round(variant["cost_ms"] / ours, 3) if ours else None
+    return {
+        "variants": variants,
+        "machine": machine(device, native()),
+        "settings": {**asdict(options), "refresh_in_median": options.scale_period == 1},
+        "skipped": skipped,
+    }
+
+
+def measure(
+    modules: dict[str, nn.Module],
+    scales: dict[str, Scales],
+    options: BenchEmbeddingConfig,
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """Milliseconds of each variant's steps, variants in random order within each round.
+
+    Variants that touch the whole table take part in every so many rounds only. A step with a refresh of the scale is
+    left out, unless every step has one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    draw = torch.Generator().manual_seed(options.seed)
+    shuffler, slow = random.Random(options.seed), min(options.repeats, max(10, options.repeats // 10))
+    done = 0
+    while any(len(taken) < options.repeats for name, taken in times.items() if name in FAST) or done < options.repeats:
+        progress("steps", done, options.repeats)
+        for name in shuffler.sample(list(modules), len(modules)):
+            if name not in FAST and (done * slow) // options.repeats == ((done - 1) * slow) // options.repeats:
+                continue
+            if name not in FAST and len(times[name]) == slow:
+                continue
+            for _ in range(1 if times[name] else 1 + _WARMUP):
+                # Drawn on the CPU for all, so that every device looks up the same rows.
+                ids = torch.randint(0, options.rows, (options.batch_size, 1), generator=draw).to(clock.device)
+                took, refreshed = _step(modules[name], ids, clock, scales.get(name))
+            if not refreshed or options.scale_period == 1:
+                times[name].append(took)
+        done += 1
+    return times
+
+
+def _step(module: nn.Module, ids: Tensor, clock: Clock, scales: Scales | None) -> tuple[float, bool]:
+    """Time of one forward and backward, and whether the scale was refreshed in it."""
+    module.zero_grad(set_to_none=True)
+    before = len(scales.refreshes) if scales else 0
+    start = clock()
+    module(ids).sum().backward()
+    took = clock() - start
+    return took, scales is not None and len(scales.refreshes) > before
+
+
+def _ours(options: BenchEmbeddingConfig) -> nn.Module:
+    return QuantEmbeddingBag(
+        options.rows, options.dim, mode="sum", sparse=True, bits=options.bits, scale_period=options.scale_period
+    )
+
+
+def _collection(options: BenchEmbeddingConfig) -> nn.Module:
+    return QuantEmbeddingBagCollection(
+        [options.rows], options.dim, bits=options.bits, scale_period=options.scale_period
+    )
+
+
+def _fp32(options: BenchEmbeddingConfig) -> nn.Module:
+    return nn.EmbeddingBag(options.rows, options.dim, mode="sum", sparse=True)
+
+
+def _whole_table(options: BenchEmbeddingConfig) -> nn.Module:
+    return WholeTableQAT(options.rows, options.dim, options.bits)
+
+
+def _torch_ao(options: BenchEmbeddingConfig) -> nn.Module:
+    if options.bits not in (4, 8):
+        raise Unavailable(f"it has no default configuration of {options.bits} bits")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated in favour of torchao, which is measured too
+            from torch.ao.nn.qat.modules.embedding_ops import EmbeddingBag
+            from torch.ao.quantization import qconfig
+    except ImportError as error:
+        raise Unavailable(f"this torch does not have it ({error})") from None
+    config = qconfig.default_embedding_qat_qconfig_4bit if options.bits == 4 else qconfig.default_embedding_qat_qconfig
+    return EmbeddingBag(options.rows, options.dim, mode="sum", qconfig=config)
+
+
+def _torchao(options: BenchEmbeddingConfig) -> nn.Module:
+    if options.bits not in (4, 8):
+        raise Unavailable(f"it has no integer type of {options.bits} bits for weights")
+    try:
+        qat = import_module("torchao.quantization.qat")
+        embedding = import_module("torchao.quantization.qat.embedding")
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error})") from None
+    # One scale per row: the group must divide the dim.
+    dtype = torch.int4 if options.bits == 4 else torch.int8  # type: ignore[attr-defined]
+    config = qat.IntxFakeQuantizeConfig(dtype, group_size=options.dim)
+    made: nn.Module = embedding.FakeQuantizedEmbedding(options.rows, options.dim, weight_config=config)
+    return made
+
+
+BUILDERS: dict[str, Callable[[BenchEmbeddingConfig], nn.Module]] = {
+    "ours": _ours,
+    "collection": _collection,
+    "fp32": _fp32,
+    "whole_table": _whole_table,
+    "torch_ao": _torch_ao,
+    "torchao": _torchao,
+}
+FAST = ("ours", "collection", "fp32")

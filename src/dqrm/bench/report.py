@@ -1,0 +1,80 @@
+"""The tables that `dqrm bench` prints without --json."""
+
+from typing import Any
+
+from dqrm.bench.step import PARTS
+from dqrm.console import figure, print_table, results
+
+
+def print_step(found: dict[str, Any]) -> None:
+    """What `run_step` measured."""
+    settings, memory = found["settings"], found["memory"]
+    for batch_size in settings["batch_size"]:
+        variants = [variant for variant in found["variants"] if variant["batch_size"] == batch_size]
+        print_table(
+            f"{settings['arch']}, {settings['table_rows']:,} table rows, batch {batch_size}: ms per training step",
+            ["variant", "median", "p10", "p90", "without data", "cost", "samples/s", "x baseline", "x fp32"],
+            [
+                [
+                    variant["name"],
+                    *(figure(variant[name], 3) for name in ("median_ms", "p10_ms", "p90_ms", "median_excl_data_ms")),
+                    figure(variant["cost_ms"], 3),
+                    f"{variant['per_second']:,.0f}",
+                    *(figure(variant[name], 3) for name in ("ratio_to_baseline", "ratio_to_fp32")),
+                ]
+                for variant in variants
+            ],
+        )
+        print_table(
+            f"batch {batch_size}: ms of each part",
+            ["variant", *PARTS, "full refresh"],
+            [
+                [
+                    variant["name"],
+                    *(figure(variant["parts"][part], 3) for part in PARTS),
+                    figure(variant["scale_refresh_ms"], 3),
+                ]
+                for variant in variants
+            ],
+        )
+    included = "includes" if settings["refresh_in_median"] else "leaves out"
+    results.print(
+        f"The median {included} the steps that refresh the scales. Cost: median without data, plus a batch's share of "
+        "reading an epoch\nand of refreshing the scales. Ratios compare costs; x fp32 is to fp32 or fp32_bf16, "
+        "whichever computes alike."
+    )
+    results.print(
+        f"Memory: {figure(memory['before_model_mb'], 0)} MB before the model, tables {figure(memory['tables_mb'], 0)} "
+        f"MB, steady {figure(memory['steady_mb'], 0)} MB; model made in {memory['create_seconds']:.2f} s."
+    )
+    _print_machine(found["machine"])
+
+
+def print_embedding(found: dict[str, Any]) -> None:
+    """What `run_embedding` measured."""
+    settings = found["settings"]
+    print_table(
+        f"{settings['rows']:,} x {settings['dim']} table, {settings['batch_size']} lookups: "
+        "ms per forward and backward",
+        ["variant", "steps", "median", "p10", "p90", "cost", "x ours"],
+        [
+            [
+                variant["name"],
+                figure(variant["steps"]),
+                *(figure(variant[name], 4) for name in ("median_ms", "p10_ms", "p90_ms", "cost_ms")),
+                figure(variant["ratio_to_ours"], 2),
+            ]
+            for variant in found["variants"]
+        ],
+    )
+    for name, reason in found["skipped"].items():
+        results.print(f"{name} skipped: {reason}")
+    results.print(f"Cost: the median plus one refresh of the scale / {settings['scale_period']}. Ratios compare costs.")
+    _print_machine(found["machine"])
+
+
+def _print_machine(machine: dict[str, Any]) -> None:
+    results.print(
+        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, "
+        f"{machine['cpu_capability']}, native kernels: {'yes' if machine['native_kernels'] else 'no'}"
+    )

@@ -1,0 +1,292 @@
+"""`dqrm bench step`: whole training steps of several variants, alternating in one process.
+
+All variants with FP32 tables train the same tables, so that the full Kaggle model fits once and its pages are warm for
+all; each reads its own batches, so that none finds rows in the caches that another just looked up.
+"""
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.bench.config import ARCHITECTURES, BASELINE, NUM_DENSE, SCHEMES, BenchStepConfig, Scheme
+from dqrm.bench.contenders import LEARNING_RATE, Contender, Ours, Plain, build_model, training_config
+from dqrm.bench.data import endless, write_split
+from dqrm.bench.measure import Clock, machine, median, peak_rss_mb, require_memory, rss_mb, spread
+from dqrm.data.batches import Split
+from dqrm.errors import UserError
+from dqrm.kernels import native
+from dqrm.training.environment import Progress, resolve_device
+
+PARTS = ("data", "lookup", "scale", "forward", "backward", "update")
+_TOUCHED_ROWS = 4096
+# Beyond it, running whole periods of lookups to time their refreshes would take too long.
+_LONGEST_PERIOD = 2000
+
+
+@dataclass
+class Times:
+    """Milliseconds of the measured steps of one variant at one batch size."""
+
+    data: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    refreshes: int = 0
+    parts: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+
+
+def run_step(options: BenchStepConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure what `options` says; returns the object that --json prints.
+
+    Raises:
+        UserError: the tables do not fit in memory, or a variant's loss is no number any more.
+    """
+    progress = progress or (lambda *_: None)
+    device = resolve_device(options.device)
+    before = torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="dqrm-bench-") as path:
+            return _run(options, device, Path(path), progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: Progress) -> dict[str, Any]:
+    arch = ARCHITECTURES[options.arch]
+    table_rows = arch.scaled(options.rows_scale)
+    values = sum(table_rows) * arch.embedding_dim
+    own_tables = [name for name in options.variants if name in SCHEMES and SCHEMES[name].bf16_tables]
+    needed = 2 * values * len(own_tables) + 4 * values * (len(own_tables) < len(options.variants))
+    require_memory(needed, device)
+    rows = max(options.samples, 16 * max(options.batch_size))
+    progress("generating data", 0, None)
+    split = write_split(path / "data", rows, NUM_DENSE, table_rows, options.seed)
+
+    # What is none of a model's time and memory: kernels may have to be compiled, and the first optimizer makes torch
+    # import its compiler (80 MB).
+    about = machine(device, native())
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], LEARNING_RATE)
+    clock, memory = Clock(device), {"before_model_mb": rss_mb(), "tables_mb": round(needed / 1e6, 1)}
+    progress("creating the model", 0, None)
+    contenders = _contenders(options, table_rows, clock, memory)
+    memory["after_model_mb"] = rss_mb()
+    if device.type == "cpu":
+        _touch(split, [contender.tables for contender in contenders if isinstance(contender, Ours)])
+
+    found = []
+    for batch_size in options.batch_size:
+        times = measure(contenders, split, batch_size, options, clock, progress)
+        memory["steady_mb"] = rss_mb()
+        found += _results(contenders, times, split, batch_size, options, clock, progress)
+    settings = {
+        **asdict(options),
+        "learning_rate": LEARNING_RATE,
+        "table_rows": sum(table_rows),
+        "data_rows": rows,
+        "cost_ms": "median without data + a batch's share of reading a whole epoch + amortized_scale_ms; "
+        "the ratios compare it",
+        "refresh_in_median": options.scale_period == 1,
+    }
+    return {"variants": found, "machine": about, "settings": settings, "memory": memory}
+
+
+def _contenders(
+    options: BenchStepConfig, table_rows: Sequence[int], clock: Clock, memory: dict[str, Any]
+) -> list[Contender]:
+    """The variants in the order of `options`; all with FP32 tables share those of the first."""
+    shared: Tensor | None = None
+    found: list[Contender] = []
+    for name in options.variants:
+        scheme = SCHEMES.get(name, Scheme(bits=32))
+        if name != BASELINE or shared is None:
+            start, config = clock(), training_config(options, scheme)
+            model = build_model(config, table_rows, None if scheme.bf16_tables else shared).to(clock.device)
+            memory.setdefault("create_seconds", round((clock() - start) / 1e3, 3))
+            if shared is None and not scheme.bf16_tables:
+                shared = model.tables.weight.detach()
+        if name == BASELINE:
+            assert shared is not None
+            found.append(Plain(name, ARCHITECTURES[options.arch], torch.split(shared, list(table_rows)), clock.device))
+        else:
+            found.append(Ours(name, config, model, clock))
+    return found
+
+
+@torch.no_grad()
+def _touch(split: Split, collections: Sequence[Any]) -> None:
+    """Read every row that the steps will read once, so that no measured step is the first to touch a page."""
+    for collection in {tables.weight.data_ptr(): tables for tables in collections}.values():
+        for batch in split.batches(_TOUCHED_ROWS):
+            collection.weight.index_select(0, (batch.ids + collection.row_offsets).reshape(-1))
+
+
+def measure(
+    contenders: Sequence[Contender],
+    split: Split,
+    batch_size: int,
+    options: BenchStepConfig,
+    clock: Callable[[], float],
+    progress: Progress,
+) -> list[Times]:
+    """Times of each contender: warm-up, measured steps, then steps part by part; in random order within each round.
+
+    A step in which scales were refreshed is not among the times (unless every step refreshes them); it is counted.
+    """
+    times = [Times() for _ in contenders]
+    order, shuffler = list(zip(contenders, times)), random.Random(options.seed)
+    for number, contender in enumerate(contenders):
+        contender.batches = endless(split, batch_size, options.shuffle, options.seed + 1 + number)
+    label = f"batch {batch_size}"
+    for done in range(options.warmup):
+        progress(f"{label}: warm-up", done, options.warmup)
+        for contender, _ in order:
+            contender.step(contender.next())
+    while (done := min(len(taken.step) for taken in times)) < options.steps:
+        progress(f"{label}: steps", done, options.steps)
+        for contender, taken in shuffler.sample(order, len(order)):
+            refreshed, start = contender.refreshed, clock()
+            batch = contender.next()
+            read = clock()
+            contender.step(batch)
+            end = clock()
+            if refreshed != contender.refreshed:
+                taken.refreshes += 1
+                if options.scale_period > 1:
+                    continue
+            taken.data.append(read - start)
+            taken.step.append(end - read)
+    rounds = max(5, min(30, options.steps // 3))
+    for done in range(rounds):
+        progress(f"{label}: parts of a step", done, rounds)
+        for contender, taken in shuffler.sample(order, len(order)):
+            _step_in_parts(contender, taken.parts, clock, options.scale_period > 1)
+    for contender in contenders:
+        if not torch.isfinite(contender.loss):
+            raise UserError(f"the loss of {contender.name} is {float(contender.loss)} at batch size {batch_size}")
+    return times
+
+
+def _step_in_parts(
+    contender: Contender, parts: dict[str, list[float]], clock: Callable[[], float], leave_out: bool
+) -> None:
+    """One step, with the clock read between its parts."""
+    refreshed, marks = contender.refreshed, [clock()]
+    if contender.scales:
+        contender.scales.timed = True
+    inside: list[float] = []
+    hooks = [
+        contender.tables.register_forward_pre_hook(lambda *_: inside.append(clock())),
+        contender.tables.register_forward_hook(lambda *_: inside.append(clock())),
+    ]
+    batch = contender.next()
+    marks.append(clock())
+    loss = contender.forward(batch)
+    marks.append(clock())
+    contender.backward(loss)
+    marks.append(clock())
+    contender.update()
+    marks.append(clock())
+    for hook in hooks:
+        hook.remove()
+    scale = 0.0
+    if contender.scales:
+        contender.scales.timed = False
+        scale = contender.scales.all_ms.pop()
+    if leave_out and refreshed != contender.refreshed:
+        return
+    data, forward, backward, update = (after - before for before, after in pairwise(marks))
+    lookup = inside[1] - inside[0]
+    for part, took in zip(PARTS, (data, lookup - scale, scale, forward - lookup, backward, update)):
+        parts[part].append(took)
+
+
+def _refresh_ms(
+    contender: Contender, split: Split, batch_size: int, options: BenchStepConfig, progress: Progress
+) -> tuple[float, float]:
+    """Time of a refresh that reads every row, and what refreshes cost per step.
+
+    Periodic refreshes read what was looked up since the last one, so a period of lookups is run for each. That of
+    running_max comes after so many steps that it is taken to read every row.
+    """
+    if contender.scales is None:
+        return 0.0, 0.0
+    scales, tables = contender.scales, contender.scales.tables
+    if tables.scale_refresh == "running_max":
+        full = scales.full_refresh_ms()
+        return full, full / tables.rescan_period
+    if options.scale_period == 1 or options.scale_period > _LONGEST_PERIOD:
+        full = scales.full_refresh_ms()
+        # With period 1 every measured step has one in it.
+        return full, full / options.scale_period if options.scale_period > 1 else 0.0
+    contender.batches = endless(split, batch_size, options.shuffle, options.seed)
+    before = len(scales.refreshes)
+    # The first of them closes a period of other steps.
+    total, done = 3, 0
+    while len(scales.refreshes) - before < total:
+        progress(f"batch {batch_size}: refreshes of {contender.name}", done, total * options.scale_period)
+        batch = contender.next()
+        with torch.no_grad():
+            tables(batch.ids, batch.bags)
+        done += 1
+    periodic = median(scales.refreshes[before + 1 :])
+    return scales.full_refresh_ms(), periodic / options.scale_period
+
+
+def _data_ms(contender: Contender, split: Split, batch_size: int, options: BenchStepConfig, clock: Clock) -> float:
+    """Time to read one batch, over a whole epoch: the reader gathers many batches at once, which a median misses."""
+    contender.batches = split.batches(batch_size, shuffle=options.shuffle, seed=options.seed, drop_last=True)
+    start = clock()
+    for batch in contender.batches:
+        contender.prepare(batch)
+    return (clock() - start) / split.num_batches(batch_size, drop_last=True)
+
+
+def _results(
+    contenders: Sequence[Contender],
+    times: Sequence[Times],
+    split: Split,
+    batch_size: int,
+    options: BenchStepConfig,
+    clock: Clock,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """One object per variant, ratios included."""
+    found: dict[str, dict[str, Any]] = {}
+    for contender, taken in zip(contenders, times):
+        data = _data_ms(contender, split, batch_size, options, clock)
+        refresh, scale = _refresh_ms(contender, split, batch_size, options, progress)
+        parts = {part: median(taken.parts[part]) for part in PARTS} | {"data": data}
+        parts["scale"] += scale
+        found[contender.name] = {
+            "name": contender.title or contender.name,
+            "variant": contender.name,
+            "batch_size": batch_size,
+            "steps": len(taken.step),
+            **spread([sum(pair) for pair in zip(taken.data, taken.step)], batch_size),
+            "median_excl_data_ms": round(median(taken.step), 4),
+            "scale_refresh_ms": round(refresh, 4),
+            "amortized_scale_ms": round(scale, 4),
+            "cost_ms": round(median(taken.step) + data + scale, 4),
+            "refreshes_left_out": taken.refreshes if options.scale_period > 1 else 0,
+            "parts": {part: round(value, 4) for part, value in parts.items()},
+            "loss": float(contender.loss),
+            "peak_rss_mb": peak_rss_mb(),
+        }
+        if clock.device.type == "cuda":
+            found[contender.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
+    for name, result in found.items():
+        reference = SCHEMES[name].reference if name in SCHEMES else "fp32"
+        result["ratio_to_baseline"] = _ratio(result, found.get(BASELINE))
+        result["ratio_to_fp32"] = _ratio(result, found.get(reference))
+    return list(found.values())
+
+
+def _ratio(result: dict[str, Any], other: dict[str, Any] | None) -> float | None:
+    return round(result["cost_ms"] / other["cost_ms"], 4) if other and other["cost_ms"] else None
