@@ -60,7 +60,7 @@ static uint32_t max_bits_of(const void *x, int half, int64_t count) {
 /* ---- tables ---------------------------------------------------------------------------------------------------- */
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
- * `dirty` (or NULL): flags per block of `block` rows, those of table t from dirty_starts[t] on, are set for what is read.
+ * `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t] on, are set for what is read.
  * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
                            const int64_t *table_rows, const void *weight, int half, int64_t dim, const float *scale,
@@ -68,22 +68,28 @@ EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tab
                            const int64_t *dirty_starts, int64_t block, int threads) {
     int64_t bad = INT64_MAX;
     int64_t size = half ? 2 : 4;
+    int64_t samples = count / tables; /* sample by sample: a division per id would cost more than its row */
+    int shift = 0;
+    while (1LL << shift < block) shift++;
 #pragma omp parallel for reduction(min : bad) num_threads(threads) if (count * dim > LITTLE)
-    for (int64_t i = 0; i < count; i++) {
-        int64_t table = i % tables, id = wide ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
+    for (int64_t sample = 0; sample < samples; sample++)
+      for (int64_t table = 0; table < tables; table++) {
+        int64_t i = sample * tables + table, id = wide ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
         if (id < 0 || id >= table_rows[table]) { bad = i < bad ? i : bad; rows_out[i] = starts[table]; continue; }
         rows_out[i] = starts[table] + id;
-        if (dirty) __atomic_store_n(&dirty[dirty_starts[table] + id / block], 1, __ATOMIC_RELAXED);
-    }
+        if (dirty) __atomic_store_n(&dirty[dirty_starts[table] + (id >> shift)], 1, __ATOMIC_RELAXED);
+      }
     if (bad != INT64_MAX) return bad;
 #pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t sample = 0; sample < samples; sample++)
+      for (int64_t table = 0; table < tables; table++) {
+        int64_t i = sample * tables + table;
         if (i + AHEAD < count) {
             const char *next = (const char *)weight + rows_out[i + AHEAD] * dim * size;
             for (int64_t b = 0; b < dim * size; b += 64) __builtin_prefetch(next + b);
         }
         float *to = out + i * dim;
-        float s = scale ? scale[i % tables] : 1.0f;
+        float s = scale ? scale[table] : 1.0f;
         if (half) {
             const uint16_t *from = (const uint16_t *)weight + rows_out[i] * dim;
             for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
@@ -92,7 +98,7 @@ EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tab
         }
         if (scale)
             for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, low, high) * s;
-    }
+      }
     return -1;
 }
 
@@ -193,11 +199,13 @@ EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int
 EXPORT void dqrm_rows_max(const int64_t *rows, int64_t count, int64_t tables, const void *weight, int half, int64_t dim,
                           uint32_t *maxima, int threads) {
 #pragma omp parallel for reduction(max : maxima[:tables]) num_threads(threads) if (count * dim > LITTLE)
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t sample = 0; sample < count / tables; sample++)
+      for (int64_t table = 0; table < tables; table++) {
+        int64_t i = sample * tables + table;
         if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * dim * (half ? 2 : 4));
         uint32_t m = max_bits_of((const char *)weight + rows[i] * dim * (half ? 2 : 4), half, dim);
-        maxima[i % tables] = m > maxima[i % tables] ? m : maxima[i % tables];
-    }
+        maxima[table] = m > maxima[table] ? m : maxima[table];
+      }
 }
 
 /* max|weight[0:rows]| in bits, reading only blocks that are dirty and taking `maxima` for the others; cleans them. */
