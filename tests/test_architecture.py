@@ -16,7 +16,8 @@ ALLOWED = {
     "data": {"errors", "options", "files", "__init__"},
     "models": {"kernels", "quant", "config", "errors"},
     "training": {"models", "quant", "kernels", "data"} | BASE,
-    "bench": {"training", "models", "quant", "data", "kernels", "console"} | BASE,
+    "export": {"training", "models", "quant", "data"} | BASE,
+    "bench": {"export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
     "studies": {"training", "models", "quant", "data", "console"} | BASE,
 }
 

@@ -8,10 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Artifact": "dqrm.export.artifact",
     "Config": "dqrm.config",
+    "ExportConfig": "dqrm.export.config",
     "ModelConfig": "dqrm.config",
     "OptimizerConfig": "dqrm.config",
     "TrainingConfig": "dqrm.config",
+    "PTQConfig": "dqrm.export.config",
     "QATConfig": "dqrm.quant.config",
     "PrepareConfig": "dqrm.data.config",
     "Dataset": "dqrm.data.dataset",
@@ -22,7 +25,10 @@ _HOMES = {
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
     "UserError": "dqrm.errors",
+    "convert": "dqrm.quant.packed",
     "evaluate": "dqrm.training.evaluation",
+    "export_run": "dqrm.export.pipeline",
+    "load": "dqrm.export.artifact",
     "prepare": "dqrm.data.prepare",
     "prepare_qat": "dqrm.quant.convert",
     "resume": "dqrm.training.loop",

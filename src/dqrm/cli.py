@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from dqrm import __version__
-from dqrm.bench.config import BenchEmbeddingConfig, BenchStepConfig
+from dqrm.bench.config import BenchEmbeddingConfig, BenchInferenceConfig, BenchStepConfig
 from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
+from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
-from dqrm.options import build, read_yaml
+from dqrm.options import build, field_types, read_yaml
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training"}
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -110,6 +111,43 @@ def train(
         print_summary(Path(run), summary)
 
 
+@cli.command(cls=GroupedCommand)
+@click.argument("source", metavar="RUN")
+@click.option("-o", "--output", required=True, help="The file to write: .dqrm, .onnx, .pt2 or .pte.")
+@_json
+@config_options(("What is written", ExportConfig))
+def export(source: str, output: str, as_json: bool, **flags: Any) -> None:
+    """Write the model of the run RUN (or of an artifact) as a file, packed, and check it.
+
+    .dqrm is the artifact, for `dqrm predict` and dqrm.load; .onnx runs in ONNX Runtime, .pt2 is torch.export's format,
+    .pte is ExecuTorch's.
+    """
+    _export(source, output, build(ExportConfig, given(flags), "export"), None, as_json)
+
+
+@cli.command(cls=GroupedCommand)
+@click.argument("source", metavar="RUN")
+@click.option("-o", "--output", required=True, help="The file to write: .dqrm, .onnx, .pt2 or .pte.")
+@_json
+@config_options(("Quantization", PTQConfig), ("What is written", ExportConfig))
+def quantize(source: str, output: str, as_json: bool, **flags: Any) -> None:
+    """Quantize the run RUN, which was trained in FP32, after training, and write it as `dqrm export` does."""
+    values = given(flags)
+    of_export = {name: values.pop(name) for name in list(values) if name in field_types(ExportConfig)}
+    config = build(ExportConfig, of_export, "quantize")
+    _export(source, output, config, build(PTQConfig, values, "quantize"), as_json)
+
+
+def _export(source: str, output: str, config: ExportConfig, ptq: PTQConfig | None, as_json: bool) -> None:
+    from dqrm.console import bars, print_json
+    from dqrm.export.pipeline import export_run as run
+    from dqrm.info import print_export
+
+    with bars(quiet=as_json) as progress:
+        found = run(source, output, config, ptq, progress)
+    (print_json if as_json else print_export)(found)
+
+
 @cli.command("eval")
 @click.argument("run")
 @click.argument("data")
@@ -124,7 +162,7 @@ def train(
 def evaluate(
     run: str, data: str, split: str, checkpoint: str, batch_size: int | None, device: str, as_json: bool
 ) -> None:
-    """Evaluate the run RUN on a split of the dataset DATA."""
+    """Evaluate the run RUN, or an exported file, on a split of the dataset DATA."""
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics
@@ -132,6 +170,16 @@ def evaluate(
     from dqrm.training.evaluation import evaluate as measure
     from dqrm.training.run import Run
 
+    if Path(run).is_file():
+        from dqrm.export.evaluation import evaluate_file
+
+        with bars(quiet=as_json) as progress:
+            metrics = evaluate_file(run, data, split, batch_size or 8192, progress)
+        if as_json:
+            print_json(metrics)
+        else:
+            print_metrics(f"{run} on {split}", metrics)
+        return
     opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
     opened.require_same_data(dataset)
     dataset.validate(split)
@@ -147,16 +195,17 @@ def evaluate(
 
 @cli.command()
 @click.argument("path")
+@click.option("--verify", is_flag=True, help="Compare an artifact's bytes with their checksums.")
 @_json
-def info(path: str, as_json: bool) -> None:
-    """Describe a dataset folder or a run folder."""
+def info(path: str, verify: bool, as_json: bool) -> None:
+    """Describe a dataset folder, a run folder or an artifact."""
     from dqrm.console import print_json
     from dqrm.info import describe, print_description
 
     if as_json:
-        print_json(describe(path))
+        print_json(describe(path, verify))
     else:
-        print_description(path)
+        print_description(path, verify)
 
 
 @cli.command(cls=GroupedCommand)
@@ -212,6 +261,22 @@ def bench_embedding(as_json: bool, **flags: Any) -> None:
     with bars(quiet=as_json) as progress:
         found = run_embedding(config, progress)
     (print_json if as_json else print_embedding)(found)
+
+
+@bench.command("inference", cls=GroupedCommand)
+@_json
+@config_options(("What is measured", BenchInferenceConfig))
+def bench_inference(as_json: bool, **flags: Any) -> None:
+    """Scoring with random weights: the packed artifact, ONNX Runtime, our FP32; speed, load time and memory."""
+    config = build(BenchInferenceConfig, given(flags), "bench inference")
+
+    from dqrm.bench.inference import run_inference
+    from dqrm.bench.report import print_inference
+    from dqrm.console import bars, print_json
+
+    with bars(quiet=as_json) as progress:
+        found = run_inference(config, progress)
+    (print_json if as_json else print_inference)(found)
 
 
 def main() -> None:

@@ -11,25 +11,34 @@ from dqrm.training.run import Run
 _METRICS = ("rows", "auc", "log_loss", "accuracy", "ne", "calibration")
 
 
-def describe(path: str) -> dict[str, Any]:
-    """The facts about a dataset folder or a run folder.
+def describe(path: str, verify: bool = False) -> dict[str, Any]:
+    """The facts about a dataset folder, a run folder or an artifact.
+
+    Args:
+        verify: compare an artifact's bytes with their checksums.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of them, or the artifact is damaged.
     """
+    if Path(path).is_file():
+        from dqrm.export.artifact import Artifact
+
+        return {**Artifact.open(path, verify).describe(), "verified": verify}
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
         return {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
     if (Path(path) / "dataset.json").exists():
         return {"kind": "dataset", **Dataset(path).describe()}
-    what = "is neither a dataset folder nor a run folder" if Path(path).exists() else "does not exist"
-    raise UserError(f"{path} {what}; `dqrm prepare` makes the one, `dqrm train` the other")
+    what = "is neither a dataset folder nor a run folder nor an artifact" if Path(path).exists() else "does not exist"
+    raise UserError(f"{path} {what}; `dqrm prepare`, `train` and `export` make them")
 
 
-def print_description(path: str) -> None:
+def print_description(path: str, verify: bool = False) -> None:
     """Print what `describe` finds."""
-    found = describe(path)
-    if found["kind"] == "dataset":
+    found = describe(path, verify)
+    if found["kind"] == "artifact":
+        print_artifact(found)
+    elif found["kind"] == "dataset":
         print_dataset(Dataset(path))
     elif found["finished"]:
         print_summary(Path(path), found["summary"])
@@ -77,3 +86,62 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
         f"Tables {bits[0]} bits, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
+
+
+def print_artifact(found: dict[str, Any]) -> None:
+    """Columns and tables, sizes, and where the model comes from."""
+    model, schema, provenance = found["model"], found["schema"], found["provenance"]
+    sizes, run = found["sizes"], provenance["run"]
+    columns = [(column["name"], column["multi"]) for column in schema["columns"]]
+    width = sizes["table codes"] / max(1, sum(model["table_rows"]))
+    print_table(
+        f"{found['path']}: {model['num_dense']} dense columns, {len(columns)} tables",
+        ["column", "rows", "ids per sample", "codes"],
+        [
+            [name, figure(rows), "many" if multi else "1", size(round(rows * width))]
+            for (name, multi), rows in zip(columns, model["table_rows"])
+        ],
+    )
+    if schema["dense"]:
+        results.print(f"Dense columns: {', '.join(schema['dense'])}")
+    _print_parts(sizes, found["bits_per_weight"])
+    config = model["config"]
+    shapes = [f"{name} MLP {'-'.join(map(str, config[f'{name}_mlp']))}" for name in ("bottom", "top")]
+    results.print(
+        f"DLRM of embedding dim {config['embedding_dim']}, {', '.join(shapes)}, interaction {config['interaction']}; "
+        f"tables {model['table_bits']} bits, MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
+    )
+    kept = found["vocabulary"]["mode"]
+    where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
+    results.print(
+        f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
+        f"from the {run['checkpoint']} checkpoint, step {run['step']:,}" + ("; checksums match" if found["verified"] else "")
+    )
+    measured = [(name, metrics) for name, metrics in run["metrics"].items() if metrics]
+    if measured:
+        rows = [[name, *(figure(metrics[key], 6) for key in _METRICS)] for name, metrics in measured]
+        print_table("The run's metrics", ["split", *_METRICS], rows)
+
+
+def print_export(found: dict[str, Any]) -> None:
+    """What `dqrm export` and `dqrm quantize` wrote."""
+    _print_parts(found["parts"], found["bits_per_weight"])
+    compared = found["compared"]
+    results.print(
+        f"{', '.join(found['files'])}: {size(found['bytes'])} ({figure(found['bytes'])} bytes); in FP32 the weights "
+        f"are {size(found['fp32_bytes'])}"
+    )
+    results.print(
+        f"Checked: {compared['rows']:,} rows ({compared['of']}) scored with the file and with the model; probabilities "
+        f"differ by at most {found['largest_difference']:.2g}"
+    )
+    if "largest_difference_from_fp32" in found:
+        results.print(f"Quantization moved probabilities by at most {found['largest_difference_from_fp32']:.2g}")
+
+
+_METHODS = {"qat": "as trained", "ptq": "quantized after training", "none": "not quantized"}
+
+
+def _print_parts(sizes: dict[str, int], bits: float) -> None:
+    rows = [[part, figure(count), size(count)] for part, count in sizes.items() if count and part != "file"]
+    print_table(f"Packed: {bits:.3f} bits per weight", ["part", "bytes", "size"], rows)

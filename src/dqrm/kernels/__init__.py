@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dqrm.kernels.build import library
 
 _PLAIN = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8)
 
 
 def native() -> bool:
@@ -36,6 +36,8 @@ def fits(*tensors: Tensor | None) -> bool:
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "lookup": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p,
                          c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]),
+    "lookup_packed": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64,
+                                c_void_p, c_int, c_void_p, c_int]),
     "outside": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
     "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int]),
     "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_int]),
@@ -85,6 +87,25 @@ def lookup(
     found: int = _call(
         "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
         _half(weight), weight.shape[1], scale, *limits, out, rows_out, dirty, dirty_starts, block,
+    )  # fmt: skip
+    return found
+
+
+def lookup_packed(
+    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, out: Tensor
+) -> int:
+    """Values of packed rows for integer ids [..., T] of T tables into `out` float32 [N, dim], N ids.
+
+    Args:
+        starts, table_rows: int64 [T], first row and number of rows of each table.
+        codes: uint8 [rows, width], packed codes of 2, 4 or 8 bits. scale: float32 [T], or one for each row of `codes`.
+
+    Returns:
+        The first position whose id is outside its table, or -1.
+    """
+    found: int = _call(
+        "lookup_packed", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, codes, bits,
+        out.shape[1], scale, len(scale) != len(table_rows), out,
     )  # fmt: skip
     return found
 

@@ -102,6 +102,46 @@ EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tab
     return -1;
 }
 
+/* out[i] = the values of packed row starts[i % tables] + ids[i]: codes of 2, 4 or 8 bits as `quant/packing.py` lays them
+ * out, times scale[table], or scale[row] where `per_row`. Returns the first position whose id is outside its table, or -1;
+ * the output is then incomplete. */
+EXPORT int64_t dqrm_lookup_packed(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
+                                  const int64_t *table_rows, const uint8_t *codes, int bits, int64_t dim,
+                                  const float *scale, int per_row, float *out, int threads) {
+    enum { BLOCK = 64 }; /* rows on their way from memory at once */
+    int64_t bad = INT64_MAX, width = (dim * bits + 7) / 8, blocks = (count + BLOCK - 1) / BLOCK;
+    int parts = 8 / bits;
+#pragma omp parallel for reduction(min : bad) num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t rows[BLOCK], first = block * BLOCK, n = count - first < BLOCK ? count - first : BLOCK;
+        int64_t table = first % tables, at = table;
+        for (int64_t k = 0; k < n; k++) {
+            int64_t i = first + k, id = wide ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
+            if (id < 0 || id >= table_rows[at]) { bad = i < bad ? i : bad; id = 0; }
+            rows[k] = starts[at] + id;
+            const uint8_t *from = codes + rows[k] * width;
+            for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(from + b);
+            if (per_row) __builtin_prefetch(scale + rows[k]);
+            at = at + 1 == tables ? 0 : at + 1;
+        }
+        at = table;
+        for (int64_t k = 0; k < n; k++) {
+            const uint8_t *from = codes + rows[k] * width;
+            float *to = out + (first + k) * dim, s = scale[per_row ? rows[k] : at];
+            if (bits == 4 && dim == 2 * width) {
+                for (int64_t j = 0; j < width; j++) to[j] = (float)((from[j] & 15) - 8) * s;
+                for (int64_t j = 0; j < width; j++) to[j + width] = (float)((from[j] >> 4) - 8) * s;
+            } else {
+                for (int p = 0; p < parts; p++)
+                    for (int64_t j = 0; j < width && p * width + j < dim; j++)
+                        to[p * width + j] = (float)((from[j] >> (p * bits) & ((1 << bits) - 1)) - (1 << (bits - 1))) * s;
+            }
+            at = at + 1 == tables ? 0 : at + 1;
+        }
+    }
+    return bad == INT64_MAX ? -1 : bad;
+}
+
 /* The first position whose row is none of 0 .. total - 1, or -1. */
 EXPORT int64_t dqrm_outside(const int64_t *rows, int64_t count, int64_t total, int threads) {
     int64_t bad = INT64_MAX;

@@ -10,6 +10,7 @@ Tables and MLP weights are fake-quantized as `QATConfig` says (32 bits: plain DL
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,24 @@ def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> QuantMLP:
     return QuantMLP(*layers)
 
 
+def widths(config: ModelConfig, num_dense: int, tables: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layer widths of bottom MLP (none without dense columns) and top MLP, inputs first.
+
+    Raises:
+        ValueError: neither dense columns nor tables, or nothing to interact.
+    """
+    if not num_dense and not tables:
+        raise ValueError("the model has neither dense columns nor tables: nothing to predict from")
+    vectors, dense_width = tables + (num_dense > 0), config.bottom_mlp[-1] if num_dense else 0
+    if config.interaction == "dot":
+        width = dense_width + vectors * (vectors - 1 + 2 * config.self_interaction) // 2
+    else:
+        width = dense_width + tables * config.embedding_dim
+    if width == 0:
+        raise ValueError("one table and no dense columns make no pair; use self_interaction or interaction 'cat'")
+    return (num_dense, *config.bottom_mlp) if num_dense else (), (width, *config.top_mlp)
+
+
 class DLRM(nn.Module):
     """DLRM for any number of dense columns (none included) and any tables.
 
@@ -64,6 +83,9 @@ class DLRM(nn.Module):
     """
 
     pairs: Tensor
+    bottom: Any  # QuantMLP, or None
+    tables: Any
+    top: Any
 
     def __init__(
         self,
@@ -80,37 +102,49 @@ class DLRM(nn.Module):
     ) -> None:
         super().__init__()
         config, qat = config or ModelConfig(), qat or QATConfig()
-        if not num_dense and not table_rows:
-            raise ValueError("the model has neither dense columns nor tables: nothing to predict from")
-        self.config, self.num_dense = config, num_dense
-        self.bottom = mlp((num_dense, *config.bottom_mlp), qat, last_relu=True) if num_dense else None
-        self.tables = QuantEmbeddingBagCollection(
-            table_rows,
-            config.embedding_dim,
-            multi=multi,
-            pooling=config.pooling,
-            bits=qat.effective_table_bits,
-            scale_period=qat.scale_period,
-            scale_refresh=qat.scale_refresh,
-            rescan_period=qat.rescan_period,
-            _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=table_dtype)
-            if table_weight is None
-            else table_weight,
+        bottom, top = widths(config, num_dense, len(table_rows))
+        self._assemble(
+            config,
+            num_dense,
+            mlp(bottom, qat, last_relu=True) if bottom else None,
+            QuantEmbeddingBagCollection(
+                table_rows,
+                config.embedding_dim,
+                multi=multi,
+                pooling=config.pooling,
+                bits=qat.effective_table_bits,
+                scale_period=qat.scale_period,
+                scale_refresh=qat.scale_refresh,
+                rescan_period=qat.rescan_period,
+                _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=table_dtype)
+                if table_weight is None
+                else table_weight,
+            ),
+            mlp(top, qat, last_relu=False),
         )
-        vectors = len(table_rows) + (num_dense > 0)
-        dense_width = config.bottom_mlp[-1] if num_dense else 0
-        if config.interaction == "dot":
-            self.register_buffer("pairs", pairs(vectors, config.self_interaction), persistent=False)
-            width = dense_width + len(self.pairs)
-        else:
-            width = dense_width + len(table_rows) * config.embedding_dim
-        if width == 0:
-            raise ValueError("one table and no dense columns make no pair; use self_interaction or interaction 'cat'")
-        self.top = mlp((width, *config.top_mlp), qat, last_relu=False)
         for part in (self.bottom, self.top):
             if part is not None:
                 part.bf16 = precision == "bf16"
         self.reset_parameters(seed, tables=table_weight is None)
+
+    @classmethod
+    def from_parts(
+        cls, config: ModelConfig, num_dense: int, bottom: nn.Module | None, tables: nn.Module, top: nn.Module
+    ) -> "DLRM":
+        """A model of parts that are there already, in eval mode; no weights are drawn."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._assemble(config, num_dense, bottom, tables, top)
+        return model.eval()
+
+    def _assemble(
+        self, config: ModelConfig, num_dense: int, bottom: nn.Module | None, tables: Any, top: nn.Module
+    ) -> None:
+        self.config, self.num_dense = config, num_dense
+        self.bottom, self.tables, self.top = bottom, tables, top
+        if config.interaction == "dot":
+            vectors = len(tables.table_rows) + (num_dense > 0)
+            self.register_buffer("pairs", pairs(vectors, config.self_interaction), persistent=False)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, tables: bool = True) -> None:

@@ -49,7 +49,7 @@ class _ActiveRows(torch.autograd.Function):
             )  # fmt: skip
             if wrong >= 0:
                 number = wrong % len(lookup.starts)
-                _refuse_id(int(lookup.ids.reshape(-1)[wrong]), lookup.first + number, int(lookup.table_rows[number]))
+                refuse_id(int(lookup.ids.reshape(-1)[wrong]), lookup.first + number, int(lookup.table_rows[number]))
             at = end
         ctx.rows, ctx.shape, ctx.dtype = rows, weight.shape, weight.dtype
         ctx.mark_non_differentiable(rows)
@@ -63,7 +63,7 @@ class _ActiveRows(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _integers(ids: Tensor) -> Tensor:
+def integers(ids: Tensor) -> Tensor:
     """The same ids as int32 or int64.
 
     Raises:
@@ -76,7 +76,7 @@ def _integers(ids: Tensor) -> Tensor:
     return ids.long()
 
 
-def _refuse_id(id: int, table: int, rows: int) -> None:
+def refuse_id(id: int, table: int, rows: int) -> None:
     raise IndexError(f"id {id} is outside table {table}, which has {rows} rows (0 to {rows - 1})")
 
 
@@ -116,7 +116,7 @@ class _OneTable(TableScales):
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
         if self.bits == 32:
             return F.embedding(ids, self.weight, self.padding_idx, sparse=self.sparse)
-        ids, scale = _integers(ids), self._tick()
+        ids, scale = integers(ids), self._tick()
         plain = self.padding_idx is not None or self.weight.dtype != torch.float32
         if self.sparse and not plain and kernels.fits(ids, self.weight, scale):
             table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(self.weight)]), scale)
@@ -164,29 +164,95 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         if self.bits == 32:
             return super().forward(input, offsets, per_sample_weights)
-        ids = input.reshape(-1)
-        rows = self._rows(ids)
-        if input.dim() == 2 and input.shape[1] == 1 and per_sample_weights is None and self.padding_idx is None:
-            return rows  # one id per bag: nothing to pool
-        # Pool by position: row i of `rows` is what the i-th id looked up, whatever the shape of the input.
-        position = torch.arange(ids.numel(), dtype=input.dtype, device=input.device).view(input.shape)
-        padding = None
-        if self.padding_idx is not None:  # one more row, which the pooling is told to leave out
-            padding = ids.numel()
-            position = position.masked_fill(input == self.padding_idx, padding)
-            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        return F.embedding_bag(
-            position,
-            rows,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding,
-        )
+        return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
 
 
-class QuantEmbeddingBagCollection(TableScales):
+def pool(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
+    """What the `nn.EmbeddingBag` `bag` gives for ids `input`, the i-th of which looked up row i of `rows`."""
+    if input.dim() == 2 and input.shape[1] == 1 and per_sample_weights is None and bag.padding_idx is None:
+        return rows  # one id per bag: nothing to pool
+    # Pool by position, whatever the shape of the input.
+    position = torch.arange(input.numel(), dtype=input.dtype, device=input.device).view(input.shape)
+    padding = None
+    if bag.padding_idx is not None:  # one more row, which the pooling is told to leave out
+        padding = input.numel()
+        position = position.masked_fill(input == bag.padding_idx, padding)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return F.embedding_bag(
+        position,
+        rows,
+        offsets,
+        mode=bag.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=bag.include_last_offset,
+        padding_idx=padding,
+    )
+
+
+class TableLayout(nn.Module):
+    """Mixin: tables that lie in one tensor, one after the other, the single-valued ones first."""
+
+    row_offsets: Tensor
+    rows_per_table: Tensor
+
+    def _init_layout(
+        self, table_rows: Sequence[int], embedding_dim: int, multi: Sequence[bool] | None, pooling: str
+    ) -> None:
+        multi = [False] * len(table_rows) if multi is None else list(multi)
+        if len(multi) != len(table_rows):
+            raise ValueError(f"multi has {len(multi)} entries, expected one for each of {len(table_rows)} tables")
+        if multi != sorted(multi):
+            raise ValueError(f"multi is {multi}: the single-valued tables must come before the multi-valued ones")
+        if any(rows < 1 for rows in table_rows):
+            raise ValueError(f"table_rows is {list(table_rows)}: each table needs at least one row")
+        if pooling not in ("sum", "mean"):
+            raise ValueError(f"pooling is {pooling!r}, expected 'sum' or 'mean'")
+        self.table_rows, self.embedding_dim = tuple(table_rows), embedding_dim
+        self.num_single, self.pooling = multi.count(False), pooling
+        self._starts = [0, *torch.tensor(self.table_rows, dtype=torch.int64).cumsum(0).tolist()]
+        self.register_buffer("row_offsets", torch.tensor(self._starts[:-1], dtype=torch.int64), persistent=False)
+        self.register_buffer("rows_per_table", torch.tensor(self.table_rows, dtype=torch.int64), persistent=False)
+
+    def _groups(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, int, int]]:
+        """What is looked up together, as (ids, first table, tables): the single-valued tables, then each other one."""
+        single, tables = self.num_single, len(self.table_rows)
+        if ids.shape[1] != single or len(bags) != tables - single:
+            raise ValueError(
+                f"got {ids.shape[1]} columns of ids and {len(bags)} of bags, expected {single} and {tables - single}"
+            )
+        for number, (_, offsets) in enumerate(bags, start=single):
+            if len(offsets) != len(ids):
+                raise ValueError(
+                    f"table {number} got {len(offsets)} offsets, expected one for each of {len(ids)} samples"
+                )
+        groups = [(integers(ids).contiguous(), 0, single)] if single else []
+        return groups + [
+            (integers(values).contiguous(), number, 1) for number, (values, _) in enumerate(bags, start=single)
+        ]
+
+    def _pooled(self, found: list[Tensor], samples: int, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The rows [N, dim] that each group looked up as one vector per sample and table [B, T, dim]."""
+        vectors = [found[0].view(samples, self.num_single, self.embedding_dim)] if self.num_single else []
+        if not bags:
+            empty = (samples, 0, self.embedding_dim)
+            return vectors[0] if vectors else self.row_offsets.new_empty(empty, dtype=torch.float32)
+        for part, (values, offsets) in zip(found[-len(bags) :], bags):
+            position = torch.arange(len(values), device=values.device)
+            vectors.append(F.embedding_bag(position, part, offsets.long(), mode=self.pooling)[:, None])
+        return torch.cat(vectors, dim=1)
+
+    def _refuse_outside(self, ids: Tensor, first: int, tables: int) -> None:
+        """Raise IndexError for an id outside its table; on CPU only: elsewhere the check would stall every step."""
+        if ids.device.type != "cpu" or ids.numel() == 0:
+            return
+        ids = ids.view(-1, tables)
+        outside = (ids < 0) | (ids >= self.rows_per_table[first : first + tables])
+        if outside.any():
+            sample, column = outside.nonzero()[0].tolist()
+            refuse_id(int(ids[sample, column]), first + column, self.table_rows[first + column])
+
+
+class QuantEmbeddingBagCollection(TableLayout, TableScales):
     """All tables of a model in one contiguous weight, looked up together and fake-quantized on one scale per table.
 
     One gather instead of one per table, and one sparse gradient for the whole collection: `weight.grad` is a COO tensor
@@ -206,9 +272,6 @@ class QuantEmbeddingBagCollection(TableScales):
         ValueError: a table without rows, single-valued tables after multi-valued ones, or another pooling or bits.
     """
 
-    row_offsets: Tensor
-    rows_per_table: Tensor
-
     def __init__(
         self,
         table_rows: Sequence[int],
@@ -224,22 +287,9 @@ class QuantEmbeddingBagCollection(TableScales):
         _weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        multi = [False] * len(table_rows) if multi is None else list(multi)
-        if len(multi) != len(table_rows):
-            raise ValueError(f"multi has {len(multi)} entries, expected one for each of {len(table_rows)} tables")
-        if multi != sorted(multi):
-            raise ValueError(f"multi is {multi}: the single-valued tables must come before the multi-valued ones")
-        if any(rows < 1 for rows in table_rows):
-            raise ValueError(f"table_rows is {list(table_rows)}: each table needs at least one row")
-        if pooling not in ("sum", "mean"):
-            raise ValueError(f"pooling is {pooling!r}, expected 'sum' or 'mean'")
-        self.table_rows, self.embedding_dim = tuple(table_rows), embedding_dim
-        self.num_single = multi.count(False)
-        self.pooling, self.sparse = pooling, sparse
-        self._starts = [0, *torch.tensor(self.table_rows, dtype=torch.int64).cumsum(0).tolist()]
+        self._init_layout(table_rows, embedding_dim, multi, pooling)
+        self.sparse = sparse
         self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
-        self.register_buffer("row_offsets", torch.tensor(self._starts[:-1], dtype=torch.int64), persistent=False)
-        self.register_buffer("rows_per_table", torch.tensor(self.table_rows, dtype=torch.int64), persistent=False)
         self._init_scales(len(self.table_rows), bits, scale_period, scale_refresh, rescan_period)
         if _weight is None:
             self.reset_parameters()
@@ -268,20 +318,8 @@ class QuantEmbeddingBagCollection(TableScales):
             IndexError: an id outside its table. Checked on CPU only: on CUDA the check would stall every step.
             ValueError: the number of columns or of bags is not that of the tables.
         """
-        single, tables = self.num_single, len(self.table_rows)
-        if ids.shape[1] != single or len(bags) != tables - single:
-            raise ValueError(
-                f"got {ids.shape[1]} columns of ids and {len(bags)} of bags, expected {single} and {tables - single}"
-            )
-        for number, (_, offsets) in enumerate(bags, start=single):
-            if len(offsets) != len(ids):
-                raise ValueError(
-                    f"table {number} got {len(offsets)} offsets, expected one for each of {len(ids)} samples"
-                )
+        groups = self._groups(ids, bags)
         scale = None if self.bits == 32 else self._tick()
-        # Single-valued tables are looked up together, each multi-valued one by itself.
-        groups = [(_integers(ids).contiguous(), 0, single)] if single else []
-        groups += [(_integers(values).contiguous(), number, 1) for number, (values, _) in enumerate(bags, start=single)]
         if self.sparse and kernels.fits(self.weight, scale, *(found for found, _, _ in groups)):
             lookups = [
                 _Lookup(
@@ -299,20 +337,13 @@ class QuantEmbeddingBagCollection(TableScales):
         lengths = [part.numel() for part, _, _ in groups]
         for part, (_, first, tables) in zip(rows.split(lengths) if bags else (rows,), groups):
             self._note_rows(part, first, tables)
-        if not bags:
-            return found.view(len(ids), single, self.embedding_dim)
-        looked_up = found.split(lengths)
-        vectors = [looked_up[0].view(len(ids), single, self.embedding_dim)] if single else []
-        for part, (values, offsets) in zip(looked_up[-len(bags) :], bags):
-            position = torch.arange(len(values), device=values.device)
-            vectors.append(F.embedding_bag(position, part, offsets.long(), mode=self.pooling)[:, None])
-        return torch.cat(vectors, dim=1)
+        return self._pooled(list(found.split(lengths)) if bags else [found], len(ids), bags)
 
     def _plain_rows(self, groups: list[tuple[Tensor, int, int]], scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same rows [N, dim] and their numbers in plain torch."""
         pieces = []
         for ids, first, tables in groups:
-            self._check(ids.view(-1, tables), range(first, first + tables))
+            self._refuse_outside(ids, first, tables)
             pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
             self._mark(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
@@ -326,14 +357,6 @@ class QuantEmbeddingBagCollection(TableScales):
             for part, (_, first, tables) in zip(found.split([len(piece) for piece in pieces]), groups)
         ]
         return torch.cat(quantized) if len(quantized) > 1 else quantized[0], rows
-
-    def _check(self, ids: Tensor, numbers: range) -> None:
-        if ids.device.type != "cpu" or ids.numel() == 0:
-            return
-        outside = (ids < 0) | (ids >= self.rows_per_table[numbers.start : numbers.stop])
-        if outside.any():
-            sample, column = outside.nonzero()[0].tolist()
-            _refuse_id(int(ids[sample, column]), numbers[column], self.table_rows[numbers[column]])
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dqrm import kernels
 from dqrm.quant.linear import QuantLinear, quantized_weight
+from dqrm.quant.packed import PackedLinear
 
 # Multiplications below which converting to bf16 and back costs more than multiplying faster gains (measured).
 _WORTH_BF16 = 4_000_000
@@ -100,6 +101,8 @@ class QuantMLP(nn.Sequential):
         Layers that were put in place of others, have hooks or are no longer float32 run one by one, as they are.
         """
         modules = list(self)
+        if modules and type(modules[0]) is PackedLinear:
+            return self._packed(x, modules)
         if x.dim() != 2 or not all(map(_fusible, modules)):
             return super().forward(x)
         layers: list[_Layer] = []
@@ -121,8 +124,22 @@ class QuantMLP(nn.Sequential):
         found: Tensor = _Layers.apply(x, layers, *parameters)
         return found
 
+    def _packed(self, x: Tensor, modules: list[nn.Module]) -> Tensor:
+        for before, module in zip([None, *modules], modules):
+            ours = (
+                type(before) is PackedLinear and type(module) is nn.ReLU and not _hooked(module) and not _hooked(before)
+            )
+            x = x.relu_() if ours else module(x)  # nobody else has seen the layer's output
+        return x
+
 
 def _fusible(module: nn.Module) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if _hooked(module):
         return False
     return type(module) is nn.ReLU or (type(module) is QuantLinear and module.weight.dtype == torch.float32)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -166,6 +166,13 @@ class TableScales(nn.Module):
         if self._blocks is not None:
             self._blocks.mark(rows, first, tables)
 
+    def current_scale(self) -> Tensor:
+        """The scales that a forward in evaluation uses: float32 [tables]. The clock does not tick."""
+        self._raise_scale()
+        if not self._scale_known:
+            self._refresh()
+        return self.scale
+
     def _tick(self) -> Tensor:
         """The scales that this forward uses [tables]; in training, one tick of the clock."""
         self._raise_scale()

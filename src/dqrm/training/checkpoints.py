@@ -7,7 +7,7 @@ the newest, from which a run resumes, and the best on validation.
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,30 @@ def save_checkpoint(
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
+def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
+    """One tensor of a checkpoint, memory-mapped: no byte is read before it is used. Writing to it changes no file.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no tensor of that name.
+    """
+    for found, tensor in _tensors(checkpoint / "weights.safetensors", name):
+        if found == name:
+            return tensor
+    raise UserError(f"{checkpoint / 'weights.safetensors'} holds no '{name}': of another model, or damaged")
+
+
+def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) -> None:
     """Copy the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables.
+
+    Args:
+        skip: the name of a parameter that holds its values already.
 
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
     file = checkpoint / "weights.safetensors"
     small: dict[str, Tensor] = {}
+    copied = {skip}
     parameters = dict(model.named_parameters())
     for name, tensor in _tensors(file):
         target = parameters.get(name)
@@ -77,13 +93,16 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
             small[name] = tensor
         elif target.shape != tensor.shape:
             raise UserError(f"{file}: '{name}' is {list(tensor.shape)}, but the model has {list(target.shape)} there")
-        else:
+        elif name != skip:
             target.data.copy_(tensor)
-            small[name] = target.data
+            copied.add(name)
     try:
-        model.load_state_dict(small)
+        found = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
     except RuntimeError as error:
         raise UserError(f"{file} is of another model: {' '.join(str(error).split())}") from None
+    wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if name not in copied)]
+    if wrong:
+        raise UserError(f"{file} is of another model: '{wrong[0]}' is in only one of the two")
 
 
 def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -132,10 +151,12 @@ def _random_state() -> dict[str, Tensor]:
     return state
 
 
-def _tensors(file: Path) -> Any:
+def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if only not in (None, name):
+                    continue
                 yield name, opened.get_tensor(name)
     except FileNotFoundError:
         raise UserError(f"{file} is missing from the checkpoint") from None

@@ -1,10 +1,12 @@
 """Run a model over a split and measure it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
@@ -16,17 +18,35 @@ def predict_logits(
     model: DLRM, dataset: Dataset, split: str, batch_size: int, progress: Progress | None = None
 ) -> np.ndarray:
     """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards."""
-    part, device, training = dataset.split(split), model.tables.weight.device, model.training
-    logits, done = np.empty(part.rows, np.float32), 0
+    device, training = model.tables.row_offsets.device, model.training
+
+    def score(batch: Batch) -> torch.Tensor:
+        moved = batch.to(device)
+        logits: torch.Tensor = model(moved.dense, moved.ids, moved.bags)
+        return logits
+
     model.eval()
+    logits = score_split(score, dataset, split, batch_size, progress)
+    model.train(training)
+    return logits
+
+
+def score_split(
+    score: Callable[[Batch], torch.Tensor],
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """What `score` gives for every row of a split, in its order: float32 [rows]."""
+    part = dataset.split(split)
+    logits, done = np.empty(part.rows, np.float32), 0
     with torch.inference_mode():
         for batch in part.batches(batch_size):
-            moved = batch.to(device)
-            logits[done : done + len(batch)] = model(moved.dense, moved.ids, moved.bags).cpu().numpy()
+            logits[done : done + len(batch)] = score(batch).cpu().numpy()
             done += len(batch)
             if progress:
                 progress(f"evaluating {split}", done, part.rows)
-    model.train(training)
     return logits
 
 
@@ -38,7 +58,15 @@ def evaluate(
     Raises:
         UserError: a prediction is no finite number.
     """
-    logits = predict_logits(model, dataset, split, batch_size, progress)
+    return measure(predict_logits(model, dataset, split, batch_size, progress), dataset, split)
+
+
+def measure(logits: np.ndarray, dataset: Dataset, split: str) -> dict[str, Any]:
+    """Metrics of the logits of a split.
+
+    Raises:
+        UserError: a prediction is no finite number.
+    """
     if not np.isfinite(logits).all():
         raise UserError(f"the model predicts {logits[~np.isfinite(logits)][0]} on {split}: its training diverged")
     return click_metrics(np.asarray(dataset.split(split).labels()), logits)

@@ -20,7 +20,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.files import exclusive, read_json, require_keys, write_json
 from dqrm.models.dlrm import DLRM
-from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights
+from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights, mapped_tensor
 
 FORMAT_VERSION = 1
 
@@ -117,8 +117,8 @@ class Run:
                 f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
             )
 
-    def new_model(self) -> DLRM:
-        """The run's model with its initial weights."""
+    def new_model(self, table_weight: torch.Tensor | None = None) -> DLRM:
+        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given."""
         data, config = self.info["data"], self.config
         try:
             return DLRM(
@@ -130,6 +130,7 @@ class Run:
                 seed=config.training.seed,
                 precision=config.training.precision,
                 table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
+                table_weight=table_weight,
             )
         except ValueError as error:
             raise UserError(f"{self.info['data']['path']}: {error}") from None
@@ -140,11 +141,12 @@ class Run:
             need = rows * config.model.embedding_dim * (2 if config.training.table_dtype == "bf16" else 4) / 1e9
             raise UserError(f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB") from None
 
-    def load_model(self, which: str = "best") -> tuple[DLRM, dict[str, Any]]:
+    def load_model(self, which: str = "best", mapped: bool = False) -> tuple[DLRM, dict[str, Any]]:
         """The trained model in eval mode, and the state.json of its checkpoint.
 
         Args:
             which: 'best' on validation, or 'last'.
+            mapped: leave the tables in the checkpoint's file, memory-mapped: for reading a few rows, or all once.
 
         Raises:
             UserError: there is no checkpoint yet, or it is damaged.
@@ -156,8 +158,17 @@ class Run:
         best = (state["best"] or {}).get("step", last)
         if which == "best" and best != last:
             state = self._state(best)
-        model = self.new_model()
-        load_weights(checkpoint_path(self.checkpoints, best if which == "best" else last), model)
+        checkpoint = checkpoint_path(self.checkpoints, best if which == "best" else last)
+        if not mapped:
+            model = self.new_model()
+            load_weights(checkpoint, model)
+            return model.eval(), state
+        weight, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
+        expected = (sum(column["rows"] for column in data["columns"]), self.config.model.embedding_dim)
+        if tuple(weight.shape) != expected:
+            raise UserError(f"{checkpoint}: the tables are {list(weight.shape)}, but the run's are {list(expected)}")
+        model = self.new_model(weight)
+        load_weights(checkpoint, model, skip="tables.weight")
         return model.eval(), state
 
     def _state(self, step: int) -> dict[str, Any]:

@@ -1,0 +1,241 @@
+"""The artifact: a trained model in one file, packed, with all that scoring raw log lines needs.
+
+`Artifact.open` reads the header, `Artifact.model` gives the model on memory-mapped codes; `pack` writes the file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dqrm.config import ModelConfig
+from dqrm.errors import UserError
+from dqrm.export.container import Container
+from dqrm.models.dlrm import DLRM, widths
+from dqrm.options import build
+from dqrm.quant.mlp import QuantMLP
+from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
+
+KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
+_VOCABULARY = "vocabulary."
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact.
+
+    Attributes:
+        path: the file. content: what its header says: model, quantization, schema, options, vocabulary, provenance.
+    """
+
+    path: Path
+    container: Container
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> "Artifact":
+        """Read the header; `verify` compares every tensor's bytes with its checksum too.
+
+        Raises:
+            UserError: no such file, foreign, truncated, damaged, or of another format version.
+        """
+        artifact = cls(Path(path), Container.open(Path(path), KIND))
+        if verify:
+            artifact.container.verify()
+        return artifact
+
+    @property
+    def content(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.container.content
+        return found
+
+    def model(self) -> DLRM:
+        """The model in eval mode, on memory-mapped codes: nothing is read before it is used.
+
+        Raises:
+            UserError: the header describes another model than the tensors are.
+        """
+        try:
+            return _build(self.content["model"], self.container.tensors(lambda name: not name.startswith(_VOCABULARY)))
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{self.path} is damaged: {what}; export it again") from None
+
+    def vocabulary(self, number: int) -> bytes:
+        """The vocabulary of column `number` as a Parquet file's bytes, compared with its checksum.
+
+        Raises:
+            UserError: the artifact has none, its file is missing or of another artifact, or it is damaged.
+        """
+        where = self._vocabularies()
+        name = vocabulary_name(number)
+        if name not in where.entries:
+            raise UserError(f"{where.path} is damaged: it lacks '{name}'; export it again")
+        where.verify(name.__eq__)
+        return b"".join(where.pieces(name))
+
+    def _vocabularies(self) -> Container:
+        described = self.content.get("vocabulary") or {}
+        mode = described.get("mode")
+        if mode == "embed":
+            return self.container
+        if mode != "beside":
+            raise UserError(
+                f"{self.path} was exported with --vocabulary none; name the dataset folder that it was trained on with "
+                "--data, or export it with --vocabulary embed"
+            )
+        path = vocabulary_path(self.path)
+        if not path.is_file():
+            raise UserError(f"{self.path} needs its vocabularies beside it: {path} is missing")
+        found = Container.open(path, VOCABULARY_KIND)
+        if found.checksum != described.get("sha256"):
+            raise UserError(f"{path} belongs to another export than {self.path}; export both again")
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each part of the file, and of the vocabularies beside it; 'file' is all of the file."""
+        sizes = dict.fromkeys(("table codes", "table scales", "MLP codes", "MLP scales", "biases", "vocabularies"), 0)
+        for name, entry in self.container.entries.items():
+            sizes[_part(name)] += entry["data_offsets"][1] - entry["data_offsets"][0]
+        sizes["header"] = self.container.header_bytes
+        sizes["file"] = sum(sizes.values())
+        beside = vocabulary_path(self.path)
+        if (self.content.get("vocabulary") or {}).get("mode") == "beside" and beside.is_file():
+            sizes["vocabularies beside"] = beside.stat().st_size
+        return sizes
+
+    def bits_per_weight(self) -> float:
+        """Bits of codes, scales and biases for each trained number of the model."""
+        sizes, described = self.sizes(), self.content["model"]
+        stored = sum(sizes[part] for part in ("table codes", "table scales", "MLP codes", "MLP scales", "biases"))
+        weights = sum(described["table_rows"]) * described["config"]["embedding_dim"]
+        for mlp in layer_widths(described):
+            weights += sum(inputs * outputs + outputs for inputs, outputs in pairwise(mlp))
+        return 8 * stored / weights
+
+    def describe(self) -> dict[str, Any]:
+        """What `dqrm info` prints, ready for JSON."""
+        try:
+            return {
+                "kind": "artifact",
+                "path": str(self.path),
+                "format_version": 1,
+                "sizes": self.sizes(),
+                "bits_per_weight": round(self.bits_per_weight(), 4),
+                **self.content,
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path} is damaged: {error}; export it again") from None
+
+
+def load(path: str | Path, verify: bool = False) -> DLRM:
+    """A packed model for inference, from the file that `dqrm export` wrote.
+
+    Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The codes stay in the
+    file, memory-mapped; only the MLP is unpacked. No code from the file is run.
+
+    Args:
+        verify: compare every tensor's bytes with its checksum first, which reads the whole file.
+
+    Raises:
+        UserError: no such file, foreign, truncated, damaged, or of another format version.
+    """
+    return Artifact.open(path, verify).model()
+
+
+def vocabulary_name(number: int) -> str:
+    """The tensor that holds the vocabulary of column `number`."""
+    return f"{_VOCABULARY}{number:02d}"
+
+
+def vocabulary_path(path: Path) -> Path:
+    """Where the vocabularies of the artifact `path` lie that were exported beside it."""
+    return path.with_name(path.name + "-vocabulary")
+
+
+def layer_widths(described: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layer widths of bottom and top MLP of the model that a header describes."""
+    config: ModelConfig = build(ModelConfig, described["config"], "model")
+    return widths(config, described["num_dense"], len(described["table_rows"]))
+
+
+def _part(name: str) -> str:
+    if name.startswith(_VOCABULARY):
+        return "vocabularies"
+    owner, _, last = name.rpartition(".")
+    if last == "bias":
+        return "biases"
+    return f"{'table' if owner == 'tables' else 'MLP'} {'codes' if last == 'codes' else 'scales'}"
+
+
+def _build(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> DLRM:
+    """The model that a header describes, of the given tensors."""
+    config: ModelConfig = build(ModelConfig, described["config"], "model")
+    bottom, top = layer_widths(described)
+    tables = PackedEmbeddingBagCollection(
+        described["table_rows"],
+        config.embedding_dim,
+        multi=described["multi"],
+        pooling=config.pooling,
+        bits=described["table_bits"],
+        codes=tensors.pop("tables.codes"),
+        scale=tensors.pop("tables.scale"),
+    )
+    parts = {}
+    for name, sizes, last_relu in (("bottom", bottom, True), ("top", top, False)):
+        parts[name] = _mlp(name, sizes, last_relu, described, tensors) if sizes else None
+    if tensors:
+        raise ValueError(f"'{next(iter(tensors))}' is no part of its model")
+    assert parts["top"] is not None
+    return DLRM.from_parts(config, described["num_dense"], parts["bottom"], tables, parts["top"])
+
+
+def _mlp(
+    name: str, sizes: Sequence[int], last_relu: bool, described: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> QuantMLP:
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
+        prefix = f"{name}.{len(layers)}."
+        layers.append(
+            PackedLinear(
+                inputs,
+                outputs,
+                bits=described["mlp_bits"],
+                codes=tensors.pop(prefix + "codes"),
+                scale=tensors.pop(prefix + "scale"),
+                bias=tensors.pop(prefix + "bias", None),
+                activation_bits=described["activation_bits"],
+                activation_scale=tensors.pop(prefix + "activation_scale", None),
+            )
+        )
+        if number < len(sizes) - 1 or last_relu:
+            layers.append(nn.ReLU())
+    return QuantMLP(*layers)
+
+
+def describe_model(config: ModelConfig, num_dense: int, model: DLRM, mlp_bits: int, table_bits: int) -> dict[str, Any]:
+    """What `_build` needs of a trained model besides its tensors."""
+    rows = list(model.tables.table_rows)
+    layer = next(layer for layer in model.top if isinstance(layer, nn.Linear))
+    return {
+        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()},
+        "num_dense": num_dense,
+        "table_rows": rows,
+        "multi": [number >= model.tables.num_single for number in range(len(rows))],
+        "table_bits": table_bits,
+        "mlp_bits": mlp_bits,
+        "activation_bits": getattr(layer, "activation_bits", 32),
+    }
+
+
+def fp32_bytes(described: Mapping[str, Any]) -> int:
+    """Bytes that the same model takes in FP32."""
+    weights = sum(described["table_rows"]) * described["config"]["embedding_dim"]
+    for mlp in layer_widths(described):
+        weights += sum(prod(pair) + pair[1] for pair in pairwise(mlp))
+    return 4 * weights

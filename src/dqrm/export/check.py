@@ -1,0 +1,56 @@
+"""Comparing an exported file with the model it came from: rows to score, and by how much the probabilities differ."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqrm.data.batches import Batch
+from dqrm.data.dataset import Dataset
+
+
+def sample(described: Mapping[str, Any], dataset: Dataset | None, rows: int) -> tuple[Batch, str]:
+    """Rows to score, and what they are of: the first ones of the dataset's test split, or generated ones.
+
+    Args:
+        described: the model, as an artifact's header describes it.
+    """
+    if dataset is not None:
+        for name in ("test", "validation", "train"):
+            if dataset.rows[name]:
+                return next(iter(dataset.split(name).batches(rows))), f"{name} split"
+    return generate(described, rows), "generated ids"
+
+
+def generate(described: Mapping[str, Any], rows: int, seed: int = 0) -> Batch:
+    """`rows` random samples: ids from all over each table, its first and last row among them; bags of 0 to 4 ids."""
+    random = np.random.default_rng(seed)
+    single, bags = [], []
+    for count, multi in zip(described["table_rows"], described["multi"]):
+        lengths = random.integers(0, 5, rows) if multi else np.ones(rows, np.int64)
+        ids = random.integers(0, count, int(lengths.sum()))
+        ids[:1], ids[-1:] = 0, count - 1
+        if multi:
+            bags.append((torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(np.cumsum(lengths) - lengths)))
+        else:
+            single.append(torch.from_numpy(ids.astype(np.int32)))
+    dense = np.log1p(random.exponential(20, (rows, described["num_dense"]))).astype(np.float32)
+    return Batch(
+        torch.from_numpy(dense),
+        torch.stack(single, 1) if single else torch.empty(rows, 0, dtype=torch.int32),
+        tuple(bags),
+        torch.zeros(rows),
+    )
+
+
+def compare(found: Tensor, expected: Tensor) -> float:
+    """The largest difference between the probabilities of two sets of logits; infinite where one is not finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not len(found):
+        return 0.0
+    difference = (found.double().sigmoid() - expected.double().sigmoid()).abs().max().item()
+    finite = bool(found.isfinite().all() and expected.isfinite().all())
+    return float(difference) if finite else float("inf")

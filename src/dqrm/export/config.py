@@ -1,0 +1,64 @@
+"""How a model is exported or quantized after training: the fields of the command line. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dqrm.options import check_fields
+
+SUFFIXES = (".dqrm", ".onnx", ".pt2", ".pte")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `dqrm export` and `dqrm quantize` write.
+
+    Raises:
+        ValueError: a value that is not of its field's type or range.
+    """
+
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint that is best on validation, or the last."""
+    data: str | None = None
+    """The dataset folder that the run was trained on; none: where it was then."""
+    vocabulary: Literal["embed", "beside", "none"] = "embed"
+    """Which id has which row: in the artifact, in a second file beside it, or left out (.dqrm only)."""
+    check_rows: int = 1000
+    """Rows that are scored with the exported file and with the trained model to compare them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.check_rows < 1:
+            raise ValueError(f"check_rows is {self.check_rows}, expected 1 or more")
+
+
+@dataclass(frozen=True)
+class PTQConfig:
+    """Post-training quantization: of a model that was trained in FP32.
+
+    Raises:
+        ValueError: another number of bits, or a value that is not of its field's type.
+    """
+
+    bits: Literal[2, 4, 8, 16] = 4
+    """Bits of tables and MLP weights alike."""
+    table_bits: Literal[2, 4, 8, 16, 32] | None = None
+    """Bits of the embedding tables; none: as --bits."""
+    mlp_bits: Literal[2, 4, 8, 16, 32] | None = None
+    """Bits of the MLP weights (one scale per output channel); none: as --bits."""
+    granularity: Literal["table", "row"] = "table"
+    """One scale per embedding table, or one per row of it (4 bytes more for each row)."""
+    clip: Literal["none", "mse"] = "mse"
+    """The scale of the largest magnitude, or the one with the smallest squared error."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def effective_table_bits(self) -> int:
+        """Bits of the tables after `bits` is taken as the default."""
+        return self.bits if self.table_bits is None else self.table_bits
+
+    @property
+    def effective_mlp_bits(self) -> int:
+        """Bits of the MLP weights after `bits` is taken as the default."""
+        return self.bits if self.mlp_bits is None else self.mlp_bits

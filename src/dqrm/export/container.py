@@ -1,0 +1,224 @@
+"""The file format of an artifact: a safetensors file with checksums, written in a stream.
+
+    8 bytes      length of the header, little-endian
+    header       JSON, as safetensors defines it: each tensor's dtype, shape and place; `__metadata__` has
+                   format          what kind of file of ours it is
+                   format_version  a number; a reader refuses one that it does not know
+                   content         JSON text: what the tensors are
+                   checksums       JSON text: SHA-256 of each tensor's bytes
+                   header_sha256   of length and header, with 64 zeros in its place
+    tensors      raw little-endian bytes, from a multiple of 64 on
+
+Any safetensors reader opens it. It is written here and not by the safetensors library, which needs all tensors in
+memory at once.
+"""
+
+import ctypes
+import hashlib
+import json
+import mmap
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dqrm.errors import UserError
+
+FORMAT_VERSION = 1
+_DTYPES = {
+    torch.uint8: ("U8", 1), torch.int8: ("I8", 1), torch.int16: ("I16", 2), torch.int32: ("I32", 4),
+    torch.int64: ("I64", 8), torch.float32: ("F32", 4),
+}  # fmt: skip
+_BLANK = "0" * 64
+# safetensors refuses longer headers.
+_LONGEST_HEADER = 100_000_000
+_READ = 1 << 22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: what it is, and its content in pieces, which together are its elements in order."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Entry":
+        """A tensor that is in memory."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * _DTYPES[self.dtype][1]
+
+
+def write(path: Path, kind: str, content: Any, entries: Sequence[Entry]) -> str:
+    """Write a file, piece by piece; the caller renames it into place. Returns its header's checksum.
+
+    Entries of wider elements should come first, so that each one is aligned.
+
+    Raises:
+        OSError: a full disk, a folder that may not be written.
+    """
+    described, at = {}, 0
+    for entry in entries:
+        described[entry.name] = {
+            "dtype": _DTYPES[entry.dtype][0], "shape": list(entry.shape), "data_offsets": [at, at + entry.bytes],
+        }  # fmt: skip
+        at += entry.bytes
+
+    def header(checksums: dict[str, str], own: str = _BLANK) -> bytes:
+        metadata = {
+            "format": kind,
+            "format_version": str(FORMAT_VERSION),
+            "content": json.dumps(content, allow_nan=False),
+            "checksums": json.dumps(checksums),
+            "header_sha256": own,
+        }
+        text = json.dumps({"__metadata__": metadata, **described}, allow_nan=False).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        return len(text).to_bytes(8, "little") + text
+
+    checksums = dict.fromkeys(described, _BLANK)
+    with open(path, "wb") as file:
+        file.write(header(checksums))  # of the final length
+        for entry in entries:
+            digest, size = hashlib.sha256(), 0
+            for piece in entry.pieces():
+                data = piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+                digest.update(data)
+                file.write(data)
+                size += len(data)
+            assert size == entry.bytes, (entry.name, size, entry.bytes)
+            checksums[entry.name] = digest.hexdigest()
+        own = hashlib.sha256(header(checksums)).hexdigest()
+        file.seek(0)
+        file.write(header(checksums, own))
+    return own
+
+
+@dataclass(frozen=True)
+class Container:
+    """An opened file: its content, its tensors by name, and its header's checksum."""
+
+    path: Path
+    kind: str
+    content: Any
+    checksum: str
+    entries: dict[str, dict[str, Any]]
+    header_bytes: int
+    _checksums: dict[str, str]
+
+    @classmethod
+    def open(cls, path: Path, kind: str) -> "Container":
+        """Read and check the header; tensors are not looked at.
+
+        Raises:
+            UserError: no such file; not one of ours; truncated; another format version; a damaged header.
+        """
+        made = "expected a file that `dqrm export` wrote"
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(8)
+                length = int.from_bytes(head, "little")
+                if len(head) < 8 or length > _LONGEST_HEADER or not length >= 2:
+                    raise UserError(f"{path} is no dqrm model, {made}")
+                text = file.read(length)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        if len(text) < length:
+            what = "is truncated" if text[:1] == b"{" and b'"format"' in text else "is no dqrm model"
+            raise UserError(f"{path} {what}: it has {size:,} bytes, {made}")
+        try:
+            described = json.loads(text)
+            metadata = described.pop("__metadata__")
+            found, version = metadata["format"], metadata["format_version"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            ours = b'"header_sha256"' in text
+            raise UserError(f"{path} {'has a damaged header' if ours else 'is no dqrm model'}, {made}") from None
+        if found != kind:
+            raise UserError(f"{path} is of format {str(found)[:40]!r} and no {kind}, {made}")
+        if version != str(FORMAT_VERSION):
+            raise UserError(
+                f"{path} has format version {str(version)[:20]}, this dqrm reads version {FORMAT_VERSION}; "
+                "another version of dqrm wrote it"
+            )
+        try:
+            own = metadata["header_sha256"]
+            blank = re.sub(rb'("header_sha256": ")[0-9a-f]{64}"', rb"\g<1>" + _BLANK.encode() + b'"', text)
+            if hashlib.sha256(head + blank).hexdigest() != own:
+                raise ValueError("checksum")
+            content, checksums = json.loads(metadata["content"]), json.loads(metadata["checksums"])
+            end = max((entry["data_offsets"][1] for entry in described.values()), default=0)
+            if set(checksums) != set(described):
+                raise ValueError("checksums")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{path} has a damaged header: its checksum does not match; export it again") from None
+        if size != 8 + length + end:
+            what = "truncated" if size < 8 + length + end else "damaged"
+            raise UserError(f"{path} is {what}: it has {size:,} bytes, expected {8 + length + end:,}; export it again")
+        return cls(path, kind, content, own, described, 8 + length, checksums)
+
+    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The tensors whose names are wanted, memory-mapped: no byte is read before it is used.
+
+        Raises:
+            UserError: a header that safetensors does not accept.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                found = {name: opened.get_tensor(name) for name in self.entries if wanted(name)}
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path} is damaged: {error}") from None
+        for tensor in found.values():
+            _expect_random_reads(tensor)
+        return found
+
+    def verify(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Compare the bytes of each wanted tensor with its checksum.
+
+        Raises:
+            UserError: one differs; names it.
+        """
+        for name in filter(wanted, self.entries):
+            digest = hashlib.sha256()
+            for piece in self.pieces(name):
+                digest.update(piece)
+            if digest.hexdigest() != self._checksums[name]:
+                raise UserError(f"{self.path} is damaged: the checksum of '{name}' does not match; export it again")
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor, some megabytes at a time."""
+        start, end = self.entries[name]["data_offsets"]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.header_bytes + start)
+                while start < end:
+                    piece = file.read(min(_READ, end - start))
+                    if not piece:
+                        raise UserError(f"{self.path} is truncated; export it again")
+                    yield piece
+                    start += len(piece)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+
+def _expect_random_reads(tensor: Tensor) -> None:
+    """Tell the system to read only the pages of a large mapped tensor that are asked for, not their neighbours too."""
+    if tensor.nbytes < _READ or sys.platform == "win32":
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    with suppress(AttributeError):  # a libc without madvise; it is advice, so what it returns does not matter
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_RANDOM))

@@ -1,0 +1,143 @@
+"""A trained model as the tensors of an artifact, table by table: no table is held in FP32 a second time."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.errors import UserError
+from dqrm.export.config import PTQConfig
+from dqrm.export.container import Entry
+from dqrm.models.dlrm import DLRM
+from dqrm.quant.embedding import QuantEmbeddingBagCollection, TableLayout
+from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mlp import QuantMLP
+from dqrm.quant.packed import CHUNK_ROWS, PackedLinear, pack_linear
+from dqrm.quant.packing import encode, storage
+from dqrm.quant.ptq import row_scales, table_scale
+from dqrm.quant.uniform import fake_quantize
+
+Progress = Callable[[str, int, int | None], None]
+
+
+class Packing:
+    """What a trained model becomes: bits and scales of its tables, and its linear layers packed.
+
+    Args:
+        model: in eval mode, as `Run.load_model` gives it; it may be memory-mapped.
+        ptq: how a model that was trained in FP32 is quantized; None: with the scales that it was trained on.
+
+    Raises:
+        UserError: quantization after training of a model that is quantized already; weights that are not finite.
+    """
+
+    def __init__(self, model: DLRM, ptq: PTQConfig | None = None, progress: Progress | None = None) -> None:
+        self._model, self._tell = model, progress or (lambda what, done, total: None)
+        layers = [layer for part in (model.bottom, model.top) if part is not None for layer in part]
+        linear = [layer for layer in layers if isinstance(layer, QuantLinear)]
+        if ptq is not None:
+            found = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
+            if found:
+                raise UserError(
+                    f"the run was trained in {min(found)} bits; `dqrm export` packs it as it is, and quantization "
+                    "after training needs a run in FP32 (--bits 32)"
+                )
+        self.table_bits = model.tables.bits if ptq is None else ptq.effective_table_bits
+        self.mlp_bits = linear[0].bits if ptq is None else ptq.effective_mlp_bits
+        try:
+            self.scale = self._table_scales(ptq)
+            self.packed = {
+                f"{name}.{number}": self._pack_layer(layer, ptq)
+                for name, part in (("bottom", model.bottom), ("top", model.top))
+                for number, layer in enumerate(part or ())
+                if isinstance(layer, QuantLinear)
+            }
+        except ValueError as error:
+            raise UserError(f"the model cannot be packed: {error}") from None
+
+    def entries(self) -> list[Entry]:
+        """All tensors, those of wider elements first."""
+        tables: QuantEmbeddingBagCollection = self._model.tables
+        dtype, width = storage(tables.embedding_dim, self.table_bits)
+        found = [Entry("tables.codes", dtype, (len(tables.weight), width), self._codes)]
+        found.append(Entry.of("tables.scale", self.scale))
+        for name, layer in self.packed.items():
+            found += [Entry.of(f"{name}.{key}", tensor) for key, tensor in layer.state_dict().items()]
+        return sorted(found, key=lambda entry: -entry.dtype.itemsize)
+
+    def reference(self) -> DLRM:
+        """What the packed model must give: the trained model itself, or with weights quantized by the plain formula."""
+        model = self._model
+        if (self.table_bits, self.mlp_bits) == (model.tables.bits, model.top[0].bits):
+            return model
+        parts: dict[str, nn.Module | None] = {"bottom": None, "top": None}
+        for name in parts:
+            part = getattr(model, name)
+            if part is not None:
+                layers = [deepcopy(layer) for layer in part]
+                for number, layer in enumerate(layers):
+                    if f"{name}.{number}" in self.packed:
+                        scale = self.packed[f"{name}.{number}"].scale[:, None]
+                        layer.weight.data = fake_quantize(layer.weight.data, scale, self.mlp_bits)
+                parts[name] = QuantMLP(*layers)
+        tables = _Requantized(model.tables, self.scale, self.table_bits)
+        assert parts["top"] is not None
+        return DLRM.from_parts(model.config, model.num_dense, parts["bottom"], tables, parts["top"])
+
+    def _pack_layer(self, layer: QuantLinear, ptq: PTQConfig | None) -> PackedLinear:
+        if ptq is None or self.mlp_bits == 32:
+            return pack_linear(layer)
+        return pack_linear(layer, row_scales(layer.weight.detach().float(), self.mlp_bits, ptq.clip), self.mlp_bits)
+
+    def _table_scales(self, ptq: PTQConfig | None) -> Tensor:
+        tables: QuantEmbeddingBagCollection = self._model.tables
+        if self.table_bits == 32:
+            return torch.ones(len(tables.table_rows))
+        if ptq is None:
+            return tables.current_scale().clone()
+        found, done, total = [], 0, len(tables.weight)
+        for number, rows in enumerate(tables.table_rows):
+            self._tell("searching scales", done, total)
+            table = tables.table(number)
+            if ptq.granularity == "table":
+                found.append(
+                    table_scale(partial(table.split, CHUNK_ROWS), self.table_bits, ptq.clip).view(1)
+                )
+            else:
+                found += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in table.split(CHUNK_ROWS)]
+            done += rows
+        self._tell("searching scales", total, total)
+        return torch.cat(found) if found else torch.empty(0)
+
+    def _codes(self) -> Iterable[Tensor]:
+        tables, done = self._model.tables, 0
+        per_row = len(self.scale) == len(tables.weight)
+        for number in range(len(tables.table_rows)):
+            for piece in tables.table(number).split(CHUNK_ROWS):
+                scale = self.scale[done : done + len(piece)] if per_row else self.scale[number : number + 1]
+                yield encode(piece, scale[:, None], self.table_bits)
+                done += len(piece)
+                self._tell("packing", done, len(tables.weight))
+
+
+class _Requantized(TableLayout):
+    """Tables in FP32 whose rows are quantized as they are looked up: the plain formula, for comparison."""
+
+    def __init__(self, tables: QuantEmbeddingBagCollection, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        multi = [number >= tables.num_single for number in range(len(tables.table_rows))]
+        self._init_layout(tables.table_rows, tables.embedding_dim, multi, tables.pooling)
+        self.weight, self.scale, self.bits = tables.weight.detach(), scale, bits
+
+    def forward(self, ids: Tensor, bags: Any = ()) -> Tensor:
+        found = []
+        for part, first, tables in self._groups(ids, bags):
+            self._refuse_outside(part, first, tables)
+            rows = (part.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1)
+            numbers = torch.arange(first, first + tables).repeat(len(rows) // max(1, tables))
+            scale = self.scale[rows if len(self.scale) == len(self.weight) else numbers]
+            found.append(fake_quantize(self.weight[rows].float(), scale[:, None], self.bits))
+        return self._pooled(found, len(ids), bags)

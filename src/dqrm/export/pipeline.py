@@ -1,0 +1,300 @@
+"""From a run, or an artifact, to an exported file that has been compared with the model it came from.
+
+The file is written and checked in a folder beside its place and renamed at the end: whatever fails leaves the old file.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqrm import __version__
+from dqrm.data.batches import Batch
+from dqrm.data.dataset import Dataset
+from dqrm.errors import UserError
+from dqrm.export import artifact
+from dqrm.export.artifact import Artifact
+from dqrm.export.check import compare, sample
+from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
+from dqrm.export.container import Entry, write
+from dqrm.export.pack import Packing, Progress
+from dqrm.files import exclusive, flush
+from dqrm.training.run import Run, versions
+
+_READ = 1 << 22
+_DEFAULTS = ExportConfig()
+
+
+def export_run(
+    source: str | Path,
+    output: str | Path,
+    config: ExportConfig = _DEFAULTS,
+    ptq: PTQConfig | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a trained model as `output`, and compare what was written with the model.
+
+    Args:
+        source: a run folder; or an artifact, to be written in another format.
+        output: .dqrm (the artifact), .onnx, .pt2 (torch.export) or .pte (ExecuTorch).
+        ptq: quantize a run that was trained in FP32; None: with the bits and scales that it was trained in.
+
+    Returns:
+        files, bytes of each part, bits per weight, and the largest difference between probabilities.
+
+    Raises:
+        UserError: no run, no dataset where one is needed, an output that cannot be written; or probabilities that
+            differ by more than 1e-5: nothing is written then.
+    """
+    source, output = Path(source), Path(output)
+    if output.suffix not in SUFFIXES:
+        raise UserError(
+            f"{output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, which says what to write"
+        )
+    with _workshop(output) as folder:
+        made = folder / output.name
+        if source.is_file():
+            found = _from_artifact(source, made, config, ptq)
+        else:
+            found = _from_run(source, made, config, ptq, progress or (lambda what, done, total: None))
+        files = sorted((path for path in folder.iterdir() if path != made and not path.name.startswith(".")), key=str)
+        files.append(made)  # last: the others belong to it
+        for path in files:
+            flush(path)
+        found["bytes"] = sum(path.stat().st_size for path in files)
+        for path in files:
+            os.replace(path, output.parent / path.name)
+        flush(output.parent)
+    beside = artifact.vocabulary_path(output)
+    if output.suffix == ".dqrm" and config.vocabulary != "beside":
+        beside.unlink(missing_ok=True)  # of the artifact that was replaced
+    return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **found}
+
+
+def _from_run(
+    source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
+) -> dict[str, Any]:
+    run = Run.open(source)
+    dataset = _dataset(run, config, made.suffix == ".dqrm" and config.vocabulary != "none")
+    # Memory-mapped: each table is read once, piece by piece, while it is packed.
+    model, state = run.load_model(config.checkpoint, mapped=True)
+    packing = Packing(model, ptq, progress)
+    described = artifact.describe_model(model.config, model.num_dense, model, packing.mlp_bits, packing.table_bits)
+    batch, where = sample(described, dataset, config.check_rows)
+    expected = _score(packing.reference(), batch)
+    content = {
+        "model": described,
+        "quantization": {"method": "ptq", **asdict(ptq)}
+        if ptq
+        else {"method": "qat" if _quantized(packing) else "none"},
+        "schema": dataset.info["schema"] if dataset else _known_schema(run),
+        "options": dataset.info["options"] if dataset else None,
+        "provenance": _provenance(run, state, config.checkpoint),
+    }
+    first = made if made.suffix == ".dqrm" else made.parent / ".artifact.dqrm"
+    entries = packing.entries()
+    if made.suffix == ".dqrm" and dataset is not None and config.vocabulary != "none":
+        vocabularies = list(_vocabularies(dataset, made.parent, progress))
+        if config.vocabulary == "beside":
+            checksum = write(artifact.vocabulary_path(made), artifact.VOCABULARY_KIND, {}, vocabularies)
+            content["vocabulary"] = {"mode": "beside", "sha256": checksum}
+        else:
+            entries += vocabularies
+            content["vocabulary"] = {"mode": "embed"}
+    else:
+        content["vocabulary"] = {"mode": "none"}
+    write(first, artifact.KIND, content, entries)
+    difference_from = None
+    if ptq is not None:
+        difference_from = compare(_score(model, batch), expected)
+    del model, packing, entries  # and with them the mapping of the checkpoint
+    found = _finish(Artifact.open(first), made, batch, expected, where)
+    if difference_from is not None:
+        found["largest_difference_from_fp32"] = difference_from
+    return found
+
+
+def _from_artifact(source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None) -> dict[str, Any]:
+    opened = Artifact.open(source, verify=True)
+    if ptq is not None:
+        raise UserError(f"{source} is an artifact; quantization after training starts from a run folder")
+    if made.suffix == ".dqrm":
+        raise UserError(f"{source} is an artifact already; name an output that ends in .onnx, .pt2 or .pte")
+    dataset = None
+    if config.data is not None:
+        dataset = require_dataset(opened.content, config.data, source)
+    batch, where = sample(opened.content["model"], dataset, config.check_rows)
+    return _finish(opened, made, batch, _score(opened.model(), batch), where)
+
+
+def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where: str) -> dict[str, Any]:
+    """Write the other formats from the artifact, then compare the file with what the trained model gave."""
+    if made.suffix == ".onnx":
+        from dqrm.export.onnx import write_onnx
+
+        write_onnx(opened.model(), made, metadata(opened))
+    elif made.suffix != ".dqrm":
+        from dqrm.export import program
+
+        (program.write_pt2 if made.suffix == ".pt2" else program.write_pte)(opened.model(), made)
+    difference = compare(score_file(made)(batch), expected)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the exported file's probabilities differ from the model's by up to {difference:.3g}, more than "
+            f"{TOLERANCE:g}: nothing was written"
+        )
+    return {
+        "parts": opened.sizes(),
+        "bits_per_weight": round(opened.bits_per_weight(), 4),
+        "fp32_bytes": artifact.fp32_bytes(opened.content["model"]),
+        "largest_difference": difference,
+        "compared": {"rows": len(batch), "of": where},
+    }
+
+
+TOLERANCE = 1e-5
+"""The largest difference between probabilities of an exported file and of the model that it came from."""
+
+
+def score_file(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:
+    """A function from a batch to logits float32 [B], running an exported file of any format.
+
+    Raises:
+        UserError: the file is damaged, or its runtime is not installed.
+    """
+    if path.suffix == ".dqrm":
+        model = Artifact.open(path).model()
+        return lambda batch: _score(model, batch)
+    from dqrm.export.runtimes import open_runtime
+
+    return open_runtime(path, threads)
+
+
+def require_dataset(content: dict[str, Any], data: str | Path, source: Path) -> Dataset:
+    """The dataset folder `data`, if it is the one that the artifact was trained on.
+
+    Raises:
+        UserError: it is another one, or none.
+    """
+    dataset = Dataset(data)
+    wanted = content["provenance"]["data"]["fingerprint"]
+    if dataset.fingerprint != wanted:
+        raise UserError(
+            f"{data} is other data than {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
+            f"expected {wanted[:16]}"
+        )
+    return dataset
+
+
+def metadata(opened: Artifact) -> dict[str, str]:
+    """What a file of another format carries of the artifact's header, as text."""
+    import json
+
+    kept = ("model", "quantization", "schema", "provenance")
+    return {"dqrm": json.dumps({name: opened.content[name] for name in kept})}
+
+
+def _score(model: torch.nn.Module, batch: Batch) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(batch.dense, batch.ids, batch.bags)
+    return found
+
+
+def _dataset(run: Run, config: ExportConfig, needed: bool) -> Dataset | None:
+    path = config.data or run.info["data"]["path"]
+    if config.data is None and not Path(path).is_dir():
+        if needed:
+            raise UserError(
+                f"the dataset folder {path}, on which {run.path} was trained, is not there; name it with --data, or "
+                "leave the vocabularies out with --vocabulary none"
+            )
+        return None
+    try:
+        dataset = Dataset(path)
+        run.require_same_data(dataset)
+    except UserError:
+        if needed or config.data is not None:
+            raise
+        return None
+    return dataset
+
+
+def _quantized(packing: Packing) -> bool:
+    return (packing.table_bits, packing.mlp_bits) != (32, 32)
+
+
+def _known_schema(run: Run) -> dict[str, Any]:
+    data = run.info["data"]
+    return {"dense": data["dense"], "columns": data["columns"]}
+
+
+def _provenance(run: Run, state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Where the model comes from; no folder of this machine in it."""
+    best, summary = state["best"], run.summary
+    at_best = best is not None and best["step"] == state["step"]
+    return {
+        "dqrm": __version__,
+        "versions": versions(),
+        "data": {key: run.info["data"].get(key) for key in ("fingerprint", "rows", "split")},
+        "run": {
+            "config": run.info["config"],
+            "checkpoint": checkpoint,
+            "step": state["step"],
+            "metrics": {
+                "validation": best["metrics"] if at_best else None,
+                "test": summary["test"] if summary and at_best else None,
+            },
+        },
+    }
+
+
+def _vocabularies(dataset: Dataset, folder: Path, progress: Progress) -> Iterator[Entry]:
+    """One entry for each column; their bytes lie in `folder` until they are written, so that memory holds one."""
+    from dqrm.data.vocabulary import Vocabulary
+
+    for number, column in enumerate(dataset.columns):
+        progress("reading vocabularies", number, len(dataset.columns))
+        path = folder / f".{number}.parquet"
+        path.write_bytes(Vocabulary.read(dataset.vocabulary_path(column.name)).to_bytes())
+        size = path.stat().st_size
+        yield Entry(artifact.vocabulary_name(number), torch.uint8, (size,), partial(_pieces, path))
+    progress("reading vocabularies", len(dataset.columns), len(dataset.columns))
+
+
+def _pieces(path: Path) -> Iterator[Tensor]:
+    with path.open("rb") as file:
+        while piece := bytearray(file.read(_READ)):
+            yield torch.frombuffer(piece, dtype=torch.uint8)
+
+
+@contextmanager
+def _workshop(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to work in, locked meanwhile and removed at the end."""
+    folder = output.with_name(output.name + ".partial")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder, expected the name of a file")
+    if not output.parent.is_dir():
+        raise UserError(f"cannot write {output}: there is no folder {output.parent}")
+    lock = folder / ".lock"
+    if folder.exists() and not lock.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is needed for the work and was not made by dqrm export; move it")
+    try:
+        folder.mkdir(exist_ok=True)
+        with exclusive(lock, f"another process is exporting to {output}; wait for it, or name another output"):
+            try:
+                for path in folder.iterdir():
+                    if path != lock:
+                        path.unlink()
+                yield folder
+            finally:
+                with suppress(OSError):
+                    shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}; what was there is untouched") from None

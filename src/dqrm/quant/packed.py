@@ -1,0 +1,367 @@
+"""Inference on packed codes: what `convert` puts in the place of trained layers, and what an artifact loads as.
+
+Codes, scales and values are those that training used in evaluation, so a packed layer gives what the trained one gave.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqrm import kernels
+from dqrm.quant.embedding import (
+    QuantEmbedding,
+    QuantEmbeddingBag,
+    QuantEmbeddingBagCollection,
+    TableLayout,
+    integers,
+    pool,
+    refuse_id,
+)
+from dqrm.quant.linear import QuantLinear, weight_scale
+from dqrm.quant.packing import PACKED_BITS, decode, encode, storage
+from dqrm.quant.uniform import check_bits, fake_quantize, scale_from_max
+
+# Rows encoded at once: a table is never held in FP32 a second time.
+CHUNK_ROWS = 1 << 18
+
+
+def encode_table(table: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """A float table [rows, dim] as it is stored (see `packing.storage`), in pieces. `scale`: [1] or [rows]."""
+    dtype, width = storage(table.shape[1], bits)
+    stored = torch.empty(len(table), width, dtype=dtype)
+    for at in range(0, len(table), CHUNK_ROWS):
+        part = slice(at, at + CHUNK_ROWS)
+        stored[part] = encode(table[part], scale[part if len(scale) > 1 else slice(None), None], bits)
+    return stored
+
+
+class _Packed(nn.Module):
+    """Mixin: codes and scales move with the module but are never cast: they are what was trained."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+
+class _PackedTables(_Packed):
+    """Mixin: rows of packed tables, looked up by id.
+
+    Buffers: codes [rows, width] (see `packing.storage`); scale float32: one per table, or one per row of `codes`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    embedding_dim: int
+
+    def _init_storage(self, rows: int, bits: int, codes: Tensor | None, scale: Tensor | None, tables: int) -> None:
+        check_bits("bits", bits)
+        self.bits = bits
+        dtype, width = storage(self.embedding_dim, bits)
+        codes = torch.empty(rows, width, dtype=dtype) if codes is None else codes
+        scale = torch.empty(tables) if scale is None else scale
+        if codes.dtype != dtype or codes.shape != (rows, width):
+            raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}, expected {dtype} [{rows}, {width}]")
+        if scale.dtype != torch.float32 or scale.shape not in ((tables,), (rows,)):
+            raise ValueError(
+                f"scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 [{tables}] or [{rows}]"
+            )
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    def _values(self, ids: Tensor, starts: Tensor, table_rows: Tensor, first: int) -> Tensor:
+        """Values float32 [N, dim] of integer ids [..., T] of T tables, which are number first, first + 1, ..."""
+        tables, traced = len(table_rows), torch.compiler.is_compiling()
+        per_row = len(self.scale) == len(self.codes) and len(self.scale) != len(self._all_rows())
+        scale = self.scale if per_row else self.scale[first : first + tables]
+        if self.bits in PACKED_BITS and kernels.fits(ids, self.codes, scale):
+            out = torch.empty(ids.numel(), self.embedding_dim)
+            wrong = kernels.lookup_packed(ids, starts, table_rows, self.codes, self.bits, scale, out)
+            if wrong >= 0:
+                number = wrong % tables
+                refuse_id(int(ids.reshape(-1)[wrong]), first + number, int(table_rows[number]))
+            return out
+        ids = ids.reshape(-1, tables)
+        outside = (ids < 0) | (ids >= table_rows)
+        if traced:  # no exported graph can raise: what is outside is as good as unseen, and that is row 0
+            ids = torch.where(outside, torch.zeros_like(ids), ids)
+        elif ids.device.type == "cpu" and outside.any():
+            sample, column = outside.nonzero()[0].tolist()
+            refuse_id(int(ids[sample, column]), first + column, int(table_rows[column]))
+        rows = (ids + starts).reshape(-1)
+        stored = self.codes.index_select(0, rows)
+        if self.bits == 32:
+            return stored
+        if per_row:
+            return decode(stored, self.scale.index_select(0, rows)[:, None], self.bits, self.embedding_dim)
+        stored = stored.view(-1, tables, stored.shape[1])
+        return decode(stored, scale[:, None], self.bits, self.embedding_dim).flatten(0, 1)
+
+    def _all_rows(self) -> Sequence[int]:
+        return (len(self.codes),)
+
+
+class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
+    """A trained `QuantEmbeddingBagCollection` on packed codes, for inference.
+
+    Args:
+        table_rows, embedding_dim, multi, pooling: as of `QuantEmbeddingBagCollection`.
+        bits: 2, 4, 8, 16, or 32 (float32 rows).
+        codes: [sum(table_rows), width], used as they are and not copied; default: not initialized.
+        scale: float32, one per table or one per row; ignored with 32 bits.
+
+    Raises:
+        ValueError: as `QuantEmbeddingBagCollection`; or codes or scale of another dtype or shape.
+    """
+
+    def __init__(
+        self,
+        table_rows: Sequence[int],
+        embedding_dim: int,
+        *,
+        multi: Sequence[bool] | None = None,
+        pooling: str = "sum",
+        bits: int = 4,
+        codes: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self._init_layout(table_rows, embedding_dim, multi, pooling)
+        self._init_storage(self._starts[-1], bits, codes, scale, len(self.table_rows))
+
+    def _all_rows(self) -> Sequence[int]:
+        return self.table_rows
+
+    def forward(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """One pooled vector per sample and table: float32 [B, T, embedding_dim].
+
+        Args:
+            ids: integers [B, S], one per sample and single-valued table.
+            bags: (values [L], offsets [B]) for each multi-valued table.
+
+        Raises:
+            IndexError: an id outside its table (on CPU; in an exported graph it is looked up as row 0).
+            ValueError: the number of columns or of bags is not that of the tables.
+        """
+        found = [
+            self._values(
+                part, self.row_offsets[first : first + tables], self.rows_per_table[first : first + tables], first
+            )
+            for part, first, tables in self._groups(ids, bags)
+        ]
+        return self._pooled(found, len(ids), bags)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, bits={self.bits}"
+
+
+class _OnePackedTable(_PackedTables):
+    """What `PackedEmbedding` and `PackedEmbeddingBag` share."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._init_storage(num_embeddings, bits, codes, scale, 1)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Values float32 [N, dim] of ids [N]."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.codes.device)
+        return self._values(integers(ids).contiguous(), zero, zero + self.num_embeddings, 0)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+
+class PackedEmbedding(_OnePackedTable):
+    """A trained `QuantEmbedding` on packed codes: integers [...] -> float32 [..., embedding_dim]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
+
+
+class PackedEmbeddingBag(_OnePackedTable):
+    """A trained `QuantEmbeddingBag` on packed codes, with the inputs of `nn.EmbeddingBag`."""
+
+    mode: str
+    include_last_offset: bool
+    padding_idx: int | None
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
+
+
+class PackedLinear(_Packed):
+    """A trained `QuantLinear` on packed codes: float32 [..., in_features] -> [..., out_features].
+
+    Args:
+        codes: [out_features, width], see `packing.storage`. scale: float32 [out_features] or [1].
+        bias: float32 [out_features], or None.
+        activation_bits, activation_scale: below 32, the input is quantized on this scale (float32, no dimension).
+        unpack_once: keep the float32 weight from the first forward on (fast); False unpacks it at each one.
+
+    Raises:
+        ValueError: codes or scale of another dtype or shape.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    activation_scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation_bits: int = 32,
+        activation_scale: Tensor | None = None,
+        unpack_once: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("bits", bits), ("activation_bits", activation_bits)):
+            check_bits(name, value)
+        dtype, width = storage(in_features, bits)
+        for name, tensor, kind, shapes in (
+            ("codes", codes, dtype, ((out_features, width),)),
+            ("scale", scale, torch.float32, ((out_features,), (1,))),
+            ("bias", bias, torch.float32, ((out_features,),)),
+            ("activation_scale", activation_scale, torch.float32, ((),)),
+        ):
+            if tensor is not None and (tensor.dtype != kind or tuple(tensor.shape) not in shapes):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {kind} {list(shapes[0])}")
+        if (activation_scale is None) != (activation_bits == 32):
+            raise ValueError(f"activation_bits is {activation_bits} and activation_scale is {activation_scale}")
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.activation_bits, self.unpack_once = bits, activation_bits, unpack_once
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("activation_scale", activation_scale)
+        self._weight: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """The weight's values: float32 [out_features, in_features]."""
+        if self._weight is not None and not torch.compiler.is_compiling():
+            return self._weight
+        weight = decode(self.codes, self.scale[:, None], self.bits, self.in_features)
+        if self.unpack_once and not torch.compiler.is_compiling():
+            self._weight = weight
+        return weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.activation_scale is not None:
+            input = fake_quantize(input, self.activation_scale, self.activation_bits)
+        return F.linear(input, self.weight(), self.bias)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._weight = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._weight = None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+@torch.no_grad()
+def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | None = None) -> PackedLinear:
+    """The packed form of a trained layer.
+
+    Args:
+        scale, bits: of the weight, where they are not the layer's own (quantization after training).
+
+    Raises:
+        ValueError: inputs are to be quantized, but no training step has shown their range.
+    """
+    bits = layer.bits if bits is None else bits
+    weight = layer.weight.detach().float()
+    if scale is None:
+        scale = weight.new_ones(1) if bits == 32 else weight_scale(weight, bits, layer.granularity == "channel")
+    bias, activation_scale = layer.quantized_bias(), None
+    if layer.activation_bits != 32:
+        if not layer.activation_max > 0:
+            raise ValueError(
+                "the inputs of a linear layer are to be quantized, but no training step has shown their range"
+            )
+        activation_scale = scale_from_max(layer.activation_max.detach(), layer.activation_bits)
+    return PackedLinear(
+        layer.in_features,
+        layer.out_features,
+        bits=bits,
+        codes=encode(weight, scale[:, None], bits),
+        scale=scale.clone(),
+        bias=None if bias is None else bias.detach().float().clone(),
+        activation_bits=layer.activation_bits,
+        activation_scale=activation_scale,
+    )
+
+
+def _pack(module: nn.Module) -> nn.Module | None:
+    """The packed form of a trained module; None for what is not quantized."""
+    if isinstance(module, QuantLinear):
+        return pack_linear(module) if module.bits != 32 else None
+    if not isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection)) or module.bits == 32:
+        return None
+    scale = module.current_scale().clone()
+    if isinstance(module, QuantEmbeddingBagCollection):
+        tables = len(module.table_rows)
+        multi = [number >= module.num_single for number in range(tables)]
+        codes = torch.empty(len(module.weight), storage(module.embedding_dim, module.bits)[1],
+                            dtype=storage(module.embedding_dim, module.bits)[0])  # fmt: skip
+        for number, rows in enumerate(codes.split(module.table_rows)):
+            rows.copy_(encode_table(module.table(number), scale[number : number + 1], module.bits))
+        return PackedEmbeddingBagCollection(
+            module.table_rows, module.embedding_dim, multi=multi, pooling=module.pooling, bits=module.bits,
+            codes=codes, scale=scale,
+        )  # fmt: skip
+    kind = PackedEmbedding if isinstance(module, QuantEmbedding) else PackedEmbeddingBag
+    packed = kind(
+        module.num_embeddings, module.embedding_dim, bits=module.bits,
+        codes=encode_table(module.weight.detach(), scale, module.bits), scale=scale,
+    )  # fmt: skip
+    packed.padding_idx = module.padding_idx
+    if isinstance(module, QuantEmbeddingBag):
+        packed.mode, packed.include_last_offset = module.mode, module.include_last_offset
+    return packed
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Turn every quantized layer of `model`, as `prepare_qat` made it, into its packed form for inference, in place.
+
+    A module keeps its identity, name and forward hooks; its FP32 weight is gone, and its state dict holds codes and
+    scales. Layers at 32 bits stay. What the model gives in evaluation does not change.
+
+    Args:
+        model: any module; returned, in eval mode.
+
+    Raises:
+        ValueError: a layer quantizes its inputs but was never trained; names it. Nothing is converted then.
+    """
+    packed: list[tuple[nn.Module, nn.Module]] = []
+    for name, module in model.named_modules():
+        try:
+            form = _pack(module)
+        except ValueError as error:
+            raise ValueError(f"module '{name}': {error}") from None
+        if form is not None:
+            device = next(module.parameters()).device
+            packed.append((module, form.to(device)))
+    for module, form in packed:
+        hooks = {key: value for key, value in module.__dict__.items() if key.startswith("_forward_")}
+        module.__class__ = type(form)
+        module.__dict__.clear()
+        module.__dict__.update({**form.__dict__, **hooks})
+    return model.eval()

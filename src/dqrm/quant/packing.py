@@ -1,0 +1,73 @@
+"""Codes <-> bytes: 4 codes of 2 bits, 2 of 4 bits or 1 of 8 bits in each uint8. Sixteen bits stay int16.
+
+A row of `dim` codes takes w = ceil(dim * bits / 8) bytes. Byte j holds the codes j, j + w, j + 2w, ... of the row, the
+first in its lowest bits, each plus 2**(bits-1) so that it is not negative (4 bits: the row's first half in the low nibbles,
+its second half in the high ones). So a row unpacks into contiguous halves or quarters, and by arithmetic alone, which
+every exporter and runtime knows, where shifts and masks are not always known. Places without a code (dim no multiple of
+8 / bits) hold code 0.
+"""
+
+import torch
+from torch import Tensor
+
+from dqrm.quant.uniform import quantize
+
+PACKED_BITS = (2, 4, 8)
+
+
+def packed_width(dim: int, bits: int) -> int:
+    """Bytes of a packed row of `dim` codes of 2, 4 or 8 bits."""
+    return -(-dim * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes int8 [rows, dim] of 2, 4 or 8 bits as uint8 [rows, packed_width(dim, bits)].
+
+    Raises:
+        ValueError: another number of bits.
+    """
+    if bits not in PACKED_BITS:
+        raise ValueError(f"bits is {bits!r}, expected 2, 4 or 8")
+    dim = codes.shape[1]
+    width, parts = packed_width(dim, bits), 8 // bits
+    # In int16, since a sum of 255 does not fit in int8; as unsigned bytes at the end.
+    shifted = torch.nn.functional.pad(codes, (0, width * parts - dim)).to(torch.int16).add_(1 << (bits - 1))
+    packed = shifted[:, :width].clone()
+    for part in range(1, parts):
+        packed.add_(shifted[:, part * width : (part + 1) * width], alpha=1 << (bits * part))
+    return packed.to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """Packed codes uint8 [..., packed_width(dim, bits)] as signed codes in float32 [..., dim]. Arithmetic only."""
+    rest, parts = packed.float(), []
+    for part in range(8 // bits - 1, 0, -1):
+        unit = float(1 << (bits * part))
+        high = (rest * (1 / unit)).floor()
+        rest = rest - high * unit
+        parts.append(high)
+    codes = torch.cat([rest, *reversed(parts)], dim=-1) if parts else rest
+    return codes[..., :dim] - float(1 << (bits - 1))
+
+
+def storage(dim: int, bits: int) -> tuple[torch.dtype, int]:
+    """Dtype and width of a stored row of `dim` weights: packed uint8, int16 codes (16 bits), or float32 (32 bits)."""
+    if bits in PACKED_BITS:
+        return torch.uint8, packed_width(dim, bits)
+    return (torch.int16 if bits == 16 else torch.float32), dim
+
+
+def encode(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Weights [rows, dim] as they are stored: [rows, width], see `storage`. `scale`: float32, broadcast."""
+    if bits == 32:
+        return weight.detach().float()
+    codes = quantize(weight.detach(), scale, bits)
+    return codes if bits == 16 else pack(codes, bits)
+
+
+def decode(stored: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
+    """The float32 values [..., dim] that stored rows stand for; `scale` is broadcast against them."""
+    if bits == 32:
+        return stored
+    codes = unpack(stored, bits, dim) if bits in PACKED_BITS else stored.float()
+    return codes * scale
