@@ -13,7 +13,7 @@ from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
-from dqrm.export.config import ExportConfig, PTQConfig
+from dqrm.export.config import ExportConfig, PredictConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
 
@@ -146,6 +146,30 @@ def _export(source: str, output: str, config: ExportConfig, ptq: PTQConfig | Non
     with bars(quiet=as_json) as progress:
         found = run(source, output, config, ptq, progress)
     (print_json if as_json else print_export)(found)
+
+
+@cli.command(cls=GroupedCommand)
+@click.argument("model")
+@click.argument("log", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, help="The file to write: .parquet, .csv or .tsv.")
+@_json
+@config_options(("How the log is scored", PredictConfig))
+def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flags: Any) -> None:
+    """Score raw logs LOG (files or globs) with the artifact MODEL: the probability of a click for each row."""
+    config = build(PredictConfig, given(flags), "predict")
+
+    from dqrm.console import bars, messages, print_json
+    from dqrm.export.scoring import predict as run
+
+    with bars(quiet=as_json) as progress:
+        found = run(model, log, output, config, progress)
+    if as_json:
+        print_json(found)
+        return
+    for text in found["damaged"]:
+        messages.print(f"{text}; the rows before were scored")
+    skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
+    messages.print(f"{output}: {found['rows']:,} rows, {found['rows_per_second']:,.0f} a second{skipped}")
 
 
 @cli.command("eval")

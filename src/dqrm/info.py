@@ -115,7 +115,7 @@ def print_artifact(found: dict[str, Any]) -> None:
     where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
     results.print(
         f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
-        f"from the {run['checkpoint']} checkpoint, step {run['step']:,}" + ("; checksums match" if found["verified"] else "")
+        f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * found['verified']}"
     )
     measured = [(name, metrics) for name, metrics in run["metrics"].items() if metrics]
     if measured:

@@ -104,12 +104,8 @@ class BenchStepConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         _at_least(self, steps=1, warmup=1, scale_period=1, samples=1, threads=0, seed=0)
-        if not 0 < self.rows_scale <= 1:
-            raise ValueError(f"rows_scale is {self.rows_scale}, expected above 0 and at most 1")
-        if not self.batch_size or min(self.batch_size) < 1:
-            raise ValueError(
-                f"batch_size is {'-'.join(map(str, self.batch_size))!r}, expected sizes of 1 or more, as 128-2048"
-            )
+        _check_scale(self.rows_scale)
+        _check_sizes("batch_size", self.batch_size, "sizes of 1 or more, as 128-2048")
         _check_names(self.variants, (BASELINE, *SCHEMES))
         _check_device(self.device)
 
@@ -149,11 +145,59 @@ class BenchEmbeddingConfig:
         _check_device(self.device)
 
 
+INFERENCE_VARIANTS = ("packed", "onnx", "fp32")
+
+
+@dataclass(frozen=True)
+class BenchInferenceConfig:
+    """What `dqrm bench inference` measures."""
+
+    arch: Literal["kaggle", "terabyte"] = "kaggle"
+    """Architecture and table sizes of the DQRM paper."""
+    rows_scale: float = 1.0
+    """Factor on the rows of every table, above 0 and at most 1."""
+    bits: Literal[2, 4, 8] = 4
+    """Bits of the codes of tables and MLP weights."""
+    batch_size: tuple[int, ...] = (1, 128, 2048)
+    """Rows per call; several are measured one after the other."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads per call; several are measured one after the other."""
+    repeats: int = 300
+    """Measured calls of each variant; ten times as many at batch sizes of 128 and less."""
+    warmup: int = 30
+    """Calls of each variant before the measured ones."""
+    variants: tuple[str, ...] = INFERENCE_VARIANTS
+    """What to measure: packed (the artifact), onnx (ONNX Runtime, skipped where not installed), fp32 (our FP32 model
+    of the same values, tables in memory)."""
+    folder: str | None = None
+    """An existing folder that keeps the files which are written and measured; none: a temporary one."""
+    seed: int = 0
+    """Decides weights, data and the order of variants."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _at_least(self, repeats=1, warmup=1, seed=0)
+        _check_scale(self.rows_scale)
+        _check_sizes("batch_size", self.batch_size, "sizes of 1 or more, as 128-2048")
+        _check_sizes("threads", self.threads, "numbers from 1 to 1024, as 1-2", highest=1024)
+        _check_names(self.variants, INFERENCE_VARIANTS)
+
+
+def _check_scale(factor: float) -> None:
+    if not 0 < factor <= 1:
+        raise ValueError(f"rows_scale is {factor}, expected above 0 and at most 1")
+
+
+def _check_sizes(name: str, sizes: tuple[int, ...], expected: str, highest: int | None = None) -> None:
+    if not sizes or min(sizes) < 1 or (highest is not None and max(sizes) > highest):
+        raise ValueError(f"{name} is {'-'.join(map(str, sizes))!r}, expected {expected}")
+
+
 def _at_least(config: Any, **lowest: int) -> None:
     for name, bound in lowest.items():
         if getattr(config, name) < bound:
             raise ValueError(f"{name} is {getattr(config, name)}, expected {bound} or more")
-    if config.threads > 1024:
+    if isinstance(config.threads, int) and config.threads > 1024:
         raise ValueError(f"threads is {config.threads}, expected 1024 or fewer")
 
 

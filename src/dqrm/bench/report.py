@@ -3,7 +3,7 @@
 from typing import Any
 
 from dqrm.bench.step import PARTS
-from dqrm.console import figure, print_table, results
+from dqrm.console import figure, print_table, results, size
 
 
 def print_step(found: dict[str, Any]) -> None:
@@ -70,6 +70,49 @@ def print_embedding(found: dict[str, Any]) -> None:
     for name, reason in found["skipped"].items():
         results.print(f"{name} skipped: {reason}")
     results.print(f"Cost: the median plus one refresh of the scale / {settings['scale_period']}. Ratios compare costs.")
+    _print_machine(found["machine"])
+
+
+def print_inference(found: dict[str, Any]) -> None:
+    """What `run_inference` measured."""
+    settings = found["settings"]
+    print_table(
+        f"{settings['arch']}, {settings['table_rows']:,} table rows, INT{settings['bits']}: ms per call",
+        ["variant", "batch", "threads", "calls", "median", "p10", "p90", "p99", "rows/s", "x fp32"],
+        [
+            [
+                variant["name"],
+                *(figure(variant[name]) for name in ("batch_size", "threads", "calls")),
+                *(figure(variant[name], 3) for name in ("median_ms", "p10_ms", "p90_ms", "p99_ms")),
+                f"{variant['per_second']:,.0f}",
+                figure(variant["ratio_to_fp32"], 2),
+            ]
+            for variant in found["variants"]
+        ],
+    )
+    for name, reason in found["skipped"].items():
+        results.print(f"{name} skipped: {reason}")
+    results.print("x fp32: rows per second, by the medians, over those of our FP32 model.")
+    print_table(
+        "a fresh process: seconds to load, resident MB",
+        ["variant, page cache", "load", "libraries", "loaded", f"{settings['scored_rows']:,} rows scored", "own"],
+        [
+            [
+                name.replace("_", ", "),
+                figure(memory["load_seconds"]),
+                *(figure(memory[key], 0) for key in ("libraries_mb", "loaded_mb", "scored_mb", "anonymous_mb")),
+            ]
+            for name, memory in found["memory"]["processes"].items()
+        ],
+    )
+    sizes = [f"artifact {size(found['artifact_bytes'])}"]
+    if found["onnx_bytes"] is not None:
+        sizes.append(f"ONNX {size(found['onnx_bytes'])}")
+    results.print(
+        "Resident memory that is not the process's own is pages of files, which the system takes back at need.\n"
+        f"Files: {', '.join(sizes)}. "
+        f"The same tables in FP32: {figure(found['memory']['fp32_tables_mb'], 0)} MB."
+    )
     _print_machine(found["machine"])
 
 

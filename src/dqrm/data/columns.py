@@ -48,14 +48,36 @@ class KeyColumn:
             numbers = _splitmix64(numbers)
         return (numbers % np.uint64(rows)).astype(np.uint32)
 
+    def code(self, cells: pl.Series, rows: int | None) -> tuple[pl.Series, NDArray[Any], pl.Series | None]:
+        """The distinct keys of a column of `Plan.typed`, sorted, the code of each entry into them, and a multi-valued
+        column's entries per row.
+
+        rows: what keys are taken modulo of (None: they are not). The codes are of the smallest unsigned type.
+        """
+        lengths = None
+        if self.multi:
+            lengths = cells.list.len()
+            cells = cells.explode(empty_as_null=False)
+        keys = cells.unique().sort()
+        codes: NDArray[Any] = keys.search_sorted(cells).to_numpy()
+        if rows is not None:
+            remainders, inverse = np.unique(self.modulo(keys, rows), return_inverse=True)
+            keys, codes = pl.Series(remainders), inverse[codes]
+        return keys, codes.astype(np.min_scalar_type(max(0, len(keys) - 1))), lengths
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The columns of a configuration in the order of the schema: single-valued ones, crosses, multi-valued ones."""
+    """The columns of a configuration in the order of the schema: single-valued ones, crosses, multi-valued ones.
+
+    label: the label's column, None where rows need none. copied: columns whose cells are handed on as they are.
+    """
 
     config: PrepareConfig
     keys: tuple[KeyColumn, ...]
     split: KeyColumn | None
+    label: str | None
+    copied: tuple[str, ...] = ()
 
     @property
     def criteo(self) -> bool:
@@ -66,11 +88,16 @@ class Plan:
         return self.config.dense_names
 
     @property
+    def used(self) -> tuple[str, ...]:
+        """The columns of the log whose cells become something."""
+        label = [] if self.label is None else [self.label]
+        others = [part for key in (*self.keys, *((self.split,) if self.split else ())) for part in key.parts]
+        return tuple(dict.fromkeys([*label, *self.dense, *others]))
+
+    @property
     def needed(self) -> tuple[str, ...]:
         """The columns of the log that are read."""
-        label = "label" if self.criteo else self.config.label
-        others = [part for key in (*self.keys, *((self.split,) if self.split else ())) for part in key.parts]
-        return tuple(dict.fromkeys([label, *self.dense, *others]))
+        return tuple(dict.fromkeys([*self.used, *self.copied]))
 
     def check(self, known: Sequence[str], where: str) -> None:
         """Whether a file has the columns.
@@ -89,27 +116,28 @@ class Plan:
     def typed(self, block: Block) -> pl.DataFrame:
         """The good rows of a block; the others are added to `block.bad`.
 
-        Columns: label UInt8, d<n> Float32 (transformed), k<n> keys (UInt32, UInt64 or String; List(String) for a
-        multi-valued column) and, where the split needs it, s String.
+        Columns: label UInt8, if there is one, d<n> Float32 (transformed), k<n> keys (UInt32, UInt64 or String;
+        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones.
         """
         raw = block.fields.select(self.needed)
         kinds = dict(raw.schema)
         # The log may use our names, so it gets others.
         raw.columns = [f"r{at}" for at in range(raw.width)]
         parsed = raw.select(
-            _label(self._raw(self.needed[0])).alias("label"),
+            *((_label(self._raw(self.label)).alias("label"),) if self.label is not None else ()),
             *(self._number(name).alias(f"d{n}") for n, name in enumerate(self.dense)),
             *(_hex(self._raw(name)).alias(name) for name in self._hex_columns()),
         )
         values = raw.hstack(parsed).select(
-            "label",
+            *(("label",) if self.label is not None else ()),
             *(self._transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
             *((_text(self._raw(self.split.name)).alias("s"),) if self.split else ()),
+            *(self._raw(name).alias(f"c{n}") for n, name in enumerate(self.copied)),
         )
         everything = raw.hstack(parsed).hstack(values.select(pl.col("^d\\d+$").name.prefix("value_")))
         checks = [check.alias(name) for name, check in self._checks(kinds).items()]
-        if not all(everything.select(check.all() for check in checks).row(0)):
+        if checks and not all(everything.select(check.all() for check in checks).row(0)):
             good = everything.select(checks)
             keep = good.select(pl.all_horizontal(pl.all())).to_series()
             for row in (~keep).arg_true():
@@ -124,7 +152,7 @@ class Plan:
 
     def _hex_columns(self) -> list[str]:
         """Criteo's categories in use, alone or in a cross."""
-        return [name for name in self.needed if name in CRITEO_CATEGORICAL] if self.criteo else []
+        return [name for name in self.used if name in CRITEO_CATEGORICAL] if self.criteo else []
 
     def _number(self, name: str) -> pl.Expr:
         return self._raw(name).cast(pl.Int64 if self.criteo else pl.Float64, strict=False)
@@ -159,7 +187,7 @@ class Plan:
 
     def _checks(self, kinds: dict[str, pl.DataType]) -> dict[str, pl.Expr]:
         """Per checked column of the log, whether a row's field is in order. Never null."""
-        checks = {self.needed[0]: pl.col("label").is_not_null()}
+        checks = {} if self.label is None else {self.label: pl.col("label").is_not_null()}
         for n, name in enumerate(self.dense):
             missing = self._raw(name).is_null()
             if kinds[name] == pl.String:
@@ -172,7 +200,7 @@ class Plan:
         return checks
 
     def _reason(self, name: str, text: Any) -> str:
-        if name == self.needed[0]:
+        if name == self.label:
             wanted = "0 or 1"
         elif name in self.dense:
             wanted = "a whole number or nothing" if self.criteo else "a finite number or nothing"
@@ -196,7 +224,7 @@ def make_plan(config: PrepareConfig) -> Plan:
         singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text"))
     multis = [KeyColumn(name, (name,), "text", multi=True) for name in config.categorical if name in config.multi]
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
-    return Plan(config, (*singles, *multis), split)
+    return Plan(config, (*singles, *multis), split, "label" if criteo else config.label)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
@@ -205,7 +233,7 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
     Raises:
         UserError: one has not.
     """
-    for name in plan.needed:
+    for name in plan.used:
         kind = schema[name]
         multi = name in plan.config.multi
         if isinstance(kind, pl.List) and not multi:

@@ -1,6 +1,7 @@
-"""Reads source files into staged chunks: text by blocks of lines, Parquet by rows."""
+"""Reads source files into typed rows, and those into staged chunks: text by blocks of lines, Parquet by rows."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,10 @@ from dqrm.data.sources import Damaged, Source, hash_file, read_bytes
 from dqrm.data.staging import Chunker, Staging
 from dqrm.errors import UserError
 
+# What polars raises on a file that is not the Parquet file it seems to be. A panic is no Exception of Python's.
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+# A first line that is longer is no line of Criteo's.
+_FIRST_LINE = 1 << 24
 _COMPRESSED = (".gz", ".zst", ".zstd", ".gzip")
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
@@ -25,7 +30,7 @@ def check(sources: list[Source], plan: Plan) -> None:
     for source in sources:
         where = str(source.path)
         if not plan.criteo and source.parquet:
-            schema = _parquet_schema(source)
+            schema = parquet_schema(source)
             plan.check(list(schema), where)
             check_types(plan, schema, where)
         elif not plan.criteo:
@@ -34,9 +39,13 @@ def check(sources: list[Source], plan: Plan) -> None:
             except Damaged as damage:
                 raise UserError(f"{where}: {damage}") from None
         else:
-            plan.check(CRITEO_COLUMNS, f"layout {plan.config.layout}")
-        if plan.criteo and source.parquet:
-            raise UserError(f"{where} is a Parquet file, but layout {plan.config.layout} is text; use layout table")
+            if plan.label is not None:
+                plan.check(CRITEO_COLUMNS, f"layout {plan.config.layout}")
+            if source.parquet:
+                raise UserError(f"{where} is a Parquet file, but layout {plan.config.layout} is text; use layout table")
+            if plan.label is None:
+                names = _criteo_columns(source)
+                plan.check(names, f"{where}, which has {len(names)} columns")
 
 
 def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable[[int], None]) -> int:
@@ -51,16 +60,11 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
     chunker = Chunker(config.chunk_rows, staged.add)
     keep = _Subsample(config)
     for source in sources:
-        unit = "row" if source.parquet else "line"
-        blocks = _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
+        if source.parquet:
+            hash_file(source)
         told = 0
-        for block in blocks:
-            frame = plan.typed(block)
-            if block.bad and config.on_error == "stop":
-                line, reason = min(block.bad)
-                raise UserError(f"{source.path}, {unit} {line}: {reason}")
-            source.skipped += len(block.bad)
-            frame = keep(frame)
+        for typed in typed_blocks(source, plan):
+            frame = keep(typed)
             source.rows += frame.height
             if frame.height:
                 chunker.add(frame)
@@ -69,6 +73,46 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
         advance(source.bytes - told)
     chunker.finish()
     return keep.dropped
+
+
+def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
+    """The good rows of one file in order, a frame of `Plan.typed` per block; counts the others in `source.skipped`.
+
+    Raises:
+        UserError: the first malformed line, with file and number, unless they are skipped.
+    """
+    unit = "row" if source.parquet else "line"
+    for block in _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan):
+        frame = plan.typed(block)
+        if block.bad and plan.config.on_error == "stop":
+            line, reason = min(block.bad)
+            raise UserError(f"{source.path}, {unit} {line}: {reason}")
+        source.skipped += len(block.bad)
+        yield frame
+
+
+def parquet_schema(source: Source) -> pl.Schema:
+    """The columns of a Parquet file and their types.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return pl.scan_parquet(source.path, glob=False).collect_schema()
+    except _UNREADABLE as error:
+        raise UserError(f"{source.path} cannot be read as Parquet ({error})") from None
+
+
+def parquet_rows(source: Source) -> int:
+    """How many rows a Parquet file says that it has.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return int(pl.scan_parquet(source.path, glob=False).select(pl.len()).collect().item())
+    except _UNREADABLE as error:
+        raise UserError(f"{source.path} cannot be read as Parquet ({error})") from None
 
 
 class _Subsample:
@@ -89,9 +133,33 @@ class _Subsample:
 def _reader(source: Source, plan: Plan) -> TextReader:
     pieces = read_bytes(source)
     if plan.criteo:
-        return TextReader(pieces, str(source.path), "\t", False, CRITEO_COLUMNS)
+        names = CRITEO_COLUMNS if plan.label is not None else _criteo_columns(source)
+        return TextReader(pieces, str(source.path), "\t", False, names)
     separator = plan.config.delimiter or _separator(source)
     return TextReader(pieces, str(source.path), separator, plan.config.quoting, None)
+
+
+def _criteo_columns(source: Source) -> tuple[str, ...]:
+    """Criteo's columns, without the label where the first line has none, as in Kaggle's test.txt.
+
+    Raises:
+        UserError: the first line is neither.
+    """
+    head = b""
+    with suppress(Damaged):  # reading the file will tell
+        for piece in read_bytes(Source(source.path, False)):
+            head += piece
+            if b"\n" in piece or len(head) > _FIRST_LINE:
+                break
+        if head.strip(b"\r\n"):
+            count = head.partition(b"\n")[0].count(b"\t") + 1
+            if count not in (len(CRITEO_COLUMNS), len(CRITEO_COLUMNS) - 1):
+                raise UserError(
+                    f"{source.path}, line 1: {count} columns, expected {len(CRITEO_COLUMNS)}, "
+                    f"or {len(CRITEO_COLUMNS) - 1} without the label"
+                )
+            return CRITEO_COLUMNS[-count:]
+    return CRITEO_COLUMNS
 
 
 def _separator(source: Source) -> str:
@@ -132,16 +200,8 @@ def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
     try:
         # The name is a file's, whatever brackets are in it.
         scan = pl.scan_parquet(source.path, glob=False).select(plan.needed)
-        hash_file(source)
         for frame in scan.collect_batches(chunk_size=min(plan.config.chunk_rows, 1 << 17), maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height))
             row += frame.height
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{source.path}, after row {row - 1}: cannot be read as Parquet ({error})") from None
-
-
-def _parquet_schema(source: Source) -> pl.Schema:
-    try:
-        return pl.scan_parquet(source.path, glob=False).collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{source.path} cannot be read as Parquet ({error})") from None

@@ -76,17 +76,8 @@ class Staging:
         return self._folder / f"{chunk:06d}.arrow"
 
     def _code(self, column: KeyColumn, cells: pl.Series) -> tuple[pl.Series, Array, pl.Series | None]:
-        lengths = None
-        if column.multi:
-            lengths = cells.list.len()
-            cells = cells.explode(empty_as_null=False)
-        keys = cells.unique().sort()
-        codes: Array = keys.search_sorted(cells).to_numpy()
-        rows = self.plan.config.max_rows_per_table
-        if rows is not None and column is not self.plan.split:
-            remainders, inverse = np.unique(column.modulo(keys, rows), return_inverse=True)
-            keys, codes = pl.Series(remainders), inverse[codes]
-        return keys, codes.astype(np.min_scalar_type(max(0, len(keys) - 1))), lengths
+        split = column is self.plan.split
+        return column.code(cells, None if split else self.plan.config.max_rows_per_table)
 
 
 class Chunker:

@@ -4,6 +4,8 @@ Every chunk's distinct keys are a sorted run (key, count, first position). Runs 
 that the work stays n log n and the memory near the vocabulary's own, however many chunks there are.
 """
 
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,22 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from dqrm.errors import UserError
+
 Array = NDArray[Any]
+
+KEY_TYPES = (pl.UInt32, pl.UInt64, pl.String)
+# The digest of `Vocabulary.to_bytes` stands in the metadata of the Parquet file, over all of it but these digits.
+_SEAL, _DIGITS = b"dqrm-sha256:", 64
 
 
 class Vocabulary:
     """Rows 1 to K of a table in order of first appearance. Row 0 is for keys that are unseen or rare.
 
-    keys: sorted. table_rows: int32 [K]. counts: integers [K].
+    keys: sorted. table_rows: int32 [K]. counts: integers [K], None where nobody noted them.
     """
 
-    def __init__(self, keys: pl.Series, table_rows: Array, counts: Array) -> None:
+    def __init__(self, keys: pl.Series, table_rows: Array, counts: Array | None) -> None:
         self.keys, self.table_rows, self.counts = keys, table_rows, counts
 
     @property
@@ -37,6 +45,41 @@ class Vocabulary:
         found = (self.keys.gather(at) == keys).to_numpy()
         return np.where(found, self.table_rows[at], 0).astype(np.int32)
 
+    @classmethod
+    def read(cls, source: Path | bytes, where: str = "the vocabulary") -> "Vocabulary":
+        """A dataset's vocabulary file, or what `to_bytes` made; `where` names the latter in messages.
+
+        Raises:
+            UserError: it cannot be read, is damaged, or its rows are not 1 to K, one for each of K distinct keys.
+        """
+        where = str(source) if isinstance(source, Path) else where
+        frame = _read(source, where)
+        columns = dict(frame.schema)
+        if columns.get("key") not in KEY_TYPES or columns.get("row") != pl.Int32 or sum(frame.null_count().row(0)):
+            raise UserError(f"{where} is no vocabulary: its columns are {columns}, expected key and row, none missing")
+        if isinstance(source, Path):
+            frame = frame.sort("key")
+        keys, table_rows = frame["key"].rechunk(), frame["row"].to_numpy()
+        # Compared, since a file may claim that it is sorted.
+        if not (keys[1:] > keys[:-1]).all():
+            raise UserError(f"{where} is damaged: its keys are not distinct and sorted")
+        whole = not len(keys) or (table_rows.min() >= 1 and table_rows.max() <= len(keys))
+        if not whole or (np.bincount(table_rows, minlength=1)[1:] != 1).any():
+            raise UserError(f"{where} is damaged: its table rows are not 1 to {len(keys)}, each once")
+        return cls(keys, table_rows, frame["count"].to_numpy() if "count" in columns else None)
+
+    def to_bytes(self) -> bytes:
+        """A Parquet file with the columns key and row, by key, which `read` knows from a damaged one.
+
+        Polars may end the whole process on a Parquet file that is damaged, so that it has to be told before.
+        """
+        buffer, empty = io.BytesIO(), b"0" * _DIGITS
+        frame = pl.DataFrame({"key": self.keys, "row": self.table_rows.astype(np.int32)})
+        frame.write_parquet(buffer, compression="zstd", metadata={"dqrm": (_SEAL + empty).decode()})
+        data = buffer.getvalue()
+        at = data.rindex(_SEAL + empty) + len(_SEAL)
+        return data[:at] + _digest(data, at) + data[at + _DIGITS :]
+
     def write(self, path: Path) -> None:
         """A Parquet file with the columns key, row and count, by row."""
         frame = pl.DataFrame({"key": self.keys, "row": self.table_rows, "count": self.counts})
@@ -44,6 +87,27 @@ class Vocabulary:
             frame.sort("row").with_columns(pl.col("count").cast(pl.Int64)).write_parquet(path)
         except pl.exceptions.PolarsError as error:  # a full disk
             raise OSError(str(error)) from None
+
+
+def _read(source: Path | bytes, where: str) -> pl.DataFrame:
+    if isinstance(source, bytes):
+        at = source.rfind(_SEAL) + len(_SEAL)
+        if at < len(_SEAL) or source[at : at + _DIGITS] != _digest(source, at):
+            raise UserError(f"{where} is damaged, or was not written by dqrm")
+    try:
+        # Opened here: polars would take brackets in the name of a folder for a pattern.
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            return pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        raise UserError(f"{where} cannot be read as Parquet ({error})") from None
+
+
+def _digest(data: bytes, at: int) -> bytes:
+    """Of all but the digits at `at`."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    digest.update(view[:at])
+    digest.update(view[at + _DIGITS :])
+    return digest.hexdigest().encode()
 
 
 def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: int, total: int) -> pl.DataFrame:

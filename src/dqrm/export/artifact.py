@@ -43,6 +43,11 @@ class Artifact:
             UserError: no such file, foreign, truncated, damaged, or of another format version.
         """
         artifact = cls(Path(path), Container.open(Path(path), KIND))
+        try:
+            _check(artifact.content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"has {error}"
+            raise UserError(f"{path} is damaged: its header {what}; export it again") from None
         if verify:
             artifact.container.verify()
         return artifact
@@ -146,6 +151,25 @@ def load(path: str | Path, verify: bool = False) -> DLRM:
         UserError: no such file, foreign, truncated, damaged, or of another format version.
     """
     return Artifact.open(path, verify).model()
+
+
+def _check(content: Any) -> None:
+    """Raise KeyError, TypeError or ValueError unless a header has what its readers take from it."""
+    described, columns = content["model"], content["schema"]["columns"]
+    names = [*content["schema"]["dense"], *(column["name"] for column in columns)]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("column names that are no text")
+    rows = [column["rows"] for column in columns]
+    if rows != described["table_rows"] or [column["multi"] for column in columns] != described["multi"]:
+        raise ValueError("columns that are not those of its tables")
+    if len(content["schema"]["dense"]) != described["num_dense"]:
+        raise ValueError("dense columns that are not those of its model")
+    for key in ("config", "table_bits", "mlp_bits", "activation_bits"):
+        _ = described[key]
+    _ = content["quantization"]["method"], content["vocabulary"]["mode"], content["options"]
+    origin = content["provenance"]
+    _ = origin["dqrm"][:0], origin["data"]["fingerprint"][:0], origin["run"]["step"] + 0
+    _ = origin["run"]["checkpoint"], origin["run"]["metrics"].items()
 
 
 def vocabulary_name(number: int) -> str:

@@ -103,9 +103,7 @@ class Packing:
             self._tell("searching scales", done, total)
             table = tables.table(number)
             if ptq.granularity == "table":
-                found.append(
-                    table_scale(partial(table.split, CHUNK_ROWS), self.table_bits, ptq.clip).view(1)
-                )
+                found.append(table_scale(partial(table.split, CHUNK_ROWS), self.table_bits, ptq.clip).view(1))
             else:
                 found += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in table.split(CHUNK_ROWS)]
             done += rows

@@ -1,8 +1,8 @@
 """Codes <-> bytes: 4 codes of 2 bits, 2 of 4 bits or 1 of 8 bits in each uint8. Sixteen bits stay int16.
 
 A row of `dim` codes takes w = ceil(dim * bits / 8) bytes. Byte j holds the codes j, j + w, j + 2w, ... of the row, the
-first in its lowest bits, each plus 2**(bits-1) so that it is not negative (4 bits: the row's first half in the low nibbles,
-its second half in the high ones). So a row unpacks into contiguous halves or quarters, and by arithmetic alone, which
+first in its lowest bits, each plus 2**(bits-1) so that it is not negative (4 bits: first half in the low nibbles,
+second half in the high ones). So a row unpacks into contiguous halves or quarters, and by arithmetic alone, which
 every exporter and runtime knows, where shifts and masks are not always known. Places without a code (dim no multiple of
 8 / bits) hold code 0.
 """

@@ -6,8 +6,8 @@ nearest to the weights, that is with the least sum of (w - value)**2; a few outl
 Both searches try scales and improve each: for given codes c the best scale is <w, c> / <c, c>. A row's candidates are
 computed from its weights. A table's come from a histogram, one pass, because its weights may not fit into memory. What
 they find is then compared, exactly and in float64, with the scale of the largest magnitude: no result is worse than
-that one. Sums are taken in an order that depends on nothing but the weights, so neither the pieces in which
-a table arrives nor the number of threads change a scale by a single bit.
+that one, and none is below the quantizer's floor of 1e-8 / n. Sums are taken in an order that depends on nothing but
+the weights, so neither the pieces in which a table arrives nor the number of threads change a scale by a single bit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,7 +80,8 @@ def table_scale(pieces: Pieces, bits: int, clip: str = "none") -> Tensor:
 def row_scales(piece: Tensor, bits: int, clip: str = "none") -> Tensor:
     """One scale per row of a table, or per output channel of a linear weight: [rows, dim] -> float32 [rows].
 
-    Works through the rows in blocks of a few MB; a row's scale does not depend on the others. Computed in float32.
+    Works through the rows in blocks of a few MB (a row of more than 65536 weights is a block of its own); a row's scale
+    does not depend on the others. Computed in float32.
 
     Raises:
         ValueError: another number of bits or another clip; not two dimensions; weights that are NaN or infinite.
@@ -229,61 +230,55 @@ def _exact(blocks: Iterable[Tensor], scales: list[Tensor], bits: int) -> tuple[l
 
 
 class _Histogram:
-    """The squared error of any scale, estimated from counts: the weights of a bin are taken as evenly spread.
+    """How good a scale is, estimated from counts: the weights of a bin are taken as evenly spread.
 
-    With thresholds t = (j - 1/2) * scale between codes j - 1 and j, the error is
+    With thresholds t = (j - 1/2) * scale between codes j - 1 and j, the squared error is sum(w**2) - gain,
 
-        sum(w**2) - 2 * scale * sum over t of over(t),    over(t) = sum over |w| > t of (|w| - t)
+        gain = 2 * scale * sum over t of over(t)        over(t) = sum over |w| > t of (|w| - t)
 
-    with the positive weights' n thresholds and the negative ones' n + 1.
+    with n thresholds for the positive weights and n + 1 for the negative ones.
     """
 
     def __init__(self, counts: Tensor) -> None:
-        self.counts = counts.view(2, -1).flip(0).double()  # [positive, negative; bins], magnitudes rise
-        # The last bins are infinity and NaN: empty, and their edge is not used.
-        self.edges = (torch.arange(_BINS + 1, dtype=torch.int32).clamp_(max=(255 << 10) - 1) << _DROPPED).view(
-            torch.float32
-        )
-        self.edges = self.edges.double()
+        self.counts = counts.view(2, -1).flip(0).double()  # [positive, negative; magnitudes, rising]
+        finite = (255 << (23 - _DROPPED)) - 1  # the bins after this one are infinity and NaN: empty
+        starts = torch.arange(_BINS + 1, dtype=torch.int32).clamp_(max=finite) << _DROPPED
+        self.edges = starts.view(torch.float32).double()
         self.widths = self.edges.diff().clamp_(min=1e-300)
-        middles = self.edges[:-1] + self.widths / 2
         self.number_above = self._after(self.counts)
-        self.sum_above = self._after(self.counts * middles)
-        self.energy = float((self.counts * (middles.square() + self.widths.square() / 12)).sum())
+        self.sum_above = self._after(self.counts * (self.edges[:-1] + self.widths / 2))
 
     @staticmethod
     def _after(x: Tensor) -> Tensor:
         """For each bin the sum of the bins after it."""
         return x.flip(1).cumsum(1).flip(1) - x
 
-    def errors(self, scales: Tensor, bits: int) -> Tensor:
-        """Estimated squared errors on `scales` (float64 [N])."""
+    def gains(self, scales: Tensor, bits: int) -> Tensor:
+        """By how much less than sum(w**2) the squared error on `scales` (float64 [N]) is."""
         low, high = code_limits(bits)
         found = []
         for some in scales.split(max(1, _LOOKUPS // -low)):
-            thresholds = (torch.arange(-low, dtype=torch.float64) + 0.5) * some[:, None]
+            thresholds = (torch.arange(-low, dtype=torch.float64) + 0.5)[:, None] * some
             bins = (thresholds.float().view(torch.int32) >> _DROPPED).long()
-            rest = (self.edges[bins + 1] - thresholds).clamp_(min=0)
-            over = (
-                self.sum_above[:, bins]
-                - thresholds * self.number_above[:, bins]
-                + self.counts[:, bins] * rest.square() / (2 * self.widths[bins])
+            inside = (self.edges[bins + 1] - thresholds).clamp_(min=0)
+            positive, negative = (
+                above_sum[bins] - thresholds * above[bins] + count[bins] * inside.square() / (2 * self.widths[bins])
+                for above_sum, above, count in zip(self.sum_above, self.number_above, self.counts)
             )
-            gained = over[0, :, :high].sum(1) + over[1].sum(1)
-            found.append(self.energy - 2 * some * gained)
+            found.append(2 * some * (_sum(positive[:high]) + _sum(negative)))
         return torch.cat(found)
 
 
 def _best_on_histogram(histogram: _Histogram, unclipped: Tensor, bits: int) -> Tensor:
     """The scale with the least estimated error: float32 scalar."""
-    tried = max(16, min(_TRIED, (_LOOKUPS << 3) >> bits))
+    tried = min(_TRIED, 8 * _LOOKUPS >> bits)
     floor = scale_from_max(torch.zeros(()), bits).double()
     steps = torch.arange(tried, dtype=torch.float64)
     # By powers, for tables with far outliers, and evenly.
     ratios = torch.cat([torch.exp2(steps * (-24 / tried)), 0.5 + (_WIDEST - 0.5) / tried * (1 + steps)]).sort()[0]
     for _ in range(2):
         scales = (unclipped.double() * ratios).clamp_(min=floor)
-        best = int(histogram.errors(scales, bits).argmin())
-        around = ratios[max(0, best - 1)], ratios[min(len(ratios) - 1, best + 1)]
-        ratios = around[0] + (around[1] - around[0]) / tried * steps
+        best = int(histogram.gains(scales, bits).argmax())
+        below, above = ratios[max(0, best - 1)], ratios[min(len(ratios) - 1, best + 1)]
+        ratios = below + (above - below) / tried * steps
     return scales[best].float()

@@ -1,0 +1,179 @@
+"""Raw logs -> batches, for a model whose vocabularies are known: what `prepare` would make of each row, in the order of
+the log, with no more than a block in memory.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from dqrm.data import ingest
+from dqrm.data.batches import Batch
+from dqrm.data.columns import KeyColumn, Plan, make_plan
+from dqrm.data.config import PrepareConfig
+from dqrm.data.sources import Source, resolve
+from dqrm.data.vocabulary import Vocabulary
+from dqrm.errors import UserError
+
+# The name of the column that a prediction adds to the kept ones.
+PROBABILITY = "probability"
+# Rows of Parquet at a time; more are no quicker. Several blocks are in memory: read, encoded, scored.
+_BLOCK_ROWS = 1 << 15
+_KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
+
+
+class RawLog:
+    """Logs whose rows become batches; a label is not needed, nor is the column that decided the split.
+
+    sources: files, or globs of them. options: how the model's own log was read. columns: the schema's, and
+    vocabularies: theirs, in the same order. keep: columns of the log that are handed on beside the batches.
+    on_error: whether a malformed line stops, or is skipped and counted.
+
+    Attributes:
+        paths: the files. size: their bytes together. schema: the kept columns and their types.
+        rows, skipped: rows handed out and malformed lines, so far. damaged: what ended early, in words.
+
+    Raises:
+        UserError: a file or column that is not as it should be, or columns and vocabularies that do not go together.
+    """
+
+    def __init__(
+        self,
+        sources: str | Path | Sequence[str | Path],
+        options: PrepareConfig,
+        columns: Sequence[Mapping[str, Any]],
+        vocabularies: Sequence[Vocabulary],
+        keep: Sequence[str] = (),
+        on_error: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        _check_keep(keep)
+        config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
+        self._plan = dataclasses.replace(make_plan(config), split=None, label=None, copied=tuple(keep))
+        self._vocabularies = list(vocabularies)
+        _check_columns(self._plan, columns, self._vocabularies)
+        files = resolve([sources] if isinstance(sources, (str, Path)) else sources)
+        ingest.check(files, self._plan)
+        self.paths = [file.path for file in files]
+        self.size = sum(path.stat().st_size for path in self.paths)
+        self.schema = _common_schema(files, self._plan.copied)
+        self.rows, self.skipped = 0, 0
+        self.damaged: list[str] = []
+
+    def blocks(self, advance: Callable[[int], None] | None = None) -> Iterator[tuple[pl.DataFrame, Batch]]:
+        """All rows in order, block by block: the kept columns, and the batch of the same rows with labels of zero.
+
+        advance: told bytes of the files, once the rows in them have been used; `size` in all.
+
+        Raises:
+            UserError: the first malformed line, with file and number, unless they are skipped; a file that cannot be
+                read, or a kept cell that cannot be of the common type.
+        """
+        self.rows, self.skipped, self.damaged = 0, 0, []
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+            for path in self.paths:
+                (source,) = resolve([path])
+                size, told = path.stat().st_size, 0
+                rows = ingest.parquet_rows(source) if source.parquet else 0
+                for frame in ingest.typed_blocks(source, self._plan):
+                    source.rows += frame.height
+                    self.rows += frame.height
+                    if frame.height:
+                        yield self._kept(frame, path), self._encode(frame, threads)
+                    done = size * source.rows // max(1, rows) if source.parquet else source.bytes
+                    done = min(max(done, told), size)
+                    if advance:
+                        advance(done - told)
+                    told = done
+                self.skipped += source.skipped
+                if source.damaged:
+                    self.damaged.append(f"{path}: {source.damaged}")
+                if advance:
+                    advance(size - told)
+
+    def _kept(self, frame: pl.DataFrame, path: Path) -> pl.DataFrame:
+        kept = frame.select(pl.col(f"c{n}").alias(name) for n, name in enumerate(self._plan.copied))
+        try:
+            return kept.cast(self.schema) if kept.width else kept
+        except pl.exceptions.PolarsError as error:
+            raise UserError(f"{path}: a kept column has another type than in other files ({error})") from None
+
+    def _encode(self, frame: pl.DataFrame, threads: ThreadPoolExecutor) -> Batch:
+        plan, rows = self._plan, frame.height
+        dense = np.empty((rows, len(plan.dense)), np.float32)
+        for n in range(len(plan.dense)):
+            dense[:, n] = frame[f"d{n}"].to_numpy()
+        ids = np.empty((rows, sum(not key.multi for key in plan.keys)), np.int32)
+        bags = []
+        cells = (frame[f"k{n}"] for n in range(len(plan.keys)))
+        # Single-valued columns come first in every schema.
+        for n, (values, lengths) in enumerate(threads.map(self._look_up, plan.keys, self._vocabularies, cells)):
+            if lengths is None:
+                ids[:, n] = values
+            else:
+                counts = lengths.to_numpy().astype(np.int64)
+                bags.append((torch.from_numpy(values), torch.from_numpy(np.cumsum(counts) - counts)))
+        return Batch(torch.from_numpy(dense), torch.from_numpy(ids), tuple(bags), torch.zeros(rows))
+
+    def _look_up(
+        self, column: KeyColumn, vocabulary: Vocabulary, cells: pl.Series
+    ) -> tuple[NDArray[np.int32], pl.Series | None]:
+        """The table row of each entry, and a multi-valued column's entries per row."""
+        keys, codes, lengths = column.code(cells, self._plan.config.max_rows_per_table)
+        return vocabulary.lookup(keys)[codes], lengths
+
+
+def _check_keep(keep: Sequence[str]) -> None:
+    for name in keep:
+        if name == PROBABILITY:
+            raise UserError(f"keep names '{name}', which is the name of the predictions; rename that column of the log")
+        if list(keep).count(name) > 1:
+            raise UserError(f"keep names '{name}' twice, expected each column once")
+
+
+def _check_columns(plan: Plan, columns: Sequence[Mapping[str, Any]], vocabularies: Sequence[Vocabulary]) -> None:
+    names = [column["name"] for column in columns]
+    if names != [key.name for key in plan.keys] or len(vocabularies) != len(names):
+        raise UserError(
+            f"the model has the columns {', '.join(names)} and {len(vocabularies)} vocabularies, "
+            f"its options expect {', '.join(key.name for key in plan.keys)}"
+        )
+    capped = plan.config.max_rows_per_table is not None
+    for column, key, vocabulary in zip(columns, plan.keys, vocabularies):
+        got = (column["multi"], tuple(column["parts"]), column["key"], column["hash"])
+        wanted = (key.multi, key.parts, key.kind, key.hash_name() if capped else None)
+        if got != wanted:
+            raise UserError(f"column {key.name} of the model is {got}, its options expect {wanted}")
+        kind = pl.UInt32 if capped else _KEY_TYPES[key.kind]
+        if vocabulary.rows != column["rows"] or vocabulary.keys.dtype != kind:
+            raise UserError(
+                f"the vocabulary of column {key.name} has {vocabulary.rows} rows and keys of type "
+                f"{vocabulary.keys.dtype}, expected {column['rows']} and {kind}"
+            )
+
+
+def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
+    """Types that can hold the named columns of every file; text has text."""
+    common: pl.DataFrame | None = None
+    for file in files:
+        found = ingest.parquet_schema(file) if file.parquet else dict.fromkeys(names, pl.String())
+        for name in names:
+            here = pl.DataFrame(schema={name: found[name]})
+            if common is None or name not in common.columns:
+                common = here if common is None else common.hstack(here)
+                continue
+            try:
+                joined = pl.concat([common.select(name), here], how="vertical_relaxed")
+            except pl.exceptions.PolarsError:
+                raise UserError(
+                    f"column {name} of {file.path} is of type {found[name]}, in files before it of type "
+                    f"{common.schema[name]}, expected types that go together"
+                ) from None
+            common = common.with_columns(joined[name])
+    return common.schema if common is not None else pl.Schema()

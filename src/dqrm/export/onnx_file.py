@@ -1,0 +1,116 @@
+"""An ONNX model as a file, its large tensors streamed into it: a table is never in memory a second time.
+
+A protobuf message may come in pieces: parsers merge what they read one after the other. So the model without its tables
+is followed by one more piece per table, of nothing but that table.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+INLINE_LIMIT = 2**31 - 1
+"""Bytes from which on tables lie in a file of their own: no protobuf may be larger."""
+ALIGNMENT = 1 << 16
+"""Where tensors begin in that file: a multiple that every system can map into memory."""
+_CHUNK_BYTES = 1 << 24
+# Field numbers of onnx.proto, as tags of length-delimited fields.
+_GRAPH, _INITIALIZER, _RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))
+
+
+def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write an onnx.ModelProto with further initializers, whole or not at all.
+
+    From 2 GB on the tensors go into `<name>.data`; where a file of that name is there, which the model that is to be
+    replaced may need, into `<name>.<8 hexadecimal digits>.data`. Files of the replaced model go last.
+
+    Args:
+        tensors: uint8, int16 or float32, on the CPU.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is as it was.
+    """
+    heads = {name: _head(name, tensor) for name, tensor in tensors.items()}
+    tags = {name: _tags(heads[name].SerializeToString(), tensor.nbytes) for name, tensor in tensors.items()}
+    total = model.ByteSize() + sum(len(tags[name]) + tensor.nbytes for name, tensor in tensors.items())
+    partial, data = path.with_name(path.name + ".partial"), None
+    if total > INLINE_LIMIT:
+        data = path.with_name(path.name + ".data")
+        if data.exists():
+            data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data")
+    try:
+        if data is not None:  # under its final name at once: no model refers to it yet
+            with _open(data) as file:
+                for name, tensor in tensors.items():
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+                    _refer(heads[name], data.name, file.tell(), tensor.nbytes)
+                    _stream(file, tensor)
+            model.graph.initializer.extend(heads.values())
+        with _open(partial) as file:
+            file.write(model.SerializeToString())
+            if data is None:
+                for name, tensor in tensors.items():
+                    file.write(tags[name])
+                    _stream(file, tensor)
+        os.replace(partial, path)
+    except BaseException:
+        for left in (partial, data):
+            if left is not None:
+                left.unlink(missing_ok=True)
+        raise
+    for stale in path.parent.iterdir():
+        if stale != data and re.fullmatch(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data", stale.name):
+            stale.unlink()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, on the disk when it is closed."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _stream(file: IO[bytes], tensor: Tensor) -> None:
+    for piece in tensor.split(max(1, _CHUNK_BYTES // max(1, tensor[:1].nbytes))):
+        file.write(memoryview(piece.contiguous().numpy()).cast("B") if piece.numel() else b"")
+
+
+def _head(name: str, tensor: Tensor) -> Any:
+    """The TensorProto without its data."""
+    from onnx import TensorProto
+
+    kinds = {torch.uint8: TensorProto.UINT8, torch.int16: TensorProto.INT16, torch.float32: TensorProto.FLOAT}
+    return TensorProto(name=name, dims=tensor.shape, data_type=kinds[tensor.dtype])
+
+
+def _tags(head: bytes, size: int) -> bytes:
+    """What precedes `size` bytes of raw data, so that both are a model with one graph with one initializer."""
+    head += _field(_RAW_DATA, size)
+    head = _field(_INITIALIZER, len(head) + size) + head
+    return _field(_GRAPH, len(head) + size) + head
+
+
+def _field(tag: int, length: int) -> bytes:
+    """The beginning of a length-delimited field."""
+    found = [tag]
+    while length >= 128:
+        found.append(length % 128 + 128)
+        length //= 128
+    return bytes([*found, length])
+
+
+def _refer(head: Any, location: str, offset: int, length: int) -> None:
+    """Say where a tensor's data lies: in a file beside the model."""
+    from onnx import TensorProto
+
+    head.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        head.external_data.add(key=key, value=str(value))

@@ -1,0 +1,266 @@
+"""Scores raw logs: batches of a `RawLog` go through a model, probabilities go to a file, a block at a time.
+
+    log = RawLog(["log.txt"], options, columns, vocabularies, keep=["I1"])
+    predict(lambda batch: model(batch.dense, batch.ids, batch.bags), log, Path("predictions.parquet"))
+
+Memory does not grow with the log: the parts of a Parquet file wait on disk.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from dqrm.data.ahead import ahead
+from dqrm.data.batches import Batch
+from dqrm.data.raw import PROBABILITY, RawLog
+from dqrm.errors import UserError
+from dqrm.files import flush, try_lock
+
+Score = Callable[[Batch], torch.Tensor]
+Progress = Callable[[str, int, int | None], None]
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+KINDS = (".parquet", *_SEPARATORS)
+# Rows and bytes held before they become a part on disk: few enough for memory, enough that there are few parts.
+_PART_ROWS, _PART_BYTES = 1 << 20, 1 << 26
+
+
+def predict(
+    score: Score, log: RawLog, output: Path, batch_size: int = 8192, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Writes the kept columns of every row of the log and its `probability`, float32, in the order of the log.
+
+    score: the logits [B] of a batch on the CPU. output: .parquet, .csv or .tsv; an existing file is replaced once the
+    new one is whole. progress: called with what is done, bytes of the log done, and of how many.
+
+    Returns:
+        rows, skipped (malformed lines), damaged (files that ended early, in words), seconds and rows_per_second.
+
+    Raises:
+        UserError: an output that cannot be written, a log that cannot be read, or a logit that is not finite.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}, should be at least 1")
+    check_output(output, log)
+    began, done, rows = time.perf_counter(), 0, 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+
+    schema = pl.Schema({**log.schema, PROBABILITY: pl.Float32()})
+    with _replacing(output) as partial:
+        sink: _Parquet | _Text = _Parquet(partial, schema)
+        if output.suffix.lower() in _SEPARATORS:
+            sink = _Text(partial, schema, _SEPARATORS[output.suffix.lower()])
+        try:
+            with _writing(output):
+                sink.begin()
+            for kept, batch in ahead(log.blocks(advance)):
+                logits = _logits(score, batch, batch_size)
+                if not np.isfinite(logits).all():
+                    at = int(np.argmin(np.isfinite(logits)))
+                    raise UserError(
+                        f"the model predicts {logits[at]} for row {rows + at + 1} of the log, expected a finite "
+                        "number; its training diverged"
+                    )
+                probability = pl.Series(PROBABILITY, torch.from_numpy(logits).sigmoid().numpy())
+                with _writing(output):
+                    sink.add(pl.DataFrame([*kept.get_columns(), probability]))
+                rows += len(logits)
+                if progress:
+                    progress("scoring", done, log.size)
+            with _writing(output):
+                sink.finish()
+        finally:
+            sink.close()
+    if progress:
+        progress("scoring", log.size, log.size)
+    seconds = time.perf_counter() - began
+    return {
+        "rows": rows,
+        "skipped": log.skipped,
+        "damaged": list(log.damaged),
+        "seconds": seconds,
+        "rows_per_second": rows / seconds,
+    }
+
+
+def check_output(output: Path, log: RawLog) -> None:
+    """Whether predictions for a log could be written to `output`.
+
+    Raises:
+        UserError: another kind of file, one of the log's own, a folder, or a kind that cannot hold a kept column.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in KINDS:
+        raise UserError(f"predictions cannot be written as {output}, expected a name that ends in {', '.join(KINDS)}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder, expected the name of a file")
+    for path in log.paths:
+        for mine in (output, _partial(output)):
+            with suppress(OSError):
+                if mine.exists() and mine.samefile(path):
+                    raise UserError(f"{mine} is a file of the log and would be overwritten, expected another output")
+    if suffix in _SEPARATORS:
+        for name, kind in log.schema.items():
+            try:
+                pl.DataFrame({name: [None]}, schema={name: kind}).write_csv()
+            except pl.exceptions.PolarsError:
+                raise UserError(
+                    f"column {name} is of type {kind}, which {suffix} cannot hold; write .parquet, or do not keep it"
+                ) from None
+
+
+def _logits(score: Score, batch: Batch, size: int) -> NDArray[np.float32]:
+    found = np.empty(len(batch), np.float32)
+    with torch.inference_mode():
+        for at in range(0, len(batch), size):
+            part = _slice(batch, at, min(at + size, len(batch)))
+            # No broadcasting: [B, 1] would silently become something else.
+            found[at : at + size] = score(part).detach().float().cpu().reshape(len(part)).numpy()
+    return found
+
+
+def _slice(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows `start` to `stop` as views."""
+    if start == 0 and stop == len(batch):
+        return batch
+    bags = []
+    for values, offsets in batch.bags:
+        first = int(offsets[start])
+        last = int(offsets[stop]) if stop < len(batch) else len(values)
+        bags.append((values[first:last], offsets[start:stop] - first))
+    return Batch(batch.dense[start:stop], batch.ids[start:stop], tuple(bags), batch.labels[start:stop])
+
+
+def _partial(output: Path) -> Path:
+    # A link to a file means the file.
+    target = output.resolve()
+    return target.with_name(target.name + ".partial")
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """What goes wrong inside is about the disk, in one sentence."""
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())  # those of polars have a message only
+        raise UserError(f"cannot write to {output}: {reason}; nothing of it was kept") from None
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """A file beside `output` to write to: it takes its place at the end, or is removed if anything goes wrong."""
+    partial = _partial(output)
+    with _writing(output):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        lock = partial.open("ab")
+    with lock:
+        _claim(lock, partial)
+        try:
+            yield partial
+            with _writing(output):
+                flush(partial)
+                os.replace(partial, output.resolve())
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    with suppress(OSError):
+        flush(partial.parent)
+
+
+def _claim(file: IO[bytes], partial: Path) -> None:
+    """Locks the file for as long as it is open, so that two runs into one output do not mix."""
+    refusal = f"another dqrm predict is writing to {partial}; wait for it, or name another output"
+    try:
+        if not try_lock(file):
+            file.close()  # Windows renames no file that is open
+            return
+        # The run that held the lock before may have renamed the file since it was opened.
+        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    if not ours:
+        raise UserError(refusal)
+
+
+class _Text:
+    """Appends rows to a CSV or TSV file."""
+
+    def __init__(self, path: Path, schema: pl.Schema, separator: str) -> None:
+        self._path, self._schema, self._separator = path, schema, separator
+        self._file: IO[bytes] | None = None
+
+    def begin(self) -> None:
+        self._file = self._path.open("wb")
+        pl.DataFrame(schema=self._schema).write_csv(self._file, separator=self._separator)
+
+    def add(self, frame: pl.DataFrame) -> None:
+        assert self._file is not None
+        frame.write_csv(self._file, separator=self._separator, include_header=False)
+
+    def finish(self) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what it still holds goes nowhere
+                self._file.close()
+
+
+class _Parquet:
+    """Rows become one Parquet file by way of parts beside it: polars cannot append to a file, but can stream many."""
+
+    def __init__(self, path: Path, schema: pl.Schema) -> None:
+        self._path, self._folder = path, path.with_name(path.name + ".parts")
+        self._held, self._count, self._bytes = [pl.DataFrame(schema=schema)], 0, 0
+        self._parts: list[Path] = []
+
+    def begin(self) -> None:
+        _remove_parts(self._folder)
+
+    def add(self, frame: pl.DataFrame) -> None:
+        self._held.append(frame)
+        self._count += frame.height
+        self._bytes += int(frame.estimated_size())
+        if self._count >= _PART_ROWS or self._bytes >= _PART_BYTES:
+            self._folder.mkdir(exist_ok=True)
+            self._write_part()
+
+    def finish(self) -> None:
+        if not self._parts:
+            self._write(self._path)
+            return
+        if self._count:
+            self._write_part()
+        pl.scan_parquet(self._parts, glob=False).sink_parquet(self._path, maintain_order=True)
+
+    def close(self) -> None:
+        _remove_parts(self._folder)
+
+    def _write_part(self) -> None:
+        self._parts.append(self._folder / f"part-{len(self._parts):06d}.parquet")
+        self._write(self._parts[-1])
+
+    def _write(self, path: Path) -> None:
+        pl.concat(self._held).write_parquet(path)
+        self._held, self._count, self._bytes = self._held[:1], 0, 0
+
+
+def _remove_parts(folder: Path) -> None:
+    """Only what is named as a part goes, whoever made the folder."""
+    with suppress(OSError):
+        for part in folder.glob("part-*.parquet"):
+            part.unlink()
+        folder.rmdir()

@@ -1,0 +1,75 @@
+"""`dqrm predict`: an artifact, a raw log, probabilities."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dqrm.data.batches import Batch
+from dqrm.data.config import PrepareConfig
+from dqrm.data.raw import RawLog
+from dqrm.data.vocabulary import Vocabulary
+from dqrm.errors import UserError
+from dqrm.export.artifact import Artifact
+from dqrm.export.config import PredictConfig
+from dqrm.export.pipeline import require_dataset
+from dqrm.export.predict import predict as write_predictions
+from dqrm.options import build
+
+_DEFAULTS = PredictConfig()
+
+
+def predict(
+    model: str | Path,
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    config: PredictConfig = _DEFAULTS,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> dict[str, Any]:
+    """Score every row of raw logs with an artifact, in a stream: the log may be larger than memory.
+
+    The log is read as the model's own was: the same columns, layout, crosses and transformations; it needs no label.
+    Ids that the model does not know are looked up as row 0 of their table.
+
+    Args:
+        model: the file that `dqrm export` wrote (.dqrm).
+        sources: CSV, TSV, Parquet or Criteo's layout, also compressed; several files and globs.
+        output: .parquet, .csv or .tsv: the kept columns, then `probability` (float32), for each row of the log.
+
+    Returns:
+        rows, skipped (malformed lines), damaged, seconds, rows_per_second and output.
+
+    Raises:
+        UserError: the artifact is damaged or lacks vocabularies, a column is missing (names it), a malformed line, or
+            an output that cannot be written.
+    """
+    opened = Artifact.open(model, config.verify)
+    packed, content = opened.model(), opened.content
+    options, columns = content.get("options"), content["schema"]["columns"]
+    vocabularies: list[Vocabulary]
+    if config.data is not None:
+        dataset = require_dataset(content, config.data, opened.path)
+        options, columns = dataset.info["options"], dataset.info["schema"]["columns"]
+        vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
+    else:
+        vocabularies = [
+            Vocabulary.read(opened.vocabulary(number), f"the vocabulary of {column['name']}")
+            for number, column in enumerate(columns)
+        ]
+    if options is None:
+        raise UserError(
+            f"{model} does not say how its log was read, since its dataset was gone when it was exported; "
+            "name the dataset folder with --data"
+        )
+    read_as = build(PrepareConfig, options, str(model))
+    log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+    def score(batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = packed(batch.dense, batch.ids, batch.bags)
+        return logits
+
+    found = write_predictions(score, log, Path(output), config.batch_size, progress)
+    return {**found, "output": str(output)}

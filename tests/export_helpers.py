@@ -1,0 +1,94 @@
+"""Converted models of every kind that the writers must write, and batches for them."""
+
+import numpy as np
+import torch
+
+from dqrm.config import ModelConfig
+from dqrm.data.batches import Batch
+from dqrm.models.dlrm import DLRM
+from dqrm.quant.config import QATConfig
+from dqrm.quant.packed import PackedEmbeddingBagCollection, convert
+
+SIZES = (7, 1, 40, 9)
+# name -> (dense columns, tables, multi-valued ones of them, ModelConfig, QATConfig)
+KINDS = {
+    **{f"{bits} bits": (3, 4, 0, {}, {"bits": bits}) for bits in (2, 4, 8, 16, 32)},
+    "dim 5": (3, 4, 0, {"embedding_dim": 5}, {"bits": 4}),
+    "dim 3 of 2 bits": (3, 4, 1, {"embedding_dim": 3}, {"bits": 2}),
+    "cat": (3, 4, 0, {"interaction": "cat"}, {}),
+    "self-interaction": (3, 4, 0, {"self_interaction": True}, {}),
+    "no dense": (0, 4, 0, {}, {}),
+    "no dense, cat, bags alone": (0, 2, 2, {"interaction": "cat"}, {}),
+    "no tables": (3, 0, 0, {}, {}),
+    "no tables, cat": (3, 0, 0, {"interaction": "cat"}, {}),
+    "one table": (3, 1, 0, {}, {}),
+    "one bag": (3, 1, 1, {}, {}),
+    "bags, sum": (3, 4, 2, {}, {}),
+    "bags, mean": (3, 4, 2, {"pooling": "mean"}, {}),
+    "bags of 32 bits": (3, 4, 1, {"pooling": "mean"}, {"bits": 32}),
+    "8-bit activations": (3, 4, 1, {}, {"activation_bits": 8}),
+    "32-bit MLP, 8-bit activations": (3, 4, 0, {}, {"mlp_bits": 32, "activation_bits": 8}),
+    "scale per tensor": (3, 4, 0, {}, {"linear_granularity": "tensor", "bias_bits": 8}),
+}
+
+
+def made(kind: str) -> DLRM:
+    """A converted model with values well away from 0."""
+    dense, tables, bags, config, qat = KINDS[kind]
+    dim = config.get("embedding_dim", 4)
+    model = DLRM(
+        dense,
+        SIZES[:tables],
+        multi=[number >= tables - bags for number in range(tables)],
+        config=ModelConfig(**{"embedding_dim": dim, "bottom_mlp": (9, dim), "top_mlp": (11, 1), **config}),
+        qat=QATConfig(**qat),
+    )
+    for module in model.modules():
+        if hasattr(module, "activation_max"):
+            module.activation_max.fill_(1.5)
+    return convert(model.eval())
+
+
+def with_row_scales(model: DLRM) -> DLRM:
+    """The same model with another scale for each row."""
+    tables = model.tables
+    model.tables = PackedEmbeddingBagCollection(
+        tables.table_rows,
+        tables.embedding_dim,
+        multi=[number >= tables.num_single for number in range(len(tables.table_rows))],
+        pooling=tables.pooling,
+        bits=tables.bits,
+        codes=tables.codes,
+        scale=torch.linspace(0.05, 0.4, len(tables.codes)),
+    )
+    return model
+
+
+def batch(model: DLRM, rows: int, seed: int = 0, empty: bool = False) -> Batch:
+    """Random samples; bags of 0 to 3 ids, the last one empty (`empty`: all of them)."""
+    random, tables = np.random.default_rng(seed), model.tables
+    single, bags = [], []
+    for number, count in enumerate(tables.table_rows):
+        if number < tables.num_single:
+            single.append(torch.from_numpy(random.integers(0, count, rows).astype(np.int32)))
+            continue
+        lengths = random.integers(0, 1 if empty else 4, rows)
+        lengths[-1:] = 0
+        values = random.integers(0, count, lengths.sum()).astype(np.int32)
+        bags.append((torch.from_numpy(values), torch.from_numpy(np.cumsum(lengths) - lengths)))
+    dense = torch.from_numpy(random.standard_normal((rows, model.num_dense)).astype(np.float32))
+    ids = torch.stack(single, 1) if single else torch.empty(rows, 0, dtype=torch.int32)
+    return Batch(dense, ids, tuple(bags), torch.zeros(rows))
+
+
+def expected(model: DLRM, rows: Batch) -> torch.Tensor:
+    """Logits of the model itself."""
+    with torch.no_grad():
+        return model(rows.dense, rows.ids, rows.bags)
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """Probabilities that differ by rounding alone."""
+    assert found.shape == wanted.shape
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sigmoid(), wanted.sigmoid(), rtol=0, atol=tolerance)

@@ -1,0 +1,196 @@
+"""ONNX files give what the converted model gives, in standard operators, and are written whole or not at all."""
+
+import export_helpers as helpers
+import numpy as np
+import pytest
+import reference
+import torch
+
+from dqrm.data.batches import Batch
+from dqrm.errors import UserError
+from dqrm.quant.packing import decode
+
+onnx = pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")
+runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
+
+from dqrm.export import onnx_file  # noqa: E402
+from dqrm.export.onnx import write_onnx  # noqa: E402
+from dqrm.export.runtimes import open_runtime  # noqa: E402
+
+
+def write(model, path, metadata={}):
+    write_onnx(model, path, metadata)
+    return open_runtime(path)
+
+
+@pytest.mark.parametrize("kind", helpers.KINDS)
+def test_the_file_gives_what_the_model_gives(tmp_path, kind):
+    model = helpers.made(kind)
+    score = write(model, tmp_path / "m.onnx")
+    for rows in (0, 1, 5, 300):
+        samples = helpers.batch(model, rows)
+        helpers.assert_same(score(samples), helpers.expected(model, samples))
+    if model.tables.num_single < len(model.tables.table_rows):
+        samples = helpers.batch(model, 3, empty=True)
+        helpers.assert_same(score(samples), helpers.expected(model, samples))
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    loaded = onnx.load(tmp_path / "m.onnx")
+    assert {node.domain for node in loaded.graph.node} == {""}
+    assert [opset.domain for opset in loaded.opset_import] == [""]
+    assert loaded.producer_name == "dqrm"
+
+
+@pytest.mark.parametrize("kind", ["2 bits", "4 bits", "8 bits", "16 bits", "bags, mean"])
+def test_a_scale_per_row(tmp_path, kind):
+    model = helpers.with_row_scales(helpers.made(kind))
+    samples = helpers.batch(model, 50)
+    helpers.assert_same(write(model, tmp_path / "m.onnx")(samples), helpers.expected(model, samples))
+
+
+@pytest.mark.parametrize("kind", ["bags, sum", "bags, mean"])
+def test_against_the_formulas_in_float64(tmp_path, kind):
+    model = helpers.made(kind)
+    tables, samples = model.tables, helpers.batch(model, 20)
+    values = [
+        decode(rows, scale, tables.bits, tables.embedding_dim).double().numpy()
+        for rows, scale in zip(tables.codes.split(tables.table_rows), tables.scale)
+    ]
+    vectors = [values[table][samples.ids[:, table].numpy()] for table in range(tables.num_single)]
+    for table, (ids, offsets) in zip(values[tables.num_single :], samples.bags):
+        bags = reference.bag_positions(ids.numpy(), offsets.numpy())
+        vectors.append(reference.pool(table, ids.numpy(), bags, mode=tables.pooling))
+
+    def mlp(layers, x):
+        for layer in layers:
+            if isinstance(layer, torch.nn.ReLU):
+                x = np.maximum(x, 0)
+            else:
+                x = x @ layer.weight().double().numpy().T + layer.bias.double().numpy()
+        return x
+
+    x = reference.interact(mlp(model.bottom, samples.dense.double().numpy()), np.stack(vectors, 1), False)
+    wanted = torch.from_numpy(mlp(model.top, x)[:, 0])
+    helpers.assert_same(write(model, tmp_path / "m.onnx")(samples), wanted.float())
+
+
+def test_ids_outside_are_row_0(tmp_path):
+    model = helpers.made("bags, sum")
+    inside = Batch(
+        torch.ones(3, 3),
+        torch.tensor([[0, 0], [0, 0], [6, 0]], dtype=torch.int32),
+        ((torch.tensor([0, 3]), torch.tensor([0, 1, 2])), (torch.tensor([8, 0]), torch.tensor([0, 0, 1]))),
+        torch.zeros(3),
+    )
+    outside = Batch(
+        inside.dense,
+        torch.tensor([[7, 1], [-1, 2**31 - 1], [6, -(2**31)]], dtype=torch.int32),
+        ((torch.tensor([40, 3]), torch.tensor([0, 1, 2])), (torch.tensor([8, -1]), torch.tensor([0, 0, 1]))),
+        inside.labels,
+    )
+    helpers.assert_same(write(model, tmp_path / "m.onnx")(outside), helpers.expected(model, inside))
+
+
+def test_probability_is_an_output_too(tmp_path):
+    model = helpers.made("4 bits")
+    write(model, tmp_path / "m.onnx")
+    samples = helpers.batch(model, 6)
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    feeds = {"dense": samples.dense.numpy(), "ids": samples.ids.long().numpy()}
+    probability, logit = session.run(["probability", "logit"], feeds)
+    torch.testing.assert_close(torch.from_numpy(probability), torch.from_numpy(logit).sigmoid())
+    assert [given.name for given in session.get_outputs()] == ["probability", "logit"]
+
+
+def test_the_values_do_not_depend_on_the_session_options(tmp_path):
+    model = helpers.made("4 bits")
+    write(model, tmp_path / "m.onnx")
+    samples = helpers.batch(model, 30)
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(tmp_path / "m.onnx", options)
+    found = session.run(["logit"], {"dense": samples.dense.numpy(), "ids": samples.ids.long().numpy()})[0]
+    helpers.assert_same(torch.from_numpy(found), helpers.expected(model, samples))
+
+
+def test_codes_stay_packed(tmp_path):
+    model = helpers.made("4 bits")
+    write(model, tmp_path / "m.onnx")
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert stored["tables.codes"].raw_data == model.tables.codes.numpy().tobytes()
+    assert len(stored["top.0.weight"].raw_data) == model.top[0].codes.numel()
+
+
+def test_metadata(tmp_path):
+    write(helpers.made("4 bits"), tmp_path / "m.onnx", {"dqrm": '{"a": 1}', "ü": "é"})
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    assert session.get_modelmeta().custom_metadata_map == {"dqrm": '{"a": 1}', "ü": "é"}
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "16 bits", "32 bits", "bags, mean"])
+def test_a_large_table_lies_beside(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 100)
+    model = helpers.with_row_scales(helpers.made(kind)) if kind != "32 bits" else helpers.made(kind)
+    score = write(model, tmp_path / "m.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    samples = helpers.batch(model, 30)
+    helpers.assert_same(score(samples), helpers.expected(model, samples))
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).rename(moved / name)
+    helpers.assert_same(open_runtime(moved / "m.onnx")(samples), helpers.expected(model, samples))
+
+
+def test_replacing_a_file_with_data_beside_it(tmp_path, monkeypatch):
+    path, other = tmp_path / "m.onnx", helpers.made("8 bits")
+    (tmp_path / "m.onnx.backup.data").write_bytes(b"mine")
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 100)
+    write(helpers.made("4 bits"), path)
+    score = write(other, path)
+    samples = helpers.batch(other, 30)
+    helpers.assert_same(score(samples), helpers.expected(other, samples))
+    assert len(list(tmp_path.glob("m.onnx.*data"))) == 2
+    assert not (tmp_path / "m.onnx.data").exists()
+    monkeypatch.undo()
+    write(other, path)
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["m.onnx", "m.onnx.backup.data"]
+
+
+@pytest.mark.parametrize("limit", [100, 2**31 - 1])
+@pytest.mark.parametrize("when", ["data", "rename"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, limit, when):
+    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", limit)
+    model = helpers.made("4 bits")
+    write(model, tmp_path / "m.onnx")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((onnx_file, "_stream") if when == "data" else (onnx_file.os, "replace")), full)
+    with pytest.raises(OSError, match="No space"):
+        write_onnx(helpers.made("8 bits"), tmp_path / "m.onnx")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_damaged_and_missing_files(tmp_path, monkeypatch):
+    write(helpers.made("4 bits"), tmp_path / "m.onnx")
+    whole = (tmp_path / "m.onnx").read_bytes()
+    (tmp_path / "m.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"m\.onnx cannot be loaded: damaged"):
+        open_runtime(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="no such file"):
+        open_runtime(tmp_path / "none.onnx")
+    with pytest.raises(UserError, match=r"\.onnx, \.pt2 or \.pte"):
+        open_runtime(tmp_path / "m.bin")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"dqrm\[onnx\]"):
+        open_runtime(tmp_path / "m.onnx")
+
+
+def test_an_unconverted_model_is_refused(tmp_path):
+    from dqrm.models.dlrm import DLRM
+
+    with pytest.raises(ValueError, match="convert"):
+        write_onnx(DLRM(2, (3, 4)), tmp_path / "m.onnx")
