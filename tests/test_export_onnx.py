@@ -1,11 +1,11 @@
 """ONNX files give what the converted model gives, in standard operators, and are written whole or not at all."""
 
-import export_helpers as helpers
 import numpy as np
 import pytest
-import reference
 import torch
 
+import export_helpers as helpers
+import reference
 from dqrm.data.batches import Batch
 from dqrm.errors import UserError
 from dqrm.quant.packing import decode
@@ -18,8 +18,8 @@ from dqrm.export.onnx import write_onnx  # noqa: E402
 from dqrm.export.runtimes import open_runtime  # noqa: E402
 
 
-def write(model, path, metadata={}):
-    write_onnx(model, path, metadata)
+def write(model, path, **options):
+    write_onnx(model, path, **options)
     return open_runtime(path)
 
 
@@ -121,7 +121,7 @@ def test_codes_stay_packed(tmp_path):
 
 
 def test_metadata(tmp_path):
-    write(helpers.made("4 bits"), tmp_path / "m.onnx", {"dqrm": '{"a": 1}', "ü": "é"})
+    write(helpers.made("4 bits"), tmp_path / "m.onnx", metadata={"dqrm": '{"a": 1}', "ü": "é"})
     session = runtime.InferenceSession(tmp_path / "m.onnx")
     assert session.get_modelmeta().custom_metadata_map == {"dqrm": '{"a": 1}', "ü": "é"}
 

@@ -2,10 +2,10 @@
 
 import sys
 
-import export_helpers as helpers
 import pytest
 import torch
 
+import export_helpers as helpers
 from dqrm.errors import UserError
 from dqrm.export import runtimes
 from dqrm.export.program import write_pt2, write_pte

@@ -25,7 +25,7 @@ from dqrm.errors import UserError
 # The name of the column that a prediction adds to the kept ones.
 PROBABILITY = "probability"
 # Rows of Parquet at a time; more are no quicker. Several blocks are in memory: read, encoded, scored.
-_BLOCK_ROWS = 1 << 15
+_BLOCK_ROWS = 1 << 16
 _KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
 
 

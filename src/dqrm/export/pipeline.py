@@ -72,9 +72,9 @@ def export_run(
         for path in files:
             os.replace(path, output.parent / path.name)
         flush(output.parent)
-    beside = artifact.vocabulary_path(output)
-    if output.suffix == ".dqrm" and config.vocabulary != "beside":
-        beside.unlink(missing_ok=True)  # of the artifact that was replaced
+    stale = {".dqrm": artifact.vocabulary_path(output), ".onnx": output.with_name(output.name + ".data")}.get(output.suffix)
+    if stale is not None and stale.name not in {path.name for path in files}:
+        stale.unlink(missing_ok=True)  # it belonged to the file that was replaced
     return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **found}
 
 

@@ -1,6 +1,6 @@
 """A DLRM as a program of torch.export (.pt2) or ExecuTorch (.pte), on packed codes.
 
-Both take (dense, ids, values_0, offsets_0, values_1, ...) with ids, values and offsets int64, and give logits float32 [B].
+Both take (dense, ids, values_0, offsets_0, values_1, ...), all but dense int64, and give logits float32 [B].
 """
 
 import os

@@ -167,12 +167,17 @@ class _OnePackedTable(_PackedTables):
     def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, codes: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.dtype = torch.float32  # of what it gives
         self._init_storage(num_embeddings, bits, codes, scale, 1)
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Values float32 [N, dim] of ids [N]."""
         zero = torch.zeros(1, dtype=torch.int64, device=self.codes.device)
-        return self._values(integers(ids).contiguous(), zero, zero + self.num_embeddings, 0)
+        return self._values(integers(ids).contiguous(), zero, zero + self.num_embeddings, 0).to(self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
@@ -251,17 +256,18 @@ class PackedLinear(_Packed):
 
     def weight(self) -> Tensor:
         """The weight's values: float32 [out_features, in_features]."""
-        if self._weight is not None and not torch.compiler.is_compiling():
-            return self._weight
-        weight = decode(self.codes, self.scale[:, None], self.bits, self.in_features)
-        if self.unpack_once and not torch.compiler.is_compiling():
-            self._weight = weight
-        return weight
+        if torch.compiler.is_compiling() or not self.unpack_once:
+            return decode(self.codes, self.scale[:, None], self.bits, self.in_features)
+        if self._weight is None:
+            with torch.inference_mode(False), torch.no_grad():  # it will be used outside of inference mode, too
+                self._weight = decode(self.codes, self.scale[:, None], self.bits, self.in_features)
+        return self._weight
 
     def forward(self, input: Tensor) -> Tensor:
         if self.activation_scale is not None:
             input = fake_quantize(input, self.activation_scale, self.activation_bits)
-        return F.linear(input, self.weight(), self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight().to(input.dtype), bias)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -270,6 +276,9 @@ class PackedLinear(_Packed):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._weight = None
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight": None}
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -310,10 +319,12 @@ def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | Non
 
 def _pack(module: nn.Module) -> nn.Module | None:
     """The packed form of a trained module; None for what is not quantized."""
-    if isinstance(module, QuantLinear):
+    if type(module) is QuantLinear:
         return pack_linear(module) if module.bits != 32 else None
-    if not isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection)) or module.bits == 32:
+    # Exactly these: a subclass may compute something else.
+    if type(module) not in (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection) or module.bits == 32:
         return None
+    assert isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection))
     scale = module.current_scale().clone()
     if isinstance(module, QuantEmbeddingBagCollection):
         tables = len(module.table_rows)
@@ -331,7 +342,7 @@ def _pack(module: nn.Module) -> nn.Module | None:
         module.num_embeddings, module.embedding_dim, bits=module.bits,
         codes=encode_table(module.weight.detach(), scale, module.bits), scale=scale,
     )  # fmt: skip
-    packed.padding_idx = module.padding_idx
+    packed.padding_idx, packed.dtype = module.padding_idx, module.weight.dtype
     if isinstance(module, QuantEmbeddingBag):
         packed.mode, packed.include_last_offset = module.mode, module.include_last_offset
     return packed
@@ -341,8 +352,9 @@ def _pack(module: nn.Module) -> nn.Module | None:
 def convert(model: nn.Module) -> nn.Module:
     """Turn every quantized layer of `model`, as `prepare_qat` made it, into its packed form for inference, in place.
 
-    A module keeps its identity, name and forward hooks; its FP32 weight is gone, and its state dict holds codes and
-    scales. Layers at 32 bits stay. What the model gives in evaluation does not change.
+    A module keeps its identity, name, hooks and what else was set on it; its FP32 weight is gone, and its state dict
+    holds codes and scales. Layers at 32 bits stay, and so do subclasses of the layers. What the model gives in
+    evaluation does not change.
 
     Args:
         model: any module; returned, in eval mode.
@@ -360,8 +372,9 @@ def convert(model: nn.Module) -> nn.Module:
             device = next(module.parameters()).device
             packed.append((module, form.to(device)))
     for module, form in packed:
-        hooks = {key: value for key, value in module.__dict__.items() if key.startswith("_forward_")}
+        kept = {key: value for key, value in module.__dict__.items() if "hook" in key}
+        for key in ("_blocks", "_looked_up", "_looked_up_at"):  # of training
+            module.__dict__.pop(key, None)
         module.__class__ = type(form)
-        module.__dict__.clear()
-        module.__dict__.update({**form.__dict__, **hooks})
+        module.__dict__.update({**form.__dict__, **kept})
     return model.eval()
