@@ -108,7 +108,7 @@ def test_every_byte_and_every_code_survives(bits):
 
 @pytest.mark.parametrize("bits", [0, 1, 3, 16, 32, "4", None])
 def test_other_bits_are_refused(bits):
-    with pytest.raises(ValueError, match="bits is .*expected 2, 4 or 8"):
+    with pytest.raises(ValueError, match=r"bits is .*expected 2, 4 or 8"):
         pack(torch.zeros(1, 4, dtype=torch.int8), bits)
 
 

@@ -119,7 +119,7 @@ def print_artifact(found: dict[str, Any]) -> None:
     )
     measured = [(name, metrics) for name, metrics in run["metrics"].items() if metrics]
     if measured:
-        rows = [[name, *(figure(metrics[key], 6) for key in _METRICS)] for name, metrics in measured]
+        rows = [[name, *(figure(metrics.get(key), 6) for key in _METRICS)] for name, metrics in measured]
         print_table("The run's metrics", ["split", *_METRICS], rows)
 
 

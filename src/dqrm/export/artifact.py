@@ -16,9 +16,10 @@ from dqrm.config import ModelConfig
 from dqrm.errors import UserError
 from dqrm.export.container import Container
 from dqrm.models.dlrm import DLRM, widths
-from dqrm.options import build
+from dqrm.options import build, field_types
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
+from dqrm.quant.uniform import check_bits
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
 _VOCABULARY = "vocabulary."
@@ -45,7 +46,7 @@ class Artifact:
         artifact = cls(Path(path), Container.open(Path(path), KIND))
         try:
             _check(artifact.content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"has {error}"
             raise UserError(f"{path} is damaged: its header {what}; export it again") from None
         if verify:
@@ -164,12 +165,23 @@ def _check(content: Any) -> None:
         raise ValueError("columns that are not those of its tables")
     if len(content["schema"]["dense"]) != described["num_dense"]:
         raise ValueError("dense columns that are not those of its model")
-    for key in ("config", "table_bits", "mlp_bits", "activation_bits"):
-        _ = described[key]
-    _ = content["quantization"]["method"], content["vocabulary"]["mode"], content["options"]
+    layer_widths(described)
+    _ = [described["config"][name] for name in field_types(ModelConfig)]
+    for key in ("table_bits", "mlp_bits", "activation_bits"):
+        check_bits(key, described[key])
+    for name, found, known in (
+        ("quantization", content["quantization"]["method"], ("qat", "ptq", "none")),
+        ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),
+    ):
+        if found not in known:
+            raise ValueError(f"{name} {str(found)[:40]!r}, which is none of {', '.join(known)}")
+    _ = content["options"]
     origin = content["provenance"]
-    _ = origin["dqrm"][:0], origin["data"]["fingerprint"][:0], origin["run"]["step"] + 0
-    _ = origin["run"]["checkpoint"], origin["run"]["metrics"].items()
+    texts = (origin["dqrm"], origin["data"]["fingerprint"], origin["run"]["checkpoint"])
+    figures = [value for metrics in origin["run"]["metrics"].values() if metrics for value in metrics.values()]
+    numbers = all(value is None or isinstance(value, (int, float)) for value in [origin["run"]["step"], *figures])
+    if not all(isinstance(text, str) for text in texts) or not isinstance(origin["run"]["step"], int) or not numbers:
+        raise ValueError("a provenance that is no text and figures")
 
 
 def vocabulary_name(number: int) -> str:

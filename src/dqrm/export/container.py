@@ -160,7 +160,7 @@ class Container:
             if hashlib.sha256(head + blank).hexdigest() != own:
                 raise ValueError("checksum")
             content, checksums = json.loads(metadata["content"]), json.loads(metadata["checksums"])
-            end = max((entry["data_offsets"][1] for entry in described.values()), default=0)
+            end = max(map(_end, described.values()), default=0)
             if set(checksums) != set(described):
                 raise ValueError("checksums")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -212,6 +212,15 @@ class Container:
                     start += len(piece)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a tensor's bytes end; ValueError or TypeError unless the header describes it in the right types."""
+    start, end = entry["data_offsets"]
+    numbers = [start, end, *entry["shape"]]
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or start > end:
+        raise ValueError("numbers")
+    return int(end)
 
 
 def _expect_random_reads(tensor: Tensor) -> None:
