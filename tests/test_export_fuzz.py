@@ -10,10 +10,10 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 from safetensors.torch import save_file
 
 import dqrm
+from conftest import tiny
 from dqrm import Artifact, UserError
 from dqrm.export.evaluation import evaluate_file
 from dqrm.info import print_description

@@ -1,19 +1,15 @@
-"""Packed codes: bytes against a reference in plain Python, packed layers against the trained ones, `convert`."""
+"""Packed codes: bytes against a reference in plain Python, packed layers against the trained ones."""
 
 import copy
-import io
 import math
-import pickle
 import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from torch import nn
 
-import dqrm
-from dqrm import QATConfig, QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, QuantLinear, convert
+from dqrm import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, QuantLinear, convert
 from dqrm import kernels as compiled
 from dqrm.quant import packed as packed_module
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
@@ -316,15 +312,3 @@ def test_without_native_code_in_another_process(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"DQRM_NATIVE": "0", "OMP_NUM_THREADS": "1"})
     same(torch.load(tmp_path / "out.pt"), layer(*batch))
-
-
-def test_a_converted_model_is_as_small_as_its_codes_even_after_use():
-    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
-    convert(dqrm.prepare_qat(model, QATConfig(bits=4)))
-    before = len(pickle.dumps(model))
-    assert before < 2 * 256 * 128 + 2 * 256 * 8 + 8000
-    model(torch.randn(2, 256))
-    assert len(pickle.dumps(model)) < before + 2000, "the unpacked weights travel along"
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    assert file.tell() < before + 8000

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dqrm.console import figure, print_table, results, size
+from dqrm.console import figure, print_table, printable, results, size
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.training.run import Run
@@ -103,7 +103,7 @@ def print_artifact(found: dict[str, Any]) -> None:
         ],
     )
     if schema["dense"]:
-        results.print(f"Dense columns: {', '.join(schema['dense'])}")
+        results.print(f"Dense columns: {', '.join(map(printable, schema['dense']))}")
     _print_parts(sizes, found["bits_per_weight"])
     config = model["config"]
     shapes = [f"{name} MLP {'-'.join(map(str, config[f'{name}_mlp']))}" for name in ("bottom", "top")]

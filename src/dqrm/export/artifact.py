@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dqrm.config import ModelConfig
 from dqrm.errors import UserError
-from dqrm.export.container import Container
+from dqrm.export.container import Container, brief
 from dqrm.models.dlrm import DLRM, widths
 from dqrm.options import build, field_types
 from dqrm.quant.mlp import QuantMLP
@@ -47,7 +47,7 @@ class Artifact:
         try:
             _check(artifact.content)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else f"has {error}"
+            what = f"lacks {brief(error)}" if isinstance(error, KeyError) else f"has {brief(error)}"
             raise UserError(f"{path} is damaged: its header {what}; export it again") from None
         if verify:
             artifact.container.verify()
@@ -69,7 +69,7 @@ class Artifact:
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            what = f"it lacks {brief(error)}" if isinstance(error, KeyError) else brief(error)
             raise UserError(f"{self.path} is damaged: {what}; export it again") from None
 
     def vocabulary(self, number: int) -> bytes:
@@ -136,7 +136,7 @@ class Artifact:
                 **self.content,
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.path} is damaged: {error}; export it again") from None
+            raise UserError(f"{self.path} is damaged: {brief(error)}; export it again") from None
 
 
 def load(path: str | Path, verify: bool = False) -> DLRM:

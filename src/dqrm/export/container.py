@@ -180,7 +180,7 @@ class Container:
             with safe_open(self.path, framework="pt") as opened:
                 found = {name: opened.get_tensor(name) for name in self.entries if wanted(name)}
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path} is damaged: {error}") from None
+            raise UserError(f"{self.path} is damaged: {brief(error)}") from None
         for tensor in found.values():
             _expect_random_reads(tensor)
         return found
@@ -212,6 +212,12 @@ class Container:
                     start += len(piece)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+
+def brief(error: Exception) -> str:
+    """What an error says, no longer than a sentence: it may quote what a damaged file holds."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def _end(entry: dict[str, Any]) -> int:

@@ -88,6 +88,8 @@ class Packing:
         return DLRM.from_parts(model.config, model.num_dense, parts["bottom"], tables, parts["top"])
 
     def _pack_layer(self, layer: QuantLinear, ptq: PTQConfig | None) -> PackedLinear:
+        if not layer.weight.isfinite().all() or not (layer.bias is None or layer.bias.isfinite().all()):
+            raise ValueError("a layer of the MLP holds weights that are NaN or infinite: its training diverged")
         if ptq is None or self.mlp_bits == 32:
             return pack_linear(layer)
         return pack_linear(layer, row_scales(layer.weight.detach().float(), self.mlp_bits, ptq.clip), self.mlp_bits)
@@ -115,6 +117,9 @@ class Packing:
         per_row = len(self.scale) == len(tables.weight)
         for number in range(len(tables.table_rows)):
             for piece in tables.table(number).split(CHUNK_ROWS):
+                low, high = torch.aminmax(piece)  # NaN, if any is
+                if not bool((low.isfinite() & high.isfinite()).item()):
+                    raise UserError(f"table {number} holds weights that are NaN or infinite: the training diverged")
                 scale = self.scale[done : done + len(piece)] if per_row else self.scale[number : number + 1]
                 yield encode(piece, scale[:, None], self.table_bits)
                 done += len(piece)

@@ -72,7 +72,9 @@ def export_run(
         for path in files:
             os.replace(path, output.parent / path.name)
         flush(output.parent)
-    stale = {".dqrm": artifact.vocabulary_path(output), ".onnx": output.with_name(output.name + ".data")}.get(output.suffix)
+    stale = {".dqrm": artifact.vocabulary_path(output), ".onnx": output.with_name(output.name + ".data")}.get(
+        output.suffix
+    )
     if stale is not None and stale.name not in {path.name for path in files}:
         stale.unlink(missing_ok=True)  # it belonged to the file that was replaced
     return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **found}
@@ -115,7 +117,7 @@ def _from_run(
     if ptq is not None:
         difference_from = compare(_score(model, batch), expected)
     del model, packing, entries  # and with them the mapping of the checkpoint
-    found = _finish(Artifact.open(first), made, batch, expected, where)
+    found = _finish(Artifact.open(first, verify=True), made, batch, expected, where)
     if difference_from is not None:
         found["largest_difference_from_fp32"] = difference_from
     return found

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,10 +48,12 @@ def _open_onnx(path: Path, threads: int) -> Callable[[Batch], Tensor]:
     known = {given.name for given in session.get_inputs()}
 
     def score(batch: Batch) -> Tensor:
-        feeds = {"dense": batch.dense, "ids": batch.ids.long()}
+        # By numpy: torch's threads, once woken, would go on spinning beside the runtime's own.
+        feeds = {"dense": batch.dense.numpy(), "ids": batch.ids.numpy().astype(np.int64)}
         for number, (values, offsets) in enumerate(batch.bags):
-            feeds[f"values_{number}"], feeds[f"offsets_{number}"] = values.long(), offsets.long()
-        found = session.run(["logit"], {name: given.numpy() for name, given in feeds.items() if name in known})
+            feeds[f"values_{number}"] = values.numpy().astype(np.int64)
+            feeds[f"offsets_{number}"] = offsets.numpy().astype(np.int64)
+        found = session.run(["logit"], {name: given for name, given in feeds.items() if name in known})
         return torch.from_numpy(found[0])
 
     return score

@@ -125,11 +125,16 @@ class QuantMLP(nn.Sequential):
         return found
 
     def _packed(self, x: Tensor, modules: list[nn.Module]) -> Tensor:
-        for before, module in zip([None, *modules], modules):
-            ours = (
-                type(before) is PackedLinear and type(module) is nn.ReLU and not _hooked(module) and not _hooked(before)
-            )
-            x = x.relu_() if ours else module(x)  # nobody else has seen the layer's output
+        ours = False  # whether nobody else has seen x
+        for module in modules:
+            plain = not _hooked(module)
+            if plain and ours and type(module) is nn.ReLU:
+                x = x.relu_()
+            elif plain and type(module) is PackedLinear:
+                x = module.forward(x)  # around __call__, which costs as much as a small product
+            else:
+                x = module(x)
+            ours = plain and type(module) is PackedLinear
         return x
 
 
