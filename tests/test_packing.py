@@ -280,6 +280,17 @@ def test_a_packed_linear(bits, granularity, options, path):
     assert packed.scale.numel() == (6 if granularity == "channel" else 1)
 
 
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_a_table_that_is_packed_in_pieces(more):
+    rows = packed_module.CHUNK_ROWS + more
+    layer = collection(4, 2, rows=(3, rows, 2), bags=1)
+    ids = torch.stack([torch.arange(rows) % 3, torch.arange(rows)], 1)
+    bags = [(torch.empty(0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))]
+    expected = layer(ids, bags)
+    same(convert(layer)(ids, bags), expected)
+    assert layer.codes.shape == (rows + 5, 1)
+
+
 def test_threads_do_not_change_a_bit(path):
     layer = convert(collection(4, 16, rows=(5000, 9, 300), bags=1))
     batch = inputs((5000, 9, 300), 1, 4000)

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dqrm.errors import printable
+
 # Progress and messages go to standard error: standard output is for results, so that `--json` can be piped.
 messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 # A pipe has no width of its own; a table must not lose columns there.
@@ -83,11 +85,6 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*map(printable, row))
     results.print(table)
-
-
-def printable(text: str) -> str:
-    """The text with what would steer a terminal written out: names come from files, and files from strangers."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def figure(value: Any, digits: int = 4) -> str:

@@ -5,5 +5,13 @@ class UserError(Exception):
     """A mistake in what the user gave: a file, a column, a flag, a configuration.
 
     The message is one sentence that quotes what was received and says what would be right. The command line prints it
-    without a traceback and exits with code 2.
+    without a traceback and exits with code 2. What would steer a terminal is written out in it.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal written out: names come from files, and files from strangers."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

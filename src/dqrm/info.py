@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from dqrm.console import figure, print_table, printable, results, size
+from dqrm.console import figure, print_table, results, size
 from dqrm.data.dataset import Dataset
-from dqrm.errors import UserError
+from dqrm.errors import UserError, printable
 from dqrm.training.run import Run
 
 _METRICS = ("rows", "auc", "log_loss", "accuracy", "ne", "calibration")
@@ -103,17 +103,17 @@ def print_artifact(found: dict[str, Any]) -> None:
         ],
     )
     if schema["dense"]:
-        results.print(f"Dense columns: {', '.join(map(printable, schema['dense']))}")
+        _say(f"Dense columns: {', '.join(schema['dense'])}")
     _print_parts(sizes, found["bits_per_weight"])
     config = model["config"]
     shapes = [f"{name} MLP {'-'.join(map(str, config[f'{name}_mlp']))}" for name in ("bottom", "top")]
-    results.print(
+    _say(
         f"DLRM of embedding dim {config['embedding_dim']}, {', '.join(shapes)}, interaction {config['interaction']}; "
         f"tables {model['table_bits']} bits, MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
     )
     kept = found["vocabulary"]["mode"]
     where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
-    results.print(
+    _say(
         f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
         f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * found['verified']}"
     )
@@ -137,6 +137,10 @@ def print_export(found: dict[str, Any]) -> None:
     )
     if "largest_difference_from_fp32" in found:
         results.print(f"Quantization moved probabilities by at most {found['largest_difference_from_fp32']:.2g}")
+
+
+def _say(text: str) -> None:
+    results.print(printable(text))
 
 
 _METHODS = {"qat": "as trained", "ptq": "quantized after training", "none": "not quantized"}

@@ -17,11 +17,13 @@ from dqrm.export.container import Entry, write
 from dqrm.export.pack import Packing
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
-from dqrm.quant.packed import CHUNK_ROWS, PackedLinear
+from dqrm.quant.packed import PackedLinear
 from dqrm.quant.packing import decode, packed_width
 
 # Values decoded at once stay in the processor's cache.
 _PIECE = 1 << 14
+# Rows drawn at once.
+_CHUNK = 1 << 18
 
 
 def write_artifact(path: Path, options: BenchInferenceConfig, table_rows: Sequence[int]) -> None:
@@ -34,8 +36,8 @@ def write_artifact(path: Path, options: BenchInferenceConfig, table_rows: Sequen
 
     def codes() -> Iterator[Tensor]:
         draw = np.random.default_rng(options.seed)
-        for start in range(0, rows, CHUNK_ROWS):
-            yield torch.from_numpy(draw.integers(0, 256, (min(CHUNK_ROWS, rows - start), width), np.uint8))
+        for start in range(0, rows, _CHUNK):
+            yield torch.from_numpy(draw.integers(0, 256, (min(_CHUNK, rows - start), width), np.uint8))
 
     highest = 2 ** (bits - 1) - 1
     scale = torch.tensor([count**-0.5 / highest for count in table_rows])

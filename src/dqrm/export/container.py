@@ -16,6 +16,7 @@ memory at once.
 import ctypes
 import hashlib
 import json
+import math
 import mmap
 import re
 import sys
@@ -163,6 +164,7 @@ class Container:
             end = max(map(_end, described.values()), default=0)
             if set(checksums) != set(described):
                 raise ValueError("checksums")
+            _check_values([content, checksums, described])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} has a damaged header: its checksum does not match; export it again") from None
         if size != 8 + length + end:
@@ -218,6 +220,19 @@ def brief(error: Exception) -> str:
     """What an error says, no longer than a sentence: it may quote what a damaged file holds."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:300] + "..."
+
+
+def _check_values(tree: Any) -> None:
+    """Raise ValueError over text that is no Unicode and numbers that are not finite; JSON can hold both."""
+    if isinstance(tree, dict):
+        _check_values([*tree, *tree.values()])
+    elif isinstance(tree, list):
+        for part in tree:
+            _check_values(part)
+    elif isinstance(tree, str):
+        tree.encode()
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        raise ValueError("a number that is not finite")
 
 
 def _end(entry: dict[str, Any]) -> int:

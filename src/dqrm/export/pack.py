@@ -15,7 +15,7 @@ from dqrm.models.dlrm import DLRM
 from dqrm.quant.embedding import QuantEmbeddingBagCollection, TableLayout
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
-from dqrm.quant.packed import CHUNK_ROWS, PackedLinear, pack_linear
+from dqrm.quant.packed import PackedLinear, pack_linear, pieces
 from dqrm.quant.packing import encode, storage
 from dqrm.quant.ptq import row_scales, table_scale
 from dqrm.quant.uniform import fake_quantize
@@ -105,9 +105,9 @@ class Packing:
             self._tell("searching scales", done, total)
             table = tables.table(number)
             if ptq.granularity == "table":
-                found.append(table_scale(partial(table.split, CHUNK_ROWS), self.table_bits, ptq.clip).view(1))
+                found.append(table_scale(partial(pieces, table), self.table_bits, ptq.clip).view(1))
             else:
-                found += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in table.split(CHUNK_ROWS)]
+                found += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in pieces(table)]
             done += rows
         self._tell("searching scales", total, total)
         return torch.cat(found) if found else torch.empty(0)
@@ -116,7 +116,7 @@ class Packing:
         tables, done = self._model.tables, 0
         per_row = len(self.scale) == len(tables.weight)
         for number in range(len(tables.table_rows)):
-            for piece in tables.table(number).split(CHUNK_ROWS):
+            for piece in pieces(tables.table(number)):
                 low, high = torch.aminmax(piece)  # NaN, if any is
                 if not bool((low.isfinite() & high.isfinite()).item()):
                     raise UserError(f"table {number} holds weights that are NaN or infinite: the training diverged")

@@ -24,17 +24,23 @@ from dqrm.quant.linear import QuantLinear, weight_scale
 from dqrm.quant.packing import PACKED_BITS, decode, encode, storage
 from dqrm.quant.uniform import check_bits, fake_quantize, scale_from_max
 
-# Rows encoded at once: a table is never held in FP32 a second time.
-CHUNK_ROWS = 1 << 18
+# Weights encoded at once: a table is never held in FP32 a second time.
+_CHUNK = 1 << 22
+
+
+def pieces(table: Tensor) -> tuple[Tensor, ...]:
+    """A table [rows, dim] in views of some megabytes, at least one."""
+    return table.split(max(1, _CHUNK // max(1, table.shape[1])))
 
 
 def encode_table(table: Tensor, scale: Tensor, bits: int) -> Tensor:
     """A float table [rows, dim] as it is stored (see `packing.storage`), in pieces. `scale`: [1] or [rows]."""
     dtype, width = storage(table.shape[1], bits)
-    stored = torch.empty(len(table), width, dtype=dtype)
-    for at in range(0, len(table), CHUNK_ROWS):
-        part = slice(at, at + CHUNK_ROWS)
-        stored[part] = encode(table[part], scale[part if len(scale) > 1 else slice(None), None], bits)
+    stored, done = torch.empty(len(table), width, dtype=dtype), 0
+    for piece in pieces(table):
+        part = slice(done, done + len(piece))
+        stored[part] = encode(piece, scale[part if len(scale) > 1 else slice(None), None], bits)
+        done += len(piece)
     return stored
 
 
