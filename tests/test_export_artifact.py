@@ -1,7 +1,6 @@
 """The artifact: the same answers as the run, to the bit; what is in it; vocabularies; refusals; the self-check."""
 
 import json
-import os
 import shutil
 import struct
 import sys
@@ -147,8 +146,7 @@ def test_info_of_an_artifact(exported, generated, capsys):
 def test_the_file_is_plain_safetensors_with_nothing_of_this_machine(exported, generated, trained):
     data = exported.read_bytes()
     for folder in {generated.path, trained, exported.parent, Path.cwd(), Path.home(), Path(sys.prefix)}:
-        assert str(folder).encode() not in data, folder
-    assert os.uname().nodename.encode() not in data[: 8 + int.from_bytes(data[:8], "little")]
+        assert len(str(folder)) < 4 or str(folder).encode() not in data, folder
     assert b"pickle" not in data
     with safe_open(exported, framework="pt") as file:
         names = set(file.keys())
@@ -257,6 +255,12 @@ def test_what_export_refuses(trained, exported, generated, tmp_path, capsys):
         assert word in err
         assert "Traceback" not in err
         assert sorted(path.name for path in tmp_path.iterdir()) == before, (source, output, "left something behind")
+    (tmp_path / "file.dqrm").write_text("label\tid\n" * 20)
+    for arguments in (("info", tmp_path / "file.dqrm"), ("info", tmp_path / "file", "--verify"),
+                      ("eval", tmp_path / "file.dqrm", generated.path), ("eval", exported, tmp_path / "file"),
+                      ("eval", exported, generated.path, "--split=tets")):  # fmt: skip
+        code, out, err = command(capsys, *arguments)
+        assert (code, out, "Traceback" in err, err.count("\n")) == (2, "", False, 1), (arguments, err)
 
 
 @pytest.mark.parametrize("name", ["tables", "tables, not in the test split", "top", "bias"])
@@ -356,13 +360,9 @@ def test_column_names_can_be_anything(tmp_path, capsys):
         | {name: random.integers(0, 20, 300).astype(str) for name in names}
     )
     frame.write_parquet(tmp_path / "log.parquet")
-    for number, (categorical, dense) in enumerate(((names, ("d[/]",)), ((), ("d[/]",)), (names[:1], ()))):
+    for number, (categorical, dense) in enumerate(((names, ("d[/]",)), ((), ("d[/]",)), (names[:2], ()))):
         options = PrepareConfig(layout="table", label="label", categorical=categorical, dense=dense)
         data = dqrm.prepare([tmp_path / "log.parquet"], tmp_path / f"data{number}", options)
-        if not dense:
-            with pytest.raises(UserError):
-                dqrm.train(data, tmp_path / f"run{number}", config())
-            continue
         dqrm.train(data, tmp_path / f"run{number}", config())
         dqrm.export_run(tmp_path / f"run{number}", tmp_path / "m.dqrm")
         same_answers(tmp_path / f"run{number}", tmp_path / "m.dqrm", data)

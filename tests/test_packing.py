@@ -11,7 +11,6 @@ import torch
 
 from dqrm import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, QuantLinear, convert
 from dqrm import kernels as compiled
-from dqrm.quant import packed as packed_module
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import decode, encode, pack, packed_width, storage, unpack
 
@@ -282,7 +281,7 @@ def test_a_packed_linear(bits, granularity, options, path):
 
 @pytest.mark.parametrize("more", [0, 1, 5])
 def test_a_table_that_is_packed_in_pieces(more):
-    rows = packed_module.CHUNK_ROWS + more
+    rows = (1 << 18) + more  # tables are read in pieces of so many rows
     layer = collection(4, 2, rows=(3, rows, 2), bags=1)
     ids = torch.stack([torch.arange(rows) % 3, torch.arange(rows)], 1)
     bags = [(torch.empty(0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))]
@@ -309,7 +308,7 @@ def test_the_compiled_lookup_is_the_plain_one_bit_for_bit(monkeypatch):
     layer = convert(collection(4, 16))
     batch = inputs((7, 1, 40, 9, 3), 2, 500)
     found = layer(*batch)
-    monkeypatch.setattr(packed_module.kernels, "fits", lambda *tensors: False)
+    monkeypatch.setattr(compiled, "fits", lambda *tensors: False)
     same(layer(*batch), found)
 
 

@@ -280,14 +280,14 @@ def _pieces(path: Path) -> Iterator[Tensor]:
 def _workshop(output: Path) -> Iterator[Path]:
     """A folder beside `output` to work in, locked meanwhile and removed at the end."""
     folder = output.with_name(output.name + ".partial")
-    if output.is_dir():
-        raise UserError(f"{output} is a folder, expected the name of a file")
-    if not output.parent.is_dir():
-        raise UserError(f"cannot write {output}: there is no folder {output.parent}")
     lock = folder / ".lock"
-    if folder.exists() and not lock.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is needed for the work and was not made by dqrm export; move it")
     try:
+        if output.is_dir():
+            raise UserError(f"{output} is a folder, expected the name of a file")
+        if not output.parent.is_dir():
+            raise UserError(f"cannot write {output}: there is no folder {output.parent}")
+        if folder.exists() and not lock.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder} is needed for the work and was not made by dqrm export; move it")
         folder.mkdir(exist_ok=True)
         with exclusive(lock, f"another process is exporting to {output}; wait for it, or name another output"):
             try:

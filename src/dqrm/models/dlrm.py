@@ -102,26 +102,22 @@ class DLRM(nn.Module):
     ) -> None:
         super().__init__()
         config, qat = config or ModelConfig(), qat or QATConfig()
-        bottom, top = widths(config, num_dense, len(table_rows))
-        self._assemble(
-            config,
-            num_dense,
-            mlp(bottom, qat, last_relu=True) if bottom else None,
-            QuantEmbeddingBagCollection(
-                table_rows,
-                config.embedding_dim,
-                multi=multi,
-                pooling=config.pooling,
-                bits=qat.effective_table_bits,
-                scale_period=qat.scale_period,
-                scale_refresh=qat.scale_refresh,
-                rescan_period=qat.rescan_period,
-                _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=table_dtype)
-                if table_weight is None
-                else table_weight,
-            ),
-            mlp(top, qat, last_relu=False),
+        tables = QuantEmbeddingBagCollection(
+            table_rows,
+            config.embedding_dim,
+            multi=multi,
+            pooling=config.pooling,
+            bits=qat.effective_table_bits,
+            scale_period=qat.scale_period,
+            scale_refresh=qat.scale_refresh,
+            rescan_period=qat.rescan_period,
+            _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=table_dtype)
+            if table_weight is None
+            else table_weight,
         )
+        bottom, top = widths(config, num_dense, len(table_rows))
+        below = mlp(bottom, qat, last_relu=True) if bottom else None
+        self._assemble(config, num_dense, below, tables, mlp(top, qat, last_relu=False))
         for part in (self.bottom, self.top):
             if part is not None:
                 part.bf16 = precision == "bf16"
