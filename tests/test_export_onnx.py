@@ -6,6 +6,8 @@ import torch
 
 import export_helpers as helpers
 import reference
+from conftest import tiny
+from dqrm import Run, evaluate, export_run, train
 from dqrm.data.batches import Batch
 from dqrm.errors import UserError
 from dqrm.quant.packing import decode
@@ -14,6 +16,7 @@ onnx = pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed
 runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
 
 from dqrm.export import onnx_file  # noqa: E402
+from dqrm.export.evaluation import evaluate_file  # noqa: E402
 from dqrm.export.onnx import write_onnx  # noqa: E402
 from dqrm.export.runtimes import open_runtime  # noqa: E402
 
@@ -194,3 +197,17 @@ def test_an_unconverted_model_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="convert"):
         write_onnx(DLRM(2, (3, 4)), tmp_path / "m.onnx")
+
+
+def test_eval_takes_onnx_of_the_same_data_and_no_pt2(generated, bags_data, tmp_path):
+    train(generated, tmp_path / "run", tiny(max_steps=5))
+    export_run(tmp_path / "run", tmp_path / "m.onnx")
+    expected = evaluate(Run.open(tmp_path / "run").load_model()[0], generated, "test")
+    found = evaluate_file(tmp_path / "m.onnx", generated.path)
+    assert found["auc"] == pytest.approx(expected["auc"], abs=5e-7)
+    assert found["log_loss"] == pytest.approx(expected["log_loss"], abs=1e-6)
+    with pytest.raises(UserError, match="other data than"):
+        evaluate_file(tmp_path / "m.onnx", bags_data.path)
+    (tmp_path / "m.pt2").write_bytes(b"PK")
+    with pytest.raises(UserError, match="can run code"):
+        evaluate_file(tmp_path / "m.pt2", generated.path)

@@ -186,7 +186,7 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
 def evaluate(
     run: str, data: str, split: str, checkpoint: str, batch_size: int | None, device: str, as_json: bool
 ) -> None:
-    """Evaluate the run RUN, or an exported file, on a split of the dataset DATA."""
+    """Evaluate the run RUN, or an exported .dqrm or .onnx file, on a split of the dataset DATA."""
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
-from dqrm.export.config import SUFFIXES
 from dqrm.export.pipeline import require_dataset, score_file
 from dqrm.training.environment import Progress
 from dqrm.training.evaluation import measure, score_split
@@ -15,16 +13,21 @@ from dqrm.training.evaluation import measure, score_split
 def evaluate_file(
     path: str | Path, data: str | Path, split: str = "test", batch_size: int = 8192, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Metrics of an exported file (.dqrm, .onnx, .pt2, .pte): see `training.metrics.click_metrics`.
+    """Metrics of an exported file, .dqrm or .onnx: see `training.metrics.click_metrics`.
 
     Raises:
         UserError: the file is damaged or of another kind, or was trained on other data.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} should be a run folder, or a file that ends in {', '.join(SUFFIXES)}")
-    dataset = Dataset(data)
     if path.suffix == ".dqrm":
-        require_dataset(Artifact.open(path).content, data, path)
+        content = Artifact.open(path).content
+    elif path.suffix == ".onnx":
+        from dqrm.export.runtimes import onnx_content
+
+        content = onnx_content(path)
+    else:
+        why = "; torch.export.load can run code that is in a .pt2, so dqrm opens none" if path.suffix == ".pt2" else ""
+        raise UserError(f"{path} cannot be evaluated, expected a run folder, a .dqrm or a .onnx file{why}")
+    dataset = require_dataset(content, data, path)
     dataset.validate(split)
     return measure(score_split(score_file(path), dataset, split, batch_size, progress), dataset, split)

@@ -1,7 +1,9 @@
 """Running an exported file with the runtime it was made for."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from dqrm.export.program import MAX_BATCH, MAX_VALUES
 
 def open_runtime(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:
     """A function from a batch to logits float32 [B], running a .onnx, .pt2 or .pte file.
+
+    Only for files of one's own: torch.export.load unpickles, so a .pt2 from a stranger can run code.
 
     Args:
         threads: of the runtime; 0: its default. Torch's are the process's own, ExecuTorch's portable kernels use one.
@@ -33,7 +37,21 @@ def _damaged(path: Path) -> UserError:
     return UserError(f"{path} cannot be loaded: damaged, incomplete, or made for another version of its runtime")
 
 
-def _open_onnx(path: Path, threads: int) -> Callable[[Batch], Tensor]:
+def onnx_content(path: Path) -> dict[str, Any]:
+    """What a .onnx file carries of the header of the artifact that it was written from.
+
+    Raises:
+        UserError: it carries none, is damaged, or ONNX Runtime is not installed.
+    """
+    try:
+        found: dict[str, Any] = json.loads(_session(path, 1).get_modelmeta().custom_metadata_map["dqrm"])
+        _ = found["provenance"]["data"]["fingerprint"][:16]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} does not say where it comes from, expected a file that `dqrm export` wrote") from None
+    return found
+
+
+def _session(path: Path, threads: int) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -42,9 +60,13 @@ def _open_onnx(path: Path, threads: int) -> Callable[[Batch], Tensor]:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception:  # its own classes of errors, which differ between versions
         raise _damaged(path) from None
+
+
+def _open_onnx(path: Path, threads: int) -> Callable[[Batch], Tensor]:
+    session = _session(path, threads)
     known = {given.name for given in session.get_inputs()}
 
     def score(batch: Batch) -> Tensor:
