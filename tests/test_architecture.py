@@ -18,7 +18,7 @@ ALLOWED = {
     "training": {"models", "quant", "kernels", "data"} | BASE,
     "export": {"training", "models", "quant", "data"} | BASE,
     "bench": {"export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
-    "studies": {"training", "models", "quant", "data", "console"} | BASE,
+    "studies": {"export", "training", "models", "quant", "data", "console"} | BASE,
 }
 
 

@@ -30,6 +30,9 @@ def test_the_demo(tmp_path, capsys):
         assert f"{variant['test']['auc']:.4f}" in shown
     assert result["variants"]["INT4"]["stored_bytes"]["total"] < result["variants"]["FP32"]["stored_bytes"]["total"] / 6
     assert json.loads((folder / "demo.json").read_text()) == result
+    assert result["artifact"]["test"] == result["variants"]["INT4"]["test"]
+    assert (folder / "int4.dqrm").stat().st_size == result["artifact"]["bytes"]
+    assert "int4.dqrm, packed" in shown
     # The ceiling belongs to the rows of the split: the truth file is in the order of the log.
     dataset, truth = Dataset(folder / "data"), np.load(folder / "log.truth.npy")
     train, test = dataset.rows["train"], dataset.rows["test"]

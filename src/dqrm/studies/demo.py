@@ -17,6 +17,8 @@ from dqrm.data.prepare import prepare
 from dqrm.data.synthetic import generate, truth_path
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
+from dqrm.export.evaluation import evaluate_file
+from dqrm.export.pipeline import export_run
 from dqrm.quant.config import QATConfig
 from dqrm.training.loop import train
 
@@ -30,11 +32,11 @@ CONFIG = Config(
 VARIANTS = {"FP32": QATConfig(bits=32), "INT4": QATConfig(bits=4)}
 
 _METRICS = ("accuracy", "auc", "log_loss", "ne", "calibration")
-_PARTS = ("log.txt", "log.truth.npy", "data", "fp32", "int4", "demo.json")
+_PARTS = ("log.txt", "log.truth.npy", "data", "fp32", "int4", "int4.dqrm", "demo.json")
 
 
 def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, config: Config = CONFIG) -> dict[str, Any]:
-    """Generate, prepare, train twice, compare; leaves the log, the dataset and the runs in `folder`.
+    """Generate, prepare, train twice, compare, export; leaves log, dataset, runs and artifact in `folder`.
 
     Args:
         folder: made if it is not there; what an earlier demo left in it is replaced.
@@ -43,7 +45,8 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
         config: what to train; its quantization is replaced by each variant's.
 
     Returns:
-        {'data', 'ceiling': AUC of the known model per split, 'variants': {name: summary and evaluations}, 'seconds'}.
+        {'data', 'ceiling': AUC of the known model per split, 'variants': {name: summary and evaluations}, 'artifact':
+        what was exported and its test metrics, 'seconds'}.
 
     Raises:
         UserError: the folder holds something that is no demo.
@@ -67,11 +70,15 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
             run = folder / name.lower()
             summary = train(dataset, run, replace(config, quantization=quantization), progress, progress.log)
             variants[name] = {**summary, "evaluations": _evaluations(run)}
+        packed = folder / "int4.dqrm"
+        artifact = export_run(folder / "int4", packed, progress=progress)
+        artifact["test"] = evaluate_file(packed, dataset.path, progress=progress)
     result = {
         "data": "generated",
         "rows": dataset.rows,
         "ceiling": _ceiling(dataset, truth_path(source)),
         "variants": variants,
+        "artifact": artifact,
         "seconds": round(time.monotonic() - started, 1),
     }
     (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -79,7 +86,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
         print_json(result)
     else:
         _show(result, dataset)
-        messages.print(f"Log, dataset and runs are in {folder}; {result['seconds']:.0f} seconds.")
+        messages.print(f"Log, dataset, runs and artifact are in {folder}; {result['seconds']:.0f} seconds.")
     return result
 
 
@@ -133,4 +140,11 @@ def _show(result: dict[str, Any], dataset: Dataset) -> None:
         f"The known model that the clicks were drawn from reaches AUC {result['ceiling']['test']:.4f} on test and "
         f"{result['ceiling']['validation']:.4f} on validation: the ceiling.\n"
         f"Weights: {sum(dataset.table_rows):,} table rows and the MLP at the bits they are trained in."
+    )
+    artifact = result["artifact"]
+    vocabularies = artifact["parts"]["vocabularies"]
+    results.print(
+        f"{Path(artifact['output']).name}, packed: {size(artifact['bytes'] - vocabularies)} and {size(vocabularies)} "
+        f"of vocabularies; AUC {artifact['test']['auc']:.4f} on test, probabilities within "
+        f"{artifact['largest_difference']:.1g} of the trained model's."
     )
