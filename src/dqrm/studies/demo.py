@@ -145,6 +145,6 @@ def _show(result: dict[str, Any], dataset: Dataset) -> None:
     vocabularies = artifact["parts"]["vocabularies"]
     results.print(
         f"{Path(artifact['output']).name}, packed: {size(artifact['bytes'] - vocabularies)} and {size(vocabularies)} "
-        f"of vocabularies; AUC {artifact['test']['auc']:.4f} on test, probabilities within "
-        f"{artifact['largest_difference']:.1g} of the trained model's."
+        f"of vocabularies; AUC {artifact['test']['auc']:.4f} on test, probabilities differ "
+        f"from the trained model's by at most {artifact['largest_difference']:.1g}."
     )
