@@ -196,8 +196,8 @@ def test_a_vocabulary_file_of_another_export_is_refused(trained, bags_data, tmp_
     dqrm.train(bags_data, tmp_path / "run", tiny(max_steps=2))
     for run, name in ((trained, "one"), (tmp_path / "run", "other")):
         dqrm.export_run(run, tmp_path / f"{name}.dqrm", ExportConfig(vocabulary="beside"))
-    (second,) = (path for path in tmp_path.iterdir() if path.name.startswith("one.dqrm") and path.suffix != ".dqrm")
-    shutil.copy(str(second).replace("one", "other"), second)
+    first, second = (next(tmp_path.glob(f"{name}.dqrm-vocabulary-*")) for name in ("one", "other"))
+    shutil.copy(second, first)
     with pytest.raises(UserError, match="another export"):
         Artifact.open(tmp_path / "one.dqrm").vocabulary(0)
 

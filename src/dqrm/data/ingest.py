@@ -17,6 +17,8 @@ from dqrm.errors import UserError
 _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 # A first line that is longer is no line of Criteo's.
 _FIRST_LINE = 1 << 24
+# Bytes at the beginning of a file among which a sound line is looked for, where malformed ones are skipped.
+_SKIPPED = 1 << 20
 _COMPRESSED = (".gz", ".zst", ".zstd", ".gzip")
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
@@ -44,7 +46,7 @@ def check(sources: list[Source], plan: Plan) -> None:
             if source.parquet:
                 raise UserError(f"{where} is a Parquet file, but layout {plan.config.layout} is text; use layout table")
             if plan.label is None:
-                names = _criteo_columns(source)
+                names = _criteo_columns(source, plan.config.on_error == "skip")
                 plan.check(names, f"{where}, which has {len(names)} columns")
 
 
@@ -133,33 +135,35 @@ class _Subsample:
 def _reader(source: Source, plan: Plan) -> TextReader:
     pieces = read_bytes(source)
     if plan.criteo:
-        names = CRITEO_COLUMNS if plan.label is not None else _criteo_columns(source)
+        names = CRITEO_COLUMNS if plan.label is not None else _criteo_columns(source, plan.config.on_error == "skip")
         return TextReader(pieces, str(source.path), "\t", False, names)
     separator = plan.config.delimiter or _separator(source)
     return TextReader(pieces, str(source.path), separator, plan.config.quoting, None)
 
 
-def _criteo_columns(source: Source) -> tuple[str, ...]:
+def _criteo_columns(source: Source, skip: bool) -> tuple[str, ...]:
     """Criteo's columns, without the label where the first line has none, as in Kaggle's test.txt.
+
+    Args:
+        skip: malformed lines are skipped, so the first line that is one or the other decides.
 
     Raises:
         UserError: the first line is neither.
     """
-    head = b""
+    widths = (len(CRITEO_COLUMNS), len(CRITEO_COLUMNS) - 1)
+    head, enough = b"", _SKIPPED if skip else 0
     with suppress(Damaged):  # reading the file will tell
         for piece in read_bytes(Source(source.path, False)):
             head += piece
-            if b"\n" in piece or len(head) > _FIRST_LINE:
+            if (b"\n" in piece and len(head) > enough) or len(head) > _FIRST_LINE:
                 break
-        if head.strip(b"\r\n"):
-            count = head.partition(b"\n")[0].count(b"\t") + 1
-            if count not in (len(CRITEO_COLUMNS), len(CRITEO_COLUMNS) - 1):
-                raise UserError(
-                    f"{source.path}, line 1: {count} columns, expected {len(CRITEO_COLUMNS)}, "
-                    f"or {len(CRITEO_COLUMNS) - 1} without the label"
-                )
-            return CRITEO_COLUMNS[-count:]
-    return CRITEO_COLUMNS
+    counts = [line.count(b"\t") + 1 for line in head.splitlines()] if head.strip(b"\r\n") else []
+    known = [count for count in counts if count in widths]
+    if counts and counts[0] not in widths and not (skip and known):
+        raise UserError(
+            f"{source.path}, line 1: {counts[0]} columns, expected {widths[0]}, or {widths[1]} without the label"
+        )
+    return CRITEO_COLUMNS[-known[0] :] if known else CRITEO_COLUMNS
 
 
 def _separator(source: Source) -> str:

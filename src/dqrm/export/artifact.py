@@ -3,6 +3,7 @@
 `Artifact.open` reads the header, `Artifact.model` gives the model on memory-mapped codes; `pack` writes the file.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,8 @@ from dqrm.quant.uniform import check_bits
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
 _VOCABULARY = "vocabulary."
+MOST_TABLES = 4096
+"""Pairs of tables take memory: a small file could ask for more than there is."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Artifact:
                 f"{self.path} was exported with --vocabulary none; name the dataset folder that it was trained on with "
                 "--data, or export it with --vocabulary embed"
             )
-        path = vocabulary_path(self.path)
+        path = vocabulary_path(self.path, str(described.get("sha256")))
         if not path.is_file():
             raise UserError(f"{self.path} needs its vocabularies beside it: {path} is missing")
         found = Container.open(path, VOCABULARY_KIND)
@@ -110,9 +113,10 @@ class Artifact:
             sizes[_part(name)] += entry["data_offsets"][1] - entry["data_offsets"][0]
         sizes["header"] = self.container.header_bytes
         sizes["file"] = sum(sizes.values())
-        beside = vocabulary_path(self.path)
-        if (self.content.get("vocabulary") or {}).get("mode") == "beside" and beside.is_file():
-            sizes["vocabularies beside"] = beside.stat().st_size
+        described = self.content["vocabulary"]
+        if described["mode"] == "beside":
+            beside = vocabulary_path(self.path, str(described.get("sha256")))
+            sizes["vocabularies beside"] = beside.stat().st_size if beside.is_file() else 0
         return sizes
 
     def bits_per_weight(self) -> float:
@@ -169,6 +173,11 @@ def _check(content: Any) -> None:
     _ = [described["config"][name] for name in field_types(ModelConfig)]
     for key in ("table_bits", "mlp_bits", "activation_bits"):
         check_bits(key, described[key])
+    numbers = [described[key] for key in ("table_bits", "mlp_bits", "activation_bits", "num_dense")]
+    if not all(type(number) is int for number in [*numbers, *rows]):
+        raise ValueError("a size that is no whole number")
+    if len(rows) > MOST_TABLES:
+        raise ValueError(f"{len(rows)} tables, more than {MOST_TABLES}")
     for name, found, known in (
         ("quantization", content["quantization"]["method"], ("qat", "ptq", "none")),
         ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),
@@ -179,8 +188,8 @@ def _check(content: Any) -> None:
     origin = content["provenance"]
     texts = (origin["dqrm"], origin["data"]["fingerprint"], origin["run"]["checkpoint"])
     figures = [value for metrics in origin["run"]["metrics"].values() if metrics for value in metrics.values()]
-    numbers = all(value is None or isinstance(value, (int, float)) for value in [origin["run"]["step"], *figures])
-    if not all(isinstance(text, str) for text in texts) or not isinstance(origin["run"]["step"], int) or not numbers:
+    sound = all(isinstance(text, str) for text in texts) and type(origin["run"]["step"]) is int
+    if not sound or not all(value is None or isinstance(value, (int, float)) for value in figures):
         raise ValueError("a provenance that is no text and figures")
 
 
@@ -189,9 +198,16 @@ def vocabulary_name(number: int) -> str:
     return f"{_VOCABULARY}{number:02d}"
 
 
-def vocabulary_path(path: Path) -> Path:
+def vocabulary_path(path: Path, checksum: str) -> Path:
     """Where the vocabularies of the artifact `path` lie that were exported beside it."""
-    return path.with_name(path.name + "-vocabulary")
+    return path.with_name(f"{path.name}-vocabulary-{re.sub('[^0-9a-f]', '', checksum)[:8]}")
+
+
+def companions(path: Path) -> list[Path]:
+    """The files beside `path` that belong to it or to what it replaced: vocabularies, and tables of an ONNX model."""
+    names = {".dqrm": r"-vocabulary-[0-9a-f]{8}", ".onnx": r"(\.[0-9a-f]{8})?\.data"}
+    pattern = re.escape(path.name) + names.get(path.suffix, r"(?!)")
+    return [found for found in path.parent.iterdir() if re.fullmatch(pattern, found.name) and found.is_file()]
 
 
 def layer_widths(described: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:

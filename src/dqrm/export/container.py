@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +26,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dqrm.errors import UserError
@@ -38,6 +38,7 @@ _DTYPES = {
     torch.uint8: ("U8", 1), torch.int8: ("I8", 1), torch.int16: ("I16", 2), torch.int32: ("I32", 4),
     torch.int64: ("I64", 8), torch.float32: ("F32", 4),
 }  # fmt: skip
+_NAMES = {name: dtype for dtype, (name, _) in _DTYPES.items()}
 _BLANK = "0" * 64
 # safetensors refuses longer headers.
 _LONGEST_HEADER = 100_000_000
@@ -119,6 +120,7 @@ class Container:
     entries: dict[str, dict[str, Any]]
     header_bytes: int
     _checksums: dict[str, str]
+    _identity: tuple[int, ...]
 
     @classmethod
     def open(cls, path: Path, kind: str) -> "Container":
@@ -129,8 +131,9 @@ class Container:
         """
         made = "expected a file that `dqrm export` wrote"
         try:
-            size = path.stat().st_size
             with path.open("rb") as file:
+                identity = _identity(file)
+                size = identity[2]
                 head = file.read(8)
                 length = int.from_bytes(head, "little")
                 if len(head) < 8 or length > _LONGEST_HEADER or not length >= 2:
@@ -161,7 +164,7 @@ class Container:
             if hashlib.sha256(head + blank).hexdigest() != own:
                 raise ValueError("checksum")
             content, checksums = json.loads(metadata["content"]), json.loads(metadata["checksums"])
-            end = max(map(_end, described.values()), default=0)
+            end = _end(list(described.values()))
             if set(checksums) != set(described):
                 raise ValueError("checksums")
             _check_values([content, checksums, described])
@@ -170,21 +173,45 @@ class Container:
         if size != 8 + length + end:
             what = "truncated" if size < 8 + length + end else "damaged"
             raise UserError(f"{path} is {what}: it has {size:,} bytes, expected {8 + length + end:,}; export it again")
-        return cls(path, kind, content, own, described, 8 + length, checksums)
+        return cls(path, kind, content, own, described, 8 + length, checksums, identity)
+
+    def _open(self) -> IO[bytes]:
+        """The file again; UserError where another one has taken its place since its header was read."""
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        if _identity(file) != self._identity:
+            file.close()
+            raise UserError(f"{self.path} was replaced while it was being read; try again")
+        return file
 
     def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """The tensors whose names are wanted, memory-mapped: no byte is read before it is used.
 
+        Not by the safetensors library, whose mapping the system refuses where the file is larger than its memory.
+
         Raises:
-            UserError: a header that safetensors does not accept.
+            UserError: a tensor of another dtype or size than its bytes; a file that cannot be mapped.
         """
-        try:
-            with safe_open(self.path, framework="pt") as opened:
-                found = {name: opened.get_tensor(name) for name in self.entries if wanted(name)}
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path} is damaged: {brief(error)}") from None
-        for tensor in found.values():
-            _expect_random_reads(tensor)
+        with self._open() as file:
+            try:
+                memory = _map(file)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.path} cannot be mapped into memory: {brief(error)}") from None
+        found = {}
+        for name in filter(wanted, self.entries):
+            entry = self.entries[name]
+            start, end = entry["data_offsets"]
+            dtype, shape = _NAMES.get(entry["dtype"]), entry["shape"]
+            if dtype is None or prod(shape) * dtype.itemsize != end - start:
+                raise UserError(f"{self.path} is damaged: '{name}' is {brief(entry)}; export it again")
+            if prod(shape) == 0:
+                found[name] = torch.empty(shape, dtype=dtype)
+                continue
+            flat = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=self.header_bytes + start)
+            found[name] = flat.view(shape)
+            _expect_random_reads(found[name])
         return found
 
     def verify(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -204,7 +231,7 @@ class Container:
         """The bytes of a tensor, some megabytes at a time."""
         start, end = self.entries[name]["data_offsets"]
         try:
-            with self.path.open("rb") as file:
+            with self._open() as file:
                 file.seek(self.header_bytes + start)
                 while start < end:
                     piece = file.read(min(_READ, end - start))
@@ -216,7 +243,20 @@ class Container:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
 
 
-def brief(error: Exception) -> str:
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _map(file: IO[bytes]) -> mmap.mmap:
+    """A file in memory; writing to it, which nothing here does, would change a copy."""
+    if sys.platform == "win32":
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+    return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def brief(error: Any) -> str:
     """What an error says, no longer than a sentence: it may quote what a damaged file holds."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:300] + "..."
@@ -235,13 +275,19 @@ def _check_values(tree: Any) -> None:
         raise ValueError("a number that is not finite")
 
 
-def _end(entry: dict[str, Any]) -> int:
-    """Where a tensor's bytes end; ValueError or TypeError unless the header describes it in the right types."""
-    start, end = entry["data_offsets"]
-    numbers = [start, end, *entry["shape"]]
-    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers) or start > end:
-        raise ValueError("numbers")
-    return int(end)
+def _end(entries: list[dict[str, Any]]) -> int:
+    """Where the last tensor ends; ValueError or TypeError unless they are described in the right types and lie end to
+    end, each byte in one of them."""
+    for entry in entries:
+        start, end = entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 2**62 for number in [start, end, *entry["shape"]]):
+            raise ValueError("numbers")
+    at = 0
+    for start, end in sorted(entry["data_offsets"] for entry in entries):
+        if start != at or end < start:
+            raise ValueError("offsets")
+        at = end
+    return at
 
 
 def _expect_random_reads(tensor: Tensor) -> None:

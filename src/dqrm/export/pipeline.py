@@ -69,14 +69,12 @@ def export_run(
         for path in files:
             flush(path)
         found["bytes"] = sum(path.stat().st_size for path in files)
-        for path in files:
-            os.replace(path, output.parent / path.name)
-        flush(output.parent)
-    stale = {".dqrm": artifact.vocabulary_path(output), ".onnx": output.with_name(output.name + ".data")}.get(
-        output.suffix
-    )
-    if stale is not None and stale.name not in {path.name for path in files}:
-        stale.unlink(missing_ok=True)  # it belonged to the file that was replaced
+        _move(files, output.parent)
+    # Only now: until the rename the old file needed them.
+    for stale in artifact.companions(output):
+        if stale.name not in {path.name for path in files}:
+            with suppress(OSError):
+                stale.unlink()
     return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **found}
 
 
@@ -105,7 +103,9 @@ def _from_run(
     if made.suffix == ".dqrm" and dataset is not None and config.vocabulary != "none":
         vocabularies = list(_vocabularies(dataset, made.parent, progress))
         if config.vocabulary == "beside":
-            checksum = write(artifact.vocabulary_path(made), artifact.VOCABULARY_KIND, {}, vocabularies)
+            written = made.parent / ".vocabularies"
+            checksum = write(written, artifact.VOCABULARY_KIND, {}, vocabularies)
+            os.replace(written, artifact.vocabulary_path(made, checksum))
             content["vocabulary"] = {"mode": "beside", "sha256": checksum}
         else:
             entries += vocabularies
@@ -141,13 +141,20 @@ def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where:
     if made.suffix == ".onnx":
         from dqrm.export.onnx import write_onnx
 
+        taken = made.name + ".data"
+        if (made.parent.parent / taken).exists():  # the model that is to be replaced needs it until then
+            (made.parent / taken).touch()
         write_onnx(opened.model(), made, metadata(opened))
     elif made.suffix != ".dqrm":
         from dqrm.export import program
 
         (program.write_pt2 if made.suffix == ".pt2" else program.write_pte)(opened.model(), made)
-    difference = compare(score_file(made)(batch), expected)
-    if not difference <= TOLERANCE:
+    found = score_file(made)(batch)
+    difference = judged = compare(found, expected)
+    if opened.content["model"]["activation_bits"] != 32 and made.suffix != ".dqrm" and difference < TIPPED:
+        # Another order of summation may tip the code of an input that lies between two: one row in a hundred may.
+        judged = compare(found, expected, leave_out=len(batch) // 100)
+    if not judged <= TOLERANCE:
         raise UserError(
             f"the exported file's probabilities differ from the model's by up to {difference:.3g}, more than "
             f"{TOLERANCE:g}: nothing was written"
@@ -163,6 +170,8 @@ def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where:
 
 TOLERANCE = 1e-5
 """The largest difference between probabilities of an exported file and of the model that it came from."""
+TIPPED = 1e-2
+"""The same for single rows where a model quantizes the inputs of its layers and another runtime sums them."""
 
 
 def score_file(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:
@@ -274,6 +283,22 @@ def _pieces(path: Path) -> Iterator[Tensor]:
     with path.open("rb") as file:
         while piece := bytearray(file.read(_READ)):
             yield torch.frombuffer(piece, dtype=torch.uint8)
+
+
+def _move(files: list[Path], folder: Path) -> None:
+    """Rename the files into the folder, the last one being what makes the others valid; on an error, none."""
+    moved: list[Path] = []
+    try:
+        for path in files:
+            target = folder / path.name
+            if not target.exists():
+                moved.append(target)
+            os.replace(path, target)
+    except OSError:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+    flush(folder)
 
 
 @contextmanager

@@ -61,8 +61,9 @@ def _call(name: str, *arguments: Any) -> Any:
     if function is None:
         loaded = library()
         assert loaded is not None, "callers ask fits() first"
-        function = _functions[name] = getattr(loaded, f"dqrm_{name}")
+        function = getattr(loaded, f"dqrm_{name}")
         function.restype, function.argtypes = _PROTOTYPES[name]
+        _functions[name] = function  # last: another thread may take it at once
     return function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
 
 

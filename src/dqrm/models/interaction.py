@@ -44,6 +44,11 @@ def dot_interaction(dense: Tensor | None, tables: Tensor, pairs: Tensor, self_in
         [B, dim + P] ([B, P] without dense), of the dtype of `dense`.
     """
     if dense is not None:
+        if dense.shape != (tables.shape[0], tables.shape[2]):
+            raise ValueError(
+                f"got {len(dense)} dense vectors of {dense.shape[-1]} values beside ids of {len(tables)} samples with "
+                f"{tables.shape[2]}, expected as many of both"
+            )
         dense = dense.contiguous()
     if tables.dtype == torch.float32 and kernels.fits(dense, tables):
         width = len(pairs) + (0 if dense is None else dense.shape[1])

@@ -6,6 +6,7 @@ pooled vector instead; with more than one row per bag that corresponds to no sto
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -209,7 +210,7 @@ class TableLayout(nn.Module):
             raise ValueError(f"pooling is {pooling!r}, expected 'sum' or 'mean'")
         self.table_rows, self.embedding_dim = tuple(table_rows), embedding_dim
         self.num_single, self.pooling = multi.count(False), pooling
-        self._starts = [0, *torch.tensor(self.table_rows, dtype=torch.int64).cumsum(0).tolist()]
+        self._starts = [0, *accumulate(self.table_rows)]  # in Python: a sum in int64 could wrap
         self.register_buffer("row_offsets", torch.tensor(self._starts[:-1], dtype=torch.int64), persistent=False)
         self.register_buffer("rows_per_table", torch.tensor(self.table_rows, dtype=torch.int64), persistent=False)
 
