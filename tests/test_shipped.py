@@ -94,6 +94,21 @@ def test_the_python_of_the_readme(number, files):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_python_of_the_export_page(files, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
+    section = README.split("## Your own data")[1].split("In Python:")[0]
+    for arguments in commands(section):
+        if arguments[0] in ("prepare", "train", "export") and "--resume" not in arguments:
+            run(arguments, monkeypatch, capsys)
+    (block,) = (part.split("```")[0] for part in (ROOT / "docs/export.md").read_text().split("```python\n")[1:])
+    capsys.readouterr()
+    exec(compile(block, "docs/export.md", "exec"), {})
+    printed = float(re.search(r"\[([0-9.e-]+)\]", capsys.readouterr().out)[1])
+    Path("one.csv").write_text("user,ad,site,price,age\n7,3,1,12,\n")
+    run(["predict", "mine.dqrm", "one.csv", "-o", "one.parquet"], monkeypatch, capsys)
+    assert pl.read_parquet("one.parquet")["probability"][0] == pytest.approx(printed, abs=1e-6)
+
+
 def test_every_file_that_the_readme_links_to_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

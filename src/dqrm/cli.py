@@ -13,18 +13,20 @@ from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
-from dqrm.export.config import ExportConfig, PredictConfig, PTQConfig
+from dqrm.export.config import SUFFIXES, ExportConfig, PredictConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training"}
+# Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
+ALMOST_ALL = 0.95
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, message="dqrm %(version)s")
 def cli() -> None:
-    """Train click models (DLRM) in INT4: prepare a log, train, evaluate."""
+    """Train click models (DLRM) in INT4: prepare a log, train, evaluate, export, predict."""
 
 
 @cli.command(cls=GroupedCommand)
@@ -168,25 +170,31 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
         return
     for text in found["damaged"]:
         messages.print(f"{text}; the rows before were scored")
+    for name, share in found["unseen"].items():
+        if share > ALMOST_ALL:
+            messages.print(
+                f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
+                "that it was trained on (29 and not 29.0, true and not True)?"
+            )
     skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
     messages.print(f"{output}: {found['rows']:,} rows, {found['rows_per_second']:,.0f} a second{skipped}")
 
 
 @cli.command("eval")
-@click.argument("run")
+@click.argument("run", metavar="MODEL")
 @click.argument("data")
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True,
-              help="The best on validation, or the last.")  # fmt: skip
+@click.option("--checkpoint", type=click.Choice(["best", "last"]),
+              help="Of a run: the best on validation, or the last.  [default: best]")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), help="Samples per step; default: the run's eval_batch_size.")
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
 )
 @_json
 def evaluate(
-    run: str, data: str, split: str, checkpoint: str, batch_size: int | None, device: str, as_json: bool
+    run: str, data: str, split: str, checkpoint: str | None, batch_size: int | None, device: str, as_json: bool
 ) -> None:
-    """Evaluate the run RUN, or an exported .dqrm or .onnx file, on a split of the dataset DATA."""
+    """Evaluate MODEL, a run folder or an exported .dqrm or .onnx file, on a split of its dataset DATA."""
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics
@@ -194,7 +202,9 @@ def evaluate(
     from dqrm.training.evaluation import evaluate as measure
     from dqrm.training.run import Run
 
-    if Path(run).is_file():
+    if Path(run).is_file() or Path(run).suffix in SUFFIXES:
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
         from dqrm.export.evaluation import evaluate_file
 
         with bars(quiet=as_json) as progress:
@@ -207,6 +217,7 @@ def evaluate(
     opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
     opened.require_same_data(dataset)
     dataset.validate(split)
+    checkpoint = checkpoint or "best"
     model, _ = opened.load_model(checkpoint)
     with bars(quiet=as_json) as progress:
         size = batch_size or opened.config.training.eval_batch_size

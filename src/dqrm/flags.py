@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import click
 
+from dqrm.errors import UserError
 from dqrm.options import field_help, field_types
 
 
@@ -41,10 +42,20 @@ class FieldOption(click.Option):
             [declared, name],
             type=bool if kind is bool else str,
             default=None,
+            multiple=kind is not bool,
+            callback=None if kind is bool else _once,
             metavar=None if kind is bool else _metavar(kind),
             help=f"{text}  [default: {shown}]",
         )
         self.heading = heading
+
+
+def _once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """The one value of a flag: click would take the last of several without a word."""
+    if len(values) > 1:
+        joined = f"; join names by commas: {option.opts[0]} {','.join(values)}" if option.metavar == "NAME,..." else ""
+        raise UserError(f"{option.opts[0]} is given {len(values)} times, expected once{joined}")
+    return values[0] if values else None
 
 
 def config_options(*sections: tuple[str, type]) -> Callable[[Any], Any]:

@@ -23,7 +23,12 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     if Path(path).is_file():
         from dqrm.export.artifact import Artifact
 
-        return {**Artifact.open(path, verify).describe(), "verified": verify}
+        opened = Artifact.open(path, verify)
+        if verify:
+            opened.verify_vocabularies()
+        return {**opened.describe(), "verified": verify}
+    if verify and Path(path).exists():
+        raise UserError(f"--verify is for artifacts, which have checksums; {path} is a folder")
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
         return {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
@@ -120,7 +125,8 @@ def print_artifact(found: dict[str, Any]) -> None:
     measured = [(name, metrics) for name, metrics in run["metrics"].items() if metrics]
     if measured:
         rows = [[name, *(figure(metrics.get(key), 6) for key in _METRICS)] for name, metrics in measured]
-        print_table("The run's metrics", ["split", *_METRICS], rows)
+        before = " before quantization, in FP32" if found["quantization"]["method"] == "ptq" else ""
+        print_table(f"The run's metrics{before}", ["split", *_METRICS], rows)
 
 
 def print_export(found: dict[str, Any]) -> None:
@@ -132,11 +138,13 @@ def print_export(found: dict[str, Any]) -> None:
         f"are {size(found['fp32_bytes'])}"
     )
     results.print(
-        f"Checked: {compared['rows']:,} rows ({compared['of']}) scored with the file and with the model; probabilities "
-        f"differ by at most {found['largest_difference']:.2g}"
+        f"Checked: {compared['rows']:,} rows ({compared['of']}) scored with the file and with the model that it is of; "
+        f"probabilities differ by at most {found['largest_difference']:.2g}"
     )
     if "largest_difference_from_fp32" in found:
-        results.print(f"Quantization moved probabilities by at most {found['largest_difference_from_fp32']:.2g}")
+        results.print(
+            f"Against the FP32 model, quantization moved them by at most {found['largest_difference_from_fp32']:.2g}"
+        )
 
 
 def _say(text: str) -> None:
@@ -148,4 +156,6 @@ _METHODS = {"qat": "as trained", "ptq": "quantized after training", "none": "not
 
 def _print_parts(sizes: dict[str, int], bits: float) -> None:
     rows = [[part, figure(count), size(count)] for part, count in sizes.items() if count and part != "file"]
-    print_table(f"Packed: {bits:.3f} bits per weight", ["part", "bytes", "size"], rows)
+    print_table(
+        f"{'Packed' if bits < 32 else 'Not quantized'}: {bits:.3f} bits per weight", ["part", "bytes", "size"], rows
+    )

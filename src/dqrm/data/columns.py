@@ -19,6 +19,8 @@ CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 # What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
 KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
+# Below it every whole number is a float of its own.
+_EXACT = 2.0**53
 # Types of Parquet columns, besides numbers, that polars can write as text.
 _TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Date, pl.Datetime, pl.Time, pl.Null)
 _BOOLEANS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
@@ -132,7 +134,7 @@ class Plan:
             *(("label",) if self.label is not None else ()),
             *(self._transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
-            *((_text(self._raw(self.split.name)).alias("s"),) if self.split else ()),
+            *((_text(self._raw(self.split.name), kinds[self.split.name]).alias("s"),) if self.split else ()),
             *(self._raw(name).alias(f"c{n}") for n, name in enumerate(self.copied)),
         )
         everything = raw.hstack(parsed).hstack(values.select(pl.col("^d\\d+$").name.prefix("value_")))
@@ -179,7 +181,7 @@ class Plan:
                 part.str.to_lowercase().str.zfill(8) if name in CRITEO_CATEGORICAL else part
                 for name, part in hexadecimal
             ]
-        texts = [_text(part) for part in parts]
+        texts = [_text(part, kinds[name]) for name, part in zip(key.parts, parts)]
         if len(texts) == 1:
             return texts[0]
         missing = pl.any_horizontal(text == "" for text in texts)
@@ -255,9 +257,14 @@ def _role(plan: Plan, name: str) -> str:
     return "split_column" if plan.split and name == plan.split.name else "column"
 
 
-def _text(column: pl.Expr) -> pl.Expr:
-    """Text, "" where missing."""
-    return column.cast(pl.String).fill_null("")
+def _text(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """Text, "" where missing. A whole number is written as one, in a column of floats too: where one number is missing,
+    pandas makes floats of all."""
+    text = column.cast(pl.String)
+    if kind.is_float():
+        whole = (column == column.floor()) & (column.abs() < _EXACT)
+        text = pl.when(whole).then(column.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
+    return text.fill_null("")
 
 
 def _label(column: pl.Expr) -> pl.Expr:

@@ -63,8 +63,18 @@ class RawLog:
         self.paths = [file.path for file in files]
         self.size = sum(path.stat().st_size for path in self.paths)
         self.schema = _common_schema(files, self._plan.copied)
+        self._start()
+
+    def _start(self) -> None:
         self.rows, self.skipped = 0, 0
         self.damaged: list[str] = []
+        self._entries, self._unseen = ([0] * len(self._plan.keys) for _ in range(2))
+
+    @property
+    def unseen(self) -> dict[str, float]:
+        """For each categorical column, the share of the ids read so far that are in no row of its vocabulary."""
+        counts = zip(self._plan.keys, self._entries, self._unseen)
+        return {key.name: unseen / entries if entries else 0.0 for key, entries, unseen in counts}
 
     def blocks(self, advance: Callable[[int], None] | None = None) -> Iterator[tuple[pl.DataFrame, Batch]]:
         """All rows in order, block by block: the kept columns, and the batch of the same rows with labels of zero.
@@ -75,7 +85,7 @@ class RawLog:
             UserError: the first malformed line, with file and number, unless they are skipped; a file that cannot be
                 read, or a kept cell that cannot be of the common type.
         """
-        self.rows, self.skipped, self.damaged = 0, 0, []
+        self._start()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             for path in self.paths:
                 (source,) = resolve([path])
@@ -114,6 +124,8 @@ class RawLog:
         cells = (frame[f"k{n}"] for n in range(len(plan.keys)))
         # Single-valued columns come first in every schema.
         for n, (values, lengths) in enumerate(threads.map(self._look_up, plan.keys, self._vocabularies, cells)):
+            self._entries[n] += len(values)
+            self._unseen[n] += len(values) - int(np.count_nonzero(values))
             if lengths is None:
                 ids[:, n] = values
             else:

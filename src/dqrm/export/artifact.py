@@ -24,6 +24,8 @@ from dqrm.quant.uniform import check_bits
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
 _VOCABULARY = "vocabulary."
+WEIGHTS = ("table codes", "table scales", "MLP codes", "MLP scales", "biases")
+"""The parts of a file that are weights, as `Artifact.sizes` names them."""
 MOST_TABLES = 4096
 """Pairs of tables take memory: a small file could ask for more than there is."""
 
@@ -88,6 +90,15 @@ class Artifact:
         where.verify(name.__eq__)
         return b"".join(where.pieces(name))
 
+    def verify_vocabularies(self) -> None:
+        """Compare the vocabularies with their checksums, those in a second file too.
+
+        Raises:
+            UserError: one differs, or the second file is missing or of another export.
+        """
+        if self.content["vocabulary"]["mode"] == "beside":
+            self._vocabularies().verify()
+
     def _vocabularies(self) -> Container:
         described = self.content.get("vocabulary") or {}
         mode = described.get("mode")
@@ -108,7 +119,7 @@ class Artifact:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each part of the file, and of the vocabularies beside it; 'file' is all of the file."""
-        sizes = dict.fromkeys(("table codes", "table scales", "MLP codes", "MLP scales", "biases", "vocabularies"), 0)
+        sizes = dict.fromkeys((*WEIGHTS, "vocabularies"), 0)
         for name, entry in self.container.entries.items():
             sizes[_part(name)] += entry["data_offsets"][1] - entry["data_offsets"][0]
         sizes["header"] = self.container.header_bytes
@@ -122,7 +133,7 @@ class Artifact:
     def bits_per_weight(self) -> float:
         """Bits of codes, scales and biases for each trained number of the model."""
         sizes, described = self.sizes(), self.content["model"]
-        stored = sum(sizes[part] for part in ("table codes", "table scales", "MLP codes", "MLP scales", "biases"))
+        stored = sum(sizes[part] for part in WEIGHTS)
         weights = sum(described["table_rows"]) * described["config"]["embedding_dim"]
         for mlp in layer_widths(described):
             weights += sum(inputs * outputs + outputs for inputs, outputs in pairwise(mlp))

@@ -129,7 +129,11 @@ class Container:
         Raises:
             UserError: no such file; not one of ours; truncated; another format version; a damaged header.
         """
-        made = "expected a file that `dqrm export` wrote"
+        made = "expected a .dqrm file that `dqrm export` wrote"
+        if path.is_dir():
+            raise UserError(
+                f"{path} is a folder, {made}; a run folder becomes one by `dqrm export {path} -o FILE.dqrm`"
+            )
         try:
             with path.open("rb") as file:
                 identity = _identity(file)

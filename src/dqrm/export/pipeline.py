@@ -58,6 +58,10 @@ def export_run(
         raise UserError(
             f"{output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, which says what to write"
         )
+    if config.vocabulary != "embed" and output.suffix != ".dqrm":
+        raise UserError(
+            f"vocabulary {config.vocabulary} is for .dqrm files; {output.suffix} files hold no vocabularies"
+        )
     with _workshop(output) as folder:
         made = folder / output.name
         if source.is_file():
@@ -159,8 +163,13 @@ def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where:
             f"the exported file's probabilities differ from the model's by up to {difference:.3g}, more than "
             f"{TOLERANCE:g}: nothing was written"
         )
+    parts = opened.sizes()
+    if made.suffix != ".dqrm":
+        kept = {name: parts[name] for name in artifact.WEIGHTS}
+        total = sum(path.stat().st_size for path in made.parent.iterdir() if not path.name.startswith("."))
+        parts = {**kept, "graph and rest": total - sum(kept.values()), "file": total}
     return {
-        "parts": opened.sizes(),
+        "parts": parts,
         "bits_per_weight": round(opened.bits_per_weight(), 4),
         "fp32_bytes": artifact.fp32_bytes(opened.content["model"]),
         "largest_difference": difference,

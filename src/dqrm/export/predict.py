@@ -41,7 +41,8 @@ def predict(
     new one is whole. progress: called with what is done, bytes of the log done, and of how many.
 
     Returns:
-        rows, skipped (malformed lines), damaged (files that ended early, in words), seconds and rows_per_second.
+        rows, skipped (malformed lines), damaged (files that ended early, in words), unseen (for each column the share
+        of ids that the model does not know), seconds and rows_per_second.
 
     Raises:
         UserError: an output that cannot be written, a log that cannot be read, or a logit that is not finite.
@@ -88,6 +89,7 @@ def predict(
         "rows": rows,
         "skipped": log.skipped,
         "damaged": list(log.damaged),
+        "unseen": {name: round(share, 6) for name, share in log.unseen.items()},
         "seconds": seconds,
         "rows_per_second": rows / seconds,
     }

@@ -38,7 +38,7 @@ def predict(
         output: .parquet, .csv or .tsv: the kept columns, then `probability` (float32), for each row of the log.
 
     Returns:
-        rows, skipped (malformed lines), damaged, seconds, rows_per_second and output.
+        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second and output.
 
     Raises:
         UserError: the artifact is damaged or lacks vocabularies, a column is missing (names it), a malformed line, or
@@ -62,7 +62,9 @@ def predict(
             f"{model} does not say how its log was read, since its dataset was gone when it was exported; "
             "name the dataset folder with --data"
         )
-    read_as = build(PrepareConfig, options, str(model))
+    given = {name: getattr(config, name) for name in ("delimiter", "multi_separator")}
+    given = {name: value for name, value in given.items() if value is not None}
+    read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
     log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -1,6 +1,7 @@
 """Run a model over a split and measure it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,13 +52,15 @@ def score_split(
 
 
 def evaluate(
-    model: DLRM, dataset: Dataset, split: str, batch_size: int = 8192, progress: Progress | None = None
+    model: DLRM, dataset: Dataset | str | Path, split: str, batch_size: int = 8192, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Metrics of `model` on a split: see `metrics.click_metrics`.
+    """Metrics of `model` on a split of a dataset or dataset folder: see `metrics.click_metrics`.
 
     Raises:
         UserError: a prediction is no finite number.
     """
+    if not isinstance(dataset, Dataset):
+        dataset = Dataset(dataset)
     return measure(predict_logits(model, dataset, split, batch_size, progress), dataset, split)
 
 

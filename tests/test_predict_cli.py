@@ -1,0 +1,126 @@
+"""`dqrm predict` and its neighbours as a user types them: the whole way from a log to probabilities."""
+
+import csv
+import sys
+
+import polars as pl
+import pytest
+
+import dqrm
+from conftest import tiny
+from dqrm import PrepareConfig, UserError
+from dqrm.cli import main
+
+ROWS = [
+    {"click": n % 2, "user": n % 7, "on": n % 3 == 0, "price": n / 4, "tags": "a|b" if n % 2 else "c"}
+    for n in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """A dataset, a run and an artifact of a Parquet log with numbers, booleans and a multi-valued column."""
+    folder = tmp_path_factory.mktemp("shipped")
+    pl.DataFrame(ROWS).write_parquet(folder / "log.parquet")
+    config = PrepareConfig(label="click", categorical=("user", "on", "tags"), multi=("tags",), dense=("price",))
+    dataset = dqrm.prepare(folder / "log.parquet", folder / "data", config)
+    dqrm.train(dataset, folder / "run", tiny(max_steps=3))
+    dqrm.export_run(folder / "run", folder / "m.dqrm")
+    return folder
+
+
+def command(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dqrm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    return ended.value.code or 0, printed.out, printed.err
+
+
+def probabilities(shipped, log, output, *options, capsys, monkeypatch):
+    code, _, err = command(capsys, monkeypatch, "predict", shipped / "m.dqrm", log, "-o", output, *options)
+    assert code == 0, err
+    return pl.read_parquet(output)["probability"].to_list(), err
+
+
+def test_the_same_ids_in_floats_and_in_text(shipped, tmp_path, capsys, monkeypatch):
+    ways = {"capsys": capsys, "monkeypatch": monkeypatch}
+    wanted, _ = probabilities(shipped, shipped / "log.parquet", tmp_path / "p.parquet", **ways)
+    frame = pl.DataFrame(ROWS).drop("click")
+    frame.with_columns(pl.col("user").cast(pl.Float64)).write_parquet(tmp_path / "floats.parquet")
+    assert probabilities(shipped, tmp_path / "floats.parquet", tmp_path / "p.parquet", **ways)[0] == wanted
+    text = frame.with_columns(pl.col("tags").str.replace_all("|", ";", literal=True))
+    text.select("price", "tags", "on", "user").write_csv(tmp_path / "text.csv", separator=";", quote_style="always")
+    options = ("--delimiter", ";", "--multi-separator", ";")
+    assert probabilities(shipped, tmp_path / "text.csv", tmp_path / "p.parquet", *options, **ways)[0] == wanted
+
+
+def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, capsys, monkeypatch):
+    with (tmp_path / "python.csv").open("w", newline="") as file:  # Python writes True where Parquet's text is true
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    ways = {"capsys": capsys, "monkeypatch": monkeypatch}
+    _, err = probabilities(shipped, tmp_path / "python.csv", tmp_path / "p.parquet", **ways)
+    assert "100.0% of the ids in on are unknown" in err
+    assert "in user" not in err
+    assert dqrm.predict(shipped / "m.dqrm", tmp_path / "python.csv", tmp_path / "p.parquet")["unseen"] == {
+        "user": 0.0, "on": 1.0, "tags": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("predict", "m.dqrm", "log.parquet", "-o", "p.csv", "--keep", "user", "--keep", "on"), "--keep user,on"),
+        (("predict", "m.dqrm", "log.parquet", "-o", "p.txt"), "p.txt"),
+        (("predict", "run", "log.parquet", "-o", "p.csv"), "dqrm export run"),
+        (("predict", "m.dqrm", "log.parquet", "-o", "p.csv", "--batch-size", "0"), "batch_size is 0"),
+        (
+            ("prepare", "log.parquet", "-o", "d", "--label", "click", "--dense", "price", "--dense", "user"),
+            "price,user",
+        ),
+        (("eval", "m.dqrm", "data", "--checkpoint", "last"), "--checkpoint last"),
+        (("eval", "none.dqrm", "data"), "none.dqrm"),
+        (("info", "data", "--verify"), "data is a folder"),
+        (("export", "run", "-o", "m.onnx", "--vocabulary", "beside"), "vocabulary beside"),
+        (("quantize", "run", "-o", "q.dqrm"), "trained in 4 bits"),
+        (("quantize", "run", "-o", "q.dqrm", "--bits", "5"), "5"),
+    ],
+)
+def test_what_is_refused(arguments, says, shipped, capsys, monkeypatch):
+    monkeypatch.chdir(shipped)
+    code, out, err = command(capsys, monkeypatch, *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_verify_reads_vocabularies_in_the_second_file_too(shipped, tmp_path, capsys, monkeypatch):
+    dqrm.export_run(shipped / "run", tmp_path / "b.dqrm", dqrm.ExportConfig(vocabulary="beside"))
+    assert command(capsys, monkeypatch, "info", tmp_path / "b.dqrm", "--verify")[0] == 0
+    second = next(tmp_path.glob("b.dqrm-vocabulary-*"))
+    content = bytearray(second.read_bytes())
+    content[-20] ^= 1
+    second.write_bytes(content)
+    code, _, err = command(capsys, monkeypatch, "info", tmp_path / "b.dqrm", "--verify")
+    assert (code, second.name in err) == (2, True)
+    second.unlink()
+    code, _, err = command(capsys, monkeypatch, "info", tmp_path / "b.dqrm", "--verify")
+    assert (code, "is missing" in err) == (2, True)
+
+
+def test_the_sizes_of_another_format_are_its_own(shipped, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
+    found = dqrm.export_run(shipped / "m.dqrm", tmp_path / "m.onnx")
+    assert found["parts"]["file"] == found["bytes"] == (tmp_path / "m.onnx").stat().st_size
+    assert sum(found["parts"].values()) == 2 * found["bytes"]
+
+
+def test_evaluate_takes_a_folder(shipped):
+    model = dqrm.load(shipped / "m.dqrm")
+    assert dqrm.evaluate(model, shipped / "data", "test") == dqrm.evaluate(
+        model, dqrm.Dataset(shipped / "data"), "test"
+    )
+    with pytest.raises(UserError):
+        dqrm.evaluate(model, shipped / "nothing", "test")
