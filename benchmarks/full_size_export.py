@@ -1,6 +1,6 @@
 """Export a run of the paper's full size: bytes of the files, seconds, and the peak of memory.
 
-    python benchmarks/full_size_export.py --arch kaggle --rows-scale 1 -o /tmp/full
+    python benchmarks/full_size_export.py --arch kaggle --rows-scale 1 -o full
 
 Makes a run folder with random weights (`run`, 8 times the size of the artifact), then exports it in a process of its
 own for each format, and prints one JSON object. Vocabularies are left out, as in the paper's figure.

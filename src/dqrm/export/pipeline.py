@@ -58,7 +58,7 @@ def export_run(
         raise UserError(
             f"{output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, which says what to write"
         )
-    if config.vocabulary != "embed" and output.suffix != ".dqrm":
+    if config.vocabulary == "beside" and output.suffix != ".dqrm":
         raise UserError(
             f"vocabulary {config.vocabulary} is for .dqrm files; {output.suffix} files hold no vocabularies"
         )
