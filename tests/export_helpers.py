@@ -55,7 +55,7 @@ def with_row_scales(model: DLRM) -> DLRM:
     model.tables = PackedEmbeddingBagCollection(
         tables.table_rows,
         tables.embedding_dim,
-        multi=[number >= tables.num_single for number in range(len(tables.table_rows))],
+        multi=tables.multi,
         pooling=tables.pooling,
         bits=tables.bits,
         codes=tables.codes,

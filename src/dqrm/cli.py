@@ -202,9 +202,11 @@ def evaluate(
     from dqrm.training.evaluation import evaluate as measure
     from dqrm.training.run import Run
 
-    if Path(run).is_file() or Path(run).suffix in SUFFIXES:
+    if not Path(run).is_dir() and (Path(run).is_file() or Path(run).suffix in SUFFIXES):
         if checkpoint is not None:
             raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
         from dqrm.export.evaluation import evaluate_file
 
         with bars(quiet=as_json) as progress:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +64,28 @@ def try_lock(file: IO[Any]) -> bool:
     except OSError:
         return False
     return True
+
+
+def claim(file: IO[Any], path: Path, busy: str, gone: str | None = None) -> bool:
+    """Lock an open file that whoever held the lock before may have renamed or removed since it was opened.
+
+    Returns:
+        False where the system knows no locks.
+
+    Raises:
+        UserError: `busy`, where another process holds the lock; `gone` (default: the same), where `path` is no longer
+            this file.
+    """
+    try:
+        locked = try_lock(file)
+    except BlockingIOError:
+        raise UserError(busy) from None
+    if locked:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return True
+        raise UserError(gone or busy)
+    return False
 
 
 @contextmanager

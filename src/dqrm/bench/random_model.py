@@ -43,7 +43,7 @@ def write_artifact(path: Path, options: BenchInferenceConfig, table_rows: Sequen
     scale = torch.tensor([count**-0.5 / highest for count in table_rows])
     tables = [Entry("tables.codes", torch.uint8, (rows, width), codes), Entry.of("tables.scale", scale)]
     replaced = {entry.name: entry for entry in tables}
-    described = describe_model(config, NUM_DENSE, model, bits, bits) | {"table_rows": list(table_rows)}
+    described = describe_model(model, bits, bits) | {"table_rows": list(table_rows)}
     content = {
         "model": described,
         "quantization": {"method": "none"},

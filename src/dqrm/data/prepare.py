@@ -18,7 +18,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.sources import Source, resolve
 from dqrm.data.staging import Staging
 from dqrm.errors import UserError
-from dqrm.files import flush, try_lock, write_json
+from dqrm.files import claim, flush, write_json
 
 # Lies in a folder that is being written, locked while its process lives: what has it may be deleted.
 MARKER = ".dqrm-preparing"
@@ -96,18 +96,10 @@ def _claim(partial: Path) -> IO[bytes]:
 
 
 def _lock(file: IO[bytes], partial: Path) -> None:
-    try:
-        locked = try_lock(file)
-    except BlockingIOError:
-        raise UserError(f"another dqrm prepare is writing to {partial}; wait for it, or name another output") from None
-    if not locked:
+    busy = f"another dqrm prepare is writing to {partial}; wait for it, or name another output"
+    gone = f"another dqrm prepare has just written to {partial}; look at its output, or name another one"
+    if not claim(file, partial / MARKER, busy, gone):
         file.close()  # Windows renames no folder with an open file in it
-        return
-    # The run that held the lock before may have renamed or removed the folder since the file was opened.
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(partial / MARKER)):
-            return
-    raise UserError(f"another dqrm prepare has just written to {partial}; look at its output, or name another one")
 
 
 def _empty(partial: Path) -> None:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from dqrm.config import ModelConfig
 from dqrm.errors import UserError
-from dqrm.export.container import Container, brief
+from dqrm.export.container import FORMAT_VERSION, Container, brief
 from dqrm.models.dlrm import DLRM, widths
 from dqrm.options import build, field_types
 from dqrm.quant.mlp import QuantMLP
@@ -100,8 +99,8 @@ class Artifact:
             self._vocabularies().verify()
 
     def _vocabularies(self) -> Container:
-        described = self.content.get("vocabulary") or {}
-        mode = described.get("mode")
+        described = self.content["vocabulary"]
+        mode = described["mode"]
         if mode == "embed":
             return self.container
         if mode != "beside":
@@ -132,12 +131,8 @@ class Artifact:
 
     def bits_per_weight(self) -> float:
         """Bits of codes, scales and biases for each trained number of the model."""
-        sizes, described = self.sizes(), self.content["model"]
-        stored = sum(sizes[part] for part in WEIGHTS)
-        weights = sum(described["table_rows"]) * described["config"]["embedding_dim"]
-        for mlp in layer_widths(described):
-            weights += sum(inputs * outputs + outputs for inputs, outputs in pairwise(mlp))
-        return 8 * stored / weights
+        sizes = self.sizes()
+        return 8 * sum(sizes[part] for part in WEIGHTS) / weight_count(self.content["model"])
 
     def describe(self) -> dict[str, Any]:
         """What `dqrm info` prints, ready for JSON."""
@@ -145,7 +140,7 @@ class Artifact:
             return {
                 "kind": "artifact",
                 "path": str(self.path),
-                "format_version": 1,
+                "format_version": FORMAT_VERSION,
                 "sizes": self.sizes(),
                 "bits_per_weight": round(self.bits_per_weight(), 4),
                 **self.content,
@@ -281,24 +276,23 @@ def _mlp(
     return QuantMLP(*layers)
 
 
-def describe_model(config: ModelConfig, num_dense: int, model: DLRM, mlp_bits: int, table_bits: int) -> dict[str, Any]:
-    """What `_build` needs of a trained model besides its tensors."""
-    rows = list(model.tables.table_rows)
-    layer = next(layer for layer in model.top if isinstance(layer, nn.Linear))
+def describe_model(model: DLRM, table_bits: int, mlp_bits: int) -> dict[str, Any]:
+    """What `_build` needs of a trained model besides its tensors, which are of the given bits."""
+    config = vars(model.config)
     return {
-        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()},
-        "num_dense": num_dense,
-        "table_rows": rows,
-        "multi": [number >= model.tables.num_single for number in range(len(rows))],
+        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
+        "num_dense": model.num_dense,
+        "table_rows": list(model.tables.table_rows),
+        "multi": model.tables.multi,
         "table_bits": table_bits,
         "mlp_bits": mlp_bits,
-        "activation_bits": getattr(layer, "activation_bits", 32),
+        "activation_bits": model.top[0].activation_bits,
     }
 
 
-def fp32_bytes(described: Mapping[str, Any]) -> int:
-    """Bytes that the same model takes in FP32."""
-    weights = sum(described["table_rows"]) * described["config"]["embedding_dim"]
+def weight_count(described: Mapping[str, Any]) -> int:
+    """How many numbers were trained: rows of tables, weights and biases."""
+    count: int = sum(described["table_rows"]) * described["config"]["embedding_dim"]
     for mlp in layer_widths(described):
-        weights += sum(prod(pair) + pair[1] for pair in pairwise(mlp))
-    return 4 * weights
+        count += sum((inputs + 1) * outputs for inputs, outputs in pairwise(mlp))
+    return count

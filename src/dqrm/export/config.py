@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.options import check_fields
+from dqrm.quant.config import BitsOfParts
 
 SUFFIXES = (".dqrm", ".onnx", ".pt2", ".pte")
 
@@ -32,7 +33,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class PTQConfig:
+class PTQConfig(BitsOfParts):
     """Post-training quantization: of a model that was trained in FP32.
 
     Raises:
@@ -52,16 +53,6 @@ class PTQConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def effective_table_bits(self) -> int:
-        """Bits of the tables after `bits` is taken as the default."""
-        return self.bits if self.table_bits is None else self.table_bits
-
-    @property
-    def effective_mlp_bits(self) -> int:
-        """Bits of the MLP weights after `bits` is taken as the default."""
-        return self.bits if self.mlp_bits is None else self.mlp_bits
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dqrm.errors import UserError
 from dqrm.export.onnx_file import write_model
-from dqrm.export.parts import packed_mlp, packed_tables, row_scales
+from dqrm.export.parts import packed_mlp, packed_tables
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import PACKED_BITS
@@ -192,7 +192,7 @@ def _tables(graph: _Graph, tables: PackedEmbeddingBagCollection) -> str:
     if not tables.table_rows:
         return ""
     graph.streamed["tables.codes"] = tables.codes
-    if row_scales(tables):
+    if tables.scale_per_row:
         graph.streamed["tables.scale"] = tables.scale[:, None]
     single, found = tables.num_single, []
     if single:
@@ -216,7 +216,7 @@ def _look_up(graph: _Graph, tables: PackedEmbeddingBagCollection, ids: str, of: 
     stored = graph.node("Gather", "tables.codes", rows)
     if tables.bits == 32:
         return stored
-    if row_scales(tables):
+    if tables.scale_per_row:
         scale = graph.node("Gather", "tables.scale", rows)
     else:
         scale = graph.float(tables.scale[of].numpy()[:, None])

@@ -131,8 +131,7 @@ class _Requantized(TableLayout):
 
     def __init__(self, tables: QuantEmbeddingBagCollection, scale: Tensor, bits: int) -> None:
         super().__init__()
-        multi = [number >= tables.num_single for number in range(len(tables.table_rows))]
-        self._init_layout(tables.table_rows, tables.embedding_dim, multi, tables.pooling)
+        self._init_layout(tables.table_rows, tables.embedding_dim, tables.multi, tables.pooling)
         self.weight, self.scale, self.bits = tables.weight.detach(), scale, bits
 
     def forward(self, ids: Tensor, bags: Any = ()) -> Tensor:

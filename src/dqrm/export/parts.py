@@ -25,17 +25,12 @@ def packed_tables(model: DLRM) -> PackedEmbeddingBagCollection:
     return PackedEmbeddingBagCollection(
         tables.table_rows,
         tables.embedding_dim,
-        multi=[number >= tables.num_single for number in range(len(tables.table_rows))],
+        multi=tables.multi,
         pooling=tables.pooling,
         bits=32,
         codes=tables.weight.detach().float(),
         scale=torch.ones(len(tables.table_rows)),
     )
-
-
-def row_scales(tables: PackedEmbeddingBagCollection) -> bool:
-    """Whether each row has a scale of its own."""
-    return tables.bits != 32 and len(tables.scale) == len(tables.codes) != len(tables.table_rows)
 
 
 def packed_mlp(layers: nn.Module) -> list[tuple[PackedLinear, bool]]:
@@ -66,7 +61,6 @@ class ServedDLRM(nn.Module):
 
     def __init__(self, model: DLRM) -> None:
         super().__init__()
-        self.model_config, self.num_dense = model.config, model.num_dense
         self.tables = packed_tables(model)
         self.bottom = None if model.bottom is None else _mlp(model.bottom)
         self.top = _mlp(model.top)

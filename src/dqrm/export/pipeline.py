@@ -90,7 +90,7 @@ def _from_run(
     # Memory-mapped: each table is read once, piece by piece, while it is packed.
     model, state = run.load_model(config.checkpoint, mapped=True)
     packing = Packing(model, ptq, progress)
-    described = artifact.describe_model(model.config, model.num_dense, model, packing.mlp_bits, packing.table_bits)
+    described = artifact.describe_model(model, packing.table_bits, packing.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
     expected = _score(packing.reference(), batch)
     content = {
@@ -171,7 +171,7 @@ def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where:
     return {
         "parts": parts,
         "bits_per_weight": round(opened.bits_per_weight(), 4),
-        "fp32_bytes": artifact.fp32_bytes(opened.content["model"]),
+        "fp32_bytes": 4 * artifact.weight_count(opened.content["model"]),
         "largest_difference": difference,
         "compared": {"rows": len(batch), "of": where},
     }

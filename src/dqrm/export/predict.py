@@ -22,7 +22,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.batches import Batch
 from dqrm.data.raw import PROBABILITY, RawLog
 from dqrm.errors import UserError
-from dqrm.files import flush, try_lock
+from dqrm.files import claim, flush
 
 Score = Callable[[Batch], torch.Tensor]
 Progress = Callable[[str, int, int | None], None]
@@ -167,7 +167,10 @@ def _replacing(output: Path) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         lock = partial.open("ab")
     with lock:
-        _claim(lock, partial)
+        if not claim(
+            lock, partial, f"another dqrm predict is writing to {partial}; wait for it, or name another output"
+        ):
+            lock.close()  # Windows renames no file that is open
         try:
             yield partial
             with _writing(output):
@@ -179,21 +182,6 @@ def _replacing(output: Path) -> Iterator[Path]:
             raise
     with suppress(OSError):
         flush(partial.parent)
-
-
-def _claim(file: IO[bytes], partial: Path) -> None:
-    """Locks the file for as long as it is open, so that two runs into one output do not mix."""
-    refusal = f"another dqrm predict is writing to {partial}; wait for it, or name another output"
-    try:
-        if not try_lock(file):
-            file.close()  # Windows renames no file that is open
-            return
-        # The run that held the lock before may have renamed the file since it was opened.
-        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
-    except (BlockingIOError, FileNotFoundError):
-        ours = False
-    if not ours:
-        raise UserError(refusal)
 
 
 class _Text:

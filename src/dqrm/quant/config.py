@@ -7,8 +7,26 @@ BITS = (2, 4, 8, 16, 32)
 REFRESHES = ("periodic", "running_max")
 
 
+class BitsOfParts:
+    """Mixin: `bits`, unless the part has bits of its own."""
+
+    bits: int
+    table_bits: int | None
+    mlp_bits: int | None
+
+    @property
+    def effective_table_bits(self) -> int:
+        """Bits of the tables after `bits` is taken as the default."""
+        return self.bits if self.table_bits is None else self.table_bits
+
+    @property
+    def effective_mlp_bits(self) -> int:
+        """Bits of the MLP weights after `bits` is taken as the default."""
+        return self.bits if self.mlp_bits is None else self.mlp_bits
+
+
 @dataclass(frozen=True)
-class QATConfig:
+class QATConfig(BitsOfParts):
     """Quantization-aware training: bits, granularity and scale period, separately for tables and MLP.
 
     Raises:
@@ -51,13 +69,3 @@ class QATConfig:
             raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
-
-    @property
-    def effective_table_bits(self) -> int:
-        """Bits of the tables after `bits` is taken as the default."""
-        return self.bits if self.table_bits is None else self.table_bits
-
-    @property
-    def effective_mlp_bits(self) -> int:
-        """Bits of the MLP weights after `bits` is taken as the default."""
-        return self.bits if self.mlp_bits is None else self.mlp_bits

@@ -214,6 +214,11 @@ class TableLayout(nn.Module):
         self.register_buffer("row_offsets", torch.tensor(self._starts[:-1], dtype=torch.int64), persistent=False)
         self.register_buffer("rows_per_table", torch.tensor(self.table_rows, dtype=torch.int64), persistent=False)
 
+    @property
+    def multi(self) -> list[bool]:
+        """For each table, whether a sample has a bag of ids there instead of one."""
+        return [number >= self.num_single for number in range(len(self.table_rows))]
+
     def _groups(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, int, int]]:
         """What is looked up together, as (ids, first table, tables): the single-valued tables, then each other one."""
         single, tables = self.num_single, len(self.table_rows)

@@ -68,7 +68,7 @@ class _PackedTables(_Packed):
 
     def _init_storage(self, rows: int, bits: int, codes: Tensor | None, scale: Tensor | None, tables: int) -> None:
         check_bits("bits", bits)
-        self.bits = bits
+        self.bits, self._tables = bits, tables
         dtype, width = storage(self.embedding_dim, bits)
         codes = torch.empty(rows, width, dtype=dtype) if codes is None else codes
         scale = torch.empty(tables) if scale is None else scale
@@ -84,7 +84,7 @@ class _PackedTables(_Packed):
     def _values(self, ids: Tensor, starts: Tensor, table_rows: Tensor, first: int) -> Tensor:
         """Values float32 [N, dim] of integer ids [..., T] of T tables, which are number first, first + 1, ..."""
         tables, traced = len(table_rows), torch.compiler.is_compiling()
-        per_row = len(self.scale) == len(self.codes) and len(self.scale) != len(self._all_rows())
+        per_row = self.scale_per_row
         scale = self.scale if per_row else self.scale[first : first + tables]
         if self.bits in PACKED_BITS and kernels.fits(ids, self.codes, scale):
             out = torch.empty(ids.numel(), self.embedding_dim)
@@ -109,8 +109,10 @@ class _PackedTables(_Packed):
         stored = stored.view(-1, tables, stored.shape[1])
         return decode(stored, scale[:, None], self.bits, self.embedding_dim).flatten(0, 1)
 
-    def _all_rows(self) -> Sequence[int]:
-        return (len(self.codes),)
+    @property
+    def scale_per_row(self) -> bool:
+        """Whether each row has a scale of its own, rather than each table."""
+        return self.bits != 32 and len(self.scale) == len(self.codes) != self._tables
 
 
 class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
@@ -140,9 +142,6 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self._init_storage(self._starts[-1], bits, codes, scale, len(self.table_rows))
-
-    def _all_rows(self) -> Sequence[int]:
-        return self.table_rows
 
     def forward(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """One pooled vector per sample and table: float32 [B, T, embedding_dim].
@@ -333,14 +332,12 @@ def _pack(module: nn.Module) -> nn.Module | None:
     assert isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection))
     scale = module.current_scale().clone()
     if isinstance(module, QuantEmbeddingBagCollection):
-        tables = len(module.table_rows)
-        multi = [number >= module.num_single for number in range(tables)]
-        codes = torch.empty(len(module.weight), storage(module.embedding_dim, module.bits)[1],
-                            dtype=storage(module.embedding_dim, module.bits)[0])  # fmt: skip
+        dtype, width = storage(module.embedding_dim, module.bits)
+        codes = torch.empty(len(module.weight), width, dtype=dtype)
         for number, rows in enumerate(codes.split(module.table_rows)):
             rows.copy_(encode_table(module.table(number), scale[number : number + 1], module.bits))
         return PackedEmbeddingBagCollection(
-            module.table_rows, module.embedding_dim, multi=multi, pooling=module.pooling, bits=module.bits,
+            module.table_rows, module.embedding_dim, multi=module.multi, pooling=module.pooling, bits=module.bits,
             codes=codes, scale=scale,
         )  # fmt: skip
     kind = PackedEmbedding if isinstance(module, QuantEmbedding) else PackedEmbeddingBag
