@@ -3,9 +3,9 @@
     python benchmarks/packed_lookup.py --threads 1-2
 
 Full Kaggle tables with random codes, INT4, batch 2048: our C kernel on the mapped file and on codes in memory, plain
-torch, torch's own 4-bit bags on a copy with a scale and an offset in each row (12 bytes instead of 8; one bag per table,
-stacked as the model needs them), and FP32 rows. The variants alternate; prints JSON with medians in milliseconds, and
-those of the parts of the whole model at batch 1, 128 and 2048.
+torch, torch's own 4-bit bags on a copy with a scale and an offset in each row (12 bytes instead of 8; one bag per
+table, stacked as the model needs them), and FP32 rows. The variants alternate; prints JSON: medians in milliseconds,
+and those of the parts of the whole model at batch 1, 128 and 2048.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import copy
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from torch import Tensor
 from dqrm import kernels
 from dqrm.bench.config import ARCHITECTURES, BenchInferenceConfig
 from dqrm.bench.random_model import fp32_model, write_artifact
+from dqrm.data.batches import Batch
 from dqrm.export.artifact import Artifact
 from dqrm.export.check import generate
+from dqrm.models.dlrm import DLRM
 from dqrm.quant.packed import PackedEmbeddingBagCollection
 
 BATCH = 2048
@@ -49,16 +53,33 @@ def rowwise(tables: PackedEmbeddingBagCollection) -> Callable[[Tensor], Tensor]:
     return found
 
 
-def medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[..., Any]], arguments: Callable[[], tuple[Any, ...]], repeats: int
+) -> dict[str, float]:
     """Median milliseconds of each call; they alternate, and each has its first rounds for nothing."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(repeats + 5):
         for name, call in calls.items():
+            given = arguments()
             start = time.perf_counter()
-            call()
+            call(*given)
             if round_number >= 5:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: round(float(np.median(taken)), 4) for name, taken in times.items()}
+
+
+def parts(model: DLRM, batch: Batch, repeats: int) -> dict[str, float]:
+    """Median milliseconds of the whole model and of each of its parts."""
+    vectors, dense = model.tables(batch.ids), model.bottom(batch.dense)
+    together = model.interact(dense, vectors)
+    calls = {
+        "whole": partial(model, batch.dense, batch.ids),
+        "lookup": partial(model.tables, batch.ids),
+        "bottom": partial(model.bottom, batch.dense),
+        "interaction": partial(model.interact, dense, vectors),
+        "top": partial(model.top, together),
+    }
+    return medians(calls, tuple, repeats)
 
 
 def main() -> None:
@@ -93,21 +114,11 @@ def main() -> None:
             assert error < 0.02, (name, error)  # half-precision scales of torch's bags
         for threads in map(int, options.threads.split("-")):
             torch.set_num_threads(threads)
-            batches = iter([generate(described, BATCH, seed).ids for seed in range(8)] * 10_000)
-            calls = {name: lambda look_up=look_up: look_up(next(batches)) for name, look_up in variants.items()}
-            found["lookup_ms"][threads] = medians(calls, options.repeats)
+            batches = cycle([generate(described, BATCH, seed).ids for seed in range(8)])
+            found["lookup_ms"][threads] = medians(variants, lambda batches=batches: (next(batches),), options.repeats)
             for size in (1, 128, BATCH):
                 batch = generate(described, size)
-                vectors, dense = model.tables(batch.ids), model.bottom(batch.dense)
-                together = model.interact(dense, vectors)
-                calls = {
-                    "whole": lambda: model(batch.dense, batch.ids),
-                    "lookup": lambda: model.tables(batch.ids),
-                    "bottom": lambda: model.bottom(batch.dense),
-                    "interaction": lambda: model.interact(dense, vectors),
-                    "top": lambda: model.top(together),
-                }
-                found["parts_ms"][f"{threads} threads, batch {size}"] = medians(calls, options.repeats)
+                found["parts_ms"][f"{threads} threads, batch {size}"] = parts(model, batch, options.repeats)
     print(json.dumps(found, indent=2))
 
 

@@ -124,3 +124,32 @@ def test_models_with_quantized_inputs_export_to_other_runtimes(generated, tmp_pa
         dqrm.train(generated, tmp_path / f"run{seed}", config)
         found = dqrm.export_run(tmp_path / f"run{seed}", tmp_path / "m.onnx")
         assert found["largest_difference"] < 1e-2
+
+
+@pytest.mark.parametrize(("bits", "rows", "by", "accepted"), [
+    (32, 1, 1e-3, False), (8, 1, 1e-3, True), (8, 2, 1e-3, False), (8, 1, 0.1, False),
+])  # fmt: skip
+def test_how_far_another_runtime_may_differ(generated, tmp_path, monkeypatch, bits, rows, by, accepted):
+    base = tiny(max_steps=3)
+    config = Config(base.model, QATConfig(bits=4, activation_bits=bits), base.optimizer, base.training)
+    dqrm.train(generated, tmp_path / "run", config)
+
+    def wrong(path, threads=0):
+        model = dqrm.Run.open(tmp_path / "run").load_model()[0]
+
+        def score(batch):
+            probabilities = model(batch.dense, batch.ids, batch.bags).detach().sigmoid()
+            probabilities[:rows] += by
+            return probabilities.logit()
+
+        return score
+
+    monkeypatch.setattr("dqrm.export.pipeline.score_file", wrong)
+    options = (tmp_path / "run", tmp_path / "m.onnx", ExportConfig(check_rows=120))
+    assert generated.rows["test"] >= 120  # so that one row in a hundred is one row
+    if accepted:
+        assert dqrm.export_run(*options)["largest_difference"] == pytest.approx(by, rel=1e-3)
+    else:
+        with pytest.raises(UserError, match="nothing was written"):
+            dqrm.export_run(*options)
+        assert not (tmp_path / "m.onnx").exists()

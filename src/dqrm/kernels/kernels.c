@@ -128,7 +128,10 @@ EXPORT int64_t dqrm_lookup_packed(const void *ids, int wide, int64_t count, int6
         for (int64_t k = 0; k < n; k++) {
             const uint8_t *from = codes + rows[k] * width;
             float *to = out + (first + k) * dim, s = scale[per_row ? rows[k] : at];
-            if (bits == 4 && dim == 2 * width) {
+            if (bits == 4 && width == 8 && dim == 16) { /* of known length: a few instructions */
+                for (int j = 0; j < 8; j++) to[j] = (float)((from[j] & 15) - 8) * s;
+                for (int j = 0; j < 8; j++) to[j + 8] = (float)((from[j] >> 4) - 8) * s;
+            } else if (bits == 4 && dim == 2 * width) {
                 for (int64_t j = 0; j < width; j++) to[j] = (float)((from[j] & 15) - 8) * s;
                 for (int64_t j = 0; j < width; j++) to[j + width] = (float)((from[j] >> 4) - 8) * s;
             } else {
