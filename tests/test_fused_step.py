@@ -125,7 +125,7 @@ def source(tmp_path, monkeypatch):
     """A small source in place of the kernels, and a cache of its own."""
     file = tmp_path / "source.c"
     file.write_text("int dqrm_one(void) { return 1; }\n")
-    monkeypatch.setattr(build, "SOURCE", file)
+    monkeypatch.setattr(build, "SOURCES", (file,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("DQRM_NATIVE", raising=False)

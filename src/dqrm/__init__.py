@@ -11,6 +11,7 @@ _HOMES = {
     "Artifact": "dqrm.export.artifact",
     "Config": "dqrm.config",
     "ExportConfig": "dqrm.export.config",
+    "ExchangeConfig": "dqrm.config",
     "ModelConfig": "dqrm.config",
     "OptimizerConfig": "dqrm.config",
     "TrainingConfig": "dqrm.config",

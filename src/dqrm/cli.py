@@ -12,12 +12,14 @@ from dqrm.bench.config import BenchEmbeddingConfig, BenchInferenceConfig, BenchS
 from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
+from dqrm.distributed import launched
 from dqrm.errors import UserError
 from dqrm.export.config import SUFFIXES, ExportConfig, PredictConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
 
-_HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training"}
+_HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
+             "exchange": "Exchange between ranks"}  # fmt: skip
 # Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
 ALMOST_ALL = 0.95
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -87,26 +89,32 @@ def train(
             raise UserError(f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}")
     elif data is None or output is None:
         raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
-    config = Config.load(config_file, overrides)
+    if not launched():
+        Config.load(config_file, overrides)  # refused before torch is imported
 
     from dqrm.console import bars, messages, print_json
     from dqrm.data.dataset import Dataset
+    from dqrm.distributed.world import join
     from dqrm.info import print_summary
     from dqrm.training.loop import Interrupted
     from dqrm.training.loop import resume as continue_run
     from dqrm.training.loop import train as start_run
 
     run = resumed or output or ""
-    dataset = Dataset(data) if data else None
-    with bars(quiet=as_json) as progress:
+    with join() as world, bars(quiet=as_json or not world.first) as progress:
+        config = world.together(lambda: Config.load(config_file, overrides))
+        dataset = world.together(lambda: Dataset(data) if data else None)
         try:
             if dataset is None or resumed:
                 summary = continue_run(run, dataset, progress, progress.log)
             else:
                 summary = start_run(dataset, run, config, progress, progress.log)
         except Interrupted:
-            messages.print(f"Stopped; `dqrm train --resume {run}` continues exactly here.")
+            if world.first:
+                messages.print(f"Stopped; `dqrm train --resume {run}` continues exactly here.")
             sys.exit(130)
+    if not world.first:
+        return
     if as_json:
         print_json(summary)
     else:

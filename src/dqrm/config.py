@@ -149,6 +149,56 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ExchangeConfig:
+    """What ranks send each other; without `torchrun` or --simulate-ranks nothing is sent."""
+
+    simulate_ranks: int = 0
+    """Run so many ranks in this one process, bit for bit as torchrun would run them; 0: one rank."""
+    table_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
+    """How the tables' gradients are encoded."""
+    table_codec_scale: Literal["table", "row"] = "table"
+    """What shares a scale in the tables' gradients (int8 and int4)."""
+    table_compensation_rows: int = 0
+    """Rows of the tables for which a rank keeps what encoding lost, to add it the next time; 0: none."""
+    table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
+    """Every rank gets all gradients, or each row's owner sums them first; auto: by the number of ranks."""
+    mlp_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
+    """How the MLP's gradients are encoded."""
+    mlp_codec_scale: str = "channel"
+    """What shares a scale in the MLP's gradients (int8 and int4): 'channel', or 'bucket:K' for K values."""
+    mlp_compensation: bool = True
+    """Error compensation: add what encoding lost to the MLP's next gradient."""
+    codec_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding of encoded gradients; stochastic is right on average."""
+    shared_scales: bool = False
+    """All ranks encode on the largest of their scales, as in the DQRM paper; else each on its own."""
+    exchange_timeout: float = 300.0
+    """Seconds that ranks wait for one that does not answer before they end."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, simulate_ranks=0, table_compensation_rows=0, exchange_timeout=1)
+        self.bucket_values  # noqa: B018 (refuses what it cannot read)
+        if self.simulate_ranks > 4096:
+            raise ValueError(f"simulate_ranks is {self.simulate_ranks}, expected 4096 or fewer")
+        if self.shared_scales and self.table_codec_scale == "row" and self.table_codec in ("int8", "int4"):
+            raise ValueError(
+                "shared_scales is true but table_codec_scale is 'row': ranks send different rows; use 'table'"
+            )
+
+    @property
+    def bucket_values(self) -> int:
+        """The K of 'bucket:K'; 0 for 'channel'."""
+        if self.mlp_codec_scale == "channel":
+            return 0
+        name, _, count = self.mlp_codec_scale.partition(":")
+        if name != "bucket" or not count.isdecimal() or not 1 <= int(count) < 2**31:
+            raise ValueError(
+                f"mlp_codec_scale is {self.mlp_codec_scale!r}, expected 'channel' or 'bucket:K', as bucket:512"
+            )
+        return int(count)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that, with the dataset, decides a training run."""
 
@@ -156,6 +206,14 @@ class Config:
     quantization: QATConfig = field(default_factory=QATConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+
+    def __post_init__(self) -> None:
+        if self.exchange.simulate_ranks > self.training.batch_size:
+            raise ValueError(
+                f"simulate_ranks is {self.exchange.simulate_ranks}, more than the {self.training.batch_size} samples "
+                "of a batch (batch_size), which the ranks share"
+            )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Sections of plain values, as YAML and JSON write them."""
@@ -177,7 +235,10 @@ class Config:
                 if name not in field_types(SECTIONS[section]) and (home := _section_of(name)):
                     raise UserError(f"{where}: '{name}' is a field of section '{home}', not of '{section}'")
             built[section] = build(SECTIONS[section], values, f"{where}, {section}")
-        return cls(**built)
+        try:
+            return cls(**built)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "Config":

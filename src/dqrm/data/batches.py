@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,17 @@ class Batch:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    def share(self, rank: int, ranks: int) -> "Batch":
+        """The rows of one of so many ranks, as `Split.batches(share=...)` gives them: views, possibly empty."""
+        rows = len(self)
+        begin, end = rows * rank // ranks, rows * (rank + 1) // ranks
+        bags = []
+        for values, offsets in self.bags:
+            first = int(offsets[begin]) if begin < rows else len(values)
+            last = int(offsets[end]) if end < rows else len(values)
+            bags.append((values[first:last], offsets[begin:end] - first))
+        return Batch(self.dense[begin:end], self.ids[begin:end], tuple(bags), self.labels[begin:end])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
@@ -84,8 +96,12 @@ class Split:
         start_batch: int = 0,
         block_rows: int = BLOCK_ROWS,
         drop_last: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """Each row once. The last batch may be short, unless `drop_last`.
+
+        With share (rank, ranks), the rank's part of each batch: of its B rows those from rank * B // ranks to
+        (rank + 1) * B // ranks; no others are read. A short batch can leave a rank without rows: it gets an empty one.
 
         The order is that of the log ("none"), a permutation of all rows ("global"), or blocks of `block_rows`
         neighbouring rows in random order, mixed with the 31 blocks that follow ("block": for data larger than
@@ -119,7 +135,20 @@ class Split:
             pieces = (order[at : min(at + piece, stop)] for at in range(first, stop, piece))
         else:
             pieces = _regroup(_block_order(self.rows, block_rows, seed, epoch, first), piece, stop - first)
-        return (batch for rows in pieces for batch in self._cut(self._gather(rows), batch_size))
+        rank, ranks = share
+        if ranks == 1:
+            return (batch for rows in pieces for batch in self._cut(self._gather(rows), batch_size))
+        return self._shares(pieces, batch_size, rank, ranks)
+
+    def _shares(self, pieces: Iterator[Array | slice], size: int, rank: int, ranks: int) -> Iterator[Batch]:
+        """A rank's part of each batch of the pieces."""
+        for piece in pieces:
+            rows = np.arange(piece.start, piece.stop) if isinstance(piece, slice) else piece
+            begins = np.arange(0, len(rows), size)
+            lengths = np.minimum(size, len(rows) - begins)
+            starts, ends = begins + lengths * rank // ranks, begins + lengths * (rank + 1) // ranks
+            gathered = self._gather(np.concatenate([rows[start:end] for start, end in zip(starts, ends)]))
+            yield from self._cut(gathered, np.cumsum([0, *(ends - starts)]))
 
     def _gather(self, rows: Array | slice) -> tuple[Array, Array, Array, list[tuple[Array, Array]]]:
         """Copies of the given rows: dense, ids, labels, and per multi-valued column (values, offsets [n + 1])."""
@@ -139,11 +168,12 @@ class Split:
                 bags.append((values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])], ends))
         return dense, ids, labels, bags
 
-    def _cut(self, piece: tuple[Array, Array, Array, list[tuple[Array, Array]]], size: int) -> Iterator[Batch]:
+    def _cut(self, piece: tuple[Array, Array, Array, list[tuple[Array, Array]]], size: int | Array) -> Iterator[Batch]:
+        """Batches of a piece: of `size` rows, or between the given bounds."""
         dense, ids, labels = (torch.from_numpy(np.asarray(array)) for array in piece[:3])
         bags = [(torch.from_numpy(np.asarray(values)), ends) for values, ends in piece[3]]
-        for at in range(0, len(labels), size):
-            end = min(at + size, len(labels))
+        bounds = [*range(0, len(labels), size), len(labels)] if isinstance(size, int) else size.tolist()
+        for at, end in pairwise(bounds):
             yield Batch(
                 dense[at:end],
                 ids[at:end],

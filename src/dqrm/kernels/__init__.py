@@ -51,6 +51,14 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "interact": (c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_int64, c_int]),
     "interact_backward": (c_int, [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_int, c_int64,
                                   c_void_p, c_void_p, c_int]),
+    "block_scales": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int]),
+    "quantize_blocks": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int,
+                               c_int, c_int, c_uint32, c_void_p, c_int]),
+    "cast_blocks": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_uint32,
+                           c_void_p, c_int]),
+    "decode_blocks": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int]),
+    "pack_nibbles": (None, [c_void_p, c_int64, c_void_p, c_int]),
+    "unpack_nibbles": (None, [c_void_p, c_int64, c_void_p, c_int]),
 }  # fmt: skip
 _functions: dict[str, Any] = {}
 
@@ -201,3 +209,54 @@ def interact_backward(
     ):  # fmt: skip
         raise MemoryError("the interaction's gradient needs more memory than there is")
     return grad_dense, grad_tables
+
+
+# Blocks (see `quant.blocks`): `starts`, `lengths`, `keys`, `offsets` are int64 [blocks]; stored values are uint8 bytes.
+_KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+def block_scales(
+    x: Tensor, residual: Tensor | None, starts: Tensor, lengths: Tensor, keys: Tensor, highest: int, scale: Tensor
+) -> None:
+    """scale[b] = max|x + residual| over block b / highest, float32 [blocks]."""
+    _call("block_scales", x, residual, len(starts), starts, lengths, keys, highest, scale)
+
+
+def quantize_blocks(
+    x: Tensor, residual: Tensor | None, starts: Tensor, lengths: Tensor, keys: Tensor, offsets: Tensor, scale: Tensor,
+    limits: tuple[int, int], seed: int | None, codes: Tensor,
+) -> None:  # fmt: skip
+    """Codes of x + residual; a seed (below 2**32) rounds stochastically. The residual becomes what was lost."""
+    _call(
+        "quantize_blocks", x, residual, len(starts), starts, lengths, keys, offsets, scale, *limits, seed is not None,
+        seed or 0, codes,
+    )  # fmt: skip
+
+
+def cast_blocks(
+    x: Tensor, residual: Tensor | None, starts: Tensor, lengths: Tensor, keys: Tensor, offsets: Tensor,
+    dtype: torch.dtype, seed: int | None, out: Tensor,
+) -> None:  # fmt: skip
+    """The same with values of `dtype` (bfloat16 or float32) instead of codes."""
+    _call(
+        "cast_blocks", x, residual, len(starts), starts, lengths, keys, offsets, _KINDS[dtype], seed is not None,
+        seed or 0, out,
+    )  # fmt: skip
+
+
+def decode_blocks(
+    stored: Tensor, dtype: torch.dtype, scale: Tensor | None, starts: Tensor, lengths: Tensor, offsets: Tensor,
+    out: Tensor, add: bool,
+) -> None:  # fmt: skip
+    """out[starts[b] + j] = the stored values, times scale[b] where they are codes (int8); added where `add`."""
+    _call("decode_blocks", stored, _KINDS[dtype], scale, len(starts), starts, lengths, offsets, out, add)
+
+
+def pack_nibbles(codes: Tensor, out: Tensor) -> None:
+    """int8 codes [N] of 4 bits as bytes: `out`, uint8 [ceil(N / 2)]."""
+    _call("pack_nibbles", codes, len(codes), out)
+
+
+def unpack_nibbles(stored: Tensor, codes: Tensor) -> None:
+    """The inverse."""
+    _call("unpack_nibbles", stored, len(codes), codes)

@@ -1,4 +1,4 @@
-"""Compiles kernels.c for this machine, once, and loads it.
+"""Compiles the kernels for this machine, once, and loads them.
 
 The library lies in the user's cache folder under a name that holds source, flags, compiler and processor: any change of
 these compiles again (a few seconds). Without a compiler the package works in plain torch.
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch  # noqa: F401 (its OpenMP library must be loaded first, so that the kernels share its threads)
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "blocks.c"))
+HEADER = Path(__file__).with_name("common.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
          "-fvisibility=hidden", "-fPIC", "-shared")  # fmt: skip
 
@@ -46,7 +47,7 @@ def _load() -> ctypes.CDLL:
     if not compiler:
         raise RuntimeError("no C compiler found")
     version = _run([*compiler, "--version"])
-    identity = "\0".join([SOURCE.read_text(), *FLAGS, *compiler, version, _processor()])
+    identity = "\0".join([*(file.read_text() for file in (*SOURCES, HEADER)), *FLAGS, *compiler, version, _processor()])
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     cache: Path | None
     try:
@@ -62,10 +63,11 @@ def _load() -> ctypes.CDLL:
         cache, folder = None, Path(tempfile.mkdtemp())
     try:
         built = folder / name
+        sources = [str(file) for file in SOURCES]
         try:
-            _run([*compiler, *FLAGS, "-fopenmp", "-o", str(built), str(SOURCE), "-lm"])
+            _run([*compiler, *FLAGS, "-fopenmp", "-o", str(built), *sources, "-lm"])
         except RuntimeError:  # Apple's clang has no OpenMP: one thread
-            _run([*compiler, *FLAGS, "-Wno-unknown-pragmas", "-o", str(built), str(SOURCE), "-lm"])
+            _run([*compiler, *FLAGS, "-Wno-unknown-pragmas", "-o", str(built), *sources, "-lm"])
         if cache is not None:  # several processes may build at once
             built = built.replace(cache / name)
         return ctypes.CDLL(str(built))

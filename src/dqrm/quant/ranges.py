@@ -56,6 +56,12 @@ class BlockMaxima:
         )
         self.dirty[blocks.view(-1)] = 1
 
+    def mark_any(self, rows: Tensor) -> None:
+        """The same for rows of any tables, in any order."""
+        table = torch.searchsorted(self._row_starts, rows, right=True).sub_(1)
+        blocks = (rows - self._row_starts[table]).div_(_BLOCK, rounding_mode="floor")
+        self.dirty[blocks.add_(self.starts[table])] = 1
+
     def all_changed(self) -> None:
         """The weights are others now: the next refresh reads everything."""
         self.dirty.fill_(1)
@@ -166,6 +172,33 @@ class TableScales(nn.Module):
         if self._blocks is not None:
             self._blocks.mark(rows, first, tables)
 
+    def same_step(self) -> None:
+        """The next training forward belongs to the same step as the last: the clock ticks once for both."""
+        self.scale_ticks -= 1
+
+    @torch.no_grad()
+    def rows_changed(self, rows: Tensor) -> None:
+        """An optimizer has changed these rows (int64 [U] of the weight), whichever process looked them up."""
+        if self.bits == 32 or len(rows) == 0:
+            return
+        if self._blocks is not None:
+            self._blocks.mark_any(rows)
+        if self.scale_refresh == "running_max" and self._scale_known:
+            starts = torch.tensor([0, *map(len, self._tables())][:-1], device=rows.device).cumsum(0)
+            largest = self.weight.detach().index_select(0, rows).abs().amax(1).float()
+            table = torch.searchsorted(starts, rows, right=True).sub_(1)
+            needed = torch.zeros_like(self.scale).scatter_reduce_(0, table, largest, "amax")
+            torch.maximum(self.scale, scale_from_max(needed, self.bits), out=self.scale)
+        self._looked_up.clear()
+
+    def weights_replaced(self, ticks: int) -> None:
+        """Weights and scales are others now, and so many training forwards old."""
+        self._looked_up.clear()
+        if self._blocks is not None:
+            self._blocks.all_changed()
+        self.scale_ticks = ticks
+        self._scale_known = bool((self.scale > 0).all())
+
     def current_scale(self) -> Tensor:
         """The scales that a forward in evaluation uses: float32 [tables]. The clock does not tick."""
         self._raise_scale()
@@ -212,13 +245,10 @@ class TableScales(nn.Module):
         missing = rest[2]  # (local_metadata, strict, missing_keys, ...)
         ticks = state_dict.pop(prefix + "scale_ticks", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._looked_up.clear()
-        if self._blocks is not None:
-            self._blocks.all_changed()
         if prefix + "scale" in missing:
             missing.remove(prefix + "scale")
             if prefix + "weight" in missing:  # a partial state dict that is not about this module
-                return
-            self.scale.zero_()
-        self.scale_ticks = 0 if ticks is None else int(ticks)
-        self._scale_known = bool((self.scale > 0).all())
+                ticks = self.scale_ticks
+            else:
+                self.scale.zero_()
+        self.weights_replaced(0 if ticks is None else int(ticks))

@@ -21,6 +21,7 @@ from dqrm.errors import UserError
 from dqrm.files import flush, read_json, write_json
 
 _PREFIX, _PARTIAL = "step-", ".partial"
+_EXCHANGE = "exchange.safetensors"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -35,9 +36,19 @@ def latest_step(folder: Path) -> int | None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: Mapping[str, Any], keep: set[int]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    state: Mapping[str, Any],
+    keep: set[int],
+    exchange: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the checkpoint of `step`, then delete all others but those of the steps in `keep`."""
+    """Write the checkpoint of `step`, then delete all others but those of the steps in `keep`.
+
+    Args:
+        exchange: what the exchange between ranks remembers, if there are several.
+    """
     final = checkpoint_path(folder, step)
     if final.exists():  # the same step of the same run: the same content
         return
@@ -48,6 +59,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         save_file(weights, partial / "weights.safetensors")
         save_file(_optimizer_tensors(optimizers) | _random_state(), partial / "optimizer.safetensors")
+        if exchange is not None:
+            save_file({name: tensor.contiguous() for name, tensor in exchange.items()}, partial / _EXCHANGE)
         write_json(partial / "state.json", state)
         for path in (*partial.iterdir(), partial):
             flush(path)
@@ -132,6 +145,16 @@ def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
         torch.cuda.set_rng_state(tensors["random/cuda"])
     state: dict[str, Any] = read_json(checkpoint / "state.json")
     return state
+
+
+def load_exchange(checkpoint: Path) -> dict[str, Tensor]:
+    """What the exchange remembered; empty where the checkpoint is of one rank.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = checkpoint / _EXCHANGE
+    return dict(_tensors(file)) if file.exists() else {}
 
 
 def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def check_environment(options: TrainingConfig) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals(quiet: bool = False) -> Iterator[threading.Event]:
     """Inside, the first Ctrl-C or SIGTERM sets the event instead of ending the process; the second ends it."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -53,7 +53,8 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def stop(number: int, frame: Any) -> None:
         stopped.set()
-        os.write(2, b"\nStopping after this step and saving; once more ends at once.\n")
+        if not quiet:
+            os.write(2, b"\nStopping after this step and saving; once more ends at once.\n")
         for restored, handler in previous.items():
             signal.signal(restored, handler)
 

@@ -1,6 +1,7 @@
 """Run a model over a split and measure it."""
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
+from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.training.environment import Progress
@@ -16,9 +18,17 @@ from dqrm.training.metrics import click_metrics
 
 
 def predict_logits(
-    model: DLRM, dataset: Dataset, split: str, batch_size: int, progress: Progress | None = None
+    model: DLRM,
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards."""
+    """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards.
+
+    With share (rank, ranks), of the rank's part: whole batches, so that no logit depends on who computes it.
+    """
     device, training = model.tables.row_offsets.device, model.training
 
     def score(batch: Batch) -> torch.Tensor:
@@ -27,7 +37,7 @@ def predict_logits(
         return logits
 
     model.eval()
-    logits = score_split(score, dataset, split, batch_size, progress)
+    logits = score_split(score, dataset, split, batch_size, progress, share)
     model.train(training)
     return logits
 
@@ -38,17 +48,34 @@ def score_split(
     split: str,
     batch_size: int,
     progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """What `score` gives for every row of a split, in its order: float32 [rows]."""
-    part = dataset.split(split)
-    logits, done = np.empty(part.rows, np.float32), 0
+    """What `score` gives for every row of a split, or of a rank's share of its batches, in order: float32 [rows]."""
+    part, (rank, ranks) = dataset.split(split), share
+    batches = part.num_batches(batch_size)
+    begin, end = batches * rank // ranks, batches * (rank + 1) // ranks
+    rows = min(end * batch_size, part.rows) - min(begin * batch_size, part.rows)
+    logits, done = np.empty(rows, np.float32), 0
     with torch.inference_mode():
-        for batch in part.batches(batch_size):
+        for batch in islice(part.batches(batch_size, start_batch=begin), end - begin):
             logits[done : done + len(batch)] = score(batch).cpu().numpy()
             done += len(batch)
             if progress:
-                progress(f"evaluating {split}", done, part.rows)
+                progress(f"evaluating {split}", done, rows)
     return logits
+
+
+def evaluate_shared(
+    model: DLRM, dataset: Dataset, split: str, batch_size: int, world: World, progress: Progress | None = None
+) -> dict[str, Any]:
+    """`evaluate` with the split's batches shared out among the ranks; all get the figures, which are the same as alone.
+
+    Raises:
+        UserError: as `evaluate`, on all ranks.
+    """
+    own = predict_logits(model, dataset, split, batch_size, progress, (world.rank, world.size))
+    parts = world.gather_rows(torch.from_numpy(own))
+    return world.on_first(lambda: measure(torch.cat(parts).numpy(), dataset, split))
 
 
 def evaluate(

@@ -9,17 +9,21 @@ their clock, optimizer state, random state and the position in the data.
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Batch, Dataset
+from dqrm.distributed.world import World, join
 from dqrm.errors import UserError
 from dqrm.files import require_keys, write_json
 from dqrm.models.dlrm import DLRM
@@ -27,17 +31,20 @@ from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
     checkpoint_path,
     latest_step,
+    load_exchange,
     load_state,
     load_weights,
     save_checkpoint,
 )
 from dqrm.training.environment import Progress, check_environment, resolve_device, stop_signals
-from dqrm.training.evaluation import evaluate
+from dqrm.training.evaluation import evaluate_shared
 from dqrm.training.optimizers import learning_rate
 from dqrm.training.run import Run, versions
 from dqrm.training.step import TrainStep
 
 Log = Callable[[str], None]
+# What a rank can tell the others with a step: a signal told it to stop; the last checkpoint is old.
+_STOP, _SAVE = 1, 2
 
 
 class Interrupted(Exception):
@@ -86,16 +93,18 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = config or Config()
-    dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
-    check_environment(config.training)
-    run = Run.plan(Path(output), config, dataset)
-    if not dataset.rows["train"]:
-        raise UserError(f"{dataset.path} has no training rows: nothing to train on")
-    dataset.validate(*dataset.rows)
-    model = run.new_model()  # before the folder is made: an impossible model must not leave one
-    run.start()
-    with run.exclusive():
-        return Trainer(run, model, dataset, progress, log).fit()
+    with join() as world, ExitStack() as held:
+        data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
+        check_ranks(world, config, data)
+        world.together(lambda: check_environment(config.training))
+        run = world.together(lambda: Run.plan(Path(output), config, data))
+        if not data.rows["train"]:
+            raise UserError(f"{data.path} has no training rows: nothing to train on")
+        world.together(lambda: data.validate(*data.rows))
+        model = world.together(run.new_model)  # before the folder is made: an impossible model must not leave one
+        world.on_first(run.start)
+        world.together(lambda: held.enter_context(run.exclusive()) if world.first else None)
+        return Trainer(run, model, data, progress, log, world).fit()
 
 
 def resume(
@@ -113,70 +122,107 @@ def resume(
     Raises:
         UserError: no run there, other data, a damaged checkpoint, or as `train`.
     """
-    run = Run.open(output)
+    with join() as world, ExitStack() as held:
+        run = world.on_first(lambda: Run.open(output))  # the others need not see the folder
+        data = world.together(lambda: _data_of(run, dataset))
+        world.together(lambda: run.require_same_data(data))
+        if (done := world.on_first(lambda: run.summary)) is not None:
+            if log and world.first:
+                log(f"{output} is finished; nothing to continue.")
+            return done
+        check_ranks(world, run.config, data)
+        world.together(lambda: check_environment(run.config.training))
+        world.together(lambda: data.validate(*data.rows))
+        world.together(lambda: held.enter_context(run.exclusive()) if world.first else None)
+        return Trainer(run, world.together(run.new_model), data, progress, log, world).fit()
+
+
+def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:
+    """The data to continue a run on: as given, or where the run says."""
     if dataset is None:
         try:
-            dataset = Dataset(run.info["data"]["path"])
+            return Dataset(run.info["data"]["path"])
         except UserError as error:
             raise UserError(
-                f"{error}; where the data has moved, `dqrm train --resume {output} DATA` names it"
+                f"{error}; where the data has moved, `dqrm train --resume {run.path} DATA` names it"
             ) from None
-    dataset = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
-    run.require_same_data(dataset)
-    if (done := run.summary) is not None:
-        if log:
-            log(f"{output} is finished; nothing to continue.")
-        return done
-    check_environment(run.config.training)
-    dataset.validate(*dataset.rows)
-    with run.exclusive():
-        return Trainer(run, run.new_model(), dataset, progress, log).fit()
+    return dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+
+
+def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
+    """Raise UserError on all ranks unless they can train this together; set how long they wait for each other."""
+    facts = {name: value for values in config.to_dict().values() for name, value in values.items()}
+    world.require_same(facts | {"the data's fingerprint": dataset.fingerprint, "the version of dqrm": __version__})
+    size, simulated = world.size, config.exchange.simulate_ranks
+    if size > 1 and simulated > 1:
+        raise UserError(f"simulate_ranks is {simulated}, but {size} real ranks were started; use one or the other")
+    if size > config.training.batch_size:
+        raise UserError(
+            f"{size} ranks share a batch of {config.training.batch_size} samples (batch_size): start at most "
+            f"{config.training.batch_size} ranks, or raise batch_size"
+        )
+    if max(size, simulated) > 1 and config.quantization.activation_bits != 32:
+        raise UserError(
+            f"activation_bits is {config.quantization.activation_bits}, but ranks do not exchange the ranges of their "
+            "activations; use 32 with several ranks"
+        )
+    world.set_timeout(config.exchange.exchange_timeout)
 
 
 class Trainer:
     """One run in progress: model, optimizers, state, and the folder they are saved in."""
 
     def __init__(
-        self, run: Run, model: DLRM, dataset: Dataset, progress: Progress | None = None, log: Log | None = None
+        self,
+        run: Run,
+        model: DLRM,
+        dataset: Dataset,
+        progress: Progress | None = None,
+        log: Log | None = None,
+        world: World | None = None,
     ) -> None:
         self.run, self.model, self.dataset, self.config = run, model, dataset, run.config
-        self.options = self.config.training
-        self.progress, self.log = progress or (lambda *_: None), log or (lambda _: None)
-        self.device = resolve_device(self.options.device)
+        self.options, self.world = self.config.training, world or World()
+        self.progress, self.log = progress or (lambda *_: None), log if log and self.world.first else (lambda _: None)
+        self.device = resolve_device(self.world.device(self.options.device))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         torch.manual_seed(self.options.seed)
         self.state = State()
-        last = latest_step(run.checkpoints)
+        last = self.world.on_first(lambda: latest_step(run.checkpoints))
         if last is not None:
-            load_weights(checkpoint_path(run.checkpoints, last), self.model)
+            self._load_weights(last)
         self.model.to(self.device).train()
-        self.step = TrainStep(self.model, self.config)
-        self.optimizers = self.step.optimizers
+        self.step = TrainStep(self.model, self.config, self.world)
+        self.optimizers, self.exchange = self.step.optimizers, self.step.exchange
         if last is not None:
-            folder = checkpoint_path(run.checkpoints, last)
-            state = load_state(folder, self.optimizers)
-            require_keys(folder / "state.json", state, *(field.name for field in fields(State)))
-            self.state = State(**state)
-        self.metrics = open(run.path / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
-        self.metrics.truncate(self.state.metrics_bytes)  # lines after the checkpoint are written again
-        self.metrics.seek(0, os.SEEK_END)
-        self.writer = _tensorboard(run.path, self.state.step) if self.options.tensorboard else None
+            self._load_state(last)
+        self.flags = 0  # of the last step, joined over the ranks
+        self.stopped = threading.Event()
+        self.metrics: IO[bytes] | None = None
+        self.writer: Any = None
+        if self.world.first:
+            self.metrics = open(run.path / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
+            self.metrics.truncate(self.state.metrics_bytes)  # lines after the checkpoint are written again
+            self.metrics.seek(0, os.SEEK_END)
+            self.writer = _tensorboard(run.path, self.state.step) if self.options.tensorboard else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.saved_at = self.clock = time.monotonic()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the summary."""
         try:
-            with stop_signals() as stopped:
+            with stop_signals(quiet=not self.world.first) as self.stopped:
                 for _ in self._steps():
-                    if stopped.is_set():
+                    # Several ranks stop where all know that one of them was told to.
+                    if self.flags & _STOP if self.exchange else self.stopped.is_set():
                         self._count_time()
                         self._save()
                         raise Interrupted
             return self._finish()
         finally:
-            self.metrics.close()
+            if self.metrics:
+                self.metrics.close()
             if self.writer:
                 self.writer.close()
 
@@ -195,6 +241,7 @@ class Trainer:
                 seed=options.seed,
                 epoch=state.epoch,
                 start_batch=state.batch,
+                share=(self.world.rank, self.world.size),
             ):
                 self.train_step(batch)
                 self.progress(label, state.batch * options.batch_size, part.rows)
@@ -210,15 +257,24 @@ class Trainer:
                     return
 
     def train_step(self, batch: Batch) -> None:
-        """Forward, backward and update on one batch."""
+        """Forward, backward and update on one batch, or on this rank's share of one."""
         state = self.state
         rate = learning_rate(state.step, self.config.optimizer) * state.rate_factor
-        loss = self.step(batch.to(self.device), rate)
-        self.loss_sum += loss.double() * len(batch)
+        if self.exchange is None:
+            loss = self.step(batch.to(self.device), rate)
+            self.loss_sum += loss.double() * len(batch)
+            samples = len(batch)
+        else:
+            size = self.options.batch_size
+            samples = min(size, self.dataset.rows["train"] - state.batch * size)
+            flags = _STOP * self.stopped.is_set() | _SAVE * (self.world.first and self._old())
+            losses = self.step.exchanged(batch.to(self.device), rate, samples, state.step, flags)
+            self.exchange.loss_sums += losses.double().to(self.exchange.loss_sums.device)
+            self.flags = self.exchange.flags
         state.step += 1
         state.batch += 1
-        state.loss_rows += len(batch)
-        state.train_rows += len(batch)
+        state.loss_rows += samples
+        state.train_rows += samples
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -228,7 +284,12 @@ class Trainer:
     def _sum_loss(self) -> None:
         """Bring the epoch's loss into the state, unless it is no number: that must never reach a checkpoint."""
         state = self.state
-        state.loss_sum = float(self.loss_sum)
+        if self.exchange is None:
+            state.loss_sum = float(self.loss_sum)
+        else:
+            state.loss_sum = sum(
+                loss for losses in self.world.gather(self.exchange.loss_sums.tolist()) for loss in losses
+            )
         if not np.isfinite(state.loss_sum):
             raise UserError(
                 f"training diverged: the loss is {state.loss_sum} at step {state.step}; lower learning_rate "
@@ -237,7 +298,11 @@ class Trainer:
 
     def _due(self) -> bool:
         every, saves, step = self.options.eval_every, self.options.checkpoint_every, self.state.step
-        return bool((every and step % every == 0) or (saves and step % saves == 0)) or self._old()
+        return bool((every and step % every == 0) or (saves and step % saves == 0)) or self._save_old()
+
+    def _save_old(self) -> bool:
+        """Whether the last checkpoint has become too old; by rank 0's clock, which all ranks know since this step."""
+        return self._old() if self.exchange is None else bool(self.flags & _SAVE)
 
     def _old(self) -> bool:
         minutes = self.options.checkpoint_minutes
@@ -249,7 +314,8 @@ class Trainer:
         self._sum_loss()
         train_loss = state.loss_sum / state.loss_rows
         if log_due:
-            self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position()})
+            sent = {} if self.exchange is None else {"exchange": self.exchange.report()}
+            self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **sent})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
         if evaluate_now:
             self._evaluate(train_loss)
@@ -257,12 +323,20 @@ class Trainer:
             state.epoch += 1
             state.batch, state.loss_sum, state.loss_rows = 0, 0.0, 0
             self.loss_sum.zero_()
-        if evaluate_now or (options.checkpoint_every and state.step % options.checkpoint_every == 0) or self._old():
+            if self.exchange is not None:
+                self.exchange.loss_sums.zero_()
+        if (
+            evaluate_now
+            or (options.checkpoint_every and state.step % options.checkpoint_every == 0)
+            or self._save_old()
+        ):
             self._save()
 
     def _evaluate(self, train_loss: float) -> None:
         state, options, position = self.state, self.options, self._position()
-        metrics = evaluate(self.model, self.dataset, "validation", options.eval_batch_size, self.progress)
+        metrics = evaluate_shared(
+            self.model, self.dataset, "validation", options.eval_batch_size, self.world, self.progress
+        )
         value = metrics[options.select_by]
         sign = -1 if options.select_by == "log_loss" else 1
         better = value is not None and (
@@ -307,6 +381,8 @@ class Trainer:
         return {"step": self.state.step, "learning_rate": rate, "train_seconds": round(self.state.train_seconds, 3)}
 
     def _write(self, line: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
         self.metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self.metrics.flush()
         if self.writer:
@@ -317,22 +393,59 @@ class Trainer:
     def _save(self) -> None:
         state = self.state
         self._sum_loss()
-        os.fsync(self.metrics.fileno())
-        state.metrics_bytes = self.metrics.tell()
-        keep = {state.best["step"]} if state.best else set()
-        save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep)
+        remembered = None if self.exchange is None else self.exchange.state()
+        if self.metrics is not None:
+            os.fsync(self.metrics.fileno())
+            state.metrics_bytes = self.metrics.tell()
+            keep = {state.best["step"]} if state.best else set()
+            save_checkpoint(
+                self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep, remembered
+            )
         self.saved_at = time.monotonic()
+
+    def _load_weights(self, step: int) -> None:
+        """The weights of a checkpoint: rank 0 reads them and sends them to the others."""
+        self.world.together(
+            lambda: load_weights(checkpoint_path(self.run.checkpoints, step), self.model) if self.world.first else None
+        )
+        if self.world.size > 1:
+            self.world.broadcast_model(self.model)
+            self.model.tables.weights_replaced(self.world.shared(self.model.tables.scale_ticks))
+
+    def _load_state(self, step: int) -> None:
+        """Everything else of a checkpoint, likewise."""
+        folder = checkpoint_path(self.run.checkpoints, step)
+        state, remembered = self.world.on_first(lambda: (load_state(folder, self.optimizers), load_exchange(folder)))
+        require_keys(folder / "state.json", state, *(field.name for field in fields(State)))
+        self.state = State(**state)
+        for optimizer in self.optimizers:
+            for parameters in (group["params"] for group in optimizer.param_groups):
+                for values in (optimizer.state.get(parameter, {}) for parameter in parameters):
+                    for value in (values[name] for name in sorted(values)):
+                        self.world.broadcast(value)
+        found = len(remembered["counters"]) if remembered else 1
+        if self.exchange is not None and found == self.exchange.size:
+            self.exchange.load_state(remembered)
+            return
+        if self.exchange is not None and self.world.first:
+            self.exchange.loss_sums[0] = self.state.loss_sum
+        if found > 1 or self.exchange is not None:
+            now = 1 if self.exchange is None else self.exchange.size
+            self.log(
+                f"{self.run.path} was saved by {found} ranks and goes on with {now}: what error compensation kept is "
+                "dropped"
+            )
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the chosen checkpoint on test and write the summary."""
         state = self.state
         model = self.model
         if state.best and state.best["step"] != state.step:
-            load_weights(checkpoint_path(self.run.checkpoints, state.best["step"]), model)
+            self._load_weights(state.best["step"])
         chosen = state.best is not None and state.best["metrics"][self.options.select_by] is not None
         test = None
         if self.dataset.rows.get("test"):
-            test = evaluate(model, self.dataset, "test", self.options.eval_batch_size, self.progress)
+            test = evaluate_shared(model, self.dataset, "test", self.options.eval_batch_size, self.world, self.progress)
         seconds = max(state.train_seconds, 1e-9)
         summary = {
             "best": state.best,
@@ -349,7 +462,9 @@ class Trainer:
             "versions": versions(),
             "device": str(self.device),
         }
-        write_json(self.run.path / "summary.json", summary)
+        if self.exchange is not None:
+            summary["exchange"] = self.exchange.report()
+        self.world.on_first(lambda: write_json(self.run.path / "summary.json", summary))
         return summary
 
 

@@ -14,45 +14,7 @@ from torch.optim import Optimizer
 
 from dqrm import kernels
 from dqrm.config import OptimizerConfig
-
-
-def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row once, in rising order, with the sum of its gradients.
-
-    Args:
-        rows: int64 [N].
-        values: float32 [N, dim].
-
-    Returns:
-        rows int64 [U] and values float32 [U, dim]. The sums run in the order of the input: the same bits every time.
-    """
-    if values.dtype == torch.float32 and rows.dtype == torch.int64 and kernels.fits(rows, values):
-        summed = kernels.sum_duplicates(rows, values)
-        if summed is not None:
-            return summed
-    unique, inverse = torch.unique(rows, return_inverse=True)
-    return unique, add_rows(values.new_zeros(len(unique), values.shape[1]), inverse, values)
-
-
-def _native(target: Tensor, dtype: torch.dtype, rows: Tensor, values: Tensor) -> bool:
-    """Whether the kernels take this update."""
-    right = target.dtype == dtype and values.dtype == torch.float32 and rows.dtype == torch.int64 and target.dim() == 2
-    return right and len(rows) > 0 and kernels.fits(target, rows, values)
-
-
-def add_rows(target: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0) -> Tensor:
-    """target[rows[i]] += factor * values[i] in place, rows repeated or not; in the order of the rows on CPU.
-
-    In plain torch on CPU, `scatter_add_` with an expanded index is 4 to 5 times faster than `index_add_`.
-    """
-    if _native(target, torch.float32, rows, values):
-        kernels.add_rows(target, rows, values, factor)
-        return target
-    if factor != 1.0:
-        values = values * factor
-    if target.device.type == "cpu":
-        return target.scatter_add_(0, rows[:, None].expand(-1, target.shape[1]), values)
-    return target.index_add_(0, rows, values)
+from dqrm.quant.rows import add_rows, native_update, sum_duplicates
 
 
 def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int) -> Tensor:
@@ -62,7 +24,7 @@ def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: fl
     far below the weight's precision arrive on average, where rounding to nearest would lose them all. The random bits
     are a hash of (seed, row, column): the same on every device, in any order.
     """
-    if _native(target, torch.bfloat16, rows, values):
+    if native_update(target, torch.bfloat16, rows, values):
         kernels.add_rows_stochastic(target, rows, values, factor, seed)
         return target
     dim = target.shape[1]
@@ -142,6 +104,17 @@ class _SparseOptimizer(Optimizer):
                 rows, values = parameter.grad._indices()[0], parameter.grad._values()
                 self._update(parameter, rows, values.float(), group)
         return loss
+
+    @torch.no_grad()
+    def step_rows(self, rows: Tensor, values: Tensor) -> None:
+        """One update of the first parameter by a gradient that is not in its `.grad`.
+
+        Args:
+            rows: int64 [N].
+            values: float32 [N, dim], whatever the dtype of the weight.
+        """
+        group = self.param_groups[0]
+        self._update(group["params"][0], rows, values, group)
 
 
 class SparseSGD(_SparseOptimizer):

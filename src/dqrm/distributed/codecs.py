@@ -1,0 +1,109 @@
+"""Gradient codecs: blocks of values <-> bytes on the wire.
+
+An encoded part is its scales (float32, one per block; int8 and int4 only), then its values (float32, bf16, int8, or two
+int4 codes per byte), padded to four bytes. What is sent is exactly these bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqrm.quant.blocks import (
+    Blocks,
+    block_scales,
+    cast_blocks,
+    decode_blocks,
+    pack_codes,
+    quantize_blocks,
+    unpack_codes,
+)
+
+_BITS = {"int8": 8, "int4": 4}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded(count: int) -> int:
+    """`count` bytes up to the next multiple of four, so that what follows can be read as float32."""
+    return -(-count // 4) * 4
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How gradients are encoded.
+
+    Args:
+        name: 'fp32', 'bf16', 'int8' or 'int4'.
+        stochastic: whether rounding is stochastic instead of to nearest.
+    """
+
+    name: str
+    stochastic: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 where there are none."""
+        return _BITS.get(self.name, 0)
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a value on the wire."""
+        return self.bits or 8 * _DTYPES[self.name].itemsize
+
+    @property
+    def lossless(self) -> bool:
+        return self.name == "fp32"
+
+    def sizes(self, blocks: int, values: int) -> tuple[int, int]:
+        """Bytes of the scales and of the values (padding included) of so many blocks with so many values."""
+        if self.bits:
+            return 4 * blocks, padded(-(-values * self.bits // 8))
+        return 0, padded(values * _DTYPES[self.name].itemsize)
+
+    def scales(self, x: Tensor, blocks: Blocks, residual: Tensor | None = None) -> Tensor | None:
+        """The scales on which `encode` would put x + residual: float32 [blocks]; None where the codec has none."""
+        return block_scales(x, blocks, self.bits, residual) if self.bits else None
+
+    def encode(
+        self,
+        x: Tensor,
+        blocks: Blocks,
+        residual: Tensor | None = None,
+        seed: int = 0,
+        scales: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x + residual as bytes: uint8 [sum(sizes)]. The residual becomes what was lost, in place.
+
+        Args:
+            x: float32, flat.
+            blocks: the values that are encoded, in this order.
+            residual: float32, flat, by the blocks' keys.
+            seed: of stochastic rounding, below 2**32.
+            scales: as `scales` gives them, or larger.
+            out: where the bytes go; default: a new tensor.
+        """
+        scale_bytes, value_bytes = self.sizes(len(blocks), blocks.total)
+        if out is None:
+            out = x.new_zeros(scale_bytes + value_bytes, dtype=torch.uint8)
+        noise = seed if self.stochastic else None
+        if self.bits:
+            if scales is None:
+                scales = block_scales(x, blocks, self.bits, residual)
+            out[:scale_bytes].copy_(scales.view(torch.uint8))
+            codes = quantize_blocks(x, blocks, scales, self.bits, residual, noise)
+            stored = pack_codes(codes, self.bits)
+        else:
+            stored = cast_blocks(x, blocks, _DTYPES[self.name], residual, noise).view(torch.uint8)
+        out[scale_bytes : scale_bytes + len(stored)].copy_(stored)
+        return out
+
+    def decode(self, message: Tensor, blocks: Blocks, out: Tensor, add: bool = False) -> None:
+        """The inverse: values into `out` (float32, flat) where the blocks lie, or added to it."""
+        scale_bytes, value_bytes = self.sizes(len(blocks), blocks.total)
+        stored = message[scale_bytes : scale_bytes + value_bytes]
+        if self.bits:
+            codes = unpack_codes(stored[: -(-blocks.total * self.bits // 8)], self.bits, blocks.total)
+            decode_blocks(codes, blocks, out, message[:scale_bytes].view(torch.float32), add)
+        else:
+            decode_blocks(stored.view(_DTYPES[self.name])[: blocks.total], blocks, out, None, add)

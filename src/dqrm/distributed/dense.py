@@ -1,0 +1,114 @@
+"""The exchange of the MLP's gradients, as bytes: encode for each owner, sum at the owner, encode the sum, decode.
+
+The values are cut into blocks that share a scale, and each block has an owner rank. A rank encodes its gradient and
+sends each owner its blocks (all-to-all); the owner decodes what the ranks sent, adds it up in FP32 in the order of the
+ranks, encodes the sum, and all ranks get it (all-gather). So codes cross the wire twice, as in a ring all-reduce, and no
+sum of codes can wrap around. Nothing here talks to other processes: `ranks` does; `simulation` calls the same functions.
+
+Which owner a block has, and in which bucket it travels, changes no bit of the result.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dqrm.distributed.codecs import Codec
+from dqrm.quant.blocks import Blocks
+
+
+class MLPLayout:
+    """Parameters in one flat order, each cut into blocks.
+
+    Args:
+        shapes: of the parameters.
+        bucket: values per block; 0: a row of a weight (an output channel), or a whole bias.
+
+    Attributes:
+        total: values of all parameters. starts: where each parameter begins.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], bucket: int = 0) -> None:
+        sizes = [shape.numel() for shape in shapes]
+        self.starts = [0, *accumulate(sizes)][:-1]
+        self.total = sum(sizes)
+        self._blocks = []
+        for shape, size in zip(shapes, sizes):
+            channels = shape[0] if len(shape) > 1 else 1
+            length = max(bucket or size // max(channels, 1), 1)
+            begins = torch.arange(0, size, length)
+            self._blocks.append((begins, (size - begins).clamp(max=length)))
+
+    def owned(self, number: int, owners: int) -> list[tuple[Tensor, Tensor]]:
+        """The blocks of parameter `number`, as (starts in it, lengths), for each of so many owners: equal shares."""
+        begins, lengths = self._blocks[number]
+        owner = torch.arange(len(begins)) * owners // max(len(begins), 1)
+        # A parameter of few blocks must not always fall to the first ranks.
+        owner = (owner + number) % owners
+        return [(begins[owner == rank], lengths[owner == rank]) for rank in range(owners)]
+
+
+class Bucket:
+    """Parameters that travel together.
+
+    Args:
+        layout: of all parameters.
+        places: (parameter, position in the buffer) of those that are in it.
+        owners: how many ranks share the summing.
+        codec: how values are encoded.
+        device: where the gradients are.
+
+    Attributes:
+        sizes: bytes of the message for each owner. largest: the largest of them. scale_bytes, value_bytes: of all
+            messages of a rank, padding not counted.
+    """
+
+    def __init__(
+        self, layout: MLPLayout, places: Sequence[tuple[int, int]], owners: int, codec: Codec, device: torch.device
+    ) -> None:
+        self.codec = codec
+        self._blocks: list[Blocks] = []
+        shares = [(layout.starts[number], place, layout.owned(number, owners)) for number, place in places]
+        for owner in range(owners):
+            found = [(start, place, *share[owner]) for start, place, share in shares]
+            starts = [place + begins for _, place, begins, _ in found]
+            keys = [start + begins for start, _, begins, _ in found]
+            lengths = [length for *_, length in found]
+            tensors = [torch.cat([torch.zeros(0, dtype=torch.int64), *parts]) for parts in (starts, lengths, keys)]
+            self._blocks.append(Blocks(*(tensor.to(device) for tensor in tensors)))
+        self._packed = [blocks.packed() for blocks in self._blocks]
+        counted = [codec.sizes(len(blocks), blocks.total) for blocks in self._blocks]
+        self.scale_bytes = sum(scales for scales, _ in counted)
+        self.value_bytes = sum(blocks.total for blocks in self._blocks) * codec.value_bits / 8
+        self.sizes = [sum(pair) for pair in counted]
+        self.largest = max(self.sizes)
+
+    def scales(self, gradient: Tensor, residual: Tensor | None) -> list[Tensor]:
+        """The scales of a rank's gradient for each owner; none where the codec has none."""
+        found = (self.codec.scales(gradient, blocks, residual) for blocks in self._blocks)
+        return [scales for scales in found if scales is not None]
+
+    def encode(
+        self, gradient: Tensor, residual: Tensor | None, seed: int, scales: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """A rank's gradient (float32, flat) as one message for each owner, one after the other: uint8 [sum(sizes)]."""
+        out, at = gradient.new_zeros(sum(self.sizes), dtype=torch.uint8), 0
+        for owner, (blocks, size) in enumerate(zip(self._blocks, self.sizes)):
+            given = scales[owner] if scales else None
+            self.codec.encode(gradient, blocks, residual, seed, given, out[at : at + size])
+            at += size
+        return out
+
+    def reduce(self, owner: int, messages: Sequence[Tensor], residual: Tensor | None, seed: int) -> Tensor:
+        """The sum over the ranks of what they sent this owner, encoded: uint8 [sizes[owner]]."""
+        blocks = self._packed[owner]
+        total = torch.zeros(blocks.total, device=messages[0].device)
+        for rank, message in enumerate(messages):
+            self.codec.decode(message, blocks, total, add=rank > 0)
+        return self.codec.encode(total, blocks, residual, seed)
+
+    def decode(self, messages: Sequence[Tensor], gradient: Tensor) -> None:
+        """What the owners sent, in their order, into the flat gradient."""
+        for blocks, message in zip(self._blocks, messages):
+            self.codec.decode(message, blocks, gradient)

@@ -1,0 +1,138 @@
+/* Blocks: runs of values that share a scale, as they are encoded for and decoded from the wire (`quant/blocks.py`).
+ *
+ * Block b is the values x[starts[b]] ... x[starts[b] + lengths[b] - 1]; what is encoded lies block after block, that of
+ * block b from offsets[b] on. `residual` (or NULL) is added before encoding; its values for block b begin at keys[b],
+ * and so does the block's part of the random stream. Bits are those of the plain torch path.
+ */
+#include "common.h"
+
+enum { CODES = 0, BF16 = 1, FP32 = 2 };
+
+/* murmur3's finalizer of a position and a seed */
+static inline uint32_t hash_of(uint32_t position, uint32_t seed) {
+    uint32_t h = position * 0x9E3779B1u ^ seed;
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    h = (h ^ h >> 13) * 0xC2B2AE35u;
+    return h ^ h >> 16;
+}
+
+/* scale[b] = max|x + residual| of block b over the highest code. */
+EXPORT void dqrm_block_scales(const float *x, const float *residual, int64_t blocks, const int64_t *starts,
+                              const int64_t *lengths, const int64_t *keys, int high, float *scale, int threads) {
+#pragma omp parallel for num_threads(threads) if (blocks * 16 > LITTLE)
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *from = x + starts[b];
+        uint32_t m = 0;
+        if (residual) {
+            const float *rest = residual + keys[b];
+            for (int64_t j = 0; j < lengths[b]; j++) {
+                uint32_t bits = bits_of(from[j] + rest[j]) & 0x7fffffff;
+                m = bits > m ? bits : m;
+            }
+        } else {
+            m = max_bits_of(from, 0, lengths[b]);
+        }
+        scale[b] = scale_of(m, high);
+    }
+}
+
+/* codes = clamp(round(z / scale)) of z = x + residual, rounded half to even, or where `random` stochastically:
+ * floor(z / scale + u), u of 16 random bits. The residual becomes z - code * scale. */
+EXPORT void dqrm_quantize_blocks(const float *x, float *residual, int64_t blocks, const int64_t *starts,
+                                 const int64_t *lengths, const int64_t *keys, const int64_t *offsets,
+                                 const float *scale, int low, int high, int random, uint32_t seed, int8_t *codes,
+                                 int threads) {
+#pragma omp parallel for num_threads(threads) if (blocks * 16 > LITTLE)
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *from = x + starts[b];
+        float *rest = residual ? residual + keys[b] : NULL, s = scale[b], lo = low, hi = high;
+        int8_t *to = codes + offsets[b];
+        int64_t n = lengths[b];
+        uint32_t key = (uint32_t)keys[b];
+        if (random) {
+            for (int64_t j = 0; j < n; j++) {
+                float z = rest ? from[j] + rest[j] : from[j];
+                float u = (float)(int32_t)(hash_of(key + (uint32_t)j, seed) >> 16) * 0x1p-16f;
+                float q = floorf(z / s + u);
+                q = q < lo ? lo : q > hi ? hi : q;
+                to[j] = (int8_t)q;
+                if (rest) rest[j] = z - q * s;
+            }
+        } else if (rest) {
+            for (int64_t j = 0; j < n; j++) {
+                float z = from[j] + rest[j], q = code_of(z, s, lo, hi);
+                to[j] = (int8_t)q;
+                rest[j] = z - q * s;
+            }
+        } else {
+            for (int64_t j = 0; j < n; j++) to[j] = (int8_t)code_of(from[j], s, lo, hi);
+        }
+    }
+}
+
+/* The same without a scale: z as bf16 (rounded half to even, or stochastically) or as it is. */
+EXPORT void dqrm_cast_blocks(const float *x, float *residual, int64_t blocks, const int64_t *starts,
+                             const int64_t *lengths, const int64_t *keys, const int64_t *offsets, int kind, int random,
+                             uint32_t seed, void *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (blocks * 16 > LITTLE)
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *from = x + starts[b];
+        float *rest = residual ? residual + keys[b] : NULL;
+        int64_t n = lengths[b];
+        if (kind == FP32) {
+            float *to = (float *)out + offsets[b];
+            for (int64_t j = 0; j < n; j++) to[j] = rest ? from[j] + rest[j] : from[j];
+            if (rest) memset(rest, 0, n * sizeof(float));
+            continue;
+        }
+        uint16_t *to = (uint16_t *)out + offsets[b];
+        uint32_t key = (uint32_t)keys[b];
+        for (int64_t j = 0; j < n; j++) {
+            float z = rest ? from[j] + rest[j] : from[j];
+            to[j] = narrow(z);
+            if (random && (bits_of(z) & 0x7f800000) != 0x7f800000)
+                to[j] = (uint16_t)((bits_of(z) + (hash_of(key + (uint32_t)j, seed) >> 16)) >> 16);
+            if (rest) rest[j] = z - widen(to[j]);
+        }
+    }
+}
+
+/* out[starts[b] + j] = what is encoded for it (times scale[b] for codes), or that much more where `add`. */
+EXPORT void dqrm_decode_blocks(const void *stored, int kind, const float *scale, int64_t blocks, const int64_t *starts,
+                               const int64_t *lengths, const int64_t *offsets, float *out, int add, int threads) {
+#pragma omp parallel for num_threads(threads) if (blocks * 16 > LITTLE)
+    for (int64_t b = 0; b < blocks; b++) {
+        float *to = out + starts[b];
+        int64_t n = lengths[b], at = offsets[b];
+        if (kind == CODES) {
+            const int8_t *from = (const int8_t *)stored + at;
+            float s = scale[b];
+            if (add) for (int64_t j = 0; j < n; j++) to[j] += (float)from[j] * s;
+            else for (int64_t j = 0; j < n; j++) to[j] = (float)from[j] * s;
+        } else if (kind == BF16) {
+            const uint16_t *from = (const uint16_t *)stored + at;
+            if (add) for (int64_t j = 0; j < n; j++) to[j] += widen(from[j]);
+            else for (int64_t j = 0; j < n; j++) to[j] = widen(from[j]);
+        } else {
+            const float *from = (const float *)stored + at;
+            if (add) for (int64_t j = 0; j < n; j++) to[j] += from[j];
+            else memcpy(to, from, n * sizeof(float));
+        }
+    }
+}
+
+/* Nibbles: byte j holds codes j and j + width, each plus 8, as `quant/packing.py` lays out a row. */
+EXPORT void dqrm_pack_nibbles(const int8_t *codes, int64_t count, uint8_t *out, int threads) {
+    (void)threads;
+    int64_t width = (count + 1) / 2;
+    for (int64_t j = 0; j < count - width; j++)
+        out[j] = (uint8_t)((codes[j] + 8) | (codes[j + width] + 8) << 4);
+    if (count & 1) out[width - 1] = (uint8_t)((codes[width - 1] + 8) | 8 << 4);
+}
+
+EXPORT void dqrm_unpack_nibbles(const uint8_t *bytes, int64_t count, int8_t *codes, int threads) {
+    (void)threads;
+    int64_t width = (count + 1) / 2;
+    for (int64_t j = 0; j < width; j++) codes[j] = (int8_t)((bytes[j] & 15) - 8);
+    for (int64_t j = 0; j < count - width; j++) codes[j + width] = (int8_t)((bytes[j] >> 4) - 8);
+}
