@@ -18,7 +18,7 @@ from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
-from dqrm.training.loop import resume, train
+from dqrm.training.launch import resume, train
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD, add_rows_stochastic, build_optimizers
 from dqrm.training.run import Run
 from dqrm.training.step import TrainStep

@@ -17,7 +17,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.training.evaluation import evaluate
-from dqrm.training.loop import resume, train
+from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 
 

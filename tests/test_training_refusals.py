@@ -18,7 +18,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
 from dqrm.training import checkpoints
-from dqrm.training.loop import resume, train
+from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 
 
@@ -164,7 +164,7 @@ def test_the_time_of_an_interrupted_stretch_counts(generated, tmp_path, monkeypa
         if calls == 8:
             signal.raise_signal(signal.SIGINT)
 
-    from dqrm.training.loop import Interrupted
+    from dqrm.training.launch import Interrupted
 
     with pytest.raises(Interrupted):
         train(generated, tmp_path / "run", tiny(log_every=0), progress)

@@ -34,8 +34,8 @@ _HOMES = {
     "predict": "dqrm.export.scoring",
     "prepare": "dqrm.data.prepare",
     "prepare_qat": "dqrm.quant.convert",
-    "resume": "dqrm.training.loop",
-    "train": "dqrm.training.loop",
+    "resume": "dqrm.training.launch",
+    "train": "dqrm.training.launch",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 (all of them are names)

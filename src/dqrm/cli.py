@@ -96,9 +96,9 @@ def train(
     from dqrm.data.dataset import Dataset
     from dqrm.distributed.world import join
     from dqrm.info import print_summary
-    from dqrm.training.loop import Interrupted
-    from dqrm.training.loop import resume as continue_run
-    from dqrm.training.loop import train as start_run
+    from dqrm.training.launch import Interrupted
+    from dqrm.training.launch import resume as continue_run
+    from dqrm.training.launch import train as start_run
 
     run = resumed or output or ""
     with join() as world, bars(quiet=as_json or not world.first) as progress:
@@ -262,7 +262,7 @@ def demo(output: str, as_json: bool) -> None:
     """Generate a click log, train the same DLRM in FP32 and in INT4, and compare them."""
     from dqrm.console import messages
     from dqrm.studies.demo import run_demo
-    from dqrm.training.loop import Interrupted
+    from dqrm.training.launch import Interrupted
 
     try:
         run_demo(Path(output), as_json)

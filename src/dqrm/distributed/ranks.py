@@ -1,7 +1,7 @@
 """The exchange between real processes, over torch.distributed: gloo on the CPU, NCCL on CUDA.
 
 The MLP's gradients come from DistributedDataParallel, bucket by bucket while the backward pass still runs; a thread
-exchanges them in the order in which they came, which is the same on all ranks. The tables' follow after the backward pass.
+exchanges them in the order in which they came, the same on all ranks. The tables' follow after the backward pass.
 """
 
 import time

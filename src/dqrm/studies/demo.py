@@ -20,7 +20,7 @@ from dqrm.errors import UserError
 from dqrm.export.evaluation import evaluate_file
 from dqrm.export.pipeline import export_run
 from dqrm.quant.config import QATConfig
-from dqrm.training.loop import train
+from dqrm.training.launch import train
 
 LOG = GenerateConfig()
 CONFIG = Config(

@@ -25,7 +25,7 @@ _METRICS = ("auc", "log_loss", "accuracy", "ne", "calibration")
 def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -> dict[str, Any]:
     """Train, continue or just read the run of one configuration and seed; returns its summary."""
     from dqrm.data.dataset import Dataset
-    from dqrm.training.loop import resume, train
+    from dqrm.training.launch import resume, train
 
     dataset = Dataset(data)
     if (Path(output) / "run.json").exists():

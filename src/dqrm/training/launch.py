@@ -1,0 +1,120 @@
+"""Start a training run with `train(dataset, "runs/a", config)`, continue it with `resume("runs/a")`.
+
+The same on one rank and on several, which `torchrun` starts: everything that can be refused is refused before the first
+step, on every rank and with the same sentence.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dqrm import __version__
+from dqrm.config import Config
+from dqrm.data.dataset import Dataset
+from dqrm.distributed.world import World, join
+from dqrm.errors import UserError
+from dqrm.training.environment import Progress, check_environment
+from dqrm.training.loop import Interrupted, Log, Trainer
+from dqrm.training.run import Run
+
+__all__ = ["Interrupted", "check_ranks", "resume", "train"]
+
+
+def train(
+    dataset: Dataset | str | Path,
+    output: str | Path,
+    config: Config | None = None,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Train a DLRM on `dataset` and leave a run folder at `output`.
+
+    Args:
+        dataset: a prepared dataset folder.
+        output: the run folder to make.
+        config: what to train and how; default INT4 with the paper's Kaggle settings.
+        progress: called as progress(stage, done, total).
+        log: called with one line of text per evaluation.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: the configuration cannot be run here or on this data, or the loss is no number any more.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
+    """
+    config = config or Config()
+    with join() as world, ExitStack() as held:
+        data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
+        check_ranks(world, config, data)
+        world.together(lambda: check_environment(config.training))
+        run = world.together(lambda: Run.plan(Path(output), config, data))
+        if not data.rows["train"]:
+            raise UserError(f"{data.path} has no training rows: nothing to train on")
+        world.together(lambda: data.validate(*data.rows))
+        model = world.together(run.new_model)  # before the folder is made: an impossible model must not leave one
+        world.on_first(run.start)
+        world.together(lambda: held.enter_context(run.exclusive()) if world.first else None)
+        return Trainer(run, model, data, progress, log, world).fit()
+
+
+def resume(
+    output: str | Path,
+    dataset: Dataset | str | Path | None = None,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Continue the run at `output` exactly where its newest checkpoint stands; returns its summary.
+
+    Args:
+        output: a run folder.
+        dataset: its data, where the folder has moved since; the fingerprint must be the same.
+
+    Raises:
+        UserError: no run there, other data, a damaged checkpoint, or as `train`.
+    """
+    with join() as world, ExitStack() as held:
+        run = world.on_first(lambda: Run.open(output))  # the others need not see the folder
+        data = world.together(lambda: _data_of(run, dataset))
+        world.together(lambda: run.require_same_data(data))
+        if (done := world.on_first(lambda: run.summary)) is not None:
+            if log and world.first:
+                log(f"{output} is finished; nothing to continue.")
+            return done
+        check_ranks(world, run.config, data)
+        world.together(lambda: check_environment(run.config.training))
+        world.together(lambda: data.validate(*data.rows))
+        world.together(lambda: held.enter_context(run.exclusive()) if world.first else None)
+        return Trainer(run, world.together(run.new_model), data, progress, log, world).fit()
+
+
+def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:
+    """The data to continue a run on: as given, or where the run says."""
+    if dataset is None:
+        try:
+            return Dataset(run.info["data"]["path"])
+        except UserError as error:
+            raise UserError(
+                f"{error}; where the data has moved, `dqrm train --resume {run.path} DATA` names it"
+            ) from None
+    return dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+
+
+def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
+    """Raise UserError on all ranks unless they can train this together; set how long they wait for each other."""
+    facts = {name: value for values in config.to_dict().values() for name, value in values.items()}
+    world.require_same(facts | {"the data's fingerprint": dataset.fingerprint, "the version of dqrm": __version__})
+    size, simulated = world.size, config.exchange.simulate_ranks
+    if size > 1 and simulated > 1:
+        raise UserError(f"simulate_ranks is {simulated}, but {size} real ranks were started; use one or the other")
+    if size > config.training.batch_size:
+        raise UserError(
+            f"{size} ranks share a batch of {config.training.batch_size} samples (batch_size): start at most "
+            f"{config.training.batch_size} ranks, or raise batch_size"
+        )
+    if max(size, simulated) > 1 and config.quantization.activation_bits != 32:
+        raise UserError(
+            f"activation_bits is {config.quantization.activation_bits}, but ranks do not exchange the ranges of their "
+            "activations; use 32 with several ranks"
+        )
+    world.set_timeout(config.exchange.exchange_timeout)
