@@ -15,10 +15,10 @@ ALLOWED = {
     "quant": {"kernels"},
     "data": {"errors", "options", "files", "__init__"},
     "models": {"kernels", "quant", "config", "errors"},
-    "distributed": {"quant", "config", "errors"},
+    "distributed": {"quant", "kernels", "config", "errors"},
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
     "export": {"training", "models", "quant", "data"} | BASE,
-    "bench": {"export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
+    "bench": {"distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
     "studies": {"export", "training", "models", "quant", "data", "console"} | BASE,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dqrm import __version__
-from dqrm.bench.config import BenchEmbeddingConfig, BenchInferenceConfig, BenchStepConfig
+from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
 from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
@@ -322,6 +322,22 @@ def bench_inference(as_json: bool, **flags: Any) -> None:
     with bars(quiet=as_json) as progress:
         found = run_inference(config, progress)
     (print_json if as_json else print_inference)(found)
+
+
+@bench.command("exchange", cls=GroupedCommand)
+@_json
+@config_options(("What is measured", BenchExchangeConfig))
+def bench_exchange(as_json: bool, **flags: Any) -> None:
+    """Training steps of several ranks: what they send each other, and how long that takes, codec by codec."""
+    config = build(BenchExchangeConfig, given(flags), "bench exchange")
+
+    from dqrm.bench.exchange import run_exchange
+    from dqrm.bench.report import print_exchange
+    from dqrm.console import bars, print_json
+
+    with bars(quiet=as_json) as progress:
+        found = run_exchange(config, progress)
+    (print_json if as_json else print_exchange)(found)
 
 
 def main() -> None:

@@ -183,6 +183,49 @@ class BenchInferenceConfig:
         _check_names(self.variants, INFERENCE_VARIANTS)
 
 
+EXCHANGE_VARIANTS = ("dense", "torch", "fp32", "bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class BenchExchangeConfig:
+    """What `dqrm bench exchange` measures."""
+
+    ranks: int = 4
+    """Processes that train together, one per rank."""
+    rate: str | None = None
+    """Join the ranks by links of this rate ('100mbit', '1gbit'), each in a network namespace of its own (needs root);
+    none: loopback."""
+    arch: Literal["kaggle", "terabyte"] = "kaggle"
+    """Architecture and table sizes of the DQRM paper."""
+    rows_scale: float = 0.1
+    """Factor on the rows of every table, above 0 and at most 1; every rank holds all tables."""
+    batch_size: int = 128
+    """Samples per step and rank."""
+    steps: int = 60
+    """Measured steps of each variant."""
+    dense_steps: int = 3
+    """Measured steps of the variant 'dense', whose gradients are as large as the tables."""
+    warmup: int = 10
+    """Steps of each variant before the measured ones (dense: one)."""
+    scale_period: int = 200
+    """Training steps between two refreshes of the tables' scales."""
+    variants: tuple[str, ...] = ("dense", "fp32", "int8", "int4")
+    """What to measure: dense (torch's DistributedDataParallel, dense gradients), torch (the same with sparse gradients
+    of the tables), and our exchange in fp32, bf16, int8 (error compensation), int4 (the same, bucket:512)."""
+    table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
+    """How our variants sum the tables' gradients, as in training."""
+    threads: int = 1
+    """CPU threads of each rank."""
+    seed: int = 0
+    """Decides weights, data and the order of variants."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _at_least(self, ranks=2, batch_size=1, steps=1, dense_steps=1, warmup=1, scale_period=1, threads=1, seed=0)
+        _check_scale(self.rows_scale)
+        _check_names(self.variants, EXCHANGE_VARIANTS)
+
+
 def _check_scale(factor: float) -> None:
     if not 0 < factor <= 1:
         raise ValueError(f"rows_scale is {factor}, expected above 0 and at most 1")

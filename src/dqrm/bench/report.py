@@ -116,6 +116,35 @@ def print_inference(found: dict[str, Any]) -> None:
     _print_machine(found["machine"])
 
 
+def print_exchange(found: dict[str, Any]) -> None:
+    """What `run_exchange` measured."""
+    settings = found["settings"]
+    links = f"links of {settings['rate']}" if settings["rate"] else "loopback"
+    print_table(
+        f"{settings['arch']}, {settings['table_rows']:,} table rows, {settings['ranks']} ranks x batch "
+        f"{settings['batch_size']}, {links}: ms per step, bytes per step and rank",
+        ["variant", "steps", "median", "p10", "p90", "waited", "cpu", "payload", "sent, counted", "sent, kernel", "x fp32"],
+        [
+            [
+                variant["name"],
+                figure(variant["steps"]),
+                *(figure(variant[name], 2) for name in ("median_ms", "p10_ms", "p90_ms", "waited_ms", "cpu_ms")),
+                *(
+                    "-" if variant[name] is None else f"{variant[name]:,.0f}"
+                    for name in ("payload_bytes", "counted_bytes", "wire_bytes")
+                ),
+                figure(variant["ratio_to_fp32"], 3),
+            ]
+            for variant in found["variants"]
+        ],
+    )
+    results.print(
+        "Payload: a rank's encoded gradients, counted once. Sent: to all other ranks, by our count and by the kernel's of "
+        "the interface.\nx fp32: the median of the rounds' ratios."
+    )
+    _print_machine(found["machine"])
+
+
 def _print_machine(machine: dict[str, Any]) -> None:
     results.print(
         f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, torch {machine['torch']}, "

@@ -51,6 +51,11 @@ class Codec:
         return self.bits or 8 * _DTYPES[self.name].itemsize
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of values before they are packed: int8 codes, bfloat16 or float32."""
+        return torch.int8 if self.bits else _DTYPES[self.name]
+
+    @property
     def lossless(self) -> bool:
         return self.name == "fp32"
 

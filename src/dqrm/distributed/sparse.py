@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dqrm import kernels
 from dqrm.distributed.codecs import Codec, padded
 from dqrm.quant.blocks import Blocks, block_scales
 from dqrm.quant.rows import sum_duplicates
@@ -52,6 +53,12 @@ class RowCodec:
             scales: float32 [tables], instead of the values' own.
         """
         count = len(rows)
+        if kernels.fits(rows, values, scales):
+            message, (used, scale_bytes, total) = kernels.encode_rows(
+                rows, values, self._bounds, self._widths, self.per_row, self.codec.dtype, self.codec.bits, scales,
+                seed if self.codec.stochastic else None,
+            )  # fmt: skip
+            return message, {"ids": used, "scales": scale_bytes, "values": total - used - scale_bytes}
         head = [torch.tensor([count], dtype=torch.int32).view(torch.uint8).to(rows.device)]
         if count == 0:
             return head[0], {"ids": 4, "scales": 0, "values": 0}
@@ -74,6 +81,11 @@ class RowCodec:
         rows, values = torch.empty(count, dtype=torch.int64, device=device), torch.empty(count, self.dim, device=device)
         if count == 0:
             return rows, values
+        if kernels.fits(message, rows):
+            kernels.decode_rows(
+                message, self._bounds, self._widths, self.per_row, self.codec.dtype, self.codec.bits, rows, values
+            )
+            return rows, values
         dtype = torch.uint16 if count < 1 << 16 else torch.int32
         at = 4 + self.tables * dtype.itemsize
         counts = message[4:at].view(dtype).to(torch.int64)
@@ -82,7 +94,6 @@ class RowCodec:
         kept = self._kept[table]
         end = at + int((counts * self._widths).sum())
         ids[kept] = message[at:end]
-        # As unsigned numbers: a table may have more than 2**31 rows' worth of bytes, but no id is negative.
         torch.add(ids.view(torch.int32)[:, 0].to(torch.int64), self._bounds[table], out=rows)
         _, blocks = self._cut(rows, counts)
         self.codec.decode(message[padded(end) :], blocks, values.view(-1))

@@ -59,6 +59,10 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "decode_blocks": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int]),
     "pack_nibbles": (None, [c_void_p, c_int64, c_void_p, c_int]),
     "unpack_nibbles": (None, [c_void_p, c_int64, c_void_p, c_int]),
+    "encode_rows": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int, c_int,
+                            c_void_p, c_int, c_uint32, c_void_p, c_void_p, c_int]),
+    "decode_rows": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_void_p,
+                            c_void_p, c_int]),
 }  # fmt: skip
 _functions: dict[str, Any] = {}
 
@@ -260,3 +264,31 @@ def pack_nibbles(codes: Tensor, out: Tensor) -> None:
 def unpack_nibbles(stored: Tensor, codes: Tensor) -> None:
     """The inverse."""
     _call("unpack_nibbles", stored, len(codes), codes)
+
+
+def encode_rows(
+    rows: Tensor, values: Tensor, bounds: Tensor, widths: Tensor, per_row: bool, dtype: torch.dtype, bits: int,
+    given: Tensor | None, seed: int | None,
+) -> tuple[Tensor, list[int]]:  # fmt: skip
+    """A message of `distributed.sparse`, uint8, and its bytes before the scales, of the scales, and in all."""
+    (count, dim), tables = values.shape, len(widths)
+    out = torch.empty(16 + 4 * (tables + count) * 2 + 4 * values.numel(), dtype=torch.uint8)
+    sizes = torch.empty(3, dtype=torch.int64)
+    if _call(
+        "encode_rows", rows, values, count, dim, bounds, widths, tables, per_row, _KINDS[dtype], bits, given,
+        seed is not None, seed or 0, out, sizes,
+    ):  # fmt: skip
+        raise MemoryError("encoding rows needs more memory than there is")
+    lengths: list[int] = sizes.tolist()
+    return out[: lengths[2]], lengths
+
+
+def decode_rows(
+    message: Tensor, bounds: Tensor, widths: Tensor, per_row: bool, dtype: torch.dtype, bits: int, rows: Tensor,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """The inverse, into rows int64 [U] and values float32 [U, dim], as many as the message holds."""
+    if _call(
+        "decode_rows", message, *values.shape, bounds, widths, len(widths), per_row, _KINDS[dtype], bits, rows, values
+    ):
+        raise MemoryError("decoding rows needs more memory than there is")

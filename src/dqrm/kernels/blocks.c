@@ -136,3 +136,100 @@ EXPORT void dqrm_unpack_nibbles(const uint8_t *bytes, int64_t count, int8_t *cod
     for (int64_t j = 0; j < width; j++) codes[j] = (int8_t)((bytes[j] & 15) - 8);
     for (int64_t j = 0; j < count - width; j++) codes[j + width] = (int8_t)((bytes[j] >> 4) - 8);
 }
+
+/* ---- rows: messages of `distributed/sparse.py`, whose format is described there --------------------------------- */
+
+static inline int64_t up4(int64_t count) { return (count + 3) / 4 * 4; }
+
+static int64_t value_bytes(int64_t count, int kind, int bits) {
+    return kind == CODES ? (count * bits + 7) / 8 : count * (kind == BF16 ? 2 : 4);
+}
+
+/* `rows` rising, table t's from bounds[t] to bounds[t + 1] - 1; `values` [count, dim]. One scale per table that has rows,
+ * or per row; `given` (or NULL): scales of the tables to use. sizes: bytes until the scales begin, of the scales, in all.
+ * Returns -1 without memory. */
+EXPORT int dqrm_encode_rows(const int64_t *rows, const float *values, int64_t count, int64_t dim, const int64_t *bounds,
+                            const int64_t *widths, int64_t tables, int per_row, int kind, int bits, const float *given,
+                            int random, uint32_t seed, uint8_t *out, int64_t *sizes, int threads) {
+    int32_t head = (int32_t)count;
+    memcpy(out, &head, 4);
+    sizes[0] = sizes[2] = 4;
+    sizes[1] = 0;
+    if (count == 0) return 0;
+    int64_t blocks = per_row ? count : tables, used = 0, wide = count < 65536 ? 2 : 4;
+    int64_t *starts = malloc((3 * blocks + 1) * sizeof(int64_t)), *lengths = starts + blocks;
+    float *scale = malloc(blocks * sizeof(float));
+    int8_t *codes = kind == CODES ? malloc(count * dim) : NULL;
+    if (!starts || !scale || (kind == CODES && !codes)) { free(starts); free(scale); free(codes); return -1; }
+    uint8_t *to = out + 4 + wide * tables;
+    for (int64_t t = 0, i = 0; t < tables; t++) {
+        int64_t first = i;
+        for (; i < count && rows[i] < bounds[t + 1]; i++) {
+            uint32_t id = (uint32_t)(rows[i] - bounds[t]);
+            for (int64_t b = 0; b < widths[t]; b++) *to++ = (uint8_t)(id >> (8 * b));
+        }
+        uint32_t n = (uint32_t)(i - first);
+        for (int64_t b = 0; b < wide; b++) out[4 + wide * t + b] = (uint8_t)(n >> (8 * b));
+        if (!per_row && n) {
+            starts[used] = first * dim;
+            lengths[used] = n * dim;
+            if (given) scale[used] = given[t];
+            used++;
+        }
+    }
+    if (per_row)
+        for (used = 0; used < count; used++) { starts[used] = used * dim; lengths[used] = dim; }
+    while ((to - out) % 4) *to++ = 0;
+    sizes[0] = to - out;
+    if (kind == CODES) {
+        int high = (1 << (bits - 1)) - 1;
+        if (!given) dqrm_block_scales(values, NULL, used, starts, lengths, starts, high, scale, threads);
+        memcpy(to, scale, 4 * used);
+        sizes[1] = 4 * used;
+        to += 4 * used;
+        int8_t *into = bits == 8 ? (int8_t *)to : codes;
+        dqrm_quantize_blocks(values, NULL, used, starts, lengths, starts, starts, scale, -high - 1, high, random, seed,
+                             into, threads);
+        if (bits == 4) dqrm_pack_nibbles(codes, count * dim, to, threads);
+    } else {
+        dqrm_cast_blocks(values, NULL, used, starts, lengths, starts, starts, kind, random, seed, to, threads);
+    }
+    int64_t written = value_bytes(count * dim, kind, bits);
+    memset(to + written, 0, up4(written) - written);
+    sizes[2] = to - out + up4(written);
+    free(starts);
+    free(scale);
+    free(codes);
+    return 0;
+}
+
+/* The inverse, for `count` rows as the message says. Returns -1 without memory. */
+EXPORT int dqrm_decode_rows(const uint8_t *message, int64_t count, int64_t dim, const int64_t *bounds,
+                            const int64_t *widths, int64_t tables, int per_row, int kind, int bits, int64_t *rows,
+                            float *values, int threads) {
+    int64_t blocks = per_row ? count : tables, used = 0, wide = count < 65536 ? 2 : 4, at = 0;
+    int64_t *starts = malloc((2 * blocks + 1) * sizeof(int64_t)), *lengths = starts + blocks;
+    int8_t *codes = kind == CODES && bits == 4 ? malloc(count * dim + 1) : NULL;
+    if (!starts || (kind == CODES && bits == 4 && !codes)) { free(starts); free(codes); return -1; }
+    const uint8_t *from = message + 4 + wide * tables;
+    for (int64_t t = 0; t < tables; t++) {
+        uint32_t n = 0;
+        for (int64_t b = 0; b < wide; b++) n |= (uint32_t)message[4 + wide * t + b] << (8 * b);
+        if (!per_row && n) { starts[used] = at * dim; lengths[used++] = n * dim; }
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t id = 0;
+            for (int64_t b = 0; b < widths[t]; b++) id |= (uint32_t)*from++ << (8 * b);
+            rows[at++] = bounds[t] + id;
+        }
+    }
+    if (per_row)
+        for (used = 0; used < count; used++) { starts[used] = used * dim; lengths[used] = dim; }
+    from = message + up4(from - message);
+    const float *scale = (const float *)from;
+    if (kind == CODES) from += 4 * used;
+    if (codes) dqrm_unpack_nibbles(from, count * dim, codes, threads);
+    dqrm_decode_blocks(codes ? (const void *)codes : from, kind, scale, used, starts, lengths, starts, values, 0, threads);
+    free(starts);
+    free(codes);
+    return 0;
+}

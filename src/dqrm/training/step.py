@@ -86,7 +86,7 @@ class TrainStep:
         loss.backward()
 
     def update(self, rate: float, of_tables: Gradient | None = None) -> None:
-        """Change the weights by their gradients at learning rate `rate`; the tables may have theirs from the exchange."""
+        """Change the weights by their gradients at learning rate `rate`; `of_tables` is what an exchange gave."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -1,0 +1,197 @@
+"""One rank of `dqrm bench exchange`: `python -m dqrm.bench.exchange_rank FOLDER INTERFACE`, started by `exchange`.
+
+Reads FOLDER/options.json, leaves FOLDER/rank<N>.json.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchExchangeConfig
+from dqrm.bench.contenders import LEARNING_RATE, build_model
+from dqrm.bench.data import endless, write_split
+from dqrm.bench.network import interface_bytes
+from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.data.batches import Batch
+from dqrm.distributed.world import World, join
+from dqrm.models.dlrm import DLRM
+from dqrm.quant.config import QATConfig
+from dqrm.training.optimizers import SparseSGD
+from dqrm.training.step import TrainStep
+
+# Steps of one variant before the next one's turn: enough that a barrier's bytes do not count.
+_TURN = 5
+_BATCHES = 256
+_TITLES = {
+    "dense": "dense, DDP",
+    "torch": "sparse FP32, DDP",
+    "fp32": "sparse FP32",
+    "bf16": "sparse + BF16",
+    "int8": "sparse + INT8 + compensation",
+    "int4": "sparse + INT4 + compensation",
+}
+
+
+class _Ours:
+    """Our exchange with one codec for tables and MLP."""
+
+    def __init__(self, model: DLRM, config: Config, world: World) -> None:
+        self._step = TrainStep(model, config, world)
+        self._count, self._ranks = 0, world.size
+
+    def step(self, batch: Batch) -> None:
+        self._step.exchanged(batch, LEARNING_RATE, len(batch) * self._ranks, self._count)
+        self._count += 1
+
+    def totals(self) -> dict[str, Any]:
+        """Everything so far."""
+        exchange = self._step.exchange
+        assert exchange is not None
+        return {
+            "payload": dict(exchange.payload), "counted": exchange.sent, "waited": exchange.waited,
+        }  # fmt: skip
+
+
+class _Torch:
+    """What plain torch offers: the model in DistributedDataParallel, with dense or sparse gradients of the tables."""
+
+    def __init__(self, model: DLRM, sparse: bool, world: World) -> None:
+        self._model, self._sparse = model, sparse
+        model.tables.sparse = sparse
+        self._module = DistributedDataParallel(model, process_group=world.group)
+        others = [parameter for parameter in model.parameters() if parameter is not model.tables.weight]
+        self._tables = SparseSGD([model.tables.weight], LEARNING_RATE)
+        self._others = torch.optim.SGD(others, LEARNING_RATE)
+
+    def step(self, batch: Batch) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        logits = self._module(batch.dense, batch.ids, batch.bags)
+        F.binary_cross_entropy_with_logits(logits, batch.labels).backward()
+        if self._sparse:
+            self._tables.step()
+        else:
+            with torch.no_grad():
+                self._model.tables.weight.add_(self._model.tables.weight.grad, alpha=-LEARNING_RATE)
+        self._others.step()
+
+    def totals(self) -> dict[str, Any]:
+        """Nothing is counted inside torch."""
+        return {"payload": None, "counted": None, "waited": None}
+
+
+def _config(options: BenchExchangeConfig, variant: str) -> Config:
+    arch = ARCHITECTURES[options.arch]
+    codec: Any = variant if variant in ("fp32", "bf16", "int8", "int4") else "fp32"
+    return Config(
+        model=ModelConfig(embedding_dim=arch.embedding_dim, bottom_mlp=arch.bottom_mlp, top_mlp=arch.top_mlp),
+        quantization=QATConfig(bits=4, scale_period=options.scale_period),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        training=TrainingConfig(device="cpu", threads=options.threads, seed=options.seed),
+        exchange=ExchangeConfig(
+            table_codec=codec,
+            mlp_codec=codec,
+            mlp_codec_scale="bucket:512" if codec == "int4" else "channel",
+            table_exchange=options.table_exchange,
+        ),
+    )
+
+
+def _contenders(options: BenchExchangeConfig, table_rows: Sequence[int], world: World) -> dict[str, Any]:
+    """The variants; all train the same tables."""
+    shared: Tensor | None = None
+    found: dict[str, Any] = {}
+    for name in options.variants:
+        config = _config(options, name)
+        model = build_model(config, table_rows, shared).train()
+        shared = model.tables.weight.detach()
+        ours = name not in ("dense", "torch")
+        found[name] = _Ours(model, config, world) if ours else _Torch(model, name == "torch", world)
+    return found
+
+
+def measure(options: BenchExchangeConfig, path: Path, interface: str, world: World) -> dict[str, Any]:
+    """This rank's figures of each variant."""
+    table_rows = ARCHITECTURES[options.arch].scaled(options.rows_scale)
+    split = write_split(
+        path / f"data{world.rank}", _BATCHES * options.batch_size, NUM_DENSE, table_rows, options.seed + world.rank
+    )
+    batches = endless(split, options.batch_size, "block", options.seed)
+    contenders = _contenders(options, table_rows, world)
+    ms: dict[str, list[float]] = {name: [] for name in contenders}
+    wire, done, order = dict.fromkeys(contenders, 0), dict.fromkeys(contenders, 0), random.Random(options.seed)
+    cpu = dict.fromkeys(contenders, 0.0)
+    wanted = {name: options.dense_steps if name == "dense" else options.steps for name in contenders}
+    for name, contender in contenders.items():
+        for _ in range(1 if name == "dense" else options.warmup):
+            contender.step(next(batches))
+    before = {name: contender.totals() for name, contender in contenders.items()}
+    while unfinished := [name for name in contenders if done[name] < wanted[name]]:
+        if world.first:
+            slowest = min(unfinished, key=lambda name: done[name] / wanted[name])
+            _note(path, f"steps of {slowest}", done[slowest], wanted[slowest])
+        for name in order.sample(unfinished, len(unfinished)):
+            turn = min(1 if name == "dense" else _TURN, wanted[name] - done[name])
+            items = [next(batches) for _ in range(turn)]
+            dist.barrier(world.group)
+            sent, used = interface_bytes(interface)[1], time.process_time()
+            for item in items:
+                start = time.perf_counter()
+                contenders[name].step(item)
+                ms[name].append(1e3 * (time.perf_counter() - start))
+            cpu[name] += time.process_time() - used
+            dist.barrier(world.group)
+            wire[name] += interface_bytes(interface)[1] - sent
+            done[name] += turn
+    shares = world.size if interface == "lo" else 1  # on loopback all ranks send through one interface
+    found = {}
+    for name, contender in contenders.items():
+        after, steps = contender.totals(), done[name]
+        known = after["payload"] is not None
+        parts = {
+            part: (after["payload"][part] - before[name]["payload"][part]) / steps for part in after["payload"] or ()
+        }
+        found[name] = {
+            "title": _TITLES[name],
+            "steps": steps,
+            "ms": ms[name],
+            "payload_bytes": sum(parts.values()) if known else None,
+            "payload_parts": {part: round(count, 1) for part, count in parts.items()} if known else None,
+            "counted_bytes": (after["counted"] - before[name]["counted"]) / steps if known else None,
+            "waited_ms": 1e3 * (after["waited"] - before[name]["waited"]) / steps if known else None,
+            "cpu_ms": 1e3 * cpu[name] / steps,
+            "wire_bytes": wire[name] / shares / steps,
+        }
+    return found
+
+
+def _note(path: Path, *progress: Any) -> None:
+    beside = path / "progress.partial"
+    beside.write_text(json.dumps(progress))
+    os.replace(beside, path / "progress.json")
+
+
+def main(folder: str, interface: str) -> None:
+    """Measure as one rank of several."""
+    path = Path(folder)
+    options = BenchExchangeConfig(**json.loads((path / "options.json").read_text()))
+    torch.set_num_threads(options.threads)
+    with join() as world:
+        found = measure(options, path, interface, world)
+        (path / f"rank{world.rank}.json").write_text(json.dumps(found))
+        dist.barrier(world.group)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,196 @@
+"""Real ranks for the tests: started by torchrun or by hand, watched with a time-out, and never left running.
+
+Every process of a launch carries a mark in its environment, by which its workers are found (torchrun gives each a session
+of its own) and killed at the end, whatever happened.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conftest import tensors
+
+TIMEOUT = 120.0
+_MARK = "DQRM_TEST_LAUNCH"
+_DQRM = (sys.executable, "-m", "dqrm")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentences(self) -> list[str]:
+        """What dqrm said on standard error when it gave up."""
+        return [line for line in self.err.splitlines() if line.startswith("dqrm: ")]
+
+    @property
+    def sentence(self) -> str:
+        """The only one."""
+        assert len(self.sentences) == 1, self.err
+        return self.sentences[0]
+
+
+class Launch:
+    """Processes that run until `wait` or the end of the `with` block.
+
+    Args:
+        folder: where their output goes.
+        commands: of each process, with what its environment has besides ours.
+    """
+
+    def __init__(self, folder: Path, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+        self.mark = uuid.uuid4().hex
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = [folder / f"{self.mark}.{number}" for number in range(len(commands))]
+        self._processes = []
+        for file, (command, environment) in zip(self._files, commands):
+            with open(f"{file}.out", "wb") as out, open(f"{file}.err", "wb") as err:
+                self._processes.append(
+                    subprocess.Popen(command, stdout=out, stderr=err, env=self._environment() | dict(environment),
+                                     stdin=subprocess.DEVNULL, start_new_session=True)
+                )  # fmt: skip
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _environment(self) -> dict[str, str]:
+        theirs = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        kept = {name: value for name, value in os.environ.items() if name not in theirs}
+        return kept | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", _MARK: self.mark}
+
+    def pids(self) -> dict[int, int]:
+        """Process of each rank that runs: rank -> pid."""
+        return {int(env["RANK"]): pid for pid, env in self._alive().items() if "RANK" in env}
+
+    def _alive(self) -> dict[int, dict[str, str]]:
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                environment = dict(word.split("=", 1) for word in words if "=" in word)
+                if environment.get(_MARK) == self.mark:
+                    found[int(folder.name)] = environment
+        return found
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to a rank, or to the process that was started first (torchrun)."""
+        os.kill(self._processes[0].pid if rank is None else self.pids()[rank], number)
+
+    def wait(self, timeout: float = TIMEOUT, only: Sequence[int] | None = None) -> list[Ended]:
+        """How the processes (or only these of them) ended; AssertionError if they do not in time."""
+        chosen = range(len(self._processes)) if only is None else only
+        deadline = time.monotonic() + timeout
+        for number in chosen:
+            try:
+                self._processes[number].wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                said = self._ended(number).err
+                raise AssertionError(f"process {number} still runs after {timeout:.0f} s; it said: {said!r}") from None
+        return [self._ended(number) for number in chosen]
+
+    def _ended(self, number: int) -> Ended:
+        out, err = (Path(f"{self._files[number]}.{name}").read_text(errors="replace") for name in ("out", "err"))
+        code = self._processes[number].poll()
+        return Ended(-999 if code is None else code, out, err)
+
+    def kill(self) -> None:
+        """End all that still runs, workers of a torchrun that is gone included."""
+        for _ in range(10):
+            alive = self._alive()
+            for pid in alive:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for process in self._processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+            if not alive:
+                return
+
+
+def torchrun(folder: Path, ranks: int, *arguments: Any) -> Launch:
+    """`torchrun -m dqrm ...` with so many ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command = [*launcher, f"--nproc-per-node={ranks}", "-m", "dqrm", *map(str, arguments)]
+    return Launch(folder, [(command, {})])
+
+
+def by_hand(folder: Path, *commands: Sequence[Any], port: int = 0, program: Sequence[str] = _DQRM) -> Launch:
+    """A rank per command, which is what follows `dqrm`, without torchrun."""
+    port = port or free_port()
+    ranks = []
+    for rank, arguments in enumerate(commands):
+        environment = {"RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(([*program, *map(str, arguments)], {name: str(value) for name, value in environment.items()}))
+    return Launch(folder, ranks)
+
+
+def alone(folder: Path, *arguments: Any) -> Launch:
+    """`dqrm ...` in one process."""
+    return Launch(folder, [([*_DQRM, *map(str, arguments)], {})])
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], launch: Launch, timeout: float = 90.0) -> None:
+    """Wait for a condition; AssertionError if a process ends before, or time runs out."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        running = all(process.poll() is None for process in launch._processes)
+        if not running or time.monotonic() > deadline:
+            said = [launch._ended(number).err for number in range(len(launch._processes))]
+            raise AssertionError(f"{'time ran out' if running else 'a process ended early'}: {said}")
+        time.sleep(0.005)
+
+
+def steps_saved(run: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, rising."""
+    return sorted(int(path.name[5:]) for path in run.glob("checkpoints/step-*") if path.name[5:].isdigit())
+
+
+def flags(**fields: Any) -> list[str]:
+    """Command line flags of fields of the configuration; those of a small model, on one thread, are there already."""
+    known = {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "batch_size": 64, "scale_period": 3,
+             "threads": 1, "device": "cpu", "eval_batch_size": 50}  # fmt: skip
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (known | fields).items()]
+
+
+def no_traceback_of_ours(*ended: Ended) -> None:
+    """torchrun prints a traceback of its own where a rank fails; none may run through dqrm's files."""
+    for process in ended:
+        assert "/dqrm/" not in process.err, process.err
+        assert "terminate called" not in process.err, process.err
+
+
+def same_tensors(one: Path, two: Path, leave_out: Sequence[str] = ()) -> None:
+    """The checkpoints of two runs, step by step and bit for bit; `leave_out` names tensors that may differ."""
+    assert steps_saved(one) == steps_saved(two)
+    assert steps_saved(one)
+    for step in steps_saved(one):
+        a, b = (tensors(run / "checkpoints" / f"step-{step:09d}") for run in (one, two))
+        assert a.keys() == b.keys()
+        for name in a.keys() - set(leave_out):
+            assert torch.equal(a[name], b[name]), f"step {step}: {name}"
