@@ -66,7 +66,7 @@ def arrives(name, z, start, seed, scale=None):
     """The values of one block after encoding, float32."""
     if name == "fp32":
         return z
-    u = None if seed is None else np.array([noise(start + j, seed) for j in range(len(z))])
+    u = None if seed is None else noise(start + np.arange(len(z)), seed)
     if name == "bf16":
         if seed is None:
             return nearest_bf16(z)
@@ -148,7 +148,7 @@ def test_what_every_rank_gets_is_the_reference(path, ranks, name, stochastic, bu
     made = whole(layout, ranks, name, stochastic)
     residuals, owned = (torch.zeros(ranks, TOTAL), torch.zeros(TOTAL)) if rest else (None, None)
     slow, slow_owned = (np.zeros((ranks, TOTAL), "f4"), np.zeros(TOTAL, "f4")) if rest else (None, None)
-    for step in range(3):
+    for step in range(3 if rest else 1):
         gradients = random_gradients(ranks, step)
         with on(path):
             out = exchange(made, gradients, ranks, residuals, owned, step)
@@ -225,7 +225,7 @@ def test_owners_and_buckets_change_no_bit(path, name, stochastic):
     # As DistributedDataParallel fills its buckets: the last parameters first.
     groups = [list(range(len(SHAPES)))[:4:-1], list(range(5))[::-1]]
     expected = None
-    for owners, grouped in [(1, False), (2, False), (3, False), (7, False), (300, False), (3, True), (1, True)]:
+    for owners, grouped in [(1, False), (2, False), (3, False), (70, False), (3, True), (1, True)]:
         residuals, owned, found = torch.zeros(ranks, TOTAL), torch.zeros(TOTAL), []
         for step in range(2):
             gradients = random_gradients(ranks, step)

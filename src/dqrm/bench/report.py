@@ -123,7 +123,19 @@ def print_exchange(found: dict[str, Any]) -> None:
     print_table(
         f"{settings['arch']}, {settings['table_rows']:,} table rows, {settings['ranks']} ranks x batch "
         f"{settings['batch_size']}, {links}: ms per step, bytes per step and rank",
-        ["variant", "steps", "median", "p10", "p90", "waited", "cpu", "payload", "sent, counted", "sent, kernel", "x fp32"],
+        [
+            "variant",
+            "steps",
+            "median",
+            "p10",
+            "p90",
+            "waited",
+            "cpu",
+            "payload",
+            "sent, counted",
+            "sent, kernel",
+            "x fp32",
+        ],
         [
             [
                 variant["name"],

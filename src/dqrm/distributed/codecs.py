@@ -76,7 +76,6 @@ class Codec:
         residual: Tensor | None = None,
         seed: int = 0,
         scales: Tensor | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
         """x + residual as bytes: uint8 [sum(sizes)]. The residual becomes what was lost, in place.
 
@@ -86,22 +85,30 @@ class Codec:
             residual: float32, flat, by the blocks' keys.
             seed: of stochastic rounding, below 2**32.
             scales: as `scales` gives them, or larger.
-            out: where the bytes go; default: a new tensor.
         """
-        scale_bytes, value_bytes = self.sizes(len(blocks), blocks.total)
-        if out is None:
-            out = x.new_zeros(scale_bytes + value_bytes, dtype=torch.uint8)
-        noise = seed if self.stochastic else None
-        if self.bits:
-            if scales is None:
-                scales = block_scales(x, blocks, self.bits, residual)
-            out[:scale_bytes].copy_(scales.view(torch.uint8))
-            codes = quantize_blocks(x, blocks, scales, self.bits, residual, noise)
-            stored = pack_codes(codes, self.bits)
-        else:
-            stored = cast_blocks(x, blocks, _DTYPES[self.name], residual, noise).view(torch.uint8)
-        out[scale_bytes : scale_bytes + len(stored)].copy_(stored)
+        out = x.new_zeros(sum(self.sizes(len(blocks), blocks.total)), dtype=torch.uint8)
+        self.write(out, *self.quantize(x, blocks, residual, seed, scales))
         return out
+
+    def quantize(
+        self, x: Tensor, blocks: Blocks, residual: Tensor | None, seed: int, scales: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The values [total] of `dtype` that `encode` writes, and the scales [blocks], None where there are none."""
+        noise = seed if self.stochastic else None
+        if not self.bits:
+            return cast_blocks(x, blocks, self.dtype, residual, noise), None
+        if scales is None:
+            scales = block_scales(x, blocks, self.bits, residual)
+        return quantize_blocks(x, blocks, scales, self.bits, residual, noise), scales
+
+    def write(self, out: Tensor, values: Tensor, scales: Tensor | None) -> None:
+        """Scales and values as bytes into `out`."""
+        at = 0
+        if scales is not None:
+            at = scales.nbytes
+            out[:at].copy_(scales.view(torch.uint8))
+        stored = pack_codes(values, self.bits) if self.bits else values.view(torch.uint8)
+        out[at : at + len(stored)].copy_(stored)
 
     def decode(self, message: Tensor, blocks: Blocks, out: Tensor, add: bool = False) -> None:
         """The inverse: values into `out` (float32, flat) where the blocks lie, or added to it."""

@@ -70,14 +70,18 @@ class Bucket:
     ) -> None:
         self.codec = codec
         self._blocks: list[Blocks] = []
+        everything: list[tuple[Tensor, Tensor, Tensor]] = []
         shares = [(layout.starts[number], place, layout.owned(number, owners)) for number, place in places]
         for owner in range(owners):
             found = [(start, place, *share[owner]) for start, place, share in shares]
             starts = [place + begins for _, place, begins, _ in found]
             keys = [start + begins for start, _, begins, _ in found]
             lengths = [length for *_, length in found]
-            tensors = [torch.cat([torch.zeros(0, dtype=torch.int64), *parts]) for parts in (starts, lengths, keys)]
-            self._blocks.append(Blocks(*(tensor.to(device) for tensor in tensors)))
+            nothing = torch.zeros(0, dtype=torch.int64)
+            tensors = [torch.cat([nothing, *parts]).to(device) for parts in (starts, lengths, keys)]
+            everything.append((tensors[0], tensors[1], tensors[2]))
+            self._blocks.append(Blocks(*tensors))
+        self._all = Blocks(*(torch.cat(parts) for parts in zip(*everything)))  # encoded in one go
         self._packed = [blocks.packed() for blocks in self._blocks]
         counted = [codec.sizes(len(blocks), blocks.total) for blocks in self._blocks]
         self.scale_bytes = sum(scales for scales, _ in counted)
@@ -85,20 +89,18 @@ class Bucket:
         self.sizes = [sum(pair) for pair in counted]
         self.largest = max(self.sizes)
 
-    def scales(self, gradient: Tensor, residual: Tensor | None) -> list[Tensor]:
-        """The scales of a rank's gradient for each owner; none where the codec has none."""
-        found = (self.codec.scales(gradient, blocks, residual) for blocks in self._blocks)
-        return [scales for scales in found if scales is not None]
+    def scales(self, gradient: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The scales of a rank's gradient: float32 [blocks]; None where the codec has none."""
+        return self.codec.scales(gradient, self._all, residual)
 
-    def encode(
-        self, gradient: Tensor, residual: Tensor | None, seed: int, scales: Sequence[Tensor] | None = None
-    ) -> Tensor:
+    def encode(self, gradient: Tensor, residual: Tensor | None, seed: int, scales: Tensor | None = None) -> Tensor:
         """A rank's gradient (float32, flat) as one message for each owner, one after the other: uint8 [sum(sizes)]."""
-        out, at = gradient.new_zeros(sum(self.sizes), dtype=torch.uint8), 0
-        for owner, (blocks, size) in enumerate(zip(self._blocks, self.sizes)):
-            given = scales[owner] if scales else None
-            self.codec.encode(gradient, blocks, residual, seed, given, out[at : at + size])
-            at += size
+        out = gradient.new_zeros(sum(self.sizes), dtype=torch.uint8)
+        values, scales = self.codec.quantize(gradient, self._all, residual, seed, scales)
+        counts = [blocks.total for blocks in self._blocks]
+        each = [None] * len(counts) if scales is None else scales.split([len(blocks) for blocks in self._blocks])
+        for message, part, own in zip(out.split(self.sizes), values.split(counts), each):
+            self.codec.write(message, part, own)
         return out
 
     def reduce(self, owner: int, messages: Sequence[Tensor], residual: Tensor | None, seed: int) -> Tensor:

@@ -118,12 +118,11 @@ class RealRanks(Exchange):
                 places.append((number, at))
                 at += parameter.numel()
             bucket = self._buckets[numbers] = Bucket(self.layout, places, self.size, self.mlp_codec, self.device)
-        residual, scales = self._residual(0), None
-        if self.config.shared_scales and self.mlp_codec.bits:
-            own = bucket.scales(gradient, residual)
+        residual = self._residual(0)
+        scales = bucket.scales(gradient, residual) if self.config.shared_scales else None
+        if scales is not None:
             with self.world.guard():
-                largest = self._largest(torch.cat(own))
-            scales = largest.split([len(part) for part in own])
+                self._largest(scales)
         sent = bucket.encode(gradient, residual, self._seed(_MLP, self.rank), scales)
         mine = bucket.sizes[self.rank]
         received = sent.new_empty(self.size * mine)

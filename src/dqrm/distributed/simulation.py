@@ -54,7 +54,7 @@ class SimulatedRanks(Exchange):
         bucket, shared = self._bucket, None
         if self.config.shared_scales and self.mlp_codec.bits:
             each = [bucket.scales(self._dense[rank], self._residual(rank)) for rank in self.local]
-            shared = [torch.stack(scales).amax(0) for scales in zip(*each)]
+            shared = torch.stack([scales for scales in each if scales is not None]).amax(0)
         messages = [
             bucket.encode(self._dense[rank], self._residual(rank), self._seed(_MLP, rank), shared)
             for rank in self.local
