@@ -189,8 +189,7 @@ def test_a_message_may_be_written_into_a_larger_one(path, name):
         message = codec.encode(x, blocks)
         buffer = torch.full((8 + len(message) + 8,), 99, dtype=torch.uint8)
         buffer[8:-8] = 0
-        given = codec.encode(x, blocks, out=buffer[8:-8])
-        assert given.data_ptr() == buffer[8:].data_ptr()
+        codec.write(buffer[8:-8], *codec.quantize(x, blocks, None, 0, None))
         assert torch.equal(buffer[8:-8], message)
         assert buffer[:8].eq(99).all()
         assert buffer[-8:].eq(99).all()

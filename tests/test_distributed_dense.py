@@ -43,8 +43,7 @@ def exchange(bucket, gradients, owners, residuals, owner_residual, step, shared=
     rests = [None] * len(gradients) if residuals is None else residuals
     scales = None
     if shared:
-        each = [bucket.scales(gradient, rest) for gradient, rest in zip(gradients, rests)]
-        scales = [torch.stack(parts).amax(0) for parts in zip(*each)]
+        scales = torch.stack([bucket.scales(*one) for one in zip(gradients, rests)]).amax(0)
     sent = [
         bucket.encode(gradient, rest, mix(step, rank), scales)
         for rank, (gradient, rest) in enumerate(zip(gradients, rests))
@@ -102,8 +101,8 @@ def slow_exchange(name, stochastic, blocks, gradients, residuals, owner_residual
 # ---- layout
 
 
-@pytest.mark.parametrize("bucket", [0, 1, 8, 10, 279, 10_000])
-@pytest.mark.parametrize("owners", [1, 2, 3, 4, 5, 6, 7, 400])
+@pytest.mark.parametrize("bucket", [0, 1, 10, 279, 10_000])
+@pytest.mark.parametrize("owners", [1, 2, 3, 4, 5, 6, 7, 70])
 def test_every_value_is_in_one_block_of_one_owner(bucket, owners):
     layout, expected = MLPLayout(SHAPES, bucket), blocks_of(bucket)
     assert layout.total == TOTAL
@@ -142,21 +141,21 @@ def test_biases_do_not_all_fall_to_the_first_ranks():
 @RANKS
 @EVERY_CODEC
 @ROUNDING
-@pytest.mark.parametrize(("bucket", "rest"), [(0, True), (0, False), (10, True)], ids=["channel", "plain", "bucket"])
-def test_what_every_rank_gets_is_the_reference(path, ranks, name, stochastic, bucket, rest):
-    layout, blocks = MLPLayout(SHAPES, bucket), blocks_of(bucket)
-    made = whole(layout, ranks, name, stochastic)
-    residuals, owned = (torch.zeros(ranks, TOTAL), torch.zeros(TOTAL)) if rest else (None, None)
-    slow, slow_owned = (np.zeros((ranks, TOTAL), "f4"), np.zeros(TOTAL, "f4")) if rest else (None, None)
-    for step in range(3 if rest else 1):
-        gradients = random_gradients(ranks, step)
-        with on(path):
-            out = exchange(made, gradients, ranks, residuals, owned, step)
-        expected = slow_exchange(name, stochastic, blocks, gradients.numpy(), slow, slow_owned, step)
-        np.testing.assert_array_equal(out.numpy(), expected)
-        if rest:
-            np.testing.assert_array_equal(residuals.numpy(), slow)
-            np.testing.assert_array_equal(owned.numpy(), slow_owned)
+def test_what_every_rank_gets_is_the_reference(path, ranks, name, stochastic):
+    for bucket, rest in [(0, True), (0, False), (10, True)] if ranks == 3 else [(0, True)]:
+        layout, blocks = MLPLayout(SHAPES, bucket), blocks_of(bucket)
+        made = whole(layout, ranks, name, stochastic)
+        residuals, owned = (torch.zeros(ranks, TOTAL), torch.zeros(TOTAL)) if rest else (None, None)
+        slow, slow_owned = (np.zeros((ranks, TOTAL), "f4"), np.zeros(TOTAL, "f4")) if rest else (None, None)
+        for step in range(3 if ranks < 4 else 2):
+            gradients = random_gradients(ranks, step)
+            with on(path):
+                out = exchange(made, gradients, ranks, residuals, owned, step)
+            expected = slow_exchange(name, stochastic, blocks, gradients.numpy(), slow, slow_owned, step)
+            np.testing.assert_array_equal(out.numpy(), expected)
+            if rest:
+                np.testing.assert_array_equal(residuals.numpy(), slow)
+                np.testing.assert_array_equal(owned.numpy(), slow_owned)
 
 
 @PATHS
@@ -207,7 +206,7 @@ def test_fp32_is_the_sum_in_the_order_of_the_ranks(path, ranks):
 @PATHS
 @EVERY_CODEC
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("ranks", [7, 200])
+@pytest.mark.parametrize("ranks", [7, 100])
 def test_sums_of_largest_codes_do_not_wrap(path, name, sign, ranks):
     gradients = torch.full((ranks, TOTAL), 0.3 * sign)
     with on(path):
@@ -248,7 +247,7 @@ def test_owners_and_buckets_change_no_bit(path, name, stochastic):
 @pytest.mark.parametrize("name", ["int8", "int4", "bf16"])
 def test_error_compensation_brings_the_mean_to_the_truth(path, name):
     """Of 200 steps with the same gradients; what is still missing are the residuals of the last step."""
-    ranks, steps = 3, 200
+    ranks, steps = 2, 200
     gradients = random_gradients(ranks, 9)
     exact, made = ref.array(gradients).sum(0), whole(MLPLayout(SHAPES), ranks, name)
     residuals, owned = torch.zeros(ranks, TOTAL), torch.zeros(TOTAL)

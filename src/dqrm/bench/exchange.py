@@ -1,7 +1,7 @@
 """`dqrm bench exchange`: training steps of several ranks, variants alternating in one run.
 
-This module starts one process per rank, on loopback or in network namespaces joined by slow links, and puts together what
-they measured; `exchange_rank` is what each of them runs.
+This module starts one process per rank, on loopback or in network namespaces joined by slow links, and puts together
+what they measured; `exchange_rank` is what each of them runs.
 """
 
 import contextlib

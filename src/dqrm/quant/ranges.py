@@ -174,7 +174,8 @@ class TableScales(nn.Module):
 
     def same_step(self) -> None:
         """The next training forward belongs to the same step as the last: the clock ticks once for both."""
-        self.scale_ticks -= 1
+        if self.bits != 32:
+            self.scale_ticks -= 1
 
     @torch.no_grad()
     def rows_changed(self, rows: Tensor) -> None:
