@@ -4,9 +4,9 @@ docs/distributed.md.
     python benchmarks/exchange_scaling.py             tables in Markdown
     python benchmarks/exchange_scaling.py --json      everything as JSON
 
-Measured: rows that ranks look up and rows that all of them look up together (ids are drawn as `dqrm bench` draws them),
-sizes of real messages, one rank's computation, encoding, summing and decoding, all on one thread. Computed: bytes that a
-rank sends in a step, and
+Measured: rows that ranks look up and rows that all of them look up together (ids are drawn as `dqrm bench` draws
+them), sizes of real messages, one rank's computation, encoding, summing and decoding, all on one thread. Computed:
+bytes that a rank sends in a step, and
 
     step = computation + codecs + collectives * (ranks - 1) * latency + bytes sent * 8 / rate
 
@@ -17,7 +17,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,7 @@ def dense(arch: Architecture, codec: Codec, ranks: int) -> dict[str, float]:
     bucket = Bucket(layout, list(enumerate(layout.starts)), ranks, codec, torch.device("cpu"))
     flat, residual = torch.randn(layout.total), None if codec.lossless else torch.zeros(layout.total)
     sent = bucket.encode(flat, residual, 0)
-    mine = list(sent.split(bucket.sizes))[0]
+    mine = sent[: bucket.sizes[0]]
     total = bucket.reduce(0, [mine] * ranks, residual, 0)
     # All owners' answers are alike; this one's stands for them.
     answers = list(sent.split(bucket.sizes))
@@ -173,8 +172,8 @@ def measure(arch: Architecture, batch: int, seed: int) -> dict[str, Any]:
         mlp = dense(arch, Codec("fp32"), ranks)
         whole = 4 * weights + mlp["payload"]
         found.append(
-            {"ranks": ranks, "codec": "fp32", "strategy": "dense", "payload": whole, "sent": 2 * (ranks - 1) / ranks * whole,
-             "seconds": 0.0, "collectives": 2}
+            {"ranks": ranks, "codec": "fp32", "strategy": "dense", "payload": whole,
+             "sent": 2 * (ranks - 1) / ranks * whole, "seconds": 0.0, "collectives": 2}
         )  # fmt: skip
         for name in CODECS:
             of_mlp = dense(arch, Codec(name), ranks)

@@ -27,7 +27,6 @@ from dqrm.data.batches import Batch
 from dqrm.distributed.world import World, join
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
-from dqrm.training.optimizers import SparseSGD
 from dqrm.training.step import TrainStep
 
 # Steps of one variant before the next one's turn: enough that a barrier's bytes do not count.
@@ -35,7 +34,6 @@ _TURN = 5
 _BATCHES = 256
 _TITLES = {
     "dense": "dense, DDP",
-    "torch": "sparse FP32, DDP",
     "fp32": "sparse FP32",
     "bf16": "sparse + BF16",
     "int8": "sparse + INT8 + compensation",
@@ -64,27 +62,22 @@ class _Ours:
 
 
 class _Torch:
-    """What plain torch offers: the model in DistributedDataParallel, with dense or sparse gradients of the tables."""
+    """What plain torch offers for any model: DistributedDataParallel, which exchanges dense gradients of the tables too.
 
-    def __init__(self, model: DLRM, sparse: bool, world: World) -> None:
-        self._model, self._sparse = model, sparse
-        model.tables.sparse = sparse
+    Sparse ones it takes from nn.EmbeddingBag only.
+    """
+
+    def __init__(self, model: DLRM, world: World) -> None:
+        self._model = model
+        model.tables.sparse = False
         self._module = DistributedDataParallel(model, process_group=world.group)
-        others = [parameter for parameter in model.parameters() if parameter is not model.tables.weight]
-        self._tables = SparseSGD([model.tables.weight], LEARNING_RATE)
-        self._others = torch.optim.SGD(others, LEARNING_RATE)
+        self._optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
     def step(self, batch: Batch) -> None:
-        for parameter in self._model.parameters():
-            parameter.grad = None
+        self._optimizer.zero_grad(set_to_none=True)
         logits = self._module(batch.dense, batch.ids, batch.bags)
         F.binary_cross_entropy_with_logits(logits, batch.labels).backward()
-        if self._sparse:
-            self._tables.step()
-        else:
-            with torch.no_grad():
-                self._model.tables.weight.add_(self._model.tables.weight.grad, alpha=-LEARNING_RATE)
-        self._others.step()
+        self._optimizer.step()
 
     def totals(self) -> dict[str, Any]:
         """Nothing is counted inside torch."""
@@ -116,8 +109,7 @@ def _contenders(options: BenchExchangeConfig, table_rows: Sequence[int], world: 
         config = _config(options, name)
         model = build_model(config, table_rows, shared).train()
         shared = model.tables.weight.detach()
-        ours = name not in ("dense", "torch")
-        found[name] = _Ours(model, config, world) if ours else _Torch(model, name == "torch", world)
+        found[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
     return found
 
 

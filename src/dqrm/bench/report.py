@@ -125,22 +125,20 @@ def print_exchange(found: dict[str, Any]) -> None:
         f"{settings['batch_size']}, {links}: ms per step, bytes per step and rank",
         [
             "variant",
-            "steps",
             "median",
             "p10",
             "p90",
             "waited",
             "cpu",
             "payload",
-            "sent, counted",
-            "sent, kernel",
+            "counted",
+            "kernel's",
             "x fp32",
         ],
         [
             [
                 variant["name"],
-                figure(variant["steps"]),
-                *(figure(variant[name], 2) for name in ("median_ms", "p10_ms", "p90_ms", "waited_ms", "cpu_ms")),
+                *(figure(variant[name], 1) for name in ("median_ms", "p10_ms", "p90_ms", "waited_ms", "cpu_ms")),
                 *(
                     "-" if variant[name] is None else f"{variant[name]:,.0f}"
                     for name in ("payload_bytes", "counted_bytes", "wire_bytes")
@@ -151,8 +149,8 @@ def print_exchange(found: dict[str, Any]) -> None:
         ],
     )
     results.print(
-        "Payload: a rank's encoded gradients, counted once. Sent: to all other ranks, by our count and by the kernel's of "
-        "the interface.\nx fp32: the median of the rounds' ratios."
+        "Payload: a rank's encoded gradients, counted once. Counted, kernel's: bytes sent to all other ranks, by our "
+        "count and by the\nkernel's of the interface. x fp32: the median of the rounds' ratios."
     )
     _print_machine(found["machine"])
 
