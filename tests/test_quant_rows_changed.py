@@ -62,9 +62,9 @@ def change(module, optimizer, seed, own, count=9):
 @pytest.mark.parametrize("promise", [True, False], ids=["blocks", "scan"])
 @pytest.mark.parametrize("rule", [SparseSGD, SparseAdagrad])
 def test_a_periodic_refresh_is_exact_whoever_looked_the_rows_up(path, dtype, period, promise, rule):
-    module = make(dtype, promise, scale_period=period)
-    optimizer, expected = rule(module.parameters(), 0.9), None
     with on(path):
+        module = make(dtype, promise, scale_period=period)
+        optimizer, expected = rule(module.parameters(), 0.9), None
         for step in range(24):
             if step % period == 0:
                 expected = maxima(module)
@@ -80,9 +80,9 @@ def test_a_periodic_refresh_is_exact_whoever_looked_the_rows_up(path, dtype, per
 @DTYPES
 @pytest.mark.parametrize(("rescan", "bits"), [(7, 4), (7, 8), (10_000, 4)])
 def test_running_max_is_raised_by_exactly_the_changed_rows(path, dtype, rescan, bits):
-    module = make(dtype, bits=bits, scale_refresh="running_max", rescan_period=rescan)
-    optimizer, expected = SparseSGD(module.parameters(), 0.9), None
     with on(path):
+        module = make(dtype, bits=bits, scale_refresh="running_max", rescan_period=rescan)
+        optimizer, expected = SparseSGD(module.parameters(), 0.9), None
         for step in range(24):
             if step % rescan == 0:
                 expected = maxima(module)
@@ -100,9 +100,9 @@ def test_running_max_is_raised_by_exactly_the_changed_rows(path, dtype, rescan, 
 @pytest.mark.parametrize("table", range(len(ROWS)))
 @pytest.mark.parametrize("last", [False, True], ids=["first row", "last row"])
 def test_only_the_tables_of_the_changed_rows_are_raised(path, dtype, table, last):
-    module = make(dtype, scale_refresh="running_max")
     row = int(STARTS[table + 1] - 1 if last else STARTS[table])
     with on(path):
+        module = make(dtype, scale_refresh="running_max")
         look_up(module, 0)
         before = module.scale.clone()
         with torch.no_grad():
@@ -119,8 +119,8 @@ def test_only_the_tables_of_the_changed_rows_are_raised(path, dtype, table, last
 @pytest.mark.parametrize("value", [50.0, float("inf"), float("nan")])
 def test_each_row_of_each_table_is_found(path, dtype, row, value):
     """First and last rows of blocks of 16, in tables of no whole number of them."""
-    module = make(dtype, scale_period=1)
     with on(path):
+        module = make(dtype, scale_period=1)
         look_up(module, 0)
         look_up(module, 0)
         with torch.no_grad():
@@ -157,8 +157,8 @@ def test_the_blocks_of_the_rows_are_marked_and_no_others(sizes):
 @PATHS
 @pytest.mark.parametrize("refresh", ["periodic", "running_max"])
 def test_no_rows_change_nothing(path, refresh):
-    module = make(scale_refresh=refresh)
     with on(path):
+        module = make(scale_refresh=refresh)
         module.rows_changed(torch.zeros(0, dtype=torch.int64))
         look_up(module, 0)
         before = module.scale.clone()
@@ -171,8 +171,8 @@ def test_no_rows_change_nothing(path, refresh):
 @PATHS
 @pytest.mark.parametrize("refresh", ["periodic", "running_max"])
 def test_rows_may_change_before_the_first_forward(path, refresh):
-    module = make(scale_refresh=refresh)
     with on(path):
+        module = make(scale_refresh=refresh)
         change(module, SparseSGD(module.parameters(), 0.9), 0, [])
         look_up(module, 0)
     ref.assert_scale(module.scale, maxima(module), 4)
@@ -199,9 +199,9 @@ def test_tables_of_32_bits_and_single_tables_take_it_too(path):
 @pytest.mark.parametrize("refresh", ["periodic", "running_max"])
 def test_several_forwards_of_one_step_are_one_tick(path, forwards, period, refresh):
     options = {"scale_period": period} if refresh == "periodic" else {"rescan_period": period}
-    module = make(scale_refresh=refresh, **options)
-    optimizer, expected = SparseSGD(module.parameters(), 0.9), None
     with on(path):
+        module = make(scale_refresh=refresh, **options)
+        optimizer, expected = SparseSGD(module.parameters(), 0.9), None
         for step in range(8):
             if step % period == 0:
                 expected = maxima(module)
@@ -222,27 +222,24 @@ def test_several_forwards_of_one_step_are_one_tick(path, forwards, period, refre
 @pytest.mark.parametrize("refresh", ["periodic", "running_max"])
 def test_an_update_after_two_forwards_counts_the_rows_of_both(path, refresh):
     """Gradients added up over two forwards, and `step()`: nothing says `rows_changed`, all rows were looked up here."""
-    module = make(scale_refresh=refresh, scale_period=1, rescan_period=1 if refresh == "periodic" else 2)
-    optimizer = SparseSGD(module.parameters(), 0.5)
     with on(path):
+        module, expected = make(scale_refresh=refresh, scale_period=1, rescan_period=2), None
+        optimizer = SparseSGD(module.parameters(), 0.5)
         for step in range(6):
             optimizer.zero_grad()
-            before, rows = maxima(module), []
-            for number in range(2):
+            if refresh == "periodic" or step % 2 == 0:
+                expected = maxima(module)
+            rows = []
+            for number, size in enumerate([8, 0.01]):
                 out, found = look_up(module, 10 * step + number)
+                ref.assert_scale(module.scale, expected, 4)
+                (out * size).sum().backward()
                 rows += found
-                (out * (8 if number == 0 else 0.01)).sum().backward()
                 if number == 0:
                     module.same_step()
             optimizer.step()
             if refresh == "running_max":
-                known = ref.array(module.scale) * ref.levels(4)
-                expected = np.maximum(before if step % 2 == 0 else known, maxima(module, rows))
-            else:
-                expected = maxima(module)
-                module(torch.zeros(0, 4, dtype=torch.int64), [(torch.zeros(0, dtype=torch.int64),) * 2])
-                module.same_step()
-            ref.assert_scale(module.current_scale(), expected, 4)
+                expected = np.maximum(expected, maxima(module, rows))
 
 
 # ---- other weights
@@ -252,9 +249,9 @@ def test_an_update_after_two_forwards_counts_the_rows_of_both(path, refresh):
 @DTYPES
 @pytest.mark.parametrize("refresh", ["periodic", "running_max"])
 def test_replaced_weights_are_read_at_the_next_refresh_of_their_clock(path, dtype, refresh):
-    module = make(dtype, scale_refresh=refresh, scale_period=3, rescan_period=3)
     given = torch.tensor([1.0, 2, 3, 4, 5])
     with on(path):
+        module = make(dtype, scale_refresh=refresh, scale_period=3, rescan_period=3)
         for step in range(2):
             change(module, SparseSGD(module.parameters(), 0.9), step, look_up(module, step)[1])
         with torch.no_grad():
@@ -270,8 +267,8 @@ def test_replaced_weights_are_read_at_the_next_refresh_of_their_clock(path, dtyp
 
 @PATHS
 def test_replaced_weights_without_scales_get_them_at_the_next_forward(path):
-    module = make(scale_period=100)
     with on(path):
+        module = make(scale_period=100)
         look_up(module, 0)
         with torch.no_grad():
             module.weight.mul_(3)

@@ -210,8 +210,8 @@ class BenchExchangeConfig:
     scale_period: int = 200
     """Training steps between two refreshes of the tables' scales."""
     variants: tuple[str, ...] = ("dense", "fp32", "int8", "int4")
-    """What to measure: dense (torch's DistributedDataParallel, dense gradients of the tables), and our exchange in fp32,
-    bf16, int8 (error compensation), int4 (the same, bucket:512)."""
+    """What to measure: dense (torch's DistributedDataParallel, dense gradients of the tables), and our exchange in
+    fp32, bf16, int8 (error compensation), int4 (the same, bucket:512, a scale per row)."""
     table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
     """How our variants sum the tables' gradients, as in training."""
     threads: int = 1

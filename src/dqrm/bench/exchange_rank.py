@@ -62,7 +62,7 @@ class _Ours:
 
 
 class _Torch:
-    """What plain torch offers for any model: DistributedDataParallel, which exchanges dense gradients of the tables too.
+    """What plain torch offers: DistributedDataParallel, with dense gradients of the tables.
 
     Sparse ones it takes from nn.EmbeddingBag only.
     """
@@ -94,6 +94,7 @@ def _config(options: BenchExchangeConfig, variant: str) -> Config:
         training=TrainingConfig(device="cpu", threads=options.threads, seed=options.seed),
         exchange=ExchangeConfig(
             table_codec=codec,
+            table_codec_scale="row" if codec == "int4" else "table",
             mlp_codec=codec,
             mlp_codec_scale="bucket:512" if codec == "int4" else "channel",
             table_exchange=options.table_exchange,

@@ -94,7 +94,7 @@ class RowCodec:
         kept = self._kept[table]
         end = at + int((counts * self._widths).sum())
         ids[kept] = message[at:end]
-        torch.add(ids.view(torch.int32)[:, 0].to(torch.int64), self._bounds[table], out=rows)
+        torch.add(ids.view(torch.int32)[:, 0].to(torch.int64) & 0xFFFFFFFF, self._bounds[table], out=rows)
         _, blocks = self._cut(rows, counts)
         self.codec.decode(message[padded(end) :], blocks, values.view(-1))
         return rows, values

@@ -143,7 +143,7 @@ def cast_blocks(
         rounded = (z.view(torch.int32) + _noise(blocks, seed).int() & -0x10000).view(torch.float32)
         out = torch.where(z.isfinite(), rounded, z).to(dtype)
     if residual is not None:
-        residual[blocks.key] = z - out.float()
+        residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - out.float()  # not inf - inf
     return out
 
 

@@ -103,6 +103,7 @@ class TableScales(nn.Module):
         self.scale_refresh, self.rescan_period = scale_refresh, rescan_period
         self.register_buffer("scale", torch.zeros(tables, dtype=torch.float32, device=self.weight.device))
         self.scale_ticks = 0
+        self._step_goes_on = False
         self._scale_known = False
         self._blocks: BlockMaxima | None = None
         # Rows that training forwards looked up, as (rows, first table, tables), and the weight's version at that time.
@@ -173,9 +174,9 @@ class TableScales(nn.Module):
             self._blocks.mark(rows, first, tables)
 
     def same_step(self) -> None:
-        """The next training forward belongs to the same step as the last: the clock ticks once for both."""
-        if self.bits != 32:
-            self.scale_ticks -= 1
+        """The next training forward belongs to the same step as the last: the clock ticks once, nothing is refreshed twice.
+        """
+        self._step_goes_on = True
 
     @torch.no_grad()
     def rows_changed(self, rows: Tensor) -> None:
@@ -210,6 +211,9 @@ class TableScales(nn.Module):
     def _tick(self) -> Tensor:
         """The scales that this forward uses [tables]; in training, one tick of the clock."""
         self._raise_scale()
+        if self.training and self._step_goes_on:
+            self._step_goes_on = False
+            return self.scale
         period = self.scale_period if self.scale_refresh == "periodic" else self.rescan_period
         if not self._scale_known or (self.training and self.scale_ticks % period == 0):
             self._refresh()
