@@ -71,9 +71,8 @@ def test_bytes_are_padded_to_four():
 @PATHS
 @EVERY_CODEC
 @EVERY_CASE
-@ROUNDING
-def test_the_bytes_are_as_many_as_sizes_says(path, name, case, stochastic):
-    codec, blocks, bits = Codec(name, stochastic), blocks_of(case), BITS_OF[name]
+def test_the_bytes_are_as_many_as_sizes_says(path, name, case):
+    codec, blocks, bits = Codec(name), blocks_of(case), BITS_OF[name]
     with on(path):
         message = codec.encode(numbers(1), blocks, seed=3)
     expected = 4 * len(CASES[case][0]) if bits <= 8 else 0, up_to_four(-(-int(sum(CASES[case][1])) * bits // 8))
@@ -97,50 +96,50 @@ def test_sizes_of_few_values(values):
 @PATHS
 @EVERY_CODEC
 @EVERY_CASE
-@pytest.mark.parametrize("rest", [False, True], ids=["alone", "with residual"])
-def test_what_arrives_is_the_reference(path, name, case, rest):
-    codec, blocks, x = Codec(name), blocks_of(case), numbers(2)
-    residual = numbers(3) if rest else None
-    z = cut(x, blocks, residual)
-    with on(path):
-        message = codec.encode(x, blocks, residual)
-        out, added = torch.full((SIZE,), UNTOUCHED), torch.full((SIZE,), 0.5)
-        codec.decode(message, blocks, out)
-        codec.decode(message, blocks, added, add=True)
-    found, expected = ref.array(out), np.full(SIZE, np.float32(UNTOUCHED))
-    np.testing.assert_array_equal(added, np.where(out == UNTOUCHED, 0.5, out.numpy() + np.float32(0.5)))
-    for b, start in enumerate(blocks.starts.tolist()):
-        part, key = slice(start, start + len(z[b])), int(blocks.keys[b])
-        value, allowed = decoded(name, z[b])
-        ref.assert_within(found[part], value, allowed)
-        expected[part] = found[part]
-        if rest:
-            np.testing.assert_array_equal(residual.numpy()[key : key + len(z[b])], z[b] - out.numpy()[part])
-    np.testing.assert_array_equal(found, expected)  # nothing was written beside the blocks
+def test_what_arrives_is_the_reference(path, name, case):
+    for rest in (False, True):
+        codec, blocks, x = Codec(name), blocks_of(case), numbers(2)
+        residual = numbers(3) if rest else None
+        z = cut(x, blocks, residual)
+        with on(path):
+            message = codec.encode(x, blocks, residual)
+            out, added = torch.full((SIZE,), UNTOUCHED), torch.full((SIZE,), 0.5)
+            codec.decode(message, blocks, out)
+            codec.decode(message, blocks, added, add=True)
+        found, expected = ref.array(out), np.full(SIZE, np.float32(UNTOUCHED))
+        np.testing.assert_array_equal(added, np.where(out == UNTOUCHED, 0.5, out.numpy() + np.float32(0.5)))
+        for b, start in enumerate(blocks.starts.tolist()):
+            part, key = slice(start, start + len(z[b])), int(blocks.keys[b])
+            value, allowed = decoded(name, z[b])
+            ref.assert_within(found[part], value, allowed)
+            expected[part] = found[part]
+            if rest:
+                np.testing.assert_array_equal(residual.numpy()[key : key + len(z[b])], z[b] - out.numpy()[part])
+        np.testing.assert_array_equal(found, expected)  # nothing was written beside the blocks
 
 
 @PATHS
 @CODED
 @EVERY_CASE
 @ROUNDING
-@pytest.mark.parametrize("shared", [1.0, 1.7, 40.0])
-def test_errors_stay_within_the_scale(path, name, bits, case, stochastic, shared):
+def test_errors_stay_within_the_scale(path, name, bits, case, stochastic):
     """Half of it to nearest; all of it, stochastically. The same on scales that are larger than the values need."""
-    codec, blocks, x, out = Codec(name, stochastic), blocks_of(case), numbers(4), torch.zeros(SIZE)
-    with on(path):
-        scales = codec.scales(x, blocks) * shared
-        message = codec.encode(x, blocks, seed=9, scales=scales)
-        codec.decode(message, blocks, out)
-        assert torch.equal(
-            codec.encode(x, blocks, seed=9, scales=codec.scales(x, blocks)), codec.encode(x, blocks, seed=9)
-        )
-    ref.assert_scale(scales / shared, [np.abs(z).max(initial=0) for z in cut(x, blocks)], bits)
-    sent, codes, _ = split_message(codec, message, blocks)
-    np.testing.assert_array_equal(sent, scales.numpy())
-    spread = scales.numpy().astype(np.float64)[blocks.block]
-    np.testing.assert_array_equal(out.numpy()[blocks.position], codes.astype("f4") * scales.numpy()[blocks.block])
-    error = np.abs(ref.array(x)[blocks.position] - codes * spread)
-    assert (error <= spread * (1 if stochastic else 0.5) * (1 + 2e-5)).all()  # quotients of 127 in float32
+    for shared in (1.0, 1.7, 40.0):
+        codec, blocks, x, out = Codec(name, stochastic), blocks_of(case), numbers(4), torch.zeros(SIZE)
+        with on(path):
+            scales = codec.scales(x, blocks) * shared
+            message = codec.encode(x, blocks, seed=9, scales=scales)
+            codec.decode(message, blocks, out)
+            assert torch.equal(
+                codec.encode(x, blocks, seed=9, scales=codec.scales(x, blocks)), codec.encode(x, blocks, seed=9)
+            )
+        ref.assert_scale(scales / shared, [np.abs(z).max(initial=0) for z in cut(x, blocks)], bits)
+        sent, codes, _ = split_message(codec, message, blocks)
+        np.testing.assert_array_equal(sent, scales.numpy())
+        spread = scales.numpy().astype(np.float64)[blocks.block]
+        np.testing.assert_array_equal(out.numpy()[blocks.position], codes.astype("f4") * scales.numpy()[blocks.block])
+        error = np.abs(ref.array(x)[blocks.position] - codes * spread)
+        assert (error <= spread * (1 if stochastic else 0.5) * (1 + 2e-5)).all()  # quotients of 127 in float32
 
 
 @PATHS

@@ -91,15 +91,21 @@ class Codec:
         return out
 
     def quantize(
-        self, x: Tensor, blocks: Blocks, residual: Tensor | None, seed: int, scales: Tensor | None
+        self,
+        x: Tensor,
+        blocks: Blocks,
+        residual: Tensor | None,
+        seed: int,
+        scales: Tensor | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The values [total] of `dtype` that `encode` writes, and the scales [blocks], None where there are none."""
         noise = seed if self.stochastic else None
         if not self.bits:
-            return cast_blocks(x, blocks, self.dtype, residual, noise), None
+            return cast_blocks(x, blocks, self.dtype, residual, noise, out), None
         if scales is None:
             scales = block_scales(x, blocks, self.bits, residual)
-        return quantize_blocks(x, blocks, scales, self.bits, residual, noise), scales
+        return quantize_blocks(x, blocks, scales, self.bits, residual, noise, out), scales
 
     def write(self, out: Tensor, values: Tensor, scales: Tensor | None) -> None:
         """Scales and values as bytes into `out`."""

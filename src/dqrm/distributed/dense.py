@@ -61,8 +61,8 @@ class Bucket:
         device: where the gradients are.
 
     Attributes:
-        sizes: bytes of the message for each owner. largest: the largest of them. scale_bytes, value_bytes: of all
-            messages of a rank, padding not counted.
+        sizes: bytes of the message for each owner. scale_bytes, value_bytes: of all messages of a rank, padding not
+            counted.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class Bucket:
             everything.append((tensors[0], tensors[1], tensors[2]))
             self._blocks.append(Blocks(*tensors))
         self._all = Blocks(*(torch.cat(parts) for parts in zip(*everything)))  # encoded in one go
+        self._values: Tensor | None = None
+        self._total: Tensor | None = None
         self._packed = [blocks.packed() for blocks in self._blocks]
         counted = [codec.sizes(len(blocks), blocks.total) for blocks in self._blocks]
         self.scale_bytes = sum(scales for scales, _ in counted)
         self.value_bytes = sum(blocks.total for blocks in self._blocks) * codec.value_bits / 8
         self.sizes = [sum(pair) for pair in counted]
-        self.largest = max(self.sizes)
 
     def scales(self, gradient: Tensor, residual: Tensor | None) -> Tensor | None:
         """The scales of a rank's gradient: float32 [blocks]; None where the codec has none."""
@@ -96,17 +97,31 @@ class Bucket:
     def encode(self, gradient: Tensor, residual: Tensor | None, seed: int, scales: Tensor | None = None) -> Tensor:
         """A rank's gradient (float32, flat) as one message for each owner, one after the other: uint8 [sum(sizes)]."""
         out = gradient.new_zeros(sum(self.sizes), dtype=torch.uint8)
-        values, scales = self.codec.quantize(gradient, self._all, residual, seed, scales)
+        self.encode_into(out.split(self.sizes), gradient, residual, seed, scales)
+        return out
+
+    def encode_into(
+        self,
+        messages: Sequence[Tensor],
+        gradient: Tensor,
+        residual: Tensor | None,
+        seed: int,
+        scales: Tensor | None = None,
+    ) -> None:
+        """The same into tensors of these sizes."""
+        if self._values is None:  # kept: fresh memory costs more than encoding
+            self._values = torch.empty(self._all.total, dtype=self.codec.dtype, device=gradient.device)
+        values, scales = self.codec.quantize(gradient, self._all, residual, seed, scales, self._values)
         counts = [blocks.total for blocks in self._blocks]
         each = [None] * len(counts) if scales is None else scales.split([len(blocks) for blocks in self._blocks])
-        for message, part, own in zip(out.split(self.sizes), values.split(counts), each):
+        for message, part, own in zip(messages, values.split(counts), each):
             self.codec.write(message, part, own)
-        return out
 
     def reduce(self, owner: int, messages: Sequence[Tensor], residual: Tensor | None, seed: int) -> Tensor:
         """The sum over the ranks of what they sent this owner, encoded: uint8 [sizes[owner]]."""
-        blocks = self._packed[owner]
-        total = torch.zeros(blocks.total, device=messages[0].device)
+        blocks, total = self._packed[owner], self._total
+        if total is None or len(total) != blocks.total:
+            total = self._total = torch.zeros(blocks.total, device=messages[0].device)
         for rank, message in enumerate(messages):
             self.codec.decode(message, blocks, total, add=rank > 0)
         return self.codec.encode(total, blocks, residual, seed)

@@ -1,13 +1,15 @@
 """The exchange between real processes, over torch.distributed: gloo on the CPU, NCCL on CUDA.
 
-The MLP's gradients come from DistributedDataParallel, bucket by bucket while the backward pass still runs; a thread
-exchanges them in the order in which they came, the same on all ranks. The tables' follow after the backward pass.
+DistributedDataParallel gathers the MLP's gradients in buckets. When the backward pass is done, two all-to-all
+collectives exchange everything: the first takes each owner its part of the MLP's gradients, with the length of the rows'
+message; the second takes everybody the owners' sums and the rows. Fewer, larger collectives proved faster than
+overlapping them with the backward pass (docs/distributed.md).
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,16 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dqrm.config import ExchangeConfig
-from dqrm.distributed.codecs import padded
 from dqrm.distributed.dense import Bucket
 from dqrm.distributed.exchange import _MLP, _MLP_OWNER, _TABLES_OWNER, Exchange, Gradient
 from dqrm.distributed.sparse import add_up, join, reduce
 from dqrm.distributed.world import World
 
-# One bucket for the top MLP of the paper's models and one for the bottom MLP, whose backward pass comes later.
-_BUCKET_MB = 1
-# torch 2.13 has a new name for it and warns of the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Bytes before each message of the first collective: the length of the rows' message and flags, as int32.
+HEADER = 8
 
 
 class RealRanks(Exchange):
@@ -57,147 +56,141 @@ class RealRanks(Exchange):
             self.module = DistributedDataParallel(
                 module,
                 process_group=world.group,
-                bucket_cap_mb=_BUCKET_MB,
                 gradient_as_bucket_view=True,
             )
         self.module.register_comm_hook(None, self._hook)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dqrm-exchange")
-        self._error: BaseException | None = None
-        self._ready = 0.0  # when the last gradient was there
-        tables.weight.register_post_accumulate_grad_hook(self._note_ready)
+        self._arrived: list[tuple[Bucket, Tensor]] = []
+        self._kept: dict[str, Tensor] = {}
 
-    def _note_ready(self, _: Tensor) -> None:
-        self._ready = time.monotonic()
+    def begin(self, step: int, flags: int = 0) -> None:
+        super().begin(step, flags)
+        self._arrived.clear()
+
+    def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """DDP calls it when a bucket's gradients are there. They stay where they are, and `.grad` are views of them."""
+        gradient = bucket.buffer()
+        self._arrived.append((self._bucket_of(bucket.parameters()), gradient))
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(gradient)
+        return future
+
+    def _bucket_of(self, parameters: Sequence[Tensor]) -> Bucket:
+        numbers = tuple(self._numbers[id(parameter)] for parameter in parameters)
+        if numbers not in self._buckets:
+            places = zip(numbers, accumulate((parameter.numel() for parameter in parameters), initial=0))
+            self._buckets[numbers] = Bucket(self.layout, list(places), self.size, self.mlp_codec, self.device)
+        return self._buckets[numbers]
 
     def collect(self, rank: int) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        self.waited += time.monotonic() - self._ready  # the backward pass ended when the thread had exchanged all
         self._rows = self._local_rows()
 
+    @torch.no_grad()
     def finish(self) -> Gradient:
-        gradient = self._reduce_rows(self._rows)
+        scales = self._row_scales(self.rank, self._rows)
+        if scales is not None:
+            self._largest(scales)
+        rows, parts = self._encode_rows(self.rank, self._rows, scales)
+        self._count_rows(parts)
+        to_each = rows if self.owners_sum else rows * self.size
+        totals, lengths = self._to_owners(list(map(len, to_each)))
+        received = self._to_everybody(totals, to_each, lengths)
         self.steps += 1
-        return gradient
+        if not self.owners_sum:
+            return add_up(self.row_codec, received)
+        total, _ = reduce(self.row_codec, received, self._seed(_TABLES_OWNER))
+        return join(self.row_codec, self._all_gather(total))
+
+    def _to_owners(self, announced: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+        """The first collective: this rank's sums, one for each bucket, and the lengths the ranks announce to it."""
+        buckets = [bucket for bucket, _ in self._arrived]
+        sizes = [HEADER + sum(bucket.sizes[owner] for bucket in buckets) for owner in range(self.size)]
+        sent = self._buffer("sent", sum(sizes))
+        regions = sent.split(sizes)
+        about = torch.tensor([[length, self.flags] for length in announced], dtype=torch.int32).view(torch.uint8)
+        for region, header in zip(regions, about.to(self.device)):
+            region[:HEADER].copy_(header)
+        place = [HEADER] * self.size
+        for bucket, gradient in self._arrived:
+            residual = self._residual(0)
+            scales = bucket.scales(gradient, residual) if self.config.shared_scales else None
+            if scales is not None:
+                self._largest(scales)
+            messages = [region[at : at + size] for region, at, size in zip(regions, place, bucket.sizes)]
+            bucket.encode_into(messages, gradient, residual, self._seed(_MLP, self.rank), scales)
+            place = [at + size for at, size in zip(place, bucket.sizes)]
+            self.payload["mlp_scales"] += bucket.scale_bytes
+            self.payload["mlp_values"] += bucket.value_bytes
+        mine = sizes[self.rank]
+        received = self._buffer("received", self.size * mine)
+        self._all_to_all(received, sent, [mine] * self.size, sizes)
+        parts = received.view(self.size, mine)
+        lengths = self._take_flags(parts[:, :HEADER].contiguous().view(torch.int32))
+        totals, at = [], HEADER
+        for bucket in buckets:
+            messages = [part[at : at + bucket.sizes[self.rank]] for part in parts]
+            totals.append(bucket.reduce(self.rank, messages, self.owner_residual, self._seed(_MLP_OWNER)))
+            at += bucket.sizes[self.rank]
+        return totals, lengths
+
+    def _to_everybody(self, totals: Sequence[Tensor], rows: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """The second: the owners' sums into the gradients; returns the rows' messages of the ranks to this one."""
+        dense = [sum(bucket.sizes[owner] for bucket, _ in self._arrived) for owner in range(self.size)]
+        sizes = [dense[self.rank] + len(message) for message in rows]
+        sent = self._buffer("sent_all", sum(sizes))
+        for region, message in zip(sent.split(sizes), rows):
+            torch.cat([*totals, message], out=region)
+        incoming = [mlp + length for mlp, length in zip(dense, lengths)]
+        received = self._buffer("received_all", sum(incoming))
+        self._all_to_all(received, sent, incoming, sizes)
+        parts = received.split(incoming)
+        place = [0] * self.size
+        for bucket, gradient in self._arrived:
+            bucket.decode([part[at : at + size] for part, at, size in zip(parts, place, bucket.sizes)], gradient)
+            place = [at + size for at, size in zip(place, bucket.sizes)]
+        return [part[mlp:] for part, mlp in zip(parts, dense)]
+
+    def _all_gather(self, message: Tensor) -> list[Tensor]:
+        """The message (uint8) of every rank, in their order."""
+        about = torch.full((self.size,), len(message), device=self.device)
+        lengths = torch.empty_like(about)
+        self._all_to_all(lengths.view(torch.uint8), about.view(torch.uint8), [8] * self.size, [8] * self.size)
+        counts: list[int] = lengths.tolist()
+        received = self._buffer("gathered", sum(counts))
+        self._all_to_all(received, message.repeat(self.size), counts, [len(message)] * self.size)
+        return list(received.split(counts))
+
+    def _all_to_all(self, received: Tensor, sent: Tensor, incoming: list[int], outgoing: list[int]) -> None:
+        """Bytes: outgoing[r] of them to rank r, incoming[r] from it. Its messages need fewer hops than a ring's."""
+        with self._waiting():
+            dist.all_to_all_single(received, sent, incoming, outgoing, group=self.world.group)
+        self.sent += sum(outgoing) - outgoing[self.rank]
+
+    def _largest(self, values: Tensor) -> None:
+        """The maximum over the ranks, in place."""
+        with self._waiting():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.world.group)
+        self.sent += 2 * (self.size - 1) * values.nbytes // self.size  # what a ring sends
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Around collectives of the main thread, which stands still for them."""
+        """Around collectives."""
         start = time.monotonic()
         with self.world.guard():
             yield
         self.waited += time.monotonic() - start
 
-    # The MLP.
-
-    def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP calls it when a bucket's gradients are there; the future holds what it puts into `.grad`."""
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        gradient, parameters = bucket.buffer(), bucket.parameters()
-        self._ready = time.monotonic()
-
-        def run() -> None:
-            try:
-                if self._error is None:
-                    with torch.no_grad():
-                        self._reduce_mlp(gradient, parameters)
-            except BaseException as error:
-                self._error = error  # raised by collect(): autograd would wrap it
-            future.set_result(gradient)
-
-        self._thread.submit(run)
-        return future
-
-    def _reduce_mlp(self, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
-        numbers = tuple(self._numbers[id(parameter)] for parameter in parameters)
-        bucket = self._buckets.get(numbers)
-        if bucket is None:
-            places, at = [], 0
-            for number, parameter in zip(numbers, parameters):
-                places.append((number, at))
-                at += parameter.numel()
-            bucket = self._buckets[numbers] = Bucket(self.layout, places, self.size, self.mlp_codec, self.device)
-        residual = self._residual(0)
-        scales = bucket.scales(gradient, residual) if self.config.shared_scales else None
-        if scales is not None:
-            with self.world.guard():
-                self._largest(scales)
-        sent = bucket.encode(gradient, residual, self._seed(_MLP, self.rank), scales)
-        mine = bucket.sizes[self.rank]
-        received = sent.new_empty(self.size * mine)
-        with self.world.guard():
-            dist.all_to_all_single(received, sent, [mine] * self.size, bucket.sizes, group=self.world.group)
-        total = sent.new_zeros(bucket.largest)
-        total[:mine] = bucket.reduce(
-            self.rank, list(received.view(self.size, mine)), self.owner_residual, self._seed(_MLP_OWNER)
-        )
-        gathered = sent.new_empty(self.size * bucket.largest)
-        with self.world.guard():
-            _all_gather(gathered, total, group=self.world.group)
-        bucket.decode(list(gathered.view(self.size, -1)), gradient)
-        self.sent += sum(bucket.sizes) - mine + (self.size - 1) * bucket.largest
-        self.payload["mlp_scales"] += bucket.scale_bytes
-        self.payload["mlp_values"] += bucket.value_bytes
-
-    def _largest(self, values: Tensor) -> Tensor:
-        """The maximum over the ranks, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.world.group)
-        self.sent += 2 * (self.size - 1) * values.nbytes // self.size  # what a ring sends
-        return values
-
-    # The tables.
-
-    def _reduce_rows(self, gradient: Gradient) -> Gradient:
-        scales = self._row_scales(self.rank, gradient)
-        if scales is not None:
-            with self._waiting():
-                self._largest(scales)
-        messages, parts = self._encode_rows(self.rank, gradient, scales)
-        self._count_rows(parts)
-        if not self.owners_sum:
-            return add_up(self.row_codec, self._all_gather(messages[0]))
-        received = self._all_to_all(messages)
-        total, _ = reduce(self.row_codec, received, self._seed(_TABLES_OWNER))
-        return join(self.row_codec, self._all_gather(total))
-
-    def _all_gather(self, message: Tensor) -> list[Tensor]:
-        """The message (uint8) of every rank, in their order; flags are joined on the way."""
-        about = torch.tensor([len(message), self.flags], device=self.device)
-        lengths = about.new_empty(self.size, 2)
-        with self._waiting():
-            _all_gather(lengths.view(-1), about, group=self.world.group)
-        counts = self._take_flags(lengths)
-        longest = padded(max(counts))
-        sent = message.new_zeros(longest)
-        sent[: len(message)] = message
-        received = message.new_empty(self.size, longest)
-        with self._waiting():
-            _all_gather(received.view(-1), sent, group=self.world.group)
-        self.sent += (self.size - 1) * (longest + about.nbytes)
-        return [part[:count] for part, count in zip(received, counts)]
-
-    def _all_to_all(self, messages: Sequence[Tensor]) -> list[Tensor]:
-        """What each rank has for this one, in their order, where messages[r] is for rank r."""
-        about = torch.tensor([[len(message), self.flags] for message in messages], device=self.device)
-        lengths = torch.empty_like(about)
-        with self._waiting():
-            dist.all_to_all_single(lengths, about, group=self.world.group)
-        counts = self._take_flags(lengths)
-        received = messages[0].new_empty(sum(counts))
-        with self._waiting():
-            dist.all_to_all_single(
-                received, torch.cat(list(messages)), counts, [len(message) for message in messages],
-                group=self.world.group,
-            )  # fmt: skip
-        self.sent += sum(map(len, messages)) - len(messages[self.rank]) + (self.size - 1) * about[0].nbytes
-        return list(received.split(counts))
-
     def _take_flags(self, about: Tensor) -> list[int]:
         found: list[list[int]] = about.tolist()
         for _, flags in found:
             self.flags |= flags
-        return [count for count, _ in found]
+        return [length for length, _ in found]
+
+    def _buffer(self, name: str, size: int) -> Tensor:
+        """Memory (uint8) that is used again in each step: fresh memory costs more than what is done with it."""
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < size:
+            kept = self._kept[name] = torch.empty(size + size // 8, dtype=torch.uint8, device=self.device)
+        return kept[:size]
 
     # State.
 

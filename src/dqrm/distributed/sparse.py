@@ -52,6 +52,8 @@ class RowCodec:
             seed: of stochastic rounding.
             scales: float32 [tables], instead of the values' own.
         """
+        if scales is not None and self.per_row:
+            raise ValueError("scales are of tables, but each row has one of its own")
         count = len(rows)
         if kernels.fits(rows, values, scales):
             message, (used, scale_bytes, total) = kernels.encode_rows(

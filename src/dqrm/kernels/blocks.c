@@ -37,7 +37,7 @@ EXPORT void dqrm_block_scales(const float *x, const float *residual, int64_t blo
 }
 
 /* codes = clamp(round(z / scale)) of z = x + residual, rounded half to even, or where `random` stochastically:
- * floor(z / scale + u), u of 16 random bits. The residual becomes z - code * scale. */
+ * floor(z / scale + u), u the middle of one of 2^16 intervals. The residual becomes z - code * scale. */
 EXPORT void dqrm_quantize_blocks(const float *x, float *residual, int64_t blocks, const int64_t *starts,
                                  const int64_t *lengths, const int64_t *keys, const int64_t *offsets,
                                  const float *scale, int low, int high, int random, uint32_t seed, int8_t *codes,
@@ -52,7 +52,7 @@ EXPORT void dqrm_quantize_blocks(const float *x, float *residual, int64_t blocks
         if (random) {
             for (int64_t j = 0; j < n; j++) {
                 float z = rest ? from[j] + rest[j] : from[j];
-                float u = (float)(int32_t)(hash_of(key + (uint32_t)j, seed) >> 16) * 0x1p-16f;
+                float u = ((float)(int32_t)(hash_of(key + (uint32_t)j, seed) >> 16) + 0.5f) * 0x1p-16f;
                 float q = floorf(z / s + u);
                 q = q < lo ? lo : q > hi ? hi : q;
                 to[j] = (int8_t)q;

@@ -3,7 +3,7 @@
 A gradient is cut into blocks (a channel of a weight, a bucket of K values, a table's rows, a row); each block is
 encoded with the quantizer of `uniform`, on a scale of its own, or as bf16, or as it is. With a residual,
 z = x + residual is encoded, and the residual becomes z - value(z): error compensation (DQRM paper). Stochastic rounding
-is floor(z / scale + u) with u from a hash of (seed, key): the same in any process, in any order and on any device.
+is floor(z / scale + u), u from a hash of (seed, key): the same in any process, in any order and on any device.
 
 Everything has a compiled path and a plain torch path of the same bits.
 """
@@ -24,7 +24,7 @@ def mix(*parts: int) -> int:
     """A 32-bit seed of several whole numbers."""
     found = 0
     for part in parts:
-        found = (found ^ part) * 0x9E3779B1 & MASK
+        found = (found ^ part ^ part >> 32) * 0x9E3779B1 & MASK
         found = (found ^ found >> 15) * 0x85EBCA77 & MASK
         found ^= found >> 13
     return found
@@ -98,7 +98,13 @@ def block_scales(x: Tensor, blocks: Blocks, bits: int, residual: Tensor | None =
 
 
 def quantize_blocks(
-    x: Tensor, blocks: Blocks, scale: Tensor, bits: int, residual: Tensor | None = None, seed: int | None = None
+    x: Tensor,
+    blocks: Blocks,
+    scale: Tensor,
+    bits: int,
+    residual: Tensor | None = None,
+    seed: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Codes of x + residual: int8 [total], in the order of the blocks; the residual is brought up to date in place.
 
@@ -107,9 +113,10 @@ def quantize_blocks(
         scale: float32 [N].
         residual: float32, flat, indexed by the blocks' keys.
         seed: below 2**32; rounds stochastically instead of half to even.
+        out: where the codes go; default: a new tensor.
     """
     if kernels.fits(x, residual, blocks.starts, scale):
-        codes = torch.empty(blocks.total, dtype=torch.int8)
+        codes = torch.empty(blocks.total, dtype=torch.int8) if out is None else out
         kernels.quantize_blocks(
             x, residual, blocks.starts, blocks.lengths, blocks.keys, blocks.offsets, scale, code_limits(bits), seed,
             codes,
@@ -120,31 +127,36 @@ def quantize_blocks(
         codes = quantize(z, spread, bits)
     else:
         low, high = code_limits(bits)
-        codes = (z / spread + _noise(blocks, seed).float() * 2**-16).floor_().clamp_(low, high).to(torch.int8)
+        codes = (z / spread + (_noise(blocks, seed).float() + 0.5) * 2**-16).floor_().clamp_(low, high).to(torch.int8)
     if residual is not None:
         residual[blocks.key] = z - dequantize(codes, spread)
-    return codes
+    return codes if out is None else out.copy_(codes)
 
 
 def cast_blocks(
-    x: Tensor, blocks: Blocks, dtype: torch.dtype, residual: Tensor | None = None, seed: int | None = None
+    x: Tensor,
+    blocks: Blocks,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    seed: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x + residual as `dtype` (bfloat16 or float32) [total]; the residual is brought up to date in place."""
+    """x + residual as `dtype` (bfloat16 or float32) [total]; otherwise as `quantize_blocks`."""
     if kernels.fits(x, residual, blocks.starts):
-        out = torch.empty(blocks.total, dtype=dtype)
+        out = torch.empty(blocks.total, dtype=dtype) if out is None else out
         kernels.cast_blocks(
             x, residual, blocks.starts, blocks.lengths, blocks.keys, blocks.offsets, dtype, seed, out
         )  # fmt: skip
         return out
     z = _z(x, blocks, residual)
     if seed is None or dtype == torch.float32:
-        out = z.to(dtype)
+        cast = z.to(dtype)
     else:
         rounded = (z.view(torch.int32) + _noise(blocks, seed).int() & -0x10000).view(torch.float32)
-        out = torch.where(z.isfinite(), rounded, z).to(dtype)
+        cast = torch.where(z.isfinite(), rounded, z).to(dtype)
     if residual is not None:
-        residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - out.float()  # not inf - inf
-    return out
+        residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - cast.float()  # not inf - inf
+    return cast if out is None else out.copy_(cast)
 
 
 def decode_blocks(stored: Tensor, blocks: Blocks, out: Tensor, scale: Tensor | None = None, add: bool = False) -> None:

@@ -116,6 +116,7 @@ class TableScales(nn.Module):
     def only_looked_up_rows_change(self) -> None:
         """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.
 
+        And that an update follows each training forward; where one follows several, say `same_step` between them.
         True of plain SGD and Adagrad on sparse gradients, not of momentum or dense weight decay. A refresh of the scale
         then reads the rows looked up since the last one, and is as exact as before. Loading a state dict and moving the
         module are noticed; after any other change call `refresh_scale`.
@@ -174,8 +175,7 @@ class TableScales(nn.Module):
             self._blocks.mark(rows, first, tables)
 
     def same_step(self) -> None:
-        """The next training forward belongs to the same step as the last: the clock ticks once, nothing is refreshed twice.
-        """
+        """The next training forward belongs to the last one's step: one tick of the clock, and no other refresh."""
         self._step_goes_on = True
 
     @torch.no_grad()
@@ -196,6 +196,7 @@ class TableScales(nn.Module):
     def weights_replaced(self, ticks: int) -> None:
         """Weights and scales are others now, and so many training forwards old."""
         self._looked_up.clear()
+        self._step_goes_on = False
         if self._blocks is not None:
             self._blocks.all_changed()
         self.scale_ticks = ticks
@@ -211,7 +212,7 @@ class TableScales(nn.Module):
     def _tick(self) -> Tensor:
         """The scales that this forward uses [tables]; in training, one tick of the clock."""
         self._raise_scale()
-        if self.training and self._step_goes_on:
+        if self.training and self._step_goes_on and self._scale_known:
             self._step_goes_on = False
             return self.scale
         period = self.scale_period if self.scale_refresh == "periodic" else self.rescan_period
