@@ -1,6 +1,7 @@
 """The command line: verbs -> functions. No logic here, and nothing heavy imported before a verb needs it."""
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import click
 
 from dqrm import __version__
 from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
-from dqrm.config import SECTIONS, Config
+from dqrm.config import SECTIONS, Config, ExchangeConfig
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.distributed import launched
@@ -78,19 +79,29 @@ def train(
     data: str | None, output: str | None, resumed: str | None, config_file: str | None, as_json: bool, **flags: Any
 ) -> None:
     """Train a model on the dataset folder DATA, or continue a run with --resume RUN [DATA]."""
-    overrides = given(flags)
-    if resumed is not None:
-        extra = (
-            [f"--{name.replace('_', '-')}" for name in overrides]
-            + ["--config"] * bool(config_file)
-            + ["-o"] * bool(output)
-        )
-        if extra:
-            raise UserError(f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}")
-    elif data is None or output is None:
-        raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
-    if not launched():
-        Config.load(config_file, overrides)  # refused before torch is imported
+
+    def load() -> Config:
+        overrides = given(flags)
+        if resumed is not None:
+            extra = (
+                [f"--{name.replace('_', '-')}" for name in overrides]
+                + ["--config"] * bool(config_file)
+                + ["-o"] * bool(output)
+            )
+            if extra:
+                raise UserError(
+                    f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}"
+                )
+        elif data is None or output is None:
+            raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
+        return Config.load(config_file, overrides)
+
+    try:
+        wait = load().exchange.exchange_timeout
+    except UserError:
+        if not launched():
+            raise  # before torch is imported
+        wait = ExchangeConfig().exchange_timeout  # all ranks will hear of it
 
     from dqrm.console import bars, messages, print_json
     from dqrm.data.dataset import Dataset
@@ -101,8 +112,8 @@ def train(
     from dqrm.training.launch import train as start_run
 
     run = resumed or output or ""
-    with join() as world, bars(quiet=as_json or not world.first) as progress:
-        config = world.together(lambda: Config.load(config_file, overrides))
+    with join(wait) as world, bars(quiet=as_json or not world.first) as progress:
+        config = world.together(load)
         dataset = world.together(lambda: Dataset(data) if data else None)
         try:
             if dataset is None or resumed:
@@ -346,10 +357,27 @@ def main() -> None:
         cli(prog_name="dqrm")
     except UserError as error:
         click.echo(f"dqrm: {error}", err=True)
-        sys.exit(2)
+        _exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
         if error.errno == errno.EPIPE:  # whoever read our output has seen enough
             sys.stderr.close()
             sys.exit(1)
         click.echo(f"dqrm: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        _exit(1)
+    except SystemExit as ended:
+        if not launched() or not (ended.code is None or isinstance(ended.code, int)):
+            raise
+        _exit(ended.code or 0)
+
+
+def _exit(code: int) -> None:
+    """End with `code`; as one of several ranks without Python's own way out.
+
+    There, threads of torch's process groups can still want the interpreter, and then the process aborts, or waits for a
+    rank that is gone.
+    """
+    if not launched():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -188,3 +188,5 @@ def main(folder: str, interface: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # threads of the process group may still want the interpreter, and would abort it

@@ -1,8 +1,8 @@
 """The exchange between real processes, over torch.distributed: gloo on the CPU, NCCL on CUDA.
 
 DistributedDataParallel gathers the MLP's gradients in buckets. When the backward pass is done, two all-to-all
-collectives exchange everything: the first takes each owner its part of the MLP's gradients, with the length of the rows'
-message; the second takes everybody the owners' sums and the rows. Fewer, larger collectives proved faster than
+collectives exchange everything: the first takes each owner its part of the MLP's gradients, with the length of the
+rows' message; the second takes everybody the owners' sums and the rows. Fewer, larger collectives proved faster than
 overlapping them with the backward pass (docs/distributed.md).
 """
 

@@ -24,6 +24,8 @@ START_TIMEOUT = 300.0
 _BEAT = 1.0
 # Without a sign of life for so long a rank counts as dead.
 _SILENCE = 4.0
+# How much longer to wait for the store that knows the signs of life.
+_PATIENCE = 4.0
 # Bytes sent at once where a whole table is sent.
 _PIECE = 1 << 28
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -124,13 +126,11 @@ class World:
 class _Launched(World):
     """One of several processes."""
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size = rank, size
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        self._store, self._entered, self._ended = store, 0, threading.Event()
+        self._store, self._entered, self._ended, self._seconds = store, 0, threading.Event(), timeout
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         threading.Thread(target=self._beat, daemon=True, name="dqrm-heartbeat").start()
         with self.guard():
             dist.init_process_group(
@@ -138,13 +138,13 @@ class _Launched(World):
                 store=dist.PrefixStore("group", store),
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=START_TIMEOUT),
+                timeout=timedelta(seconds=timeout),
             )
             self.group = dist.group.WORLD
-        self._seconds = START_TIMEOUT
 
     def close(self, failed: bool) -> None:
         self._ended.set()
+        self.group = None
         if not failed:  # with a rank missing, it could wait for that one
             dist.destroy_process_group()
 
@@ -191,7 +191,13 @@ class _Launched(World):
         try:
             yield
         except RuntimeError as error:
-            raise RankLost(self._cause(error)) from error
+            # In a thread: a store whose process was stopped does not answer, and knows no time-out.
+            asked: list[str] = []
+            asking = threading.Thread(target=lambda failure=error: asked.append(self._cause(failure)), daemon=True)
+            asking.start()
+            asking.join(_SILENCE + _PATIENCE)
+            cause = asked[0] if asked else "rank 0 died or was stopped: its store does not answer"
+            raise RankLost(f"{cause}; the last checkpoint, if there is one, can be resumed") from error
 
     # Each rank writes a sign of life into the store: how often it did so, and how many exchanges it has come to.
 
@@ -225,10 +231,7 @@ class _Launched(World):
             if self._store.check(["cause"]):
                 return str(self._store.get("cause").decode())
         except RuntimeError:
-            return (
-                "rank 0 (or the machine that started the ranks) ended: its store does not answer any more; the last "
-                "checkpoint can be resumed"
-            )
+            return "rank 0, or whatever started the ranks, ended: the ranks' store is gone"
         reason = str(error).splitlines()[0].removesuffix(".") if str(error) else type(error).__name__
         return f"the exchange between the ranks failed, and no rank can be blamed: {reason}"
 
@@ -254,8 +257,11 @@ _current: World | None = None
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join(timeout: float = START_TIMEOUT) -> Iterator[World]:
     """The world that this process was started into, for as long as the block runs; nested calls get the same one.
+
+    Args:
+        timeout: seconds to wait for the other ranks to start.
 
     Raises:
         UserError: the environment names ranks but they cannot be connected.
@@ -264,7 +270,7 @@ def join() -> Iterator[World]:
     if _current is not None or not launched():
         yield _current or World()
         return
-    world = _connect()
+    world = _connect(timeout)
     _current = world
     failed = True
     try:
@@ -283,27 +289,41 @@ def join() -> Iterator[World]:
         world.close(failed)
 
 
-def _connect() -> _Launched:
-    from torch.distributed.rendezvous import rendezvous
-
+def _connect(timeout: float) -> _Launched:
     missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {missing[0]} is not set; start ranks with torchrun"
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=START_TIMEOUT)))
-        return _Launched(store, rank, size)
-    except (RuntimeError, ValueError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(
-                f"the port of {where} is in use; choose another with --master-port, or let `torchrun --standalone` "
-                "find one"
-            ) from None
+    # In a thread: what else listens at that port may never answer.
+    found: list[_Launched | Exception] = []
+    connecting = threading.Thread(target=lambda: found.append(_connected(timeout)), daemon=True)
+    connecting.start()
+    connecting.join(timeout + _SILENCE + 2 * _PATIENCE)
+    world = found[0] if found else TimeoutError(f"no answer within {timeout:.0f} seconds")
+    if isinstance(world, _Launched):
+        if torch.cuda.is_available():  # here, since it is the choice of a thread
+            torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        return world
+    reason = str(world).splitlines()[0] if str(world) else type(world).__name__
+    if "EADDRINUSE" in str(world) or "address already in use" in str(world).lower():
         raise UserError(
-            f"rank {rank} of {size} cannot reach the others through {where} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); is the address rank 0's, the "
-            "port free, and were all ranks started?"
-        ) from None
+            f"the port of {where} is in use; choose another with --master-port, or let `torchrun --standalone` find one"
+        )
+    raise UserError(
+        f"rank {rank} of {size} cannot reach the others through {where} ({reason}); is the address rank 0's, the port "
+        "free, and were all ranks started?"
+    )
+
+
+def _connected(timeout: float) -> _Launched | Exception:
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+        return _Launched(store, rank, size, timeout)
+    except (RuntimeError, ValueError, UserError) as error:
+        return error

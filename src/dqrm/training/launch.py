@@ -44,7 +44,8 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = config or Config()
-    with join() as world, ExitStack() as held:
+    with join(config.exchange.exchange_timeout) as world, ExitStack() as held:
+        world.require_same({"what they are to do": "start a run"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         check_ranks(world, config, data)
         world.together(lambda: check_environment(config.training))
@@ -74,6 +75,7 @@ def resume(
         UserError: no run there, other data, a damaged checkpoint, or as `train`.
     """
     with join() as world, ExitStack() as held:
+        world.require_same({"what they are to do": "resume a run"})
         run = world.on_first(lambda: Run.open(output))  # the others need not see the folder
         data = world.together(lambda: _data_of(run, dataset))
         world.together(lambda: run.require_same_data(data))
