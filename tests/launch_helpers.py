@@ -1,9 +1,11 @@
 """Real ranks for the tests: started by torchrun or by hand, watched with a time-out, and never left running.
 
-Every process of a launch carries a mark in its environment, by which its workers are found (torchrun gives each a session
-of its own) and killed at the end, whatever happened.
+Every process of a launch carries a mark in its environment, by which its workers are found (torchrun gives each a
+session of its own) and killed at the end, whatever happened.
 """
 
+import hashlib
+import json
 import os
 import signal
 import socket
@@ -133,6 +135,25 @@ def torchrun(folder: Path, ranks: int, *arguments: Any) -> Launch:
     return Launch(folder, [(command, {})])
 
 
+def several(folder: Path, ranks: int, *commands: Sequence[Any]) -> Launch:
+    """torchrun with so many ranks that run several `dqrm` commands one after the other, as one start costs seconds.
+
+    Afterwards `probes(folder, ranks)` says what each rank did.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    return Launch(folder, [([*launcher, f"--nproc-per-node={ranks}", __file__, str(folder)], {})])
+
+
+def probes(folder: Path, ranks: int) -> list[list[dict[str, Any]]]:
+    """For each command of `several`, per rank: 'refused', the sentence or None; 'weights', hashes by step; 'sent', a
+    list of the bytes that each collective of tensors took to other ranks.
+    """
+    each = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return [list(ranks) for ranks in zip(*each)]
+
+
 def by_hand(folder: Path, *commands: Sequence[Any], port: int = 0, program: Sequence[str] = _DQRM) -> Launch:
     """A rank per command, which is what follows `dqrm`, without torchrun."""
     port = port or free_port()
@@ -171,11 +192,17 @@ def steps_saved(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in run.glob("checkpoints/step-*") if path.name[5:].isdigit())
 
 
-def flags(**fields: Any) -> list[str]:
-    """Command line flags of fields of the configuration; those of a small model, on one thread, are there already."""
+def small(**fields: Any) -> dict[str, Any]:
+    """Fields of a small model's configuration, trained on one thread, with these besides."""
     known = {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "batch_size": 64, "scale_period": 3,
              "threads": 1, "device": "cpu", "eval_batch_size": 50}  # fmt: skip
-    return [f"--{name.replace('_', '-')}={value}" for name, value in (known | fields).items()]
+    return known | fields
+
+
+def flags(**fields: Any) -> list[str]:
+    """`small(**fields)` as flags of the command line."""
+    words = {name.replace("_", "-"): value for name, value in small(**fields).items()}
+    return [f"--{word}" if value is True else f"--{word}={value}" for word, value in words.items()]
 
 
 def no_traceback_of_ours(*ended: Ended) -> None:
@@ -185,12 +212,119 @@ def no_traceback_of_ours(*ended: Ended) -> None:
         assert "terminate called" not in process.err, process.err
 
 
+def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, or those of one kind."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in (None, line["kind"])]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """The content of summary.json."""
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return found
+
+
 def same_tensors(one: Path, two: Path, leave_out: Sequence[str] = ()) -> None:
-    """The checkpoints of two runs, step by step and bit for bit; `leave_out` names tensors that may differ."""
+    """The checkpoints of two runs, step by step and bit for bit; `leave_out` names tensors that may differ.
+
+    The exchange's counters hold times and are left out: `same_figures` compares what is reported of them.
+    """
     assert steps_saved(one) == steps_saved(two)
     assert steps_saved(one)
     for step in steps_saved(one):
         a, b = (tensors(run / "checkpoints" / f"step-{step:09d}") for run in (one, two))
         assert a.keys() == b.keys()
-        for name in a.keys() - set(leave_out):
+        for name in a.keys() - {"exchange.safetensors/counters", *leave_out}:
             assert torch.equal(a[name], b[name]), f"step {step}: {name}"
+
+
+def same_figures(one: Path, two: Path) -> None:
+    """Everything that two runs report but times and configuration: losses, metrics, payload."""
+
+    def without_times(line: dict[str, Any]) -> dict[str, Any]:
+        exchange = {name: line.get("exchange", {}).get(name) for name in ("ranks", "payload_bytes", "payload_parts")}
+        return line | {"exchange": exchange, "train_seconds": None}
+
+    assert [without_times(line) for line in lines(one)] == [without_times(line) for line in lines(two)]
+    a, b = (without_times(summary(run)) for run in (one, two))
+    for name in ("best", "test", "selection", "steps", "epochs", "stored_bytes", "exchange"):
+        assert a[name] == b[name], name
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run folder."""
+    return run / "checkpoints" / f"step-{steps_saved(run)[-1]:09d}"
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    """The content of its state.json."""
+    found: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    return found
+
+
+def same_run(one: Path, two: Path) -> None:
+    """Two runs, of real or simulated ranks: tensors, what the ranks counted, states, and everything reported.
+
+    Times are not compared, nor bytes sent, which a simulation does not send.
+    """
+    same_tensors(one, two)
+    same_figures(one, two)
+    for step in steps_saved(one):
+        a, b = (run / "checkpoints" / f"step-{step:09d}" for run in (one, two))
+        if (a / "exchange.safetensors").exists():  # of rank 0: bytes of the five parts; sent; waited; steps
+            counts = [tensors(folder)["exchange.safetensors/counters"][0, [0, 1, 2, 3, 4, 7]] for folder in (a, b)]
+            assert torch.equal(*counts)
+        times = {"train_seconds": None, "metrics_bytes": None}
+        assert state(a) | times == state(b) | times
+
+
+def _probe(folder: Path) -> None:
+    """What `several` starts on each rank."""
+    import torch.distributed as dist
+
+    from dqrm.cli import cli
+    from dqrm.distributed.world import join
+    from dqrm.errors import UserError
+    from dqrm.training.loop import Trainer
+
+    found: list[dict[str, Any]] = []
+
+    def counted(call: Callable[..., Any], to_others: Callable[..., int]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            found[-1]["sent"].append(to_others(*arguments))
+            return call(*arguments, **named)
+
+        return wrapped
+
+    def all_to_all(_: Any, given: torch.Tensor, __: Any = None, splits: Sequence[int] | None = None) -> int:
+        own = given.nbytes // size if splits is None else splits[rank] * given[:1].nbytes
+        return int(given.nbytes - own)
+
+    def hashing(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def wrapped(trainer: Any) -> Any:
+            digest = hashlib.sha256()
+            for tensor in trainer.model.state_dict().values():
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            found[-1]["weights"][str(trainer.state.step)] = digest.hexdigest()
+            return call(trainer)
+
+        return wrapped
+
+    with join() as world:
+        rank, size = world.rank, world.size
+        dist.all_to_all_single = counted(dist.all_to_all_single, all_to_all)
+        for name in ("all_gather_single", "all_gather_into_tensor"):
+            if hasattr(dist, name):
+                setattr(dist, name, counted(getattr(dist, name), lambda _, given: (size - 1) * given.nbytes))
+        Trainer.fit, Trainer._save = hashing(Trainer.fit), hashing(Trainer._save)  # type: ignore[method-assign]
+        for command in json.loads((folder / "commands.json").read_text()):
+            found.append({"refused": None, "weights": {}, "sent": []})
+            try:
+                cli(command, prog_name="dqrm", standalone_mode=False)
+            except UserError as error:
+                found[-1]["refused"] = str(error)
+        (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _probe(Path(sys.argv[1]))

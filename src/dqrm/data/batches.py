@@ -187,8 +187,8 @@ class Split:
 def _aligned(dense: torch.Tensor) -> torch.Tensor:
     """The same values where matrix products give the bits that they always give for them.
 
-    On rows that begin at another address modulo a cache line, some products sum in another order: a batch's result would
-    depend on where it lay in what was read at once, so a resumed run or a rank's share would differ from the whole.
+    On rows that begin at another address modulo a cache line, some products sum in another order: a batch's result
+    would depend on where it lay in what was read at once, and resumed runs or ranks' shares would differ from it.
     """
     return dense.clone() if dense.data_ptr() % 64 else dense
 
