@@ -29,8 +29,8 @@ PARTS = ("ids", "table_scales", "table_values", "mlp_scales", "mlp_values")
 """Parts of a rank's payload."""
 
 Gradient = tuple[Tensor, Tensor]
-# Tell random streams from each other.
-_MLP, _TABLES, _MLP_OWNER, _TABLES_OWNER = range(4)
+# Kinds of messages, each with a random stream of its own.
+MLP, TABLES, MLP_OWNER, TABLES_OWNER = range(4)
 
 
 class Exchange(ABC):
@@ -180,7 +180,7 @@ class Exchange(ABC):
         if kept is not None:
             values = kept.added(rows, values)
         shares = split(rows, values, self.size) if self.owners_sum else [(rows, values)]
-        seed, total, messages = self._seed(_TABLES, rank), {"ids": 0, "scales": 0, "values": 0}, []
+        seed, total, messages = self._seed(TABLES, rank), {"ids": 0, "scales": 0, "values": 0}, []
         for owner, share in enumerate(shares):
             message, parts = self.row_codec.encode(*share, seed=mix(seed, owner), scales=scales)
             messages.append(message)

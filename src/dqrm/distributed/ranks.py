@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dqrm.config import ExchangeConfig
 from dqrm.distributed.dense import Bucket
-from dqrm.distributed.exchange import _MLP, _MLP_OWNER, _TABLES_OWNER, Exchange, Gradient
+from dqrm.distributed.exchange import MLP, MLP_OWNER, TABLES_OWNER, Exchange, Gradient
 from dqrm.distributed.sparse import add_up, join, reduce
 from dqrm.distributed.world import World
 
@@ -97,7 +97,7 @@ class RealRanks(Exchange):
         self.steps += 1
         if not self.owners_sum:
             return add_up(self.row_codec, received)
-        total, _ = reduce(self.row_codec, received, self._seed(_TABLES_OWNER))
+        total, _ = reduce(self.row_codec, received, self._seed(TABLES_OWNER))
         return join(self.row_codec, self._all_gather(total))
 
     def _to_owners(self, announced: Sequence[int]) -> tuple[list[Tensor], list[int]]:
@@ -116,7 +116,7 @@ class RealRanks(Exchange):
             if scales is not None:
                 self._largest(scales)
             messages = [region[at : at + size] for region, at, size in zip(regions, place, bucket.sizes)]
-            bucket.encode_into(messages, gradient, residual, self._seed(_MLP, self.rank), scales)
+            bucket.encode_into(messages, gradient, residual, self._seed(MLP, self.rank), scales)
             place = [at + size for at, size in zip(place, bucket.sizes)]
             self.payload["mlp_scales"] += bucket.scale_bytes
             self.payload["mlp_values"] += bucket.value_bytes
@@ -128,7 +128,7 @@ class RealRanks(Exchange):
         totals, at = [], HEADER
         for bucket in buckets:
             messages = [part[at : at + bucket.sizes[self.rank]] for part in parts]
-            totals.append(bucket.reduce(self.rank, messages, self.owner_residual, self._seed(_MLP_OWNER)))
+            totals.append(bucket.reduce(self.rank, messages, self.owner_residual, self._seed(MLP_OWNER)))
             at += bucket.sizes[self.rank]
         return totals, lengths
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dqrm.config import ExchangeConfig
 from dqrm.distributed.dense import Bucket
-from dqrm.distributed.exchange import _MLP, _MLP_OWNER, _TABLES_OWNER, Exchange, Gradient
+from dqrm.distributed.exchange import MLP, MLP_OWNER, TABLES_OWNER, Exchange, Gradient
 from dqrm.distributed.sparse import add_up, join, reduce
 
 
@@ -56,10 +56,9 @@ class SimulatedRanks(Exchange):
             each = [bucket.scales(self._dense[rank], self._residual(rank)) for rank in self.local]
             shared = torch.stack([scales for scales in each if scales is not None]).amax(0)
         messages = [
-            bucket.encode(self._dense[rank], self._residual(rank), self._seed(_MLP, rank), shared)
-            for rank in self.local
+            bucket.encode(self._dense[rank], self._residual(rank), self._seed(MLP, rank), shared) for rank in self.local
         ]
-        total = bucket.reduce(0, messages, self.owner_residual, self._seed(_MLP_OWNER))
+        total = bucket.reduce(0, messages, self.owner_residual, self._seed(MLP_OWNER))
         reduced = torch.empty_like(self._dense[0])
         bucket.decode([total], reduced)
         for parameter, place in zip(self.parameters, self.layout.starts):
@@ -76,7 +75,7 @@ class SimulatedRanks(Exchange):
         messages = [messages for messages, _ in encoded]
         if not self.owners_sum:
             return add_up(self.row_codec, [sent for (sent,) in messages])
-        seed = self._seed(_TABLES_OWNER)
+        seed = self._seed(TABLES_OWNER)
         totals = [reduce(self.row_codec, received, seed)[0] for received in zip(*messages)]
         return join(self.row_codec, totals)
 

@@ -142,11 +142,13 @@ class _Launched(World):
             )
             self.group = dist.group.WORLD
 
-    def close(self, failed: bool) -> None:
+    def close(self) -> None:
         self._ended.set()
         self.group = None
-        if not failed:  # with a rank missing, it could wait for that one
-            dist.destroy_process_group()
+        # In a thread: with a rank missing, it could wait for that one.
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(_PATIENCE)
 
     def set_timeout(self, seconds: float) -> None:
         if seconds != self._seconds:
@@ -272,10 +274,8 @@ def join(timeout: float = START_TIMEOUT) -> Iterator[World]:
         return
     world = _connect(timeout)
     _current = world
-    failed = True
     try:
         yield world
-        failed = False
     except RankLost:
         raise
     except UserError as error:
@@ -286,7 +286,7 @@ def join(timeout: float = START_TIMEOUT) -> Iterator[World]:
         raise
     finally:
         _current = None
-        world.close(failed)
+        world.close()
 
 
 def _connect(timeout: float) -> _Launched:

@@ -1,0 +1,419 @@
+"""torchrun on this machine: what real ranks give is what simulated ones give, bit for bit, stopped or not; and bytes.
+
+Starting ranks costs seconds, so the tests share a few launches; the commands of `several` run in one.
+"""
+
+import json
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from click.testing import CliRunner
+
+from conftest import tensors, tiny
+from dqrm.cli import cli
+from dqrm.config import ExchangeConfig
+from dqrm.data.config import PrepareConfig
+from dqrm.data.prepare import prepare
+from dqrm.training.evaluation import evaluate
+from dqrm.training.launch import resume, train
+from dqrm.training.run import Run
+from launch_helpers import (
+    Launch,
+    by_hand,
+    flags,
+    lines,
+    newest,
+    no_traceback_of_ours,
+    probes,
+    same_run,
+    same_tensors,
+    several,
+    state,
+    steps_saved,
+    summary,
+    torchrun,
+    until,
+)
+from test_distributed_data import PARTS, dense_bytes, expected
+
+LONG = {"epochs": 5, "checkpoint_every": 3, "log_every": 5, "eval_every": 31}
+PLAIN = {"bits": 32, "table_codec": "fp32", "mlp_codec": "fp32", "epochs": 2, "checkpoint_every": 9}
+ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:100", "codec_rounding": "stochastic",
+       "table_exchange": "all_to_all", "table_compensation_rows": 500, "scale_refresh": "running_max",
+       "rescan_period": 17, "optimizer": "rowwise_adagrad", "batch_size": 61, "log_every": 7, "seed": 5}  # fmt: skip
+SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
+          "mlp_codec": "bf16", "bits": 8, "max_steps": 20}  # fmt: skip
+ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_size": 37, "table_l2": 0.1,
+        "optimizer": "adagrad", "max_steps": 20}  # fmt: skip
+# On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
+BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
+
+
+def here(capsys, *words):
+    """A command in this process; what it said on standard error."""
+    capsys.readouterr()
+    result = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stderr
+
+
+def simulated(capsys, data, run, ranks, **fields):
+    here(capsys, "train", data.path, "-o", run, *flags(simulate_ranks=ranks, **fields))
+    return run
+
+
+# ---- the launches
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("launches")
+
+
+@pytest.fixture(scope="module")
+def two(generated, work):
+    """A run of two ranks that nobody stops, by the command line that a user types."""
+    with torchrun(
+        work / "two", 2, "train", generated.path, "-o", work / "two" / "run", *flags(**LONG), "--json"
+    ) as launch:
+        return launch.wait()[0], work / "two" / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped(generated, work):
+    """The same run: SIGTERM to torchrun; then resumed, SIGTERM to rank 1 alone; then resumed, and all of it killed.
+
+    Returns how the processes of each launch ended, and a copy of the run folder after each.
+    """
+    run, said, copies = work / "stopped" / "run", [], []
+    start, again = ["train", generated.path, "-o", run, *flags(**LONG)], ["train", "--resume", run]
+    for launch, stop in (
+        (lambda: torchrun(work / "stopped", 2, *start), lambda started: started.signal(signal.SIGTERM)),
+        (lambda: by_hand(work / "stopped", again, again), lambda started: started.signal(signal.SIGTERM, rank=1)),
+        (lambda: by_hand(work / "stopped", again, again), Launch.kill),
+    ):
+        before = (steps_saved(run) or [0])[-1]
+        with launch() as started:
+            until(lambda: (steps_saved(run) or [0])[-1] >= before + 6, started)  # noqa: B023
+            stop(started)
+            said.append(started.wait())
+            deadline = time.monotonic() + 20
+            while started.pids() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not started.pids(), "ranks that outlived their launch"
+        copies.append(shutil.copytree(run, work / f"stopped-{len(said)}"))
+    return said, copies
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Only dense columns, only a table of bags with them, and neither validation nor test rows: {name: dataset}."""
+    made, random = {}, np.random.default_rng(0)
+    columns = {"label": random.integers(0, 2, 103).tolist(), "x": random.normal(size=103).tolist()}
+    tags = [[f"t{tag}" for tag in random.integers(0, 9, count)] for count in random.integers(0, 4, 103)]
+    for name, fields in {
+        "dense": {"dense": ("x",)},
+        "unsplit": {"dense": ("x",), "categorical": ("tags",), "multi": ("tags",), "split": "time",
+                    "validation_fraction": 0, "test_fraction": 0},
+    }.items():  # fmt: skip
+        folder = tmp_path_factory.mktemp(name)
+        given = columns if name == "dense" else columns | {"tags": tags}
+        pl.DataFrame(given).write_parquet(folder / "log.parquet")
+        made[name] = prepare([folder / "log.parquet"], folder / "data", PrepareConfig(**fields))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pair(generated, bags_data, small, stopped, work):
+    """Two ranks, one command after the other: {name: (run folder, each rank's probe)}, and what they said."""
+    killed = shutil.copytree(stopped[1][2], work / "killed")
+    return launched(work / "pair", 2, {
+        "killed": ["train", "--resume", killed],
+        "odd": train_words(generated, **ODD),
+        "shared": train_words(generated, **SHARED),
+        "rows": train_words(generated, **ROWS),
+        "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
+        "gathered": train_words(generated, max_steps=27, log_every=9),
+        "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
+        "bags": train_words(bags_data, **BAGS),
+        "dense": train_words(small["dense"], batch_size=51, epochs=2),
+        "unsplit": train_words(small["unsplit"], batch_size=51, epochs=2),
+        "minutes": train_words(generated, checkpoint_minutes=1e-6, max_steps=20, early_stopping=1, eval_every=4,
+                               plateau_factor=0.5, learning_rate=0.5),
+        "finished": ["train", "--resume", killed],
+        "again": ["train", "--resume", killed.parent / "nothing"],
+        "diverged": train_words(generated, bits=32, learning_rate=1e6),
+        "both": train_words(generated, simulate_ranks=2),
+        "active": train_words(generated, activation_bits=8),
+        "crowd": train_words(generated, batch_size=1),
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four(generated, bags_data, stopped, work):
+    """Likewise four ranks, one of which resumes what two had begun."""
+    grown = shutil.copytree(stopped[1][0], work / "grown")
+    return launched(work / "four", 4, {
+        "grown": ["train", "--resume", grown],
+        "default": train_words(generated, epochs=2, log_every=5, checkpoint_every=7),
+        "plain": train_words(generated, **PLAIN, batch_size=107),  # 1,715 rows: the last batch has 3
+        "bags": train_words(bags_data, **BAGS),
+    })  # fmt: skip
+
+
+def train_words(data, **fields):
+    return ["train", data.path, "-o", None, *flags(**fields)]
+
+
+def launched(folder, ranks, commands):
+    runs = {name: Path(words[2]) if words[1] == "--resume" else folder / name for name, words in commands.items()}
+    filled = [[runs[name] if word is None else word for word in words] for name, words in commands.items()]
+    with several(folder, ranks, *filled) as launch:
+        (ended,) = launch.wait()
+    assert ended.code == 0, ended.err
+    return {name: (runs[name], probe) for name, probe in zip(commands, probes(folder, ranks))}, ended
+
+
+# ---- real and simulated ranks
+
+
+def test_two_ranks_give_the_bits_of_two_simulated_ones(generated, two, capsys, tmp_path):
+    ended, run = two
+    assert ended.code == 0
+    same_run(run, simulated(capsys, generated, tmp_path / "run", 2, **LONG))
+
+
+def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys, tmp_path):
+    run = simulated(capsys, generated, tmp_path / "run", 4, epochs=2, log_every=5, checkpoint_every=7)
+    same_run(four[0]["default"][0], run)
+
+
+@pytest.mark.parametrize("name", ["odd", "shared", "rows", "gathered", "summed"])
+def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
+    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "gathered": {"max_steps": 27, "log_every": 9},
+              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}}[name]  # fmt: skip
+    same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
+
+
+@pytest.mark.parametrize("name", ["bags", "dense", "unsplit"])
+def test_other_data_is_simulated_to_the_bit(bags_data, small, pair, capsys, tmp_path, name):
+    """Bags; no table at all; nothing to validate and test on."""
+    data = small.get(name, bags_data)
+    fields = BAGS if name == "bags" else {"batch_size": 51, "epochs": 2}
+    same_run(pair[0][name][0], simulated(capsys, data, tmp_path / "run", 2, **fields))
+
+
+def test_four_ranks_on_bags_are_simulated_to_the_bit(bags_data, four, capsys, tmp_path):
+    same_run(four[0]["bags"][0], simulated(capsys, bags_data, tmp_path / "run", 4, **BAGS))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_without_loss_ranks_give_the_model_of_one(generated, pair, four, capsys, tmp_path, ranks):
+    """The same batches, the short one too. In FP32: the last bit of a sum can flip an INT4 code, by a whole step."""
+    fields = PLAIN | ({"batch_size": 61, "optimizer": "rowwise_adagrad"} if ranks == 2 else {"batch_size": 107})
+    run, _ = (pair if ranks == 2 else four)[0]["plain"]
+    here(capsys, "train", generated.path, "-o", tmp_path / "run", *flags(**fields))
+    one, many = tensors(newest(tmp_path / "run")), tensors(newest(run))
+    assert many.keys() - one.keys() == {"exchange.safetensors/counters", "exchange.safetensors/loss_sums"}
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    for name in ("step", "epoch", "batch", "loss_rows", "train_rows", "finished"):
+        assert state(newest(run))[name] == state(newest(tmp_path / "run"))[name]
+    assert state(newest(run))["train_rows"] == 2 * generated.rows["train"]
+    alone = summary(tmp_path / "run")
+    for name in ("best", "test"):
+        ours, theirs = (summary_of[name].get("metrics", summary_of[name]) for summary_of in (summary(run), alone))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert summary(run)["best"]["train_loss"] == pytest.approx(alone["best"]["train_loss"], rel=1e-5)
+
+
+def test_a_world_of_one_rank_is_one_machine(generated, tmp_path, monkeypatch):
+    train(generated, tmp_path / "alone", tiny(max_steps=9))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "exchange" not in train(generated, tmp_path / "torchrun", tiny(max_steps=9))
+    same_tensors(tmp_path / "alone", tmp_path / "torchrun")
+
+
+# ---- what ranks share, and who writes
+
+
+def test_all_ranks_hold_the_same_weights_at_every_save(pair, four):
+    for commands, ranks in ((pair[0], 2), (four[0], 4)):
+        for name, (_, probe) in commands.items():
+            assert len(probe) == ranks
+            assert all(rank["weights"] == probe[0]["weights"] for rank in probe), name
+            assert probe[0]["refused"] or name == "finished" or len(probe[0]["weights"]) > 1
+    start = {commands["plain"][1][rank]["weights"]["0"] for commands, rank in ((pair[0], 1), (four[0], 3))}
+    assert len(start) == 1  # and the first ones depend on neither rank nor ranks
+
+
+def test_rank_0_alone_writes_and_prints(two, four):
+    ended, run = two
+    assert json.loads(ended.out) == summary(run)
+    assert ended.err == ""  # --json
+    for step in (124, 135):  # --eval-every, and the end of the epoch; no other run is so long
+        assert four[1].err.count(f"step {step}: training loss") == 1
+    assert [line["step"] for line in lines(run, "train")] == list(range(5, 136, 5))
+    evaluated = [line["step"] for line in lines(run, "evaluation")]
+    assert evaluated == sorted({*range(27, 136, 27), *range(31, 136, 31)})
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "metrics.jsonl",
+        "run.json",
+        "summary.json",
+    }
+    no_traceback_of_ours(ended)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_metrics_of_shared_evaluation_are_exactly_those_of_one_rank(generated, bags_data, two, pair, four, ranks):
+    """142 rows in batches of 50: two and one of three, or one rank with none."""
+    runs = {
+        generated: two[1] if ranks == 2 else four[0]["default"][0],
+        bags_data: (pair, four)[ranks // 4][0]["bags"][0],
+    }
+    for data, run in runs.items():
+        model, _ = Run.open(run).load_model("best")
+        assert evaluate(model, data, "validation", 50) == summary(run)["best"]["metrics"]
+        assert evaluate(model, data, "test", 50) == summary(run)["test"]
+
+
+def test_what_ranks_cannot_run_is_refused_by_all_with_one_sentence(pair):
+    for name, sentence in {
+        "again": f"rank 0: {pair[0]['again'][0]} does not exist",
+        "diverged": "training diverged: the loss is",
+        "both": "simulate_ranks is 2, but 2 real ranks were started",
+        "active": "activation_bits is 8",
+        "crowd": "2 ranks share a batch of 1 samples (batch_size)",
+    }.items():
+        run, probe = pair[0][name]
+        assert probe[0]["refused"].startswith(sentence)
+        assert {rank["refused"] for rank in probe} == {probe[0]["refused"]}
+        assert run.exists() == (name == "diverged")
+
+
+def test_checkpoints_by_the_clock_early_stopping_and_a_finished_run(generated, pair, capsys, tmp_path):
+    """The clock is rank 0's; the others save with it, and all stop at the same evaluation."""
+    run, probe = pair[0]["minutes"]
+    fields = {"max_steps": 20, "early_stopping": 1, "eval_every": 4, "plateau_factor": 0.5, "learning_rate": 0.5}
+    simulated(capsys, generated, tmp_path / "run", 2, checkpoint_minutes=0, **fields)
+    same_run(run, tmp_path / "run")
+    assert len(probe[1]["weights"]) > len(lines(run, "evaluation")) + 1  # the clock saved besides
+    finished, killed = pair[0]["finished"], pair[0]["killed"]
+    assert [rank["weights"] for rank in finished[1]] == [{}, {}]
+    assert [rank["refused"] for rank in finished[1]] == [None, None]
+    assert finished[0] == killed[0]
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize(("name", "ranks", "steps"), [("gathered", 2, 27), ("summed", 2, 9), ("default", 4, 54)])
+def test_the_payload_and_the_bytes_sent_follow_from_the_rows_of_the_data(generated, pair, four, name, ranks, steps):
+    """Counted at the collectives, and reported; in all-gather a rank sends each other one its message and 8 bytes."""
+    run, probe = (pair if ranks == 2 else four)[0][name]
+    parts, sent = expected(generated, ranks, steps, owners_sum=name == "summed")
+    scales, values, dense = dense_bytes(Run.open(run).load_model("last")[0], ranks)
+    for rank in range(ranks):
+        counted = np.array(probe[rank]["sent"]).reshape(steps, -1).sum(1)
+        assert counted.tolist() == (sent[rank] + dense[rank]).tolist(), f"rank {rank}"
+    for line in [*lines(run, "train"), summary(run) | {"step": steps}]:
+        report, until_now = line["exchange"], line.get("step")
+        assert list(report) == ["ranks", "payload_bytes", "payload_parts", "sent_bytes", "waited_ms"]
+        figures = [*parts[0, :until_now].mean(0), scales, values]
+        assert list(report["payload_parts"]) == PARTS
+        assert list(report["payload_parts"].values()) == pytest.approx(figures, abs=0.051)
+        assert report["payload_bytes"] == pytest.approx(sum(figures), abs=0.051)
+        assert report["sent_bytes"] == pytest.approx(sent[0, :until_now].mean() + dense[0], abs=0.051)
+        assert 0 < report["waited_ms"] < 10_000
+    assert len(lines(run, "train")) >= (name != "summed")
+
+
+# ---- stopped and resumed
+
+
+def test_sigterm_stops_all_ranks_at_one_step_and_saves(stopped):
+    """To torchrun, which passes it on; and to one rank alone, which tells the others."""
+    (to_all, to_one, killed), copies = stopped
+    assert [ended.code for ended in to_all] == [1]
+    assert [ended.code for ended in to_one] == [130, 130]
+    assert [ended.code for ended in killed] == [-signal.SIGKILL] * 2
+    for ended, copy in ((to_all, copies[0]), (to_one, copies[1])):
+        no_traceback_of_ours(*ended)
+        said = " ".join("".join(one.err for one in ended).split())
+        assert said.count(f"`dqrm train --resume {copy.parent / 'stopped' / 'run'}` continues exactly here") == 1
+        step = steps_saved(copy)[-1]
+        assert 6 <= step < 135
+        assert state(newest(copy))["step"] == step
+        assert tensors(newest(copy))["exchange.safetensors/counters"][:, 7].tolist() == [step, step]
+        assert not (copy / "summary.json").exists()
+    assert steps_saved(copies[0])[-1] < steps_saved(copies[1])[-1]
+    assert "dqrm:" not in to_one[1].err
+
+
+def test_stopped_killed_and_resumed_is_as_if_never_stopped(two, pair):
+    """SIGTERM, SIGTERM to one rank and SIGKILL behind it, against the run that nobody stopped."""
+    run, probe = pair[0]["killed"]
+    same_run(two[1], run)
+    assert 6 < min(map(int, probe[1]["weights"])) < 135  # it was resumed, and in the middle
+    sent = [tensors(newest(one))["exchange.safetensors/counters"][:, 5] for one in (two[1], run)]
+    assert torch.equal(*sent)
+
+
+def test_resumed_by_four_what_two_had_begun(stopped, four, tmp_path):
+    """What error compensation kept is dropped, which rank 0 says; the rest goes on as four simulated ranks would."""
+    run, probe = four[0]["grown"]
+    assert four[1].err.count("was saved by 2 ranks and goes on with 4: what error compensation kept is dropped") == 1
+    assert min(map(int, probe[3]["weights"])) == steps_saved(stopped[1][0])[-1]
+    assert summary(run)["exchange"]["ranks"] == 4
+    assert state(newest(run))["train_rows"] == 5 * 1715
+    other = shutil.copytree(stopped[1][0], tmp_path / "run")
+    told = (other / "run.json").read_text()
+    (other / "run.json").write_text(told.replace('"simulate_ranks": 0', '"simulate_ranks": 4'))
+    said = []
+    resume(other, log=said.append)
+    assert sum("goes on with 4" in line for line in said) == 1
+    same_run(run, other)
+
+
+def test_resumed_by_one_what_two_had_begun(generated, stopped, two, capsys, tmp_path):
+    run = shutil.copytree(stopped[1][0], tmp_path / "run")
+    said = " ".join(here(capsys, "train", "--resume", run).split())
+    assert "was saved by 2 ranks and goes on with 1: what error compensation kept is dropped" in said
+    assert "exchange" not in summary(run)
+    assert not (newest(run) / "exchange.safetensors").exists()
+    assert (state(newest(run))["step"], state(newest(run))["train_rows"]) == (135, 5 * 1715)
+    losses = [line["train_loss"] for line in lines(run, "evaluation")]
+    expected = [line["train_loss"] for line in lines(two[1], "evaluation")]
+    assert losses == pytest.approx(expected, rel=5e-3)  # one rank sends nothing: no rounding of gradients any more
+
+
+@pytest.mark.parametrize("shuffle", ["global", "none"])
+@pytest.mark.parametrize("batch_size", [64, 61])
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_one_process_stopped_and_resumed_is_as_if_never_stopped(generated, tmp_path, batch_size, shuffle, ranks):
+    class Killed(Exception):
+        pass
+
+    def progress(_, done, __):
+        if done == 8 * batch_size:
+            raise Killed
+
+    exchange = ExchangeConfig(ranks, "int4", table_compensation_rows=50, table_exchange="all_to_all", mlp_codec="int4")
+    config = tiny(batch_size=batch_size, shuffle=shuffle, checkpoint_every=5, log_every=3, max_steps=30)
+    config = replace(config, exchange=exchange)
+    train(generated, tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "cut", config, progress=progress)
+    assert steps_saved(tmp_path / "cut") == [5]
+    resume(tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")
