@@ -284,15 +284,16 @@ def test_rank_0_cannot_save(ranks, generated, tmp_path):
     ranks.start(*[training(generated, run)] * 3)
     ranks.until(lambda: steps_saved(run))
     spoil(run)
-    first, *others = sentences(ranks.wait())
+    ended = ranks.wait()
+    (run / "checkpoints").unlink()
+    (run / "kept").rename(run / "checkpoints")
+    finish(ranks, run)
+    first, *others = sentences(ended)
     assert "cannot save the checkpoint" in first
     assert str(run) in first
     for sentence in others:
         assert "rank 0" in sentence
         assert "cannot save the checkpoint" in sentence
-    (run / "checkpoints").unlink()
-    (run / "kept").rename(run / "checkpoints")
-    finish(ranks, run)
 
 
 def test_rank_0_cannot_save_under_torchrun(generated, tmp_path):

@@ -157,7 +157,7 @@ class ExchangeConfig:
     table_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the tables' gradients are encoded."""
     table_codec_scale: Literal["table", "row"] = "table"
-    """What shares a scale in the tables' gradients (int8 and int4)."""
+    """What shares a scale in the tables' gradients (int8 and int4); with int4, 'table' costs accuracy."""
     table_compensation_rows: int = 0
     """Rows of the tables for which a rank keeps what encoding lost, to add it the next time; 0: none."""
     table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
