@@ -79,6 +79,8 @@ def train(
     data: str | None, output: str | None, resumed: str | None, config_file: str | None, as_json: bool, **flags: Any
 ) -> None:
     """Train a model on the dataset folder DATA, or continue a run with --resume RUN [DATA]."""
+    if launched():  # torch's C++ warns of every rank that ends, in pages
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def load() -> Config:
         overrides = given(flags)

@@ -131,6 +131,7 @@ class _Launched(World):
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self._store, self._entered, self._ended, self._seconds = store, 0, threading.Event(), timeout
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        self._heard: str | None = None  # why the ranks end
         threading.Thread(target=self._beat, daemon=True, name="dqrm-heartbeat").start()
         with self.guard():
             dist.init_process_group(
@@ -143,12 +144,25 @@ class _Launched(World):
             self.group = dist.group.WORLD
 
     def close(self) -> None:
+        """Leave the others; whoever keeps their store stays until all have left, or for some seconds."""
         self._ended.set()
+        # In threads: where a rank is missing, the store may never answer, and the group may wait for it.
+        threads = [
+            threading.Thread(target=leave, daemon=True) for leave in (dist.destroy_process_group, self._sign_off)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(_PATIENCE + _SILENCE)
         self.group = None
-        # In a thread: with a rank missing, it could wait for that one.
-        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        closing.start()
-        closing.join(_PATIENCE)
+
+    def _sign_off(self) -> None:
+        with suppress(RuntimeError):
+            self._store.set(f"left/{self.rank}", "")
+            if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                everybody, deadline = [f"left/{rank}" for rank in range(self.size)], time.monotonic() + _SILENCE
+                while time.monotonic() < deadline and not self._store.check(everybody):
+                    time.sleep(0.02)
 
     def set_timeout(self, seconds: float) -> None:
         if seconds != self._seconds:
@@ -209,6 +223,8 @@ class _Launched(World):
             count += 1
             with suppress(RuntimeError):  # the store is gone: whoever waits for an exchange will say why
                 self._store.set(f"beat/{self.rank}", f"{count} {self._entered}")
+                if self._heard is None and self._store.check(["cause"]):  # before the store may be gone
+                    self._heard = self._store.get("cause").decode()
 
     def _beats(self) -> list[tuple[int, int]]:
         found = []
@@ -233,7 +249,7 @@ class _Launched(World):
             if self._store.check(["cause"]):
                 return str(self._store.get("cause").decode())
         except RuntimeError:
-            return "rank 0, or whatever started the ranks, ended: the ranks' store is gone"
+            return self._heard or "rank 0, or whatever started the ranks, ended: the ranks' store is gone"
         reason = str(error).splitlines()[0].removesuffix(".") if str(error) else type(error).__name__
         return f"the exchange between the ranks failed, and no rank can be blamed: {reason}"
 
@@ -295,11 +311,16 @@ def _connect(timeout: float) -> _Launched:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {missing[0]} is not set; start ranks with torchrun"
         )
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    for name in ("RANK", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r}, expected a whole number; start ranks with torchrun")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, expected less than WORLD_SIZE, which is {size}; start ranks with torchrun")
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     # In a thread: what else listens at that port may never answer.
     found: list[_Launched | Exception] = []
-    connecting = threading.Thread(target=lambda: found.append(_connected(timeout)), daemon=True)
+    connecting = threading.Thread(target=lambda: found.append(_connected(rank, size, timeout)), daemon=True)
     connecting.start()
     connecting.join(timeout + _SILENCE + 2 * _PATIENCE)
     world = found[0] if found else TimeoutError(f"no answer within {timeout:.0f} seconds")
@@ -318,11 +339,10 @@ def _connect(timeout: float) -> _Launched:
     )
 
 
-def _connected(timeout: float) -> _Launched | Exception:
+def _connected(rank: int, size: int, timeout: float) -> _Launched | Exception:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
         return _Launched(store, rank, size, timeout)
     except (RuntimeError, ValueError, UserError) as error:

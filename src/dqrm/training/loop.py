@@ -109,10 +109,12 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the summary."""
         try:
-            with stop_signals(quiet=not self.world.first) as self.stopped:
+            with stop_signals(quiet=self.world.size > 1) as self.stopped:
                 for _ in self._steps():
                     # Several ranks stop where all know that one of them was told to.
                     if self.flags & _STOP if self.exchange else self.stopped.is_set():
+                        if self.world.size > 1:
+                            self.log("Stopping after this step and saving.")
                         self._count_time()
                         self._save()
                         raise Interrupted
