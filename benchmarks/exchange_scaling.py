@@ -8,9 +8,10 @@ Measured: rows that ranks look up and rows that all of them look up together (id
 them), sizes of real messages, one rank's computation, encoding, summing and decoding, all on one thread. Computed:
 bytes that a rank sends in a step, and
 
-    step = computation + codecs + collectives * (ranks - 1) * latency + bytes sent * 8 / rate
+    step = computation + codecs + collectives * (ranks - 1) * message + bytes sent * 8 / rate
 
-without overlap of computation and transfer. The latency of a hop is measured between processes on loopback.
+without overlap of computation and transfer. `message` is what a small message costs, measured between two processes on
+loopback.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def dense(arch: Architecture, codec: Codec, ranks: int) -> dict[str, float]:
     )
     return {
         "payload": bucket.scale_bytes + bucket.value_bytes,
-        "sent": sum(bucket.sizes[1:]) + (ranks - 1) * max(bucket.largest, len(total)),
+        "sent": sum(bucket.sizes[1:]) + (ranks - 1) * len(total),
         "seconds": used,
     }
 
@@ -110,7 +111,7 @@ def sparse(
         received = [messages[rank % len(messages)] for rank in range(ranks)]
         size = float(np.mean([len(message) for message in messages]))
         used = seconds(lambda: codec.encode(*gradients[0]), 5) + seconds(lambda: add_up(codec, received), 3)
-        return {"payload": size, "sent": (ranks - 1) * max(map(len, messages)), "seconds": used}
+        return {"payload": size, "sent": (ranks - 1) * (size + 8), "seconds": used}
     shares = [split(*each, ranks) for each in gradients]
     sizes = [sum(len(codec.encode(*part)[0]) for part in share) for share in shares]
     to_first = [codec.encode(*share[0])[0] for share in shares]
@@ -124,7 +125,7 @@ def sparse(
         + seconds(lambda: join(codec, totals), 3)
     )
     payload = float(np.mean(sizes))
-    sent = payload * (ranks - 1) / ranks + (ranks - 1) * max(map(len, totals))
+    sent = payload * (ranks - 1) / ranks + (ranks - 1) * (float(np.mean([len(total) for total in totals])) + 16)
     return {"payload": payload, "sent": sent, "seconds": used}
 
 
@@ -132,9 +133,8 @@ def _hop(rank: int, ranks: int, port: int, found: Any) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    mine, all_of_them = torch.zeros(8, dtype=torch.uint8), torch.zeros(8 * ranks, dtype=torch.uint8)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    took = seconds(lambda: gather(all_of_them, mine), 300)
+    sent, received = torch.zeros(8 * ranks, dtype=torch.uint8), torch.zeros(8 * ranks, dtype=torch.uint8)
+    took = seconds(lambda: dist.all_to_all_single(received, sent), 300)
     if rank == 0:
         found.put(took / (ranks - 1))
     dist.barrier()
@@ -142,7 +142,7 @@ def _hop(rank: int, ranks: int, port: int, found: Any) -> None:
 
 
 def latency() -> float:
-    """Seconds of one hop between two processes of this machine: an all-gather of 8 bytes."""
+    """Seconds that a message between two processes of this machine takes: an all-to-all of 8 bytes."""
     import socket
 
     context = torch.multiprocessing.get_context("spawn")
@@ -181,7 +181,7 @@ def measure(arch: Architecture, batch: int, seed: int) -> dict[str, Any]:
             for strategy in STRATEGIES:
                 of_tables = sparse(rows, strategy, ranks, own, union, dim)
                 both = {key: of_mlp[key] + of_tables[key] for key in of_mlp}
-                collectives = {"all_gather": 6, "all_to_all": 8}[strategy]  # two buckets of the MLP: four of them
+                collectives = {"all_gather": 2, "all_to_all": 4}[strategy]
                 found.append({"ranks": ranks, "codec": name, "strategy": strategy, **both, "collectives": collectives})
         for each in found:
             if each["ranks"] == ranks:
@@ -194,8 +194,8 @@ def measure(arch: Architecture, batch: int, seed: int) -> dict[str, Any]:
 def print_tables(found: dict[str, Any], name: str) -> None:
     """Markdown."""
     print(
-        f"{name}, batch {found['batch']} per rank: computation {1e3 * found['compute']:.2f} ms, a hop "
-        f"{1e6 * found['hop']:.0f} us.\n"
+        f"{name}, batch {found['batch']} per rank: computation {1e3 * found['compute']:.2f} ms, a "
+        f"message {1e6 * found['hop']:.0f} us.\n"
     )
     at = {(each["ranks"], each["codec"], each["strategy"]): each for each in found["results"]}
     print(

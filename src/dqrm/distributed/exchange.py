@@ -24,7 +24,7 @@ from dqrm.quant.blocks import mix
 from dqrm.quant.rows import sum_duplicates
 
 # From so many ranks on, owners sum rows before all get them; below, everybody gets everything (docs/distributed.md).
-ALL_TO_ALL_FROM = 16
+ALL_TO_ALL_FROM = 64
 PARTS = ("ids", "table_scales", "table_values", "mlp_scales", "mlp_values")
 """Parts of a rank's payload."""
 
