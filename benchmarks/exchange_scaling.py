@@ -177,7 +177,7 @@ def measure(arch: Architecture, batch: int, seed: int) -> dict[str, Any]:
         )  # fmt: skip
         for name in CODECS:
             of_mlp = dense(arch, Codec(name), ranks)
-            rows = RowCodec(table_rows, dim, Codec(name), per_row=False)
+            rows = RowCodec(table_rows, dim, Codec(name), per_row=name == "int4")
             for strategy in STRATEGIES:
                 of_tables = sparse(rows, strategy, ranks, own, union, dim)
                 both = {key: of_mlp[key] + of_tables[key] for key in of_mlp}
@@ -208,6 +208,13 @@ def print_tables(found: dict[str, Any], name: str) -> None:
         one = at[ranks, "fp32", "all_gather"]
         cells = [f"{at[ranks, codec, s]['sent'] / 1e6:,.2f}" for codec in CODECS for s in STRATEGIES]
         print(f"| {ranks} | {one['rows']:,.0f} | {one['union']:,} | " + " | ".join(cells) + " |")
+    titles = [f"{codec} {strategy}" for codec in CODECS for strategy in STRATEGIES]
+    print("\nMB of payload: of a rank's encoded gradients, counted once\n")
+    print(f"| ranks | {' | '.join(titles)} |")
+    print("|---" * (1 + len(titles)) + "|")
+    for ranks in RANKS:
+        cells = [f"{at[ranks, codec, s]['payload'] / 1e6:.3f}" for codec in CODECS for s in STRATEGIES]
+        print(f"| {ranks} | {' | '.join(cells)} |")
     for rate in RATES:
         print(f"\n{rate}: ms per step (thousand samples per second of all ranks)\n")
         columns = [("fp32", "dense"), *((codec, s) for codec in CODECS for s in STRATEGIES)]
