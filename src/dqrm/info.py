@@ -91,6 +91,12 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
         f"Tables {bits[0]} bits, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
+    if exchange := summary.get("exchange"):
+        parts = ", ".join(f"{part.replace('_', ' ')} {count:,.0f}" for part, count in exchange["payload_parts"].items())
+        results.print(
+            f"{exchange['ranks']} ranks: payload {exchange['payload_bytes']:,.0f} bytes per step and rank ({parts}); "
+            f"{exchange['sent_bytes']:,.0f} bytes sent, {exchange['waited_ms']:.1f} ms waited"
+        )
 
 
 def print_artifact(found: dict[str, Any]) -> None:
