@@ -373,3 +373,15 @@ def test_what_was_sent_and_kept_is_the_sum_of_a_rows_gradients(path, name, per_r
     difference = sent + ref.array(kept.values) - total  # row r lies in slot r
     assert np.abs(difference).max() <= 60 * 2**-23 * 8
     assert kept.values.abs().max() <= 8 * {"bf16": 2**-9, "int8": 0.5 / 126, "int4": 0.5 / 6}[name]
+
+
+def test_the_last_of_many_rows_with_one_slot_is_kept_whatever_the_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        kept, rows = RowResiduals(1000, 1), torch.arange(80_000)
+        kept.keep(rows, rows[:, None].float())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(kept.rows, torch.arange(79_000, 80_000))
+    assert torch.equal(kept.values[:, 0], kept.rows.float())

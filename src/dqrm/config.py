@@ -173,7 +173,8 @@ class ExchangeConfig:
     shared_scales: bool = False
     """All ranks encode on the largest of their scales, as in the DQRM paper; else each on its own."""
     exchange_timeout: float = 300.0
-    """Seconds that ranks wait for one that does not start or does not answer before they end."""
+    """Seconds that ranks wait for one that does not start or does not answer before they end; more than a checkpoint
+    takes to save, since rank 0 does that alone."""
 
     def __post_init__(self) -> None:
         _at_least(self, simulate_ranks=0, table_compensation_rows=0, exchange_timeout=1)

@@ -65,6 +65,8 @@ class RealRanks(Exchange):
     def begin(self, step: int, flags: int = 0) -> None:
         super().begin(step, flags)
         self._arrived.clear()
+        with self.world.guard():  # a collective after the first step and else nothing; unasked, forward would do it
+            self.module.reducer._rebuild_buckets()  # type: ignore[operator,union-attr]
 
     def _hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP calls it when a bucket's gradients are there. They stay where they are, and `.grad` are views of them."""

@@ -169,6 +169,7 @@ class RowResiduals:
     def keep(self, rows: Tensor, lost: Tensor) -> None:
         """Remember what was lost for these rows."""
         slots = rows % len(self.rows)
-        self.rows[slots] = rows
+        # The last of several rows with one slot: they rise, and plain assignment would leave it to the threads.
+        self.rows.scatter_reduce_(0, slots, rows, "amax", include_self=False)
         kept = self.rows[slots] == rows  # of two rows with one slot, one was written
         self.values[slots[kept]] = lost[kept]

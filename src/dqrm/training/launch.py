@@ -49,7 +49,7 @@ def train(
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         check_ranks(world, config, data)
         world.together(lambda: check_environment(config.training))
-        run = world.together(lambda: Run.plan(Path(output), config, data))
+        run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
             raise UserError(f"{data.path} has no training rows: nothing to train on")
         world.together(lambda: data.validate(*data.rows))
@@ -113,6 +113,10 @@ def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
         raise UserError(
             f"{size} ranks share a batch of {config.training.batch_size} samples (batch_size): start at most "
             f"{config.training.batch_size} ranks, or raise batch_size"
+        )
+    if size > 1 and config.training.device.startswith("cuda:"):
+        raise UserError(
+            f"device is '{config.training.device}', one GPU for {size} ranks; 'cuda' gives each rank its own"
         )
     if max(size, simulated) > 1 and config.quantization.activation_bits != 32:
         raise UserError(
