@@ -107,7 +107,8 @@ def _variants(options: BenchExchangeConfig, ranks: list[dict[str, Any]]) -> list
         for key in ("payload_bytes", "counted_bytes", "wire_bytes", "waited_ms", "cpu_ms"):
             values = [rank[key] for rank in own]
             variant[key] = None if None in values else round(float(np.mean(values)), 2)
-        variant["payload_parts"] = own[0]["payload_parts"]
+        parts = [rank["payload_parts"] or {} for rank in own]
+        variant["payload_parts"] = {part: round(float(np.mean([each[part] for each in parts])), 2) for part in parts[0]}
         # The variants of one round ran under the same conditions.
         both = "fp32" in times and len(times["fp32"]) == len(times[name])
         ratios = [mine / theirs for mine, theirs in zip(times[name], times["fp32"])] if both else []
