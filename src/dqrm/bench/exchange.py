@@ -66,23 +66,24 @@ def _run_ranks(path: Path, places: list[Host], progress: Progress) -> None:
             with (path / f"rank{place.rank}.log").open("wb") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         while running := [process for process in processes if process.poll() is None]:
-            for rank, process in enumerate(processes):
-                if process.returncode:
-                    lines = (path / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
-                    raise UserError(f"rank {rank} ended: {lines[-1] if lines else f'code {process.returncode}'}")
+            _refuse_failed(path, processes)
             with contextlib.suppress(OSError, ValueError):
                 progress(*json.loads((path / "progress.json").read_text()))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running[0].wait(0.2)
-        for rank, process in enumerate(processes):
-            if process.returncode:
-                lines = (path / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
-                raise UserError(f"rank {rank} ended: {lines[-1] if lines else f'code {process.returncode}'}")
+        _refuse_failed(path, processes)
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.wait()
+
+
+def _refuse_failed(path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    for rank, process in enumerate(processes):
+        if process.returncode:
+            lines = (path / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
+            raise UserError(f"rank {rank} ended: {lines[-1] if lines else f'code {process.returncode}'}")
 
 
 def _free_port() -> int:
