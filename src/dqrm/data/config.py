@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from dqrm.data import conditions
 from dqrm.options import check_fields
 
 Layout = Literal["criteo-kaggle", "criteo-terabyte", "table"]
@@ -56,9 +57,9 @@ class PrepareConfig:
     split_column: str | None = None
     """Column whose values decide, when the split is by column; it need not be one of the model's."""
     validation_values: tuple[str, ...] = ()
-    """Values of split_column (or names of files, when the split is by file) that mean validation."""
+    """What means validation: values of split_column, a range of them (>=2026-01-05,<2026-01-07), or names of files."""
     test_values: tuple[str, ...] = ()
-    """Values of split_column (or names of files, when the split is by file) that mean test."""
+    """What means test: values of split_column, a range of them (>=2026-01-07), or names of files (dt=2026-01-07/*)."""
     subsample_negatives: float = 0.0
     """Share of rows with label 0 to drop at random, in all splits; the paper: 0.875 on Terabyte."""
     seed: int = 0
@@ -154,6 +155,9 @@ def _check_split(config: PrepareConfig) -> None:
         raise ValueError(f"validation_values and test_values are for a split by column or file, and split is {rule}")
     if config.split_column is not None and config.split_column in config.multi:
         raise ValueError(f"split_column {config.split_column} is a multi column, should be single-valued")
+    if rule == "column":
+        for field in ("validation_values", "test_values"):
+            conditions.parse(field, getattr(config, field))
     for value in config.validation_values:
         if value in config.test_values:
             raise ValueError(f"'{value}' is in both validation_values and test_values, should be in one")

@@ -1,7 +1,7 @@
 """Reads source files into typed rows, and those into staged chunks: text by blocks of lines, Parquet by rows."""
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import polars as pl
@@ -9,7 +9,8 @@ import polars as pl
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
 from dqrm.data.lines import Block, TextReader
-from dqrm.data.sources import Damaged, Source, hash_file, read_bytes
+from dqrm.data.partitions import complete, in_file, offered
+from dqrm.data.sources import Damaged, Source, finish, hash_file, read_bytes
 from dqrm.data.staging import Chunker, Staging
 from dqrm.errors import UserError
 
@@ -24,30 +25,33 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
 
 
 def check(sources: list[Source], plan: Plan) -> None:
-    """Whether every file has the columns, before any work.
+    """Whether every file has the columns, before any work. Of a stream nothing is read: its turn comes later.
 
     Raises:
         UserError: one has not, or its kind cannot be told.
     """
     for source in sources:
-        where = str(source.path)
-        if not plan.criteo and source.parquet:
-            schema = parquet_schema(source)
-            plan.check(list(schema), where)
-            check_types(plan, schema, where)
-        elif not plan.criteo:
-            try:
-                plan.check(_reader(Source(source.path, False), plan).names, where)
-            except Damaged as damage:
-                raise UserError(f"{where}: {damage}") from None
+        source.used = tuple(name for name in plan.used if name in source.partitions)
+        if source.parquet and plan.criteo:
+            raise UserError(
+                f"{source.where} is a Parquet file, but layout {plan.config.layout} is text; use layout table"
+            )
+        if source.parquet:
+            _check_parquet(source, plan)
+        elif source.stream:
+            _ = plan.criteo or plan.config.delimiter or _separator(source)
         else:
-            if plan.label is not None:
-                plan.check(CRITEO_COLUMNS, f"layout {plan.config.layout}")
-            if source.parquet:
-                raise UserError(f"{where} is a Parquet file, but layout {plan.config.layout} is text; use layout table")
-            if plan.label is None:
-                names = _criteo_columns(source, plan.config.on_error == "skip")
-                plan.check(names, f"{where}, which has {len(names)} columns")
+            try:
+                _reader(source.again(), plan)
+            except Damaged as damage:
+                raise UserError(f"{source.where}: {damage}") from None
+
+
+def _check_parquet(source: Source, plan: Plan) -> None:
+    schema = parquet_schema(source)
+    plan.check(offered(list(schema), source.partitions), source.where)
+    # What is in the file counts, where both have a column.
+    check_types(plan, pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **schema}), source.where)
 
 
 def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable[[int], None]) -> int:
@@ -62,9 +66,9 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
     chunker = Chunker(config.chunk_rows, staged.add)
     keep = _Subsample(config)
     for source in sources:
+        told = 0
         if source.parquet:
             hash_file(source)
-        told = 0
         for typed in typed_blocks(source, plan):
             frame = keep(typed)
             source.rows += frame.height
@@ -84,13 +88,25 @@ def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
         UserError: the first malformed line, with file and number, unless they are skipped.
     """
     unit = "row" if source.parquet else "line"
-    for block in _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan):
+    blocks = _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
+    for block in blocks:
         frame = plan.typed(block)
         if block.bad and plan.config.on_error == "stop":
             line, reason = min(block.bad)
-            raise UserError(f"{source.path}, {unit} {line}: {reason}")
+            raise UserError(f"{source.where}, {unit} {line}: {reason}")
         source.skipped += len(block.bad)
         yield frame
+
+
+def schema(source: Source) -> pl.Schema | None:
+    """The columns of a source, those of its path included, and their types; None where all are text.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not source.parquet:
+        return None
+    return pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **parquet_schema(source)})
 
 
 def parquet_schema(source: Source) -> pl.Schema:
@@ -100,9 +116,9 @@ def parquet_schema(source: Source) -> pl.Schema:
         UserError: it cannot be read.
     """
     try:
-        return pl.scan_parquet(source.path, glob=False).collect_schema()
+        return pl.scan_parquet(source.path, glob=False, hive_partitioning=False).collect_schema()
     except _UNREADABLE as error:
-        raise UserError(f"{source.path} cannot be read as Parquet ({error})") from None
+        raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
 
 
 def parquet_rows(source: Source) -> int:
@@ -112,9 +128,10 @@ def parquet_rows(source: Source) -> int:
         UserError: it cannot be read.
     """
     try:
-        return int(pl.scan_parquet(source.path, glob=False).select(pl.len()).collect().item())
+        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+        return int(scan.select(pl.len()).collect().item())
     except _UNREADABLE as error:
-        raise UserError(f"{source.path} cannot be read as Parquet ({error})") from None
+        raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
 
 
 class _Subsample:
@@ -133,16 +150,40 @@ class _Subsample:
 
 
 def _reader(source: Source, plan: Plan) -> TextReader:
-    pieces = read_bytes(source)
+    """Reads a text source from its first byte, once.
+
+    Raises:
+        UserError: it is empty, lacks a column, or what parts its fields cannot be told.
+    """
+    names: tuple[str, ...] | None = None
     if plan.criteo:
-        names = CRITEO_COLUMNS if plan.label is not None else _criteo_columns(source, plan.config.on_error == "skip")
-        return TextReader(pieces, str(source.path), "\t", False, names)
-    separator = plan.config.delimiter or _separator(source)
-    return TextReader(pieces, str(source.path), separator, plan.config.quoting, None)
+        pieces, separator, quoting = _nonempty(read_bytes(source), source.where), "\t", False
+        names = CRITEO_COLUMNS
+        if plan.label is None:
+            names, pieces = _criteo_columns(pieces, source.where, plan.config.on_error == "skip")
+    else:
+        separator, quoting = plan.config.delimiter or _separator(source), plan.config.quoting
+        pieces = read_bytes(source)
+    reader = TextReader(pieces, source.where, separator, quoting, names)
+    where = source.where
+    if plan.criteo:
+        count = f", which has {len(reader.names)} columns" if plan.label is None else ""
+        where += f"{count} (layout {plan.config.layout})"
+    plan.check(offered(reader.names, source.partitions), where)
+    return reader
 
 
-def _criteo_columns(source: Source, skip: bool) -> tuple[str, ...]:
-    """Criteo's columns, without the label where the first line has none, as in Kaggle's test.txt.
+def _nonempty(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
+    empty = True
+    for piece in pieces:
+        empty = False
+        yield piece
+    if empty:
+        raise UserError(f"{where} is empty, expected rows")
+
+
+def _criteo_columns(pieces: Iterator[bytes], where: str, skip: bool) -> tuple[tuple[str, ...], Iterator[bytes]]:
+    """Criteo's columns, without the label where the first line has none, as in Kaggle's test.txt, and all the pieces.
 
     Args:
         skip: malformed lines are skipped, so the first line that is one or the other decides.
@@ -152,18 +193,26 @@ def _criteo_columns(source: Source, skip: bool) -> tuple[str, ...]:
     """
     widths = (len(CRITEO_COLUMNS), len(CRITEO_COLUMNS) - 1)
     head, enough = b"", _SKIPPED if skip else 0
-    with suppress(Damaged):  # reading the file will tell
-        for piece in read_bytes(Source(source.path, False)):
+    held: list[bytes] = []
+    rest = pieces
+    try:
+        for piece in pieces:
+            held.append(piece)
             head += piece
             if (b"\n" in piece and len(head) > enough) or len(head) > _FIRST_LINE:
                 break
+    except Damaged as damage:  # told where the good lines end
+        rest = _raising(damage)
     counts = [line.count(b"\t") + 1 for line in head.splitlines()] if head.strip(b"\r\n") else []
     known = [count for count in counts if count in widths]
     if counts and counts[0] not in widths and not (skip and known):
-        raise UserError(
-            f"{source.path}, line 1: {counts[0]} columns, expected {widths[0]}, or {widths[1]} without the label"
-        )
-    return CRITEO_COLUMNS[-known[0] :] if known else CRITEO_COLUMNS
+        raise UserError(f"{where}, line 1: {counts[0]} columns, expected {widths[0]}, or {widths[1]} without the label")
+    return CRITEO_COLUMNS[-known[0] :] if known else CRITEO_COLUMNS, itertools.chain(held, rest)
+
+
+def _raising(error: Exception) -> Iterator[bytes]:
+    raise error
+    yield b""
 
 
 def _separator(source: Source) -> str:
@@ -172,9 +221,11 @@ def _separator(source: Source) -> str:
         suffixes.pop()
     if suffixes and suffixes[-1] in _SEPARATORS:
         return _SEPARATORS[suffixes[-1]]
+    if source.stream:
+        raise UserError(f"{source.where} has no name that tells what parts its fields; give it, as in --delimiter ','")
     raise UserError(
-        f"{source.path}: the name does not tell what parts its fields, expected .csv, .tsv or .txt "
-        "(also .gz or .zst), a Parquet file, or a delimiter"
+        f"{source.where}: the name does not tell what parts its fields, expected .csv, .tsv or .txt "
+        "(also .gz or .zst), a Parquet file, or a delimiter, as in --delimiter ','"
     )
 
 
@@ -182,30 +233,37 @@ def _text_blocks(source: Source, plan: Plan) -> Iterator[Block]:
     last = 0
     try:
         reader = _reader(source, plan)
-        for block in reader.blocks(plan.needed):
+        for block in _with_partitions(reader.blocks, reader.names, source, plan):
             last = max([last, *block.lines[-1:], *(line for line, _ in block.bad[-1:])])
             yield block
     except Damaged as damage:
         source.damaged = f"{damage}, after line {last}"
         if plan.config.on_error == "stop":
-            raise UserError(f"{source.path}, after line {last}: {damage}") from None
-        _hash_again(source)
-
-
-def _hash_again(source: Source) -> None:
-    """A damaged file may not have been read to its end."""
-    fresh = Source(source.path, source.parquet)
-    hash_file(fresh)
-    source.bytes, source.sha256 = fresh.bytes, fresh.sha256
+            raise UserError(f"{source.where}, after line {last}: {damage}") from None
+        finish(source)
 
 
 def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
+    names = list(parquet_schema(source))
+    yield from _with_partitions(lambda wanted: _scan(source, wanted, plan.config.chunk_rows), names, source, plan)
+    source.require_unchanged()  # since it was found, and before it was hashed
+
+
+def _scan(source: Source, wanted: Sequence[str], chunk_rows: int) -> Iterator[Block]:
     row = 1
     try:
-        # The name is a file's, whatever brackets are in it.
-        scan = pl.scan_parquet(source.path, glob=False).select(plan.needed)
-        for frame in scan.collect_batches(chunk_size=min(plan.config.chunk_rows, 1 << 17), maintain_order=True):
+        # The name is a file's, whatever brackets are in it, and what its folders name is not polars' to find.
+        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False).select(wanted)
+        for frame in scan.collect_batches(chunk_size=min(chunk_rows, 1 << 17), maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height))
             row += frame.height
     except _UNREADABLE as error:
-        raise UserError(f"{source.path}, after row {row - 1}: cannot be read as Parquet ({error})") from None
+        source.require_unchanged()
+        raise UserError(f"{source.where}, after row {row - 1}: cannot be read as Parquet ({error})") from None
+
+
+def _with_partitions(
+    read: Callable[[Sequence[str]], Iterator[Block]], names: Sequence[str], source: Source, plan: Plan
+) -> Iterable[Block]:
+    wanted = in_file(plan.needed, names, source.partitions)
+    return complete(read(wanted), plan.needed, source.partitions, source.where)

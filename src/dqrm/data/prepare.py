@@ -15,7 +15,8 @@ from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
-from dqrm.data.sources import Source, resolve
+from dqrm.data.listing import require_same_files, resolve
+from dqrm.data.sources import Source, total_size
 from dqrm.data.staging import Staging
 from dqrm.errors import UserError
 from dqrm.files import claim, flush, write_json
@@ -34,7 +35,8 @@ def prepare(
 ) -> Dataset:
     """Writes the dataset folder `output` from logs.
 
-    sources: files, or globs of them. progress: called with what is being done, how much of it is done, and of how much.
+    sources: files, folders, globs of them, or pipes (`-`: standard input). progress: called with what is being done, how
+    much of it is done, and of how much (None: nobody knows).
     All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
 
     Raises:
@@ -43,7 +45,8 @@ def prepare(
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
-    files, plan = resolve([sources] if isinstance(sources, (str, Path)) else sources), make_plan(config)
+    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    files, plan = resolve(given), make_plan(config)
     ingest.check(files, plan)
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()
@@ -56,6 +59,7 @@ def prepare(
     try:
         _check_output(output)  # a run that ended meanwhile may have filled it
         _fill(partial, files, plan, tell)
+        require_same_files(given, files)
         os.replace(partial, target)
         (target / MARKER).unlink()
         flush(target.parent)
@@ -122,7 +126,7 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
     config, work = plan.config, path / "staging"
     staged = Staging(work, plan)
     try:
-        total, read = sum(file.path.stat().st_size for file in files), _Steps(tell, "reading")
+        total, read = total_size(files), _Steps(tell, "reading")
         dropped = ingest.ingest(files, plan, staged, lambda count: read(count, total))
         if not sum(staged.rows):
             raise UserError(f"no row in {', '.join(file.name for file in files[:3])}, expected at least one")
@@ -209,7 +213,7 @@ class _Steps:
     def __init__(self, tell: Progress, what: str) -> None:
         self._tell, self._what, self._done = tell, what, 0
 
-    def __call__(self, count: int, total: int) -> None:
+    def __call__(self, count: int, total: int | None) -> None:
         self._done += count
         self._tell(self._what, self._done, total)
 

@@ -18,7 +18,8 @@ from dqrm.data import ingest
 from dqrm.data.batches import Batch
 from dqrm.data.columns import KeyColumn, Plan, make_plan
 from dqrm.data.config import PrepareConfig
-from dqrm.data.sources import Source, resolve
+from dqrm.data.listing import require_same_files, resolve
+from dqrm.data.sources import Source, total_size
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 
@@ -32,12 +33,12 @@ _KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
 class RawLog:
     """Logs whose rows become batches; a label is not needed, nor is the column that decided the split.
 
-    sources: files, or globs of them. options: how the model's own log was read. columns: the schema's, and
+    sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once. options: how the model's own log was read. columns: the schema's, and
     vocabularies: theirs, in the same order. keep: columns of the log that are handed on beside the batches.
     on_error: whether a malformed line stops, or is skipped and counted.
 
     Attributes:
-        paths: the files. size: their bytes together. schema: the kept columns and their types.
+        paths: the files. size: their bytes together, None where a pipe is among them. schema: the kept columns and their types.
         rows, skipped: rows handed out and malformed lines, so far. damaged: what ended early, in words.
 
     Raises:
@@ -58,10 +59,11 @@ class RawLog:
         self._plan = dataclasses.replace(make_plan(config), split=None, label=None, copied=tuple(keep))
         self._vocabularies = list(vocabularies)
         _check_columns(self._plan, columns, self._vocabularies)
-        files = resolve([sources] if isinstance(sources, (str, Path)) else sources)
+        self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+        self._files = files = resolve(self._given)
         ingest.check(files, self._plan)
-        self.paths = [file.path for file in files]
-        self.size = sum(path.stat().st_size for path in self.paths)
+        self.paths = [file.path for file in files if not file.stream]
+        self.size = total_size(files)
         self.schema = _common_schema(files, self._plan.copied)
         self._start()
 
@@ -83,36 +85,37 @@ class RawLog:
 
         Raises:
             UserError: the first malformed line, with file and number, unless they are skipped; a file that cannot be
-                read, or a kept cell that cannot be of the common type.
+                read or changed meanwhile, a pipe that was read before, or a kept cell that cannot be of the common
+                type.
         """
         self._start()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-            for path in self.paths:
-                (source,) = resolve([path])
-                size, told = path.stat().st_size, 0
+            for source in (file.again() for file in self._files):
+                size, told = source.state.size if source.state else None, 0
                 rows = ingest.parquet_rows(source) if source.parquet else 0
                 for frame in ingest.typed_blocks(source, self._plan):
                     source.rows += frame.height
                     self.rows += frame.height
                     if frame.height:
-                        yield self._kept(frame, path), self._encode(frame, threads)
-                    done = size * source.rows // max(1, rows) if source.parquet else source.bytes
-                    done = min(max(done, told), size)
+                        yield self._kept(frame, source), self._encode(frame, threads)
+                    done = size * source.rows // max(1, rows) if size and source.parquet else source.bytes
+                    done = max(done, told) if size is None else min(max(done, told), size)
                     if advance:
                         advance(done - told)
                     told = done
                 self.skipped += source.skipped
                 if source.damaged:
-                    self.damaged.append(f"{path}: {source.damaged}")
+                    self.damaged.append(f"{source.where}: {source.damaged}")
                 if advance:
-                    advance(size - told)
+                    advance((source.bytes if size is None else size) - told)
+        require_same_files(self._given, self._files)
 
-    def _kept(self, frame: pl.DataFrame, path: Path) -> pl.DataFrame:
+    def _kept(self, frame: pl.DataFrame, source: Source) -> pl.DataFrame:
         kept = frame.select(pl.col(f"c{n}").alias(name) for n, name in enumerate(self._plan.copied))
         try:
             return kept.cast(self.schema) if kept.width else kept
         except pl.exceptions.PolarsError as error:
-            raise UserError(f"{path}: a kept column has another type than in other files ({error})") from None
+            raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
 
     def _encode(self, frame: pl.DataFrame, threads: ThreadPoolExecutor) -> Batch:
         plan, rows = self._plan, frame.height
@@ -174,7 +177,7 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
     """Types that can hold the named columns of every file; text has text."""
     common: pl.DataFrame | None = None
     for file in files:
-        found = ingest.parquet_schema(file) if file.parquet else dict.fromkeys(names, pl.String())
+        found = ingest.schema(file) or dict.fromkeys(names, pl.String())
         for name in names:
             here = pl.DataFrame(schema={name: found[name]})
             if common is None or name not in common.columns:
@@ -184,7 +187,7 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
                 joined = pl.concat([common.select(name), here], how="vertical_relaxed")
             except pl.exceptions.PolarsError:
                 raise UserError(
-                    f"column {name} of {file.path} is of type {found[name]}, in files before it of type "
+                    f"column {name} of {file.where} is of type {found[name]}, in files before it of type "
                     f"{common.schema[name]}, expected types that go together"
                 ) from None
             common = common.with_columns(joined[name])

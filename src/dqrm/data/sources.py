@@ -1,43 +1,104 @@
-"""Source files: which ones are meant, what kind they are, and their bytes, decompressed and hashed on the way."""
+"""Source files and streams: their bytes, decompressed and hashed on the way, and whether they stayed the same."""
 
-import glob
 import hashlib
-import re
+import itertools
+import os
+import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
 
 import zstandard
 
 from dqrm.errors import UserError
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_OTHERS = {
+    b"BZh91AY&SY": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"PK\x03\x04": "a zip archive",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\xff\x06\0\0sNaPpY": "Snappy",
+    b"Obj\x01": "Avro",
+    b"ARROW1\0\0": "Arrow IPC",
+    b"SEQ\x06": "a Hadoop sequence file",
+    b"PARE": "encrypted Parquet",
+}
 # Bytes read from the file at a time; small, since a compressed block may become a thousand times larger.
 _READ = 1 << 18
 
 
+class State(NamedTuple):
+    """By what a file is known to be the same as before."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "State":
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class Stream:
+    """A pipe or socket: it gives its bytes once."""
+
+    def __init__(self, path: Path, descriptor: int | None, where: str) -> None:
+        self._path, self._descriptor, self._where, self._taken = path, descriptor, where, False
+
+    def open(self) -> IO[bytes]:
+        """The stream; not before it is needed, since whoever writes several may write one after the other."""
+        if self._taken:
+            raise UserError(f"{self._where} is a pipe and was read already; save it as a file to read it again")
+        self._taken = True
+        return self._path.open("rb") if self._descriptor is None else os.fdopen(os.dup(self._descriptor), "rb")
+
+
 @dataclass
 class Source:
-    """One file of the log and what was found in it."""
+    """One file of the log and what was found in it.
+
+    path: where it lies. where: how messages name it. name: by what it is told from the others, with no folder of this
+    machine. partitions: columns in its path. state: what it was when it was found. stream: what is read instead of a
+    file. used: the columns of the path that the dataset depends on.
+    """
 
     path: Path
     parquet: bool
+    where: str = ""
+    name: str = ""
+    partitions: dict[str, str | None] = field(default_factory=dict)
+    state: State | None = None
+    stream: Stream | None = None
+    used: tuple[str, ...] = ()
     bytes: int = 0
     sha256: str = ""
     rows: int = 0
     skipped: int = 0
     damaged: str | None = None
     digest: Any = field(default_factory=hashlib.sha256, repr=False)
+    _raw: Iterator[bytes] | None = field(default=None, repr=False)
 
-    @property
-    def name(self) -> str:
-        return self.path.name
+    def __post_init__(self) -> None:
+        self.where, self.name = self.where or str(self.path), self.name or self.path.name
+
+    def again(self) -> "Source":
+        """The same source with nothing read of it yet."""
+        return replace(self, bytes=0, sha256="", rows=0, skipped=0, damaged=None, digest=hashlib.sha256(), _raw=None)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern means this file: its path below the folder or glob, a folder on it, its name, or its path
+        as it was given."""
+        names = (self.name, self.where, self.path.name, *map(str, PurePosixPath(self.name).parents))
+        return any(fnmatchcase(name, pattern.rstrip("/") or pattern) for name in names if name != ".")
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json; no folder of this machine in it."""
-        return {
+        found = {
             "name": self.name,
             "bytes": self.bytes,
             "sha256": self.sha256,
@@ -45,70 +106,105 @@ class Source:
             "skipped": self.skipped,
             "damaged": self.damaged,
         }
+        return {**found, "partitions": {name: self.partitions[name] for name in self.used}} if self.used else found
+
+    def require_unchanged(self, now: os.stat_result | None = None) -> None:
+        """Whether the file is still the one that was found. now: what is known of it; none: it is looked at.
+
+        Raises:
+            UserError: it has grown, shrunk, been written to or replaced, or is gone.
+        """
+        if self.state is None:
+            return
+        try:
+            found = State.of(now or self.path.stat())
+        except OSError as error:
+            raise UserError(f"{self.where} changed while it was read: {error.strerror}; {_STILL}") from None
+        if found == self.state:
+            return
+        if found.size != self.state.size:
+            what = f"it had {self.state.size} bytes and has {found.size}"
+        else:
+            what = "another file took its place" if found[:2] != self.state[:2] else "it was written to"
+        raise UserError(f"{self.where} changed while it was read: {what}; {_STILL}")
+
+
+_STILL = "start again when nothing writes to it any more"
 
 
 class Damaged(Exception):
     """A compressed file that ends too early or does not decompress; what came before is good."""
 
 
-def resolve(given: Sequence[str | Path]) -> list[Source]:
-    """The files meant by paths and globs: in the order given, those of one glob in natural order (day_2 before day_10).
+def total_size(sources: list[Source]) -> int | None:
+    """Bytes of all files together; None where a stream is among them, whose end nobody knows."""
+    sizes = [source.state.size if source.state else None for source in sources]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins like Parquet.
 
     Raises:
-        UserError: no file given, none of that name, a folder, a file that cannot be opened, or a file meant twice.
+        UserError: it cannot be read.
     """
-    paths: list[Path] = []
-    for item in given:
-        text = str(item)
-        if Path(text).exists() or not glob.has_magic(text):
-            paths.append(Path(text))
-            continue
-        found = sorted((path for path in glob.glob(text, recursive=True) if Path(path).is_file()), key=_natural)
-        if not found:
-            raise UserError(f"no file matches '{text}'")
-        paths += map(Path, found)
-    if not paths:
-        raise UserError("no source file was given, expected at least one")
-    seen: set[Path] = set()
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder, expected files (such as '{path}/*')")
-        if path.resolve() in seen:
-            raise UserError(f"{path} is given twice, and its rows would count twice")
-        seen.add(path.resolve())
-    return [Source(path, _head(path, 4) == _PARQUET) for path in paths]
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == _PARQUET
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_bytes(source: Source) -> Iterator[bytes]:
     """The decompressed content in pieces; `source` gets size and hash of the file itself when all is read.
 
     Raises:
+        UserError: it cannot be read, changed meanwhile, or is of a kind that is not read.
         Damaged: after the last good piece.
     """
-    head = _head(source.path, 4)
-    raw = _raw(source)
+    raw = source._raw = _raw(source)
+    head = next(raw, b"")
+    if head.startswith(_PARQUET) and source.stream:
+        raise UserError(f"{source.where} is Parquet in a pipe, which can only be read from a file; save it as one")
+    for magic, kind in _OTHERS.items():
+        if head.startswith(magic):
+            raise UserError(f"{source.where} is {kind}, expected text (also gzip or zstd) or Parquet")
+    whole = itertools.chain([head] if head else [], raw)
     if head.startswith(_GZIP):
-        return _inflate(raw, lambda: zlib.decompressobj(wbits=31), "gzip")
+        return _inflate(whole, lambda: zlib.decompressobj(wbits=31), "gzip")
     if head.startswith(_ZSTD):
-        return _inflate(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), "zstd")
-    return raw
+        return _inflate(whole, lambda: zstandard.ZstdDecompressor().decompressobj(), "zstd")
+    return whole
 
 
 def hash_file(source: Source) -> None:
     """Size and hash of a file that is read by other means."""
-    for _ in _raw(source):
+    source._raw = _raw(source)
+    finish(source)
+
+
+def finish(source: Source) -> None:
+    """Reads to the end what `read_bytes` began, for size and hash of the whole."""
+    for _ in source._raw or ():
         pass
 
 
 def _raw(source: Source) -> Iterator[bytes]:
     try:
-        with source.path.open("rb") as file:
+        with source.stream.open() if source.stream else source.path.open("rb") as file:
+            before = os.fstat(file.fileno())
             while block := file.read(_READ):
                 source.digest.update(block)
                 source.bytes += len(block)
+                if source.state is not None and source.bytes > source.state.size:
+                    source.require_unchanged()  # at once: what grows might never end
                 yield block
+            # Standard input may be a file without a name.
+            if stat.S_ISREG(before.st_mode):
+                replace(source, state=State.of(before)).require_unchanged(os.fstat(file.fileno()))
     except OSError as error:
-        raise UserError(f"cannot read {source.path}: {error.strerror}") from None
+        raise UserError(f"cannot read {source.where}: {error.strerror}") from None
+    source.require_unchanged()
     source.sha256 = source.digest.hexdigest()
 
 
@@ -131,17 +227,7 @@ def _inflate(raw: Iterator[bytes], make: Callable[[], Any], kind: str) -> Iterat
                 rest, inflate, begun = inflate.unused_data, make(), False
             if data:
                 yield data
+        if damage:
+            break
     if damage or begun:
         raise Damaged(damage or f"its {kind} data ends too early")
-
-
-def _head(path: Path, count: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(count)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _natural(path: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]

@@ -1,12 +1,15 @@
 """Which split each row belongs to. 0: train, 1: validation, 2: test, as in `folder.SPLITS`."""
 
+import operator as operators
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
+from dqrm.data import conditions
+from dqrm.data.conditions import DATES, NUMBERS, ZONE, Values
 from dqrm.data.config import PrepareConfig
 from dqrm.data.sources import Source
 from dqrm.data.staging import Staging
@@ -15,6 +18,7 @@ from dqrm.options import did_you_mean
 
 TRAIN, VALIDATION, TEST = range(3)
 Splits = NDArray[np.uint8]
+_COMPARE = {"<": operators.lt, "<=": operators.le, ">": operators.gt, ">=": operators.ge}
 
 
 def assign(config: PrepareConfig, sources: Sequence[Source], staged: Staging) -> Splits:
@@ -45,6 +49,9 @@ def describe(config: PrepareConfig) -> dict[str, Any]:
     rule = config.split_rule
     if rule == "column":
         chosen: dict[str, Any] = {"column": config.split_column, **_values(config)}
+        parsed = [conditions.parse(field, getattr(config, field)) for field in ("validation_values", "test_values")]
+        if compared := sorted({values.compared for values in parsed if values.compared}):
+            chosen["compared_as"] = " and ".join(compared)
     elif rule == "file" and (config.validation_values or config.test_values):
         chosen = _values(config)
     elif rule == "file":
@@ -85,38 +92,118 @@ def _by_file(config: PrepareConfig, sources: Sequence[Source], rows: int) -> Spl
     if not (config.validation_values or config.test_values):
         if len(sources) < 2:
             raise UserError(
-                f"the split by file needs two files or more, got only {sources[0].name}; give all or split otherwise"
+                f"the split by file needs two files or more, got only {sources[0].where}; give all or split otherwise"
             )
         return _runs(rows, *_halves(sources[-1].rows))
     splits, at = np.zeros(rows, np.uint8), 0
-    for source in sources:
+    chosen: dict[int, str] = {}
+    unused = [*config.validation_values, *config.test_values]
+    for number, source in enumerate(sources):
         for split, patterns in ((VALIDATION, config.validation_values), (TEST, config.test_values)):
-            if any(fnmatchcase(source.name, pattern) for pattern in patterns):
+            for pattern in filter(source.matches, patterns):
                 splits[at : at + source.rows] = split
+                unused = [other for other in unused if other != pattern]
+                if (split == TEST) and number in chosen:
+                    raise UserError(
+                        f"split by file: {source.name} is meant by '{chosen[number]}' of validation_values and by "
+                        f"'{pattern}' of test_values, expected one of them"
+                    )
+                chosen[number] = pattern if split == VALIDATION else chosen.get(number, pattern)
         at += source.rows
-    for pattern in (*config.validation_values, *config.test_values):
-        names = [source.name for source in sources]
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"split by file: no file is named '{pattern}'{did_you_mean(pattern, names)}")
+    for pattern in unused:
+        hint = did_you_mean(pattern, [source.name for source in sources[:20]])
+        if pattern[:1] in (">", "<"):
+            hint = "; a range is for --split column --split-column NAME"
+        raise UserError(f"split by file: no file is named '{pattern}'{hint}")
     return splits
 
 
 def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
-    chosen = dict.fromkeys(config.validation_values, VALIDATION) | dict.fromkeys(config.test_values, TEST)
+    sides = {
+        split: _Meant(config.split_column or "", field, conditions.parse(field, getattr(config, field)))
+        for split, field in ((VALIDATION, "validation_values"), (TEST, "test_values"))
+    }
     splits, at = np.zeros(rows, np.uint8), 0
-    seen: set[str] = set()
     some: list[str] = []
     for keys, codes, _ in staged.codes(len(staged.columns) - 1):
-        of_key = np.array([chosen.get(key, TRAIN) for key in keys], np.uint8)
+        found = {split: meant(keys) for split, meant in sides.items()}
+        both = found[VALIDATION] & found[TEST]
+        if both.any():
+            raise UserError(
+                f"split by column {config.split_column}: '{keys[int(both.argmax())]}' is in both validation_values and "
+                "test_values, expected one of them"
+            )
+        of_key = np.where(found[TEST], TEST, np.where(found[VALIDATION], VALIDATION, TRAIN)).astype(np.uint8)
         splits[at : at + len(codes)] = of_key[codes]
         at += len(codes)
-        seen |= chosen.keys() & set(keys)
         some = some or keys.head(20).to_list()
-    for value in chosen:
-        if value not in seen:
+    for meant in sides.values():
+        for value in meant.unseen:
             known = did_you_mean(value, some)
             raise UserError(f"split by column {config.split_column}: no row holds '{value}'{known}")
     return splits
+
+
+class _Meant:
+    """Which keys a field of the configuration means, over all chunks."""
+
+    def __init__(self, column: str, field: str, values: Values) -> None:
+        self._where, self._values = f"split by column {column}, {field}", values
+        self.unseen = [*values.exact, *([values.range] if values.bounds else [])]
+        self._zones: set[str] = set()
+
+    def __call__(self, keys: pl.Series) -> NDArray[np.bool_]:
+        """bool [keys]."""
+        meant = keys.is_in(pl.Series(self._values.exact, dtype=pl.String))
+        if self.unseen:
+            known = set(keys.filter(meant))
+            self.unseen = [value for value in self.unseen if value not in known]
+        if self._values.bounds:
+            within = self._within(keys.cast(pl.String))
+            if within.any():
+                self.unseen = [value for value in self.unseen if value != self._values.range]
+            meant = meant | within
+        return meant.to_numpy()
+
+    def _within(self, keys: pl.Series) -> pl.Series:
+        compared, known = self._values.compared, keys != ""  # what is missing is in no range
+        numbers, dates = keys.str.contains(NUMBERS), keys.str.contains(DATES + ZONE)
+        wrong = known & {"numbers": ~numbers, "dates": ~dates, "text": numbers | dates}[compared or "text"]
+        if wrong.any():
+            expected = {"numbers": "a number", "dates": "a date such as 2026-01-07", "text": "other text"}
+            raise UserError(
+                f"{self._where}: '{self._values.range}' compares {compared}, but a row holds "
+                f"'{keys.filter(wrong)[0]}', expected {expected[compared or 'text']}"
+            )
+        if compared == "dates":
+            self._require_one_zone(keys.filter(known))
+        for operator, bound in self._values.bounds:
+            known = known & _compare(keys, operator, bound, compared or "text")
+        return known
+
+    def _require_one_zone(self, keys: pl.Series) -> None:
+        self._zones |= set(keys.str.replace(DATES, "").unique())
+        if len(self._zones) > 1:
+            zones = " and ".join(f"'{zone}'" for zone in sorted(self._zones)[:2])
+            raise UserError(f"{self._where}: the column holds times of several zones, {zones}, expected one")
+
+
+def _compare(keys: pl.Series, operator: str, bound: str, compared: str) -> pl.Series:
+    holds = _COMPARE[operator]
+    if compared == "numbers":
+        number = float(bound)
+        found = holds(keys.cast(pl.Float64, strict=False), number)
+        if number.is_integer() and abs(number) < 2.0**63:
+            # Exactly, where a float would not be.
+            whole = int(bound) if bound.lstrip("+-").isdigit() else int(number)
+            exactly = holds(keys.cast(pl.Int64, strict=False), whole)
+            found = exactly.zip_with(exactly.is_not_null(), found)
+        return found.fill_null(False)
+    if compared == "dates":
+        # A day stands for all of it: 2026-01-07 12:00 is <=2026-01-07.
+        bound = bound.replace("T", " ")
+        keys = keys.str.replace("T", " ", literal=True).str.slice(0, len(bound))
+    return holds(keys, bound).fill_null(False)
 
 
 def _values(config: PrepareConfig) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""Which sources are meant: files, globs, folders as Spark and Hive write them, pipes."""
+
+import glob
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from dqrm.data.partitions import is_partition, partitions
+from dqrm.data.sources import Source, State, Stream, is_parquet
+from dqrm.errors import UserError
+
+STDIN = "-"
+_DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/(\d+))|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
+# Files that say something about a table and hold no rows of it. A shell's own glob names them too.
+_MARKERS = re.compile(r"_(SUCCESS|metadata|common_metadata|committed_.*|started_.*)|.*\.crc")
+# Folders in a folder that says which of its files count: reading all would bring deleted rows back.
+_TABLES = {"_delta_log": "a Delta Lake", ".hoodie": "a Hudi"}
+
+
+def resolve(given: Sequence[str | Path]) -> list[Source]:
+    """The sources meant by paths, globs and folders: in the order given, those of one glob or folder in natural order
+    (day_2 before day_10). `-` is standard input. Nothing is read of a pipe.
+
+    Raises:
+        UserError: none given, none of that name, a file that cannot be opened, a device, or a source meant twice.
+    """
+    sources = [_source(path, base) for path, base in _listed(given)]
+    if not sources:
+        only = f", got only {', '.join(map(str, given))}, where Spark notes other things" if given else ""
+        raise UserError(f"no source file was given{only}; expected at least one")
+    seen: set[tuple[int, int]] = set()
+    for source in sources:
+        assert source.state is not None
+        if source.state[:2] in seen:
+            raise UserError(f"{source.where} is given twice, and its rows would count twice")
+        seen.add(source.state[:2])
+        if source.stream:
+            source.state = None  # a pipe has none of its own
+    _tell_apart(sources)
+    return sources
+
+
+def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -> None:
+    """Whether the globs and folders still mean the sources that they meant.
+
+    Raises:
+        UserError: a file came or went while they were read.
+    """
+    before, now = {source.path for source in sources}, {path for path, _ in _listed(given)}
+    for path in sorted(before ^ now):
+        what = "is new" if path in now else "is gone"
+        raise UserError(
+            f"the source files changed while they were read: {path} {what}; start again when nothing writes there"
+        )
+
+
+def _listed(given: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
+    """Each file, and the folder below which it is told from the others (None: a stream)."""
+    return [found for item in given for found in _expand(str(item))]
+
+
+def _expand(text: str) -> list[tuple[Path, Path | None]]:
+    if text == STDIN:
+        return [(Path(STDIN), None)]
+    if not text or "\0" in text:
+        raise UserError(f"cannot read '{text}': no name of a file")
+    if os.path.lexists(text) or not glob.has_magic(text):
+        path = Path(text)
+        if os.path.isdir(path):
+            return [(file, _base(path)) for file in _walk(path, ())]
+        return [] if _MARKERS.fullmatch(path.name) else [(path, _base(path.parent))]
+    fixed = Path(text)
+    while glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    files: dict[Path, None] = {}
+    for path in sorted(map(Path, glob.glob(text, recursive=True)), key=_natural):
+        if os.path.isdir(path):
+            if "**" not in text:  # which names all that is in the folders itself
+                files |= dict.fromkeys(_walk(path, ()))
+        elif not any(map(_hidden, path.relative_to(fixed).parts)) or _names_hidden(text, path):
+            files[path] = None
+    if not files:
+        raise UserError(f"no file matches '{text}'")
+    return [(path, _base(fixed)) for path in files]
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
+    """The files in a folder and below, in natural order."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError(f"{folder} is a link to a folder that it lies in, expected one without an end")
+    try:
+        entries = sorted(folder.iterdir(), key=_natural)
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from None
+    names = {entry.name for entry in entries}
+    for marker, kind in _TABLES.items():
+        if marker in names:
+            raise UserError(
+                f"{folder} is {kind} table, whose files also hold rows that were deleted or replaced; "
+                "export it as Parquet or CSV first"
+            )
+    if {"dataset.json", "train", "vocabulary"} <= names:
+        raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
+    found: list[Path] = []
+    for entry in entries:
+        if _hidden(entry.name):
+            continue
+        if os.path.isdir(entry):
+            found += _walk(entry, (*above, real))
+        else:
+            mode = _stat(entry).st_mode
+            if not stat.S_ISREG(mode):
+                raise UserError(f"{entry} in the folder is {_kind(mode)}, expected files only")
+            found.append(entry)
+    if not found and not above:
+        raise UserError(f"{folder} holds no file (names that begin with _ or . do not count), expected a log in it")
+    return found
+
+
+def _hidden(name: str) -> bool:
+    """What Spark and Hive leave out, too. A column may begin with an underscore: _day=3."""
+    return name.startswith(".") or (name.startswith("_") and "=" not in name) or _MARKERS.fullmatch(name) is not None
+
+
+def _names_hidden(pattern: str, path: Path) -> bool:
+    """Whether a pattern such as _day* or .day* asks for such names."""
+    return _MARKERS.fullmatch(path.name) is None and any(part[0] in "_." for part in Path(pattern).parts)
+
+
+def _base(folder: Path) -> Path:
+    while is_partition(folder.name):
+        folder = folder.parent
+    return folder
+
+
+def _source(path: Path, base: Path | None) -> Source:
+    if base is None:
+        return _stream(path, 0, "standard input")
+    mode = _stat(path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        found = _DESCRIPTOR.fullmatch(str(path))
+        return _stream(path, int(found[1] or found[2] or 0) if found else None, str(path))
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is {_kind(mode)}, expected a file, a folder or a pipe")
+    state = State.of(_stat(path))
+    return Source(
+        path, is_parquet(path), name=path.relative_to(base).as_posix(), partitions=partitions(path), state=state
+    )
+
+
+def _stream(path: Path, descriptor: int | None, where: str) -> Source:
+    try:
+        found = path.stat() if descriptor is None else os.fstat(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror}") from None
+    if stat.S_ISSOCK(found.st_mode) and descriptor is None:
+        raise UserError(f"{where} is a socket, expected a file, a folder or a pipe")
+    if stat.S_ISDIR(found.st_mode) or stat.S_ISBLK(found.st_mode) or stat.S_ISCHR(found.st_mode):
+        kind = "a terminal" if descriptor is not None and os.isatty(descriptor) else _kind(found.st_mode)
+        raise UserError(f"{where} is {kind}, expected a file or a pipe")
+    stream, name = Stream(path, descriptor, where), path.name if descriptor is None else str(path)
+    return Source(path, False, where, name, state=State.of(found), stream=stream)
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        broken = f"it is a link to {os.readlink(path)}, and there is no such file" if path.is_symlink() else ""
+        raise UserError(f"cannot read {path}: {broken or error.strerror}") from None
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        return "a device"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket"
+
+
+def _tell_apart(sources: Sequence[Source]) -> None:
+    """Files of one name get as much of their path as they need."""
+    files = [source for source in sources if not source.stream]
+    if len({source.name for source in files}) == len(files):
+        return
+    paths = [Path(os.path.abspath(source.path)) for source in files]
+    common = os.path.commonpath(paths)
+    for source, path in zip(files, paths):
+        source.name = path.relative_to(common).as_posix()
+
+
+def _natural(path: Path) -> list[list[str | int]]:
+    # Every second piece is a number.
+    return [
+        [int(piece) if at % 2 else piece for at, piece in enumerate(re.split(r"(\d+)", part))] for part in path.parts
+    ]
