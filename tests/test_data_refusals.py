@@ -143,6 +143,7 @@ def test_parquet_mistakes(tmp_path):
 
 def test_outputs_and_sources_that_cannot_be(tmp_path):
     path = write(tmp_path / "log.txt", criteo_lines(20))
+    (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -155,7 +156,7 @@ def test_outputs_and_sources_that_cannot_be(tmp_path):
         ([], "no source file was given"),
         ([tmp_path / "nope.txt"], "cannot read .*nope.txt: No such file"),
         ([tmp_path / "nope*"], "no file matches"),
-        ([tmp_path], "is a folder"),
+        ([tmp_path / "empty"], "holds no file"),
         ([path, path], "is given twice"),
     ]:
         with pytest.raises(UserError, match=reason):

@@ -33,12 +33,13 @@ _KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
 class RawLog:
     """Logs whose rows become batches; a label is not needed, nor is the column that decided the split.
 
-    sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once. options: how the model's own log was read. columns: the schema's, and
-    vocabularies: theirs, in the same order. keep: columns of the log that are handed on beside the batches.
+    sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once. options: how the
+    model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order. keep: columns of the log that are handed on beside the batches.
     on_error: whether a malformed line stops, or is skipped and counted.
 
     Attributes:
-        paths: the files. size: their bytes together, None where a pipe is among them. schema: the kept columns and their types.
+        paths: the files. size: their bytes together, None where a pipe is among them.
+        schema: the kept columns and their types.
         rows, skipped: rows handed out and malformed lines, so far. damaged: what ended early, in words.
 
     Raises:

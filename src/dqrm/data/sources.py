@@ -64,7 +64,7 @@ class Source:
 
     path: where it lies. where: how messages name it. name: by what it is told from the others, with no folder of this
     machine. partitions: columns in its path. state: what it was when it was found. stream: what is read instead of a
-    file. used: the columns of the path that the dataset depends on.
+    file. used: the columns of the path that the dataset depends on. rest: what has not been read yet.
     """
 
     path: Path
@@ -75,20 +75,20 @@ class Source:
     state: State | None = None
     stream: Stream | None = None
     used: tuple[str, ...] = ()
+    rest: Iterator[bytes] | None = field(default=None, repr=False)
     bytes: int = 0
     sha256: str = ""
     rows: int = 0
     skipped: int = 0
     damaged: str | None = None
     digest: Any = field(default_factory=hashlib.sha256, repr=False)
-    _raw: Iterator[bytes] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.where, self.name = self.where or str(self.path), self.name or self.path.name
 
     def again(self) -> "Source":
         """The same source with nothing read of it yet."""
-        return replace(self, bytes=0, sha256="", rows=0, skipped=0, damaged=None, digest=hashlib.sha256(), _raw=None)
+        return replace(self, bytes=0, sha256="", rows=0, skipped=0, damaged=None, digest=hashlib.sha256(), rest=None)
 
     def matches(self, pattern: str) -> bool:
         """Whether a pattern means this file: its path below the folder or glob, a folder on it, its name, or its path
@@ -162,7 +162,7 @@ def read_bytes(source: Source) -> Iterator[bytes]:
         UserError: it cannot be read, changed meanwhile, or is of a kind that is not read.
         Damaged: after the last good piece.
     """
-    raw = source._raw = _raw(source)
+    raw = source.rest = _raw(source)
     head = next(raw, b"")
     if head.startswith(_PARQUET) and source.stream:
         raise UserError(f"{source.where} is Parquet in a pipe, which can only be read from a file; save it as one")
@@ -179,13 +179,13 @@ def read_bytes(source: Source) -> Iterator[bytes]:
 
 def hash_file(source: Source) -> None:
     """Size and hash of a file that is read by other means."""
-    source._raw = _raw(source)
+    source.rest = _raw(source)
     finish(source)
 
 
 def finish(source: Source) -> None:
     """Reads to the end what `read_bytes` began, for size and hash of the whole."""
-    for _ in source._raw or ():
+    for _ in source.rest or ():
         pass
 
 

@@ -96,20 +96,20 @@ def _by_file(config: PrepareConfig, sources: Sequence[Source], rows: int) -> Spl
             )
         return _runs(rows, *_halves(sources[-1].rows))
     splits, at = np.zeros(rows, np.uint8), 0
-    chosen: dict[int, str] = {}
-    unused = [*config.validation_values, *config.test_values]
-    for number, source in enumerate(sources):
-        for split, patterns in ((VALIDATION, config.validation_values), (TEST, config.test_values)):
-            for pattern in filter(source.matches, patterns):
-                splits[at : at + source.rows] = split
-                unused = [other for other in unused if other != pattern]
-                if (split == TEST) and number in chosen:
-                    raise UserError(
-                        f"split by file: {source.name} is meant by '{chosen[number]}' of validation_values and by "
-                        f"'{pattern}' of test_values, expected one of them"
-                    )
-                chosen[number] = pattern if split == VALIDATION else chosen.get(number, pattern)
+    unused = dict.fromkeys([*config.validation_values, *config.test_values])
+    for source in sources:
+        validation, test = (
+            [pattern for pattern in patterns if source.matches(pattern)]
+            for patterns in (config.validation_values, config.test_values)
+        )
+        if validation and test:
+            raise UserError(
+                f"split by file: {source.name} is meant by '{validation[0]}' of validation_values and by '{test[0]}' "
+                "of test_values, expected one of them"
+            )
+        splits[at : at + source.rows] = TEST if test else VALIDATION if validation else TRAIN
         at += source.rows
+        unused = {pattern: None for pattern in unused if pattern not in (*validation, *test)}
     for pattern in unused:
         hint = did_you_mean(pattern, [source.name for source in sources[:20]])
         if pattern[:1] in (">", "<"):
@@ -154,7 +154,7 @@ class _Meant:
 
     def __call__(self, keys: pl.Series) -> NDArray[np.bool_]:
         """bool [keys]."""
-        meant = keys.is_in(pl.Series(self._values.exact, dtype=pl.String))
+        meant = keys.is_in(list(self._values.exact))
         if self.unseen:
             known = set(keys.filter(meant))
             self.unseen = [value for value in self.unseen if value not in known]

@@ -83,7 +83,7 @@ def predict(
         finally:
             sink.close()
     if progress:
-        progress("scoring", log.size, log.size)
+        progress("scoring", log.size or done, log.size or done)
     seconds = time.perf_counter() - began
     return {
         "rows": rows,
