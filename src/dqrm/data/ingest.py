@@ -167,8 +167,8 @@ def _reader(source: Source, plan: Plan) -> TextReader:
     reader = TextReader(pieces, source.where, separator, quoting, names)
     where = source.where
     if plan.criteo:
-        count = f", which has {len(reader.names)} columns" if plan.label is None else ""
-        where += f"{count} (layout {plan.config.layout})"
+        labelled = f"layout {plan.config.layout}"
+        where = labelled if plan.label is not None else f"{where}, which has {len(reader.names)} columns"
     plan.check(offered(reader.names, source.partitions), where)
     return reader
 

@@ -35,8 +35,8 @@ def prepare(
 ) -> Dataset:
     """Writes the dataset folder `output` from logs.
 
-    sources: files, folders, globs of them, or pipes (`-`: standard input). progress: called with what is being done, how much
-    of it is done, and of how much (None: nobody knows).
+    sources: files, folders, globs of them, or pipes (`-`: standard input).
+    progress: called with what is being done, how much of it is done, and of how much (None: nobody knows).
     All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
 
     Raises:

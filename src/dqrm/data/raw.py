@@ -33,8 +33,9 @@ _KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
 class RawLog:
     """Logs whose rows become batches; a label is not needed, nor is the column that decided the split.
 
-    sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once. options: how the
-    model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order. keep: columns of the log that are handed on beside the batches.
+    sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once.
+    options: how the model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order.
+    keep: columns of the log that are handed on beside the batches.
     on_error: whether a malformed line stops, or is skipped and counted.
 
     Attributes:
