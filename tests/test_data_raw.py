@@ -133,7 +133,6 @@ def test_criteo_without_labels_compressed_and_in_several_files(tmp_path):
     (tmp_path / "day_2.gz").write_bytes(gzip.compress(text[0]))
     (tmp_path / "day_9").write_bytes(text[1].replace(b"\n", b"\r\n"))
     (tmp_path / "day_10.zst").write_bytes(zstandard.compress(text[2].rstrip(b"\n")))
-    (tmp_path / "day_11").write_bytes(b"")
     log = raw(dataset, [tmp_path / "day_*"], keep=("C26", "I1"))
     advanced = []
     dense, ids, _, kept = joined(log)
@@ -144,6 +143,10 @@ def test_criteo_without_labels_compressed_and_in_several_files(tmp_path):
     list(log.blocks(advanced.append))
     assert sum(advanced) == log.size == sum(path.stat().st_size for path in log.paths)
     assert log.rows == 90  # once more, from the start
+    (tmp_path / "day_11").write_bytes(b"")
+    with pytest.raises(UserError, match=r"day_11, after line 0: it is empty"):
+        list(raw(dataset, [tmp_path / "day_*"]).blocks())
+    (tmp_path / "day_11").unlink()
     with pytest.raises(UserError, match=r"no column 'label' in .*day_2.gz, which has 39 columns"):
         raw(dataset, [tmp_path / "day_9", tmp_path / "day_2.gz"], keep=("label",))
     labels = joined(raw(dataset, tmp_path / "day_9", keep=("label",)))[3]["label"]

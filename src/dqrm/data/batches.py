@@ -1,6 +1,6 @@
 """One split of a dataset folder as batches of tensors, in a reproducible order, without loading it whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,8 @@ BLOCK_ROWS = 4096
 _BLOCKS_PER_BUFFER = 32
 # Rows gathered in one piece; batches are views of it. Large enough that indexing costs nothing per batch.
 _GATHER_ROWS = 32_768
+# Files of a split that stay mapped.
+_MOST_MAPS = 64
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,7 @@ class Split:
     def __init__(self, path: Path, name: str, info: dict[str, Any]) -> None:
         self.name = name
         self.rows: int = info["rows"][name]
-        self.arrays = {
-            file: _map(path / name / file, dtype, shape) for file, (dtype, shape) in folder.arrays(info, name).items()
-        }
+        self.arrays: Mapping[str, Array] = _Arrays(path / name, folder.arrays(info, name))
         self._multi = [number for number, column in enumerate(info["schema"]["columns"]) if column["multi"]]
 
     def __len__(self) -> int:
@@ -191,6 +191,26 @@ def _aligned(dense: torch.Tensor) -> torch.Tensor:
     would depend on where it lay in what was read at once, and resumed runs or ranks' shares would differ from it.
     """
     return dense.clone() if dense.data_ptr() % 64 else dense
+
+
+class _Arrays(Mapping[str, Array]):
+    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor for each map, so where there are many
+    they are mapped anew each time.
+    """
+
+    def __init__(self, path: Path, described: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
+        self._path, self._described = path, described
+        kept = described if len(described) <= _MOST_MAPS else (folder.DENSE, folder.IDS, folder.LABEL)
+        self._kept = {name: _map(path / name, *described[name]) for name in kept}
+
+    def __getitem__(self, name: str) -> Array:
+        return self._kept[name] if name in self._kept else _map(self._path / name, *self._described[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._described)
+
+    def __len__(self) -> int:
+        return len(self._described)
 
 
 def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

@@ -1,9 +1,8 @@
 """Writes the arrays of the splits: keys become table rows, chunk by chunk."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
@@ -14,6 +13,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.splits import TRAIN, Splits
 from dqrm.data.staging import Staging
 from dqrm.data.vocabulary import Counter, Vocabulary, count_chunk
+from dqrm.files import flush
 
 Array = NDArray[Any]
 
@@ -39,52 +39,83 @@ def _runs(staged: Staging, column: int, splits: Splits, train_only: bool) -> Ite
         position += len(codes)
 
 
-def translate(staged: Staging, column: int, vocabulary: Vocabulary, path: Path) -> None:
-    """Writes the table row of every chunk's distinct keys, int32, one chunk after the other."""
-    with path.open("wb") as file:
-        for (keys,) in ahead(staged.read(chunk, f"keys{column}") for chunk in range(len(staged.rows))):
-            vocabulary.lookup(keys).tofile(file)
+class Translations:
+    """The table row of every chunk's distinct keys, int32: all columns in one file, since a process may have no more
+    files open than many a log has columns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts: list[list[int]] = []
+
+    def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
+        """Appends the next column, one chunk after the other."""
+        starts = []
+        with self._path.open("ab") as file:
+            for (keys,) in ahead(staged.read(chunk, f"keys{column}") for chunk in range(len(staged.rows))):
+                starts.append(file.tell())
+                file.write(_bytes(vocabulary.lookup(keys)))
+        self._starts.append(starts)
+
+    def read(self, staged: Staging, chunk: int) -> list[Array]:
+        """The rows of one chunk's keys, per column."""
+        with self._path.open("rb") as file:
+            return [self._read(file, starts[chunk], staged.distinct[n][chunk]) for n, starts in enumerate(self._starts)]
+
+    @staticmethod
+    def _read(file: IO[bytes], start: int, count: int) -> Array:
+        file.seek(start)
+        return np.frombuffer(file.read(4 * count), np.int32)
 
 
 class Writer:
-    """The arrays of one split, appended to."""
+    """The arrays of one split, appended to. No file stays open: of multi-valued columns there may be thousands."""
 
     def __init__(self, path: Path, plan_multi: list[int]) -> None:
         path.mkdir()
+        self._path = path
         self.rows, self.clicks = 0, 0
         self.values = dict.fromkeys(plan_multi, 0)
         names = [folder.DENSE, folder.IDS, folder.LABEL]
         for number in plan_multi:
             names += [folder.values_file(number), folder.offsets_file(number)]
-        self._files = {name: (path / name).open("wb") for name in names}
+        self._names = names
+        for name in names:
+            self._append(name, np.zeros(0, "u1"))
         for number in plan_multi:
-            np.zeros(1, "<i8").tofile(self._files[folder.offsets_file(number)])
+            self._append(folder.offsets_file(number), np.zeros(1, "<i8"))
 
     def add(self, dense: Array, ids: Array, labels: Array) -> None:
         """Rows: dense float32 [n, D], ids int32 [n, T], labels uint8 [n]."""
         for name, array in ((folder.DENSE, dense), (folder.IDS, ids), (folder.LABEL, labels)):
-            np.ascontiguousarray(array).tofile(self._files[name])
+            self._append(name, array)
         self.rows += len(labels)
         self.clicks += int(labels.sum())
 
     def add_bags(self, number: int, values: Array, lengths: Array) -> None:
         """The ids of the same rows in a multi-valued column: values int32 [L], lengths [n]."""
-        values.tofile(self._files[folder.values_file(number)])
+        self._append(folder.values_file(number), values)
         ends = self.values[number] + np.cumsum(lengths, dtype=np.int64)
-        ends.tofile(self._files[folder.offsets_file(number)])
+        self._append(folder.offsets_file(number), ends)
         self.values[number] += len(values)
 
-    def close(self, durable: bool) -> None:
-        """`durable`: not before all is on disk."""
-        for file in self._files.values():
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
+    def finish(self) -> None:
+        """Returns when all is on disk."""
+        for name in self._names:
+            flush(self._path / name)
+
+    def _append(self, name: str, array: Array) -> None:
+        with (self._path / name).open("ab") as file:
+            file.write(_bytes(array))
+
+
+def _bytes(array: Array) -> memoryview:
+    """What numpy's own `tofile` writes, which cannot say why it failed."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def write_splits(
-    staged: Staging, splits: Splits, translated: list[Path], output: Path, advance: Callable[[int], None]
+    staged: Staging, splits: Splits, translated: Translations, output: Path, advance: Callable[[int], None]
 ) -> list[Writer]:
     """Writes the arrays of all splits into `output`. The result has their rows, clicks and values."""
     keys = staged.plan.keys
@@ -95,34 +126,28 @@ def write_splits(
     if width:
         names.append("dense")
     writers = [Writer(output / name, multi) for name in folder.SPLITS]
-    files = [path.open("rb") for path in translated]
-    done, row = False, 0
-    try:
-        chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
-        for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
-            found = {name: series.to_numpy() for name, series in zip(names, read)}
-            dense = found["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
-            ids = np.empty((rows, len(single)), np.int32)
-            maps = [np.fromfile(file, np.int32, staged.distinct[n][chunk]) for n, file in enumerate(files)]
-            for at, n in enumerate(single):
-                ids[:, at] = maps[n][found[f"codes{n}"]]
-            here = splits[row : row + rows]
-            for split, writer in enumerate(writers):
-                chosen = here == split
-                if not chosen.any():
-                    continue
-                whole = bool(chosen.all())
-                part = slice(None) if whole else chosen
-                writer.add(dense[part], ids[part], found["label"][part])
-                for n in multi:
-                    lengths, values = found[f"lengths{n}"], maps[n][found[f"codes{n}"]]
-                    writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
-            row += rows
-            advance(rows)
-        done = True
-    finally:
-        for file in files:
-            file.close()
-        for writer in writers:
-            writer.close(durable=done)
+    row = 0
+    chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
+    for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
+        found = {name: series.to_numpy() for name, series in zip(names, read)}
+        dense = found["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
+        ids = np.empty((rows, len(single)), np.int32)
+        maps = translated.read(staged, chunk)
+        for at, n in enumerate(single):
+            ids[:, at] = maps[n][found[f"codes{n}"]]
+        here = splits[row : row + rows]
+        for split, writer in enumerate(writers):
+            chosen = here == split
+            if not chosen.any():
+                continue
+            whole = bool(chosen.all())
+            part = slice(None) if whole else chosen
+            writer.add(dense[part], ids[part], found["label"][part])
+            for n in multi:
+                lengths, values = found[f"lengths{n}"], maps[n][found[f"codes{n}"]]
+                writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
+        row += rows
+        advance(rows)
+    for writer in writers:
+        writer.finish()
     return writers

@@ -157,7 +157,7 @@ def _reader(source: Source, plan: Plan) -> TextReader:
     """
     names: tuple[str, ...] | None = None
     if plan.criteo:
-        pieces, separator, quoting = _nonempty(read_bytes(source), source.where), "\t", False
+        pieces, separator, quoting = _nonempty(read_bytes(source)), "\t", False
         names = CRITEO_COLUMNS
         if plan.label is None:
             names, pieces = _criteo_columns(pieces, source.where, plan.config.on_error == "skip")
@@ -173,13 +173,13 @@ def _reader(source: Source, plan: Plan) -> TextReader:
     return reader
 
 
-def _nonempty(pieces: Iterator[bytes], where: str) -> Iterator[bytes]:
+def _nonempty(pieces: Iterator[bytes]) -> Iterator[bytes]:
     empty = True
     for piece in pieces:
         empty = False
         yield piece
     if empty:
-        raise UserError(f"{where} is empty, expected rows")
+        raise Damaged("it is empty, expected rows")
 
 
 def _criteo_columns(pieces: Iterator[bytes], where: str, skip: bool) -> tuple[tuple[str, ...], Iterator[bytes]]:

@@ -133,7 +133,7 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
         assigned = splits.assign(config, files, staged)
         (path / "vocabulary").mkdir()
         columns: list[dict[str, Any]] = []
-        translated = []
+        translated = encode.Translations(work / "rows.i32")
         for number, key in enumerate(plan.keys):
             tell("counting ids", number, len(plan.keys))
             vocabulary = encode.build_vocabulary(
@@ -141,8 +141,7 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
             )
             file = folder.vocabulary_file(number, key.name)
             vocabulary.write(path / file)
-            translated.append(work / f"{number}.i32")
-            encode.translate(staged, number, vocabulary, translated[-1])
+            translated.add(staged, number, vocabulary)
             columns.append(
                 {
                     "name": key.name,
