@@ -194,8 +194,8 @@ def _aligned(dense: torch.Tensor) -> torch.Tensor:
 
 
 class _Arrays(Mapping[str, Array]):
-    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor for each map, so where there are many
-    they are mapped anew each time.
+    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor for each map, so where there are
+    many they are mapped anew each time.
     """
 
     def __init__(self, path: Path, described: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:

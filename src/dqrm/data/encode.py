@@ -46,6 +46,7 @@ class Translations:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        path.touch()
         self._starts: list[list[int]] = []
 
     def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
@@ -111,7 +112,7 @@ class Writer:
 
 def _bytes(array: Array) -> memoryview:
     """What numpy's own `tofile` writes, which cannot say why it failed."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write_splits(
