@@ -19,7 +19,7 @@ ALLOWED = {
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
     "export": {"training", "models", "quant", "data"} | BASE,
     "bench": {"distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
-    "studies": {"export", "training", "models", "quant", "data", "console"} | BASE,
+    "studies": {"export", "training", "models", "quant", "data", "console", "process"} | BASE,
 }
 
 

@@ -1,7 +1,7 @@
 """Checksums of what dqrm writes: damage is refused, and not trained on, evaluated or shipped.
 
-A folder has one JSON file that lists the size and the SHA-256 of each other file under `FILES`, and its own digest under
-`SEAL`. It is written last.
+A folder has one JSON file that lists the size and the SHA-256 of each other file under `FILES`, and its own digest
+under `SEAL`. It is written last.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ FILES, SEAL = "files", "sha256"
 Tell = Callable[[str, int, int | None], None]
 # Read at once: large enough that hashing is all that costs, small enough for the processor's cache.
 _BLOCK = 1 << 20
-# What was hashed in this process, by file and time of its last change.
-_hashed: dict[tuple[Any, ...], str] = {}
+# What was hashed in this process, by file and time of its last change; a renamed folder holds the same files.
+_hashed: dict[tuple[int, ...], str] = {}
 _told: set[Path] = set()
 
 
@@ -48,9 +48,7 @@ def list_files(folder: Path, names: Iterable[str], tell: Tell | None = None) -> 
     """
     names = list(names)
     digests = _hash_all([folder / name for name in names], tell)
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests)
-    }
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests)}
 
 
 def verify(
@@ -118,7 +116,7 @@ def _hash_all(paths: list[Path], tell: Tell | None) -> list[str]:
             while waiting:
                 waiting = wait(waiting, timeout=0.5).not_done
                 if tell and waiting:  # what is done at once needs no bar
-                    tell("verifying checksums", min(done[0], total), total)
+                    tell("computing checksums", min(done[0], total), total)
             return [futures[at].result() for at in range(len(paths))]
         except BaseException:  # Ctrl-C must not wait for gigabytes
             stopped.set()
@@ -128,18 +126,18 @@ def _hash_all(paths: list[Path], tell: Tell | None) -> list[str]:
 
 def _hash(path: Path, stopped: threading.Event, done: list[int]) -> str:
     with path.open("rb", buffering=0) as file:
-        key = _identity(path, os.fstat(file.fileno()))
+        key = _identity(os.fstat(file.fileno()))
         if key in _hashed:
-            done[0] += key[3]
+            done[0] += key[2]
             return _hashed[key]
         digest, block = hashlib.sha256(), bytearray(_BLOCK)
         while (count := file.readinto(block)) and not stopped.is_set():
             digest.update(memoryview(block)[:count])
             done[0] += count
-        if not stopped.is_set() and _identity(path, os.fstat(file.fileno())) == key:
+        if not stopped.is_set() and _identity(os.fstat(file.fileno())) == key:
             _hashed[key] = digest.hexdigest()
     return digest.hexdigest()
 
 
-def _identity(path: Path, status: os.stat_result) -> tuple[Any, ...]:
-    return str(path.absolute()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

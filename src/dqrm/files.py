@@ -113,23 +113,34 @@ def replacing(output: Path, busy: str) -> Iterator[Path]:
     """A file beside `output` to write to, locked: it takes its place at the end, or is removed if anything goes wrong.
 
     Raises:
-        UserError: `busy`, where another process writes there. OSError: the disk.
+        UserError: `busy`, where another process writes there; the disk is full, or the folder may not be written.
     """
     partial = partial_path(output)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab") as lock:
+    with _writing(output):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        lock = partial.open("ab")
+    with lock:
         if not claim(lock, partial, busy):
             lock.close()  # Windows renames no file that is open
         try:
             yield partial
-            flush(partial)
-            os.replace(partial, output.resolve())
+            with _writing(output):
+                flush(partial)
+                os.replace(partial, output.resolve())
         except BaseException:
             with suppress(OSError):
                 partial.unlink()
             raise
     with suppress(OSError):
         flush(partial.parent)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror or error}; nothing of it was kept") from None
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,12 @@ class Dataset:
             UserError: a file that is missing or damaged; names it.
         """
         wanted = names or (*folder.SPLITS, "vocabulary")
-        files = [f"{name}/{file}" for name in folder.SPLITS if name in wanted for file in folder.arrays(self.info, name)]
+        for name in wanted:
+            if name not in (*folder.SPLITS, "vocabulary"):
+                raise UserError(f"no split '{name}' in {self.path}{did_you_mean(name, folder.SPLITS)}")
+        files = [
+            f"{name}/{file}" for name in folder.SPLITS if name in wanted for file in folder.arrays(self.info, name)
+        ]
         if "vocabulary" in wanted:
             files += [column["vocabulary"] for column in self.info["schema"]["columns"]]
         then = "prepare the data again, or use it as it is with --no-verify"
@@ -190,7 +195,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     wrong = problem(info, _SHAPE)
     multi = [] if wrong else [column["name"] for column in info["schema"]["columns"] if column["multi"]]
     if multi:
-        wrong = problem(info, {"values": dict.fromkeys(folder.SPLITS, {"*": COUNT})})
+        wrong = problem(info, {"values": {split: {"*": COUNT} for split in folder.SPLITS}})
         missing = [name for name in multi for split in folder.SPLITS if not wrong and name not in info["values"][split]]
         wrong = f"lacks the number of values of column {missing[0]}" if missing else wrong
     if not wrong and not checksums.sealed(info):

@@ -162,7 +162,7 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
     info = _info(plan, files, columns, writers, dropped)
     written = [f"{name}/{file}" for name in folder.SPLITS for file in folder.arrays(info, name)]
     written += [column["vocabulary"] for column in columns]
-    info[checksums.FILES] = checksums.list_files(path, written, lambda what, *count: tell("computing checksums", *count))
+    info[checksums.FILES] = checksums.list_files(path, written, tell)
     write_json(path / folder.INFO, checksums.seal(info))
     flush(path)
 

@@ -322,6 +322,7 @@ class Trainer:
     def _load_state(self, step: int) -> None:
         """Everything else of a checkpoint, likewise."""
         folder = checkpoint_path(self.run.checkpoints, step)
+
         def load() -> tuple[dict[str, Any], Any]:
             if self.verify:
                 verify_checkpoint(folder)
@@ -329,7 +330,9 @@ class Trainer:
             known = [field.name for field in fields(State)]
             require(folder / STATE, found, dict.fromkeys(known, ANYTHING))
             if unknown := [name for name in found if name not in known]:
-                raise UserError(f"{folder / STATE} has the unknown key '{unknown[0]}': another version of dqrm wrote it")
+                raise UserError(
+                    f"{folder / STATE} has the unknown key '{unknown[0]}': another version of dqrm wrote it"
+                )
             return found, load_exchange(folder)
 
         state, remembered = self.world.on_first(load)

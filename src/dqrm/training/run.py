@@ -160,6 +160,16 @@ class Run:
         """Write summary.json, the last file."""
         write_json(self.path / _SUMMARY, summary)
 
+    def verify(self) -> None:
+        """Compare all checkpoints with their checksums.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        for checkpoint in sorted(self.checkpoints.glob("step-*")):
+            if checkpoint.name.removeprefix("step-").isdecimal():
+                verify_checkpoint(checkpoint)
+
     def require_same_data(self, dataset: Dataset) -> None:
         """Raise UserError unless `dataset` is the one that the run was trained on: its ids mean other rows."""
         wanted = self.info["data"]["fingerprint"]
@@ -193,9 +203,7 @@ class Run:
             need = rows * config.model.embedding_dim * (2 if config.training.table_dtype == "bf16" else 4) / 1e9
             raise UserError(f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB") from None
 
-    def load_model(
-        self, which: str = "best", mapped: bool = False, verify: bool = True
-    ) -> tuple[DLRM, dict[str, Any]]:
+    def load_model(self, which: str = "best", mapped: bool = False, verify: bool = True) -> tuple[DLRM, dict[str, Any]]:
         """The trained model in eval mode, and the state.json of its checkpoint.
 
         Args:
