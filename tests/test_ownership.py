@@ -188,7 +188,7 @@ VERBS = {
     "train": ("train", "data", "-o", "out"),
     "export": ("export", "run", "-o", "out.dqrm"),
     "eval": ("eval", "run", "data"),
-    "demo": ("demo", "-o", "out"),
+    "demo": ("demo", "-o", "shown"),
 }
 # Raises the signal in the middle of the verb: where it first hashes, locks or scores.
 STOP = """
@@ -226,9 +226,9 @@ def test_every_verb_answers_ctrl_c_alike(workplace, verb, name):
     assert "Traceback" not in ended.stderr
     assert "Aborted" not in ended.stderr
     left = {path.name for path in set(workplace.iterdir()) - before}
-    assert left <= ({"out"} if verb == "demo" else set()), left
+    assert left <= ({"shown"} if verb == "demo" else set()), left
     if verb == "demo":
-        assert [path.name for path in (workplace / "out").iterdir()] == [".dqrm-demo"]
+        assert [path.name for path in (workplace / "shown").iterdir()] == [".dqrm-demo"]
 
 
 def test_a_study_is_a_command_like_the_others():
