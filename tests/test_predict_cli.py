@@ -82,7 +82,6 @@ def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, caps
         ),
         (("eval", "m.dqrm", "data", "--checkpoint", "last"), "--checkpoint last"),
         (("eval", "none.dqrm", "data"), "none.dqrm"),
-        (("info", "data", "--verify"), "data is a folder"),
         (("export", "run", "-o", "m.onnx", "--vocabulary", "beside"), "vocabulary beside"),
         (("quantize", "run", "-o", "q.dqrm"), "trained in 4 bits"),
         (("quantize", "run", "-o", "q.dqrm", "--bits", "5"), "5"),

@@ -1,6 +1,5 @@
 """The command line: verbs -> functions. No logic here, and nothing heavy imported before a verb needs it."""
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -18,12 +17,19 @@ from dqrm.errors import UserError
 from dqrm.export.config import SUFFIXES, ExportConfig, PredictConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
+from dqrm.process import STOPPED, run_command
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
              "exchange": "Exchange between ranks"}  # fmt: skip
 # Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
 ALMOST_ALL = 0.95
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+_verify = click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare what is read (the dataset, the split, the model) with its checksums first.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -73,10 +79,17 @@ def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_j
 @click.option("-o", "--output", help="The run folder to make.")
 @click.option("--resume", "resumed", metavar="RUN", help="Continue this run where its newest checkpoint stands.")
 @click.option("--config", "config_file", help="A YAML file with any of the fields below; flags override it.")
+@_verify
 @_json
 @config_options(*((_HEADINGS[name], cls) for name, cls in SECTIONS.items()))
 def train(
-    data: str | None, output: str | None, resumed: str | None, config_file: str | None, as_json: bool, **flags: Any
+    data: str | None,
+    output: str | None,
+    resumed: str | None,
+    config_file: str | None,
+    verify: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Train a model on the dataset folder DATA, or continue a run with --resume RUN [DATA]."""
     if launched():  # torch's C++ warns of every rank that ends, in pages
@@ -119,13 +132,18 @@ def train(
         dataset = world.together(lambda: Dataset(data) if data else None)
         try:
             if dataset is None or resumed:
-                summary = continue_run(run, dataset, progress, progress.log)
+                summary = continue_run(run, dataset, progress, progress.log, verify)
             else:
-                summary = start_run(dataset, run, config, progress, progress.log)
+                summary = start_run(dataset, run, config, progress, progress.log, verify)
         except Interrupted:
             if world.first:
                 messages.print(f"Stopped; `dqrm train --resume {run}` continues exactly here.")
-            sys.exit(130)
+            sys.exit(STOPPED)
+        except KeyboardInterrupt:  # before the first step, after the last one, or the second time
+            if not world.first or not (Path(run) / "run.json").exists():
+                raise
+            messages.print(f"Stopped; `dqrm train --resume {run}` continues from the newest checkpoint.")
+            sys.exit(STOPPED)
     if not world.first:
         return
     if as_json:
@@ -211,9 +229,17 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
 )
+@_verify
 @_json
 def evaluate(
-    run: str, data: str, split: str, checkpoint: str | None, batch_size: int | None, device: str, as_json: bool
+    run: str,
+    data: str,
+    split: str,
+    checkpoint: str | None,
+    batch_size: int | None,
+    device: str,
+    verify: bool,
+    as_json: bool,
 ) -> None:
     """Evaluate MODEL, a run folder or an exported .dqrm or .onnx file, on a split of its dataset DATA."""
     from dqrm.console import bars, print_json
@@ -231,7 +257,7 @@ def evaluate(
         from dqrm.export.evaluation import evaluate_file
 
         with bars(quiet=as_json) as progress:
-            metrics = evaluate_file(run, data, split, batch_size or 8192, progress)
+            metrics = evaluate_file(run, data, split, batch_size or 8192, progress, verify)
         if as_json:
             print_json(metrics)
         else:
@@ -239,12 +265,14 @@ def evaluate(
         return
     opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
     opened.require_same_data(dataset)
-    dataset.validate(split)
-    checkpoint = checkpoint or "best"
-    model, _ = opened.load_model(checkpoint)
     with bars(quiet=as_json) as progress:
+        if verify:
+            dataset.verify(split, tell=progress)
+        dataset.validate(split)
+        checkpoint = checkpoint or "best"
+        model, _ = opened.load_model(checkpoint, verify=verify)
         size = batch_size or opened.config.training.eval_batch_size
-        metrics = measure(model.to(where), dataset, split, size, progress)
+        metrics = measure(model.to(where), dataset, split, size, progress, verify=False)
     if as_json:
         print_json(metrics)
     else:
@@ -253,7 +281,7 @@ def evaluate(
 
 @cli.command()
 @click.argument("path")
-@click.option("--verify", is_flag=True, help="Compare an artifact's bytes with their checksums.")
+@click.option("--verify", is_flag=True, help="Compare all bytes with their checksums.")
 @_json
 def info(path: str, verify: bool, as_json: bool) -> None:
     """Describe a dataset folder, a run folder or an artifact."""
@@ -279,9 +307,9 @@ def demo(output: str, as_json: bool) -> None:
 
     try:
         run_demo(Path(output), as_json)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         messages.print("Stopped; the next `dqrm demo` starts again.")
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 @cli.group()
@@ -354,32 +382,5 @@ def bench_exchange(as_json: bool, **flags: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; what the user got wrong is one sentence on standard error and exit code 2."""
-    try:
-        cli(prog_name="dqrm")
-    except UserError as error:
-        click.echo(f"dqrm: {error}", err=True)
-        _exit(2)
-    except OSError as error:  # a full disk, a folder that may not be written
-        if error.errno == errno.EPIPE:  # whoever read our output has seen enough
-            sys.stderr.close()
-            sys.exit(1)
-        click.echo(f"dqrm: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
-        _exit(1)
-    except SystemExit as ended:
-        if not launched() or not (ended.code is None or isinstance(ended.code, int)):
-            raise
-        _exit(ended.code or 0)
-
-
-def _exit(code: int) -> None:
-    """End with `code`; as one of several ranks without Python's own way out.
-
-    There, threads of torch's process groups can still want the interpreter, and then the process aborts, or waits for a
-    rank that is gone.
-    """
-    if not launched():
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Run the command line; see `process.run_command`."""
+    run_command(cli, "dqrm")

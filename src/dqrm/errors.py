@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and the warning about what could not be checked."""
 
 
 class UserError(Exception):
@@ -10,6 +10,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+class NotVerified(UserWarning):
+    """Something was used whose integrity could not be checked. The command line prints it as one sentence."""
 
 
 def printable(text: str) -> str:

@@ -1,9 +1,11 @@
 """Files that are whole or not there: written beside, flushed to disk, renamed."""
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,15 +98,106 @@ def exclusive(path: Path, message: str) -> Iterator[None]:
         UserError: `message`, where another process holds it.
     """
     with open(path, "a") as file:
-        try:
-            try_lock(file)
-        except BlockingIOError:
-            raise UserError(message) from None
+        claim(file, path, message)
         yield
 
 
-def require_keys(path: Path, content: Any, *keys: str) -> None:
-    """Raise UserError unless `content`, read from `path`, is a mapping with these keys."""
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{path} lacks '{missing[0]}': damaged, or not written by dqrm")
+def partial_path(output: Path) -> Path:
+    """The file beside `output` that `replacing` writes first."""
+    target = output.resolve()  # a link to a file means the file
+    return target.with_name(target.name + ".partial")
+
+
+@contextmanager
+def replacing(output: Path, busy: str) -> Iterator[Path]:
+    """A file beside `output` to write to, locked: it takes its place at the end, or is removed if anything goes wrong.
+
+    Raises:
+        UserError: `busy`, where another process writes there; the disk is full, or the folder may not be written.
+    """
+    partial = partial_path(output)
+    with _writing(output):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        lock = partial.open("ab")
+    with lock:
+        if not claim(lock, partial, busy):
+            lock.close()  # Windows renames no file that is open
+        try:
+            yield partial
+            with _writing(output):
+                flush(partial)
+                os.replace(partial, output.resolve())
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    with suppress(OSError):
+        flush(partial.parent)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror or error}; nothing of it was kept") from None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value in a JSON file should be: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+COUNT = Kind("a whole number, 0 or more", lambda value: type(value) is int and value >= 0)
+POSITIVE = Kind("a whole number, 1 or more", lambda value: type(value) is int and value >= 1)
+NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+ANYTHING = Kind("a value", lambda value: True)
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+
+
+def problem(content: Any, shape: Any, key: str = "") -> str | None:
+    """What is wrong with a value from a JSON file, as the rest of a sentence about the file; None if nothing is.
+
+    Args:
+        shape: a Kind; {key: shape}, where others may be beside them, 'key?' may be absent and '*' is each other key;
+            [shape] for a list; (shape, None) for what may be null.
+    """
+    here = f"{key} = {_quoted(content)}" if key else _quoted(content)
+    if isinstance(shape, tuple):
+        return None if content is None else problem(content, shape[0], key)
+    if isinstance(shape, Kind):
+        return None if shape.holds(content) else f"has {here}, expected {shape.words}"
+    if isinstance(shape, list):
+        if not isinstance(content, list):
+            return f"has {here}, expected a list"
+        found = (problem(value, shape[0], f"{key}[{at}]") for at, value in enumerate(content))
+        return next(filter(None, found), None)
+    if not isinstance(content, dict):
+        return f"has {here}, expected an object"
+    prefix = f"{key}." if key else ""
+    for name, part in shape.items():
+        plain = name.removesuffix("?")
+        if name != "*" and plain in content:
+            if wrong := problem(content[plain], part, prefix + plain):
+                return wrong
+        elif name != "*" and plain == name:
+            return f"lacks '{prefix}{name}'"
+    named = {name.removesuffix("?") for name in shape if name != "*"}
+    rest = [name for name in content if "*" in shape and name not in named]
+    return next(filter(None, (problem(content[name], shape["*"], prefix + name) for name in rest)), None)
+
+
+def _quoted(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def require(path: Path, content: Any, shape: Any) -> None:
+    """Raise UserError unless `content`, read from `path`, is of a shape; see `problem`."""
+    if wrong := problem(content, shape):
+        raise UserError(f"{path} {wrong}: damaged, or not written by dqrm")

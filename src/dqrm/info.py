@@ -15,7 +15,7 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     """The facts about a dataset folder, a run folder or an artifact.
 
     Args:
-        verify: compare an artifact's bytes with their checksums.
+        verify: compare all bytes with their checksums: of an artifact, a dataset, or a run's checkpoints.
 
     Raises:
         UserError: it is none of them, or the artifact is damaged.
@@ -27,13 +27,17 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         if verify:
             opened.verify_vocabularies()
         return {**opened.describe(), "verified": verify}
-    if verify and Path(path).exists():
-        raise UserError(f"--verify is for artifacts, which have checksums; {path} is a folder")
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
-        return {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
+        if verify:
+            run.verify()
+        found = {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
+        return {**found, "verified": verify}
     if (Path(path) / "dataset.json").exists():
-        return {"kind": "dataset", **Dataset(path).describe()}
+        dataset = Dataset(path)
+        if verify:
+            dataset.verify()
+        return {"kind": "dataset", **dataset.describe(), "verified": verify}
     what = "is neither a dataset folder nor a run folder nor an artifact" if Path(path).exists() else "does not exist"
     raise UserError(f"{path} {what}; `dqrm prepare`, `train` and `export` make them")
 

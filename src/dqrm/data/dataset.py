@@ -1,19 +1,33 @@
 """Opens a dataset folder: its columns, table sizes and splits."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dqrm import checksums
 from dqrm.data import folder
 from dqrm.data.batches import Batch, Split
 from dqrm.errors import UserError
+from dqrm.files import COUNT, FLAG, OBJECT, POSITIVE, TEXT, problem
 from dqrm.options import did_you_mean
 
 __all__ = ["Batch", "Column", "Dataset", "Split"]
 
+_PER_SPLIT = dict.fromkeys(folder.SPLITS, COUNT)
+_SHAPE = {
+    "format_version": COUNT,
+    "fingerprint": TEXT,
+    "schema": {"dense": [TEXT], "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": TEXT}]},
+    "split": OBJECT,
+    "rows": _PER_SPLIT,
+    "clicks": _PER_SPLIT,
+    "options?": OBJECT,
+    "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
+}
 # Entries looked at in one piece by `validate`.
 _SCAN = 1 << 20
 
@@ -44,12 +58,8 @@ class Dataset:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.info = _read_info(self.path)
-        try:
-            self._take(self.info)
-            self._check_files()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used ({error})"
-            raise UserError(f"{self.path} is damaged: its {folder.INFO} {what}; prepare the data again") from None
+        self._take(self.info)
+        self._check_files()
 
     def split(self, name: str) -> Split:
         """One split, memory-mapped.
@@ -75,10 +85,12 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """What `dqrm info` prints, ready for JSON."""
-        shown = {key: value for key, value in self.info.items() if key != "schema"}
+        hidden = ("schema", checksums.FILES, checksums.SEAL)
+        shown = {key: value for key, value in self.info.items() if key not in hidden}
         return {
             "path": str(self.path),
             "kind": "dataset",
+            "checksums": checksums.FILES in self.info,
             **shown,
             "click_rate": {
                 name: self.info["clicks"][name] / rows if rows else None for name, rows in self.rows.items()
@@ -119,6 +131,30 @@ class Dataset:
                     if offsets[0] != 0 or offsets[-1] != values or not rising:
                         raise UserError(f"{where}: damaged offsets of column {column.name}; prepare the data again")
 
+    def verify(self, *names: str, tell: Callable[[str, int, int | None], None] | None = None) -> None:
+        """Compares files with their checksums: all, or those of the named splits and `vocabulary` ones.
+
+        Files that did not change since this process compared them are not read again. A folder that was written
+        without checksums passes, with a warning (`dqrm.errors.NotVerified`).
+
+        Args:
+            tell: progress, as tell(stage, bytes done, bytes in all).
+
+        Raises:
+            UserError: a file that is missing or damaged; names it.
+        """
+        wanted = names or (*folder.SPLITS, "vocabulary")
+        for name in wanted:
+            if name not in (*folder.SPLITS, "vocabulary"):
+                raise UserError(f"no split '{name}' in {self.path}{did_you_mean(name, folder.SPLITS)}")
+        files = [
+            f"{name}/{file}" for name in folder.SPLITS if name in wanted for file in folder.arrays(self.info, name)
+        ]
+        if "vocabulary" in wanted:
+            files += [column["vocabulary"] for column in self.info["schema"]["columns"]]
+        then = "prepare the data again, or use it as it is with --no-verify"
+        checksums.verify(self.path, self.info, files, folder.INFO, then, tell)
+
     def _take(self, info: dict[str, Any]) -> None:
         schema = info["schema"]
         self.dense: tuple[str, ...] = tuple(schema["dense"])
@@ -127,9 +163,6 @@ class Dataset:
         self.num_single = sum(not column.multi for column in self.columns)
         self.rows: dict[str, int] = {name: info["rows"][name] for name in folder.SPLITS}
         self.fingerprint: str = info["fingerprint"]
-        # Used later, so better missed now.
-        _ = [column["vocabulary"] for column in schema["columns"]], info["split"]
-        _ = [info["clicks"][name] for name in folder.SPLITS]
 
     def _check_files(self) -> None:
         for name in folder.SPLITS:
@@ -159,6 +192,16 @@ def _read_info(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this dqrm reads version {folder.FORMAT_VERSION}; "
             "prepare the data again"
         )
+    wrong = problem(info, _SHAPE)
+    multi = [] if wrong else [column["name"] for column in info["schema"]["columns"] if column["multi"]]
+    if multi:
+        wrong = problem(info, {"values": {split: {"*": COUNT} for split in folder.SPLITS}})
+        missing = [name for name in multi for split in folder.SPLITS if not wrong and name not in info["values"][split]]
+        wrong = f"lacks the number of values of column {missing[0]}" if missing else wrong
+    if not wrong and not checksums.sealed(info):
+        wrong = "does not match its own checksum"
+    if wrong:
+        raise UserError(f"{path} is damaged: its {folder.INFO} {wrong}; prepare the data again")
     return info
 
 

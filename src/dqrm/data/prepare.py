@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from dqrm import __version__
+from dqrm import __version__, checksums
 from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
@@ -160,7 +160,10 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
         staged.close()
     shutil.rmtree(work)
     info = _info(plan, files, columns, writers, dropped)
-    write_json(path / folder.INFO, info)
+    written = [f"{name}/{file}" for name in folder.SPLITS for file in folder.arrays(info, name)]
+    written += [column["vocabulary"] for column in columns]
+    info[checksums.FILES] = checksums.list_files(path, written, tell)
+    write_json(path / folder.INFO, checksums.seal(info))
     flush(path)
 
 

@@ -19,9 +19,7 @@ Nothing is kept per id: e and f are hashes of (seed, column, id). Lines are draw
 random state of its own, so memory is bounded and the chunk size does not change a byte.
 """
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +31,7 @@ from numpy.typing import NDArray
 
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
+from dqrm.files import replacing
 
 BLOCK = 1 << 14
 DAYS = 7
@@ -176,14 +175,24 @@ def generate(
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder, expected the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     truth = truth_path(path)
-    partial, partial_truth = (target.with_name(target.name + ".partial") for target in (path, truth))
+    if truth == path:
+        raise UserError(f"{path} is the name that the true probabilities get; name the log otherwise, such as log.txt")
     model = _Model(config)
     blocks = -(-config.rows // BLOCK)
     step = max(1, chunk_rows // BLOCK)
     written = clicks = 0
+    busy = f"another dqrm generate is writing to {path}; wait for it, or name another output"
     try:
-        with open(partial, "wb") as lines, open(partial_truth, "wb") as probabilities:
+        # The truth takes its place first: a log that is there has its truth.
+        with (
+            replacing(path, busy) as partial,
+            replacing(truth, busy) as partial_truth,
+            open(partial, "wb") as lines,
+            open(partial_truth, "wb") as probabilities,
+        ):
             header = {"descr": "<f4", "fortran_order": False, "shape": (config.rows,)}
             np.lib.format.write_array_header_1_0(probabilities, header)
             for first in range(0, blocks, step):
@@ -196,15 +205,8 @@ def generate(
                 written += frame.height
                 if progress:
                     progress("generating", written, config.rows)
-        # The truth first: a log that is there has its truth.
-        os.replace(partial_truth, truth)
-        os.replace(partial, path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        for leftover in (partial, partial_truth):
-            with suppress(OSError):
-                leftover.unlink()
     return Generated(path, truth, config.rows, clicks)
 
 

@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
+from dqrm.data.vocabulary import Vocabulary
+from dqrm.errors import UserError
+from dqrm.export.artifact import Artifact
 
 
 def sample(described: Mapping[str, Any], dataset: Dataset | None, rows: int) -> tuple[Batch, str]:
@@ -17,11 +21,48 @@ def sample(described: Mapping[str, Any], dataset: Dataset | None, rows: int) -> 
     Args:
         described: the model, as an artifact's header describes it.
     """
-    if dataset is not None:
-        for name in ("test", "validation", "train"):
-            if dataset.rows[name]:
-                return next(iter(dataset.split(name).batches(rows))), f"{name} split"
+    if dataset is not None and (name := sampled_split(dataset)):
+        return next(iter(dataset.split(name).batches(rows))), f"{name} split"
     return generate(described, rows), "generated ids"
+
+
+def sampled_split(dataset: Dataset) -> str | None:
+    """The split that `sample` takes its rows from."""
+    return next((name for name in ("test", "validation", "train") if dataset.rows[name]), None)
+
+
+def looked_up(batch: Batch, opened: Artifact, dataset: Dataset) -> Batch:
+    """The rows of a batch as the artifact reads them from a log: their ids become the keys that the dataset knows them
+    by, and those are looked up in the artifact's own vocabularies, as predict does. Row 0 has no key and stays.
+
+    All keys are looked up, one column after the other, and not only those of the batch.
+
+    Raises:
+        UserError: a vocabulary of the artifact gives a key another row than the dataset's does, or lacks one.
+    """
+    single, bags = [], []
+    for number, column in enumerate(dataset.columns):
+        source = dataset.vocabulary_path(column.name)
+        with source.open("rb") as file:  # polars would take brackets in the name of a folder for a pattern
+            known = pl.read_parquet(file, columns=["key", "row"]).sort("key")
+        shipped = Vocabulary.read(opened.vocabulary(number), f"the exported vocabulary of {column.name}")
+        found, rows = shipped.lookup(known["key"]), known["row"].to_numpy()
+        wrong = np.flatnonzero(found != rows)
+        if len(wrong) or shipped.rows != column.rows:
+            what = f"{shipped.rows} rows, expected {column.rows}"
+            if len(wrong):
+                at = int(wrong[0])
+                what = f"row {found[at]} for {known['key'][at]!r}, expected {rows[at]}"
+            raise UserError(f"the exported vocabulary of column {column.name} has {what}: nothing was written")
+        row_of = np.zeros(column.rows, np.int32)
+        row_of[rows] = found
+        if column.multi:
+            values, offsets = batch.bags[number - dataset.num_single]
+            bags.append((torch.from_numpy(row_of[values.numpy()]), offsets))
+        else:
+            single.append(torch.from_numpy(row_of[batch.ids[:, number].numpy()]))
+    ids = torch.stack(single, 1) if single else batch.ids
+    return Batch(batch.dense, ids, tuple(bags), batch.labels)
 
 
 def generate(described: Mapping[str, Any], rows: int, seed: int = 0) -> Batch:

@@ -25,6 +25,8 @@ class ExportConfig:
     """Which id has which row: in the artifact, in a second file beside it, or left out (.dqrm only)."""
     check_rows: int = 1000
     """Rows that are scored with the exported file and with the trained model to compare them."""
+    verify: bool = True
+    """Compare checkpoint, vocabularies and the split of those rows with their checksums first (reads them whole)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -77,7 +79,7 @@ class PredictConfig:
     """Rows scored at once; changes memory and speed."""
     threads: int = 0
     """CPU threads for arithmetic; 0: torch's default."""
-    verify: bool = False
+    verify: bool = True
     """Compare the artifact's bytes with their checksums first, which reads all of it."""
 
     def __post_init__(self) -> None:

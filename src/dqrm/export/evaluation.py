@@ -11,16 +11,24 @@ from dqrm.training.evaluation import measure, score_split
 
 
 def evaluate_file(
-    path: str | Path, data: str | Path, split: str = "test", batch_size: int = 8192, progress: Progress | None = None
+    path: str | Path,
+    data: str | Path,
+    split: str = "test",
+    batch_size: int = 8192,
+    progress: Progress | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Metrics of an exported file, .dqrm or .onnx: see `training.metrics.click_metrics`.
+
+    Args:
+        verify: compare the artifact (an .onnx file has none) and the split with their checksums first.
 
     Raises:
         UserError: the file is damaged or of another kind, or was trained on other data.
     """
     path = Path(path)
     if path.suffix == ".dqrm":
-        content = Artifact.open(path).content
+        content = Artifact.open(path, verify).content
     elif path.suffix == ".onnx":
         from dqrm.export.runtimes import onnx_content
 
@@ -29,5 +37,7 @@ def evaluate_file(
         why = "; torch.export.load can run code that is in a .pt2, so dqrm opens none" if path.suffix == ".pt2" else ""
         raise UserError(f"{path} cannot be evaluated, expected a run folder, a .dqrm or a .onnx file{why}")
     dataset = require_dataset(content, data, path)
+    if verify:
+        dataset.verify(split, tell=progress)
     dataset.validate(split)
     return measure(score_split(score_file(path), dataset, split, batch_size, progress), dataset, split)

@@ -21,7 +21,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export import artifact
 from dqrm.export.artifact import Artifact
-from dqrm.export.check import compare, sample
+from dqrm.export.check import compare, looked_up, sample, sampled_split
 from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
 from dqrm.export.container import Entry, write
 from dqrm.export.pack import Packing, Progress
@@ -64,10 +64,8 @@ def export_run(
         )
     with _workshop(output) as folder:
         made = folder / output.name
-        if source.is_file():
-            found = _from_artifact(source, made, config, ptq)
-        else:
-            found = _from_run(source, made, config, ptq, progress or (lambda what, done, total: None))
+        start = _from_artifact if source.is_file() else _from_run
+        found = start(source, made, config, ptq, progress or (lambda what, done, total: None))
         files = sorted((path for path in folder.iterdir() if path != made and not path.name.startswith(".")), key=str)
         files.append(made)  # last: the others belong to it
         for path in files:
@@ -86,9 +84,12 @@ def _from_run(
     source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
 ) -> dict[str, Any]:
     run = Run.open(source)
-    dataset = _dataset(run, config, made.suffix == ".dqrm" and config.vocabulary != "none")
+    shipped = made.suffix == ".dqrm" and config.vocabulary != "none"
+    dataset = _dataset(run, config, shipped)
+    if dataset is not None:
+        _check_data(dataset, shipped, config, progress)
     # Memory-mapped: each table is read once, piece by piece, while it is packed.
-    model, state = run.load_model(config.checkpoint, mapped=True)
+    model, state = run.load_model(config.checkpoint, mapped=True, verify=config.verify)
     packing = Packing(model, ptq, progress)
     described = artifact.describe_model(model, packing.table_bits, packing.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
@@ -104,7 +105,7 @@ def _from_run(
     }
     first = made if made.suffix == ".dqrm" else made.parent / ".artifact.dqrm"
     entries = packing.entries()
-    if made.suffix == ".dqrm" and dataset is not None and config.vocabulary != "none":
+    if shipped and dataset is not None:
         vocabularies = list(_vocabularies(dataset, made.parent, progress))
         if config.vocabulary == "beside":
             written = made.parent / ".vocabularies"
@@ -121,14 +122,19 @@ def _from_run(
     if ptq is not None:
         difference_from = compare(_score(model, batch), expected)
     del model, packing, entries  # and with them the mapping of the checkpoint
-    found = _finish(Artifact.open(first, verify=True), made, batch, expected, where)
+    opened = Artifact.open(first, verify=True)
+    if shipped and dataset is not None:
+        batch = looked_up(batch, opened, dataset)
+    found = _finish(opened, made, batch, expected, where)
     if difference_from is not None:
         found["largest_difference_from_fp32"] = difference_from
     return found
 
 
-def _from_artifact(source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None) -> dict[str, Any]:
-    opened = Artifact.open(source, verify=True)
+def _from_artifact(
+    source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
+) -> dict[str, Any]:
+    opened = Artifact.open(source, config.verify)
     if ptq is not None:
         raise UserError(f"{source} is an artifact; quantization after training starts from a run folder")
     if made.suffix == ".dqrm":
@@ -136,6 +142,7 @@ def _from_artifact(source: Path, made: Path, config: ExportConfig, ptq: PTQConfi
     dataset = None
     if config.data is not None:
         dataset = require_dataset(opened.content, config.data, source)
+        _check_data(dataset, False, config, progress)
     batch, where = sample(opened.content["model"], dataset, config.check_rows)
     return _finish(opened, made, batch, _score(opened.model(), batch), where)
 
@@ -246,6 +253,16 @@ def _dataset(run: Run, config: ExportConfig, needed: bool) -> Dataset | None:
     return dataset
 
 
+def _check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: Progress) -> None:
+    """Raise UserError where what is read of a dataset is damaged: rows to compare by, vocabularies to be shipped."""
+    split = sampled_split(dataset)
+    used = [*([split] if split else []), *(["vocabulary"] if shipped else [])]
+    if config.verify and used:
+        dataset.verify(*used, tell=progress)
+    if split:
+        dataset.validate(split)
+
+
 def _quantized(packing: Packing) -> bool:
     return (packing.table_bits, packing.mlp_bits) != (32, 32)
 
@@ -331,6 +348,10 @@ def _workshop(output: Path) -> Iterator[Path]:
                 yield folder
             finally:
                 with suppress(OSError):
+                    # The lock goes last: a folder that a kill leaves behind is known by it.
+                    for path in folder.iterdir():
+                        if path != lock:
+                            path.unlink()
                     shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}; what was there is untouched") from None

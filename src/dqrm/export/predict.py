@@ -6,7 +6,6 @@
 Memory does not grow with the log: the parts of a Parquet file wait on disk.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.batches import Batch
 from dqrm.data.raw import PROBABILITY, RawLog
 from dqrm.errors import UserError
-from dqrm.files import claim, flush
+from dqrm.files import partial_path, replacing
 
 Score = Callable[[Batch], torch.Tensor]
 Progress = Callable[[str, int, int | None], None]
@@ -57,7 +56,8 @@ def predict(
         done += count
 
     schema = pl.Schema({**log.schema, PROBABILITY: pl.Float32()})
-    with _replacing(output) as partial:
+    busy = f"another dqrm predict is writing to {output}; wait for it, or name another output"
+    with replacing(output, busy) as partial:
         sink: _Parquet | _Text = _Parquet(partial, schema)
         if output.suffix.lower() in _SEPARATORS:
             sink = _Text(partial, schema, _SEPARATORS[output.suffix.lower()])
@@ -107,7 +107,7 @@ def check_output(output: Path, log: RawLog) -> None:
     if output.is_dir():
         raise UserError(f"{output} is a folder, expected the name of a file")
     for path in log.paths:
-        for mine in (output, _partial(output)):
+        for mine in (output, partial_path(output)):
             with suppress(OSError):
                 if mine.exists() and mine.samefile(path):
                     raise UserError(f"{mine} is a file of the log and would be overwritten, expected another output")
@@ -143,12 +143,6 @@ def _slice(batch: Batch, start: int, stop: int) -> Batch:
     return Batch(batch.dense[start:stop], batch.ids[start:stop], tuple(bags), batch.labels[start:stop])
 
 
-def _partial(output: Path) -> Path:
-    # A link to a file means the file.
-    target = output.resolve()
-    return target.with_name(target.name + ".partial")
-
-
 @contextmanager
 def _writing(output: Path) -> Iterator[None]:
     """What goes wrong inside is about the disk, in one sentence."""
@@ -157,31 +151,6 @@ def _writing(output: Path) -> Iterator[None]:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())  # those of polars have a message only
         raise UserError(f"cannot write to {output}: {reason}; nothing of it was kept") from None
-
-
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A file beside `output` to write to: it takes its place at the end, or is removed if anything goes wrong."""
-    partial = _partial(output)
-    with _writing(output):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        lock = partial.open("ab")
-    with lock:
-        if not claim(
-            lock, partial, f"another dqrm predict is writing to {partial}; wait for it, or name another output"
-        ):
-            lock.close()  # Windows renames no file that is open
-        try:
-            yield partial
-            with _writing(output):
-                flush(partial)
-                os.replace(partial, output.resolve())
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    with suppress(OSError):
-        flush(partial.parent)
 
 
 class _Text:

@@ -1,6 +1,7 @@
 """`dqrm predict`: an artifact, a raw log, probabilities."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def predict(
     vocabularies: list[Vocabulary]
     if config.data is not None:
         dataset = require_dataset(content, config.data, opened.path)
+        if config.verify:
+            dataset.verify("vocabulary", tell=progress)
         options, columns = dataset.info["options"], dataset.info["schema"]["columns"]
         vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
     else:
@@ -65,6 +68,7 @@ def predict(
     given = {name: getattr(config, name) for name in ("delimiter", "multi_separator")}
     given = {name: value for name, value in given.items() if value is not None}
     read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
+    _require_another(Path(output), opened, config.data)
     log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -75,3 +79,11 @@ def predict(
 
     found = write_predictions(score, log, Path(output), config.batch_size, progress)
     return {**found, "output": str(output)}
+
+
+def _require_another(output: Path, opened: Artifact, data: str | None) -> None:
+    """Raise UserError where the output would overwrite what the scoring reads: the model, or a dataset's file."""
+    for own in (opened.path, *([] if data is None else Path(data).rglob("*"))):
+        with suppress(OSError):
+            if output.samefile(own):
+                raise UserError(f"{output} is read for scoring and would be overwritten, expected another output")

@@ -19,6 +19,7 @@ from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.export.evaluation import evaluate_file
 from dqrm.export.pipeline import export_run
+from dqrm.files import exclusive, write_json
 from dqrm.quant.config import QATConfig
 from dqrm.training.launch import train
 
@@ -32,6 +33,8 @@ CONFIG = Config(
 VARIANTS = {"FP32": QATConfig(bits=32), "INT4": QATConfig(bits=4)}
 
 _METRICS = ("accuracy", "auc", "log_loss", "ne", "calibration")
+# Locked while a demo runs; a folder with it may be emptied.
+_MARKER = ".dqrm-demo"
 _PARTS = ("log.txt", "log.truth.npy", "data", "fp32", "int4", "int4.dqrm", "demo.json")
 
 
@@ -49,16 +52,31 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
         what was exported and its test metrics, 'seconds'}.
 
     Raises:
-        UserError: the folder holds something that is no demo.
+        UserError: the folder holds something that is no demo, or another demo is running there.
     """
     started = time.monotonic()
-    if folder.exists() and any(folder.iterdir()) and not (folder / _PARTS[0]).exists():
-        raise UserError(f"{folder} is not empty and holds no demo; name another folder with -o")
+    _require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _PARTS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        if (folder / name).is_file():
-            (folder / name).unlink()
+    with exclusive(folder / _MARKER, f"another dqrm demo is running in {folder}; name another folder with -o"):
+        for name in _PARTS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        return _run(folder, as_json, log, config, started)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise UserError unless what lies in the folder may be deleted: there is nothing, or a demo made it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, expected the name of a folder")
+    if any(folder.iterdir()) and not any((folder / name).is_file() for name in (_MARKER, "demo.json")):
+        raise UserError(f"{folder} is not empty and holds no demo; name another folder with -o")
+
+
+def _run(folder: Path, as_json: bool, log: GenerateConfig, config: Config, started: float) -> dict[str, Any]:
+    """The demo in a folder of its own."""
     with bars(quiet=as_json) as progress:
         source = folder / "log.txt"
         progress.log(f"Drawing {log.rows:,} lines of a click log from a known model (generated data, not real clicks)")
@@ -81,7 +99,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
         "artifact": artifact,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "demo.json", result)
     if as_json:
         print_json(result)
     else:

@@ -8,7 +8,8 @@ the others are resumed. Test figures are those of the epoch that validation chos
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from dataclasses import replace
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,6 +19,8 @@ import click
 from dqrm.config import Config
 from dqrm.console import figure, messages, print_json, print_table
 from dqrm.errors import UserError
+from dqrm.process import STOPPED, run_command
+from dqrm.training.loop import Interrupted
 
 _METRICS = ("auc", "log_loss", "accuracy", "ne", "calibration")
 
@@ -26,11 +29,15 @@ def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -
     """Train, continue or just read the run of one configuration and seed; returns its summary."""
     from dqrm.data.dataset import Dataset
     from dqrm.training.launch import resume, train
+    from dqrm.training.run import Run
 
-    dataset = Dataset(data)
-    if (Path(output) / "run.json").exists():
-        return resume(output, dataset)
-    return train(dataset, output, Config.load(config_file, {"seed": seed, "threads": threads}))
+    dataset, config = Dataset(data), Config.load(config_file, {"seed": seed, "threads": threads})
+    if not (Path(output) / "run.json").exists():
+        return train(dataset, output, config)
+    begun = Run.open(output).config
+    if replace(begun, training=replace(begun.training, threads=threads)) != config:
+        raise UserError(f"{output} is a run of another configuration than {config_file}; name another folder with -o")
+    return resume(output, dataset)
 
 
 def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -58,20 +65,33 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int, threads: int, as_json: bool) -> None:
     """Train each of CONFIGS on DATA with each seed, and print the test figures' means and spreads."""
+    stems = [Path(config).stem for config in configs]
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"two configurations are named {twice[0]}, and their runs would share a folder; rename one")
     tasks = [(config, int(seed)) for seed in seeds.split(",") for config in configs]
+    summaries: dict[str, list[dict[str, Any]]] = {}
     # Spawned, since torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = {
             (config, seed): pool.submit(run_one, data, config, seed, f"{output}/{Path(config).stem}-{seed}", threads)
             for config, seed in tasks
         }
-        summaries: dict[str, list[dict[str, Any]]] = {}
-        for (config, seed), future in futures.items():
-            summary = future.result()
-            summaries.setdefault(Path(config).stem, []).append(summary)
-            messages.print(
-                f"{config}, seed {seed}: test AUC {summary['test']['auc']:.5f}, epoch {summary['best']['epoch']}"
-            )
+        try:
+            for (config, seed), future in futures.items():
+                summary = future.result()
+                summaries.setdefault(Path(config).stem, []).append(summary)
+                messages.print(
+                    f"{config}, seed {seed}: test AUC {summary['test']['auc']:.5f}, epoch {summary['best']['epoch']}"
+                )
+        except BaseException as error:
+            for future in futures.values():
+                future.cancel()
+            for process in active_children():  # a run that is stopped so saves a checkpoint first
+                process.terminate()
+            if not isinstance(error, (KeyboardInterrupt, Interrupted)):
+                raise
+            messages.print("Stopped; the same command continues where the runs stand.")
+            sys.exit(STOPPED)
     result = {name: summarize(found) for name, found in summaries.items()}
     if as_json:
         print_json(result)
@@ -89,8 +109,4 @@ def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        click.echo(f"dqrm: {error}", err=True)
-        sys.exit(2)
+    run_command(main, "dqrm.studies.seeds")

@@ -1,27 +1,48 @@
 """Checkpoints: folders `checkpoints/step-000000123` with weights in safetensors and state in JSON.
 
+state.json is written last: it lists the size and the SHA-256 of the other files, and has a checksum of its own.
+
 A folder is written under another name, flushed to disk and renamed, so one that bears its name is whole. Two are kept:
 the newest, from which a run resumes, and the best on validation.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dqrm import checksums
 from dqrm.errors import UserError
-from dqrm.files import flush, read_json, write_json
+from dqrm.files import COUNT, FLAG, NUMBER, TEXT, flush, read_json, require, write_json
 
 _PREFIX, _PARTIAL = "step-", ".partial"
-_EXCHANGE = "exchange.safetensors"
+WEIGHTS, OPTIMIZER, EXCHANGE = "weights.safetensors", "optimizer.safetensors", "exchange.safetensors"
+STATE = "state.json"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+# Bytes written and hashed at once.
+_PIECE = 1 << 24
+
+METRICS = {"rows": COUNT, **dict.fromkeys(("auc", "log_loss", "accuracy", "ne", "calibration"), (NUMBER, None))}
+BEST = {"step": COUNT, "epoch": COUNT, "train_loss": NUMBER, "metrics": METRICS}
+# What resuming takes from state.json is required there; a model needs less.
+_SHAPE = {
+    "step": COUNT, "best": (BEST, None), "epoch?": COUNT, "batch?": COUNT, "loss_sum?": NUMBER, "loss_rows?": COUNT,
+    "without_better?": COUNT, "rate_factor?": NUMBER, "finished?": FLAG, "metrics_bytes?": COUNT,
+    "train_seconds?": NUMBER, "train_rows?": COUNT, "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
+}  # fmt: skip
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -54,25 +75,109 @@ def save_checkpoint(
         return
     partial = final.with_name(final.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights: dict[str, Tensor] = model.state_dict()
     try:
         partial.mkdir(parents=True)
-        save_file(weights, partial / "weights.safetensors")
-        save_file(_optimizer_tensors(optimizers) | _random_state(), partial / "optimizer.safetensors")
+        files: dict[str, dict[str, Any]] = {}
+        save_file(weights, partial / WEIGHTS, files)
+        save_file(_optimizer_tensors(optimizers) | _random_state(), partial / OPTIMIZER, files)
         if exchange is not None:
-            save_file({name: tensor.contiguous() for name, tensor in exchange.items()}, partial / _EXCHANGE)
-        write_json(partial / "state.json", state)
+            save_file(exchange, partial / EXCHANGE, files)
+        write_json(partial / STATE, checksums.seal({**state, checksums.FILES: files}))
         for path in (*partial.iterdir(), partial):
             flush(path)
         os.rename(partial, final)
         flush(folder)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"cannot save the checkpoint {final} ({error}); the one before it is untouched") from None
     names = {checkpoint_path(folder, kept).name for kept in (*keep, step)}
     for path in folder.glob(f"{_PREFIX}*"):
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Write a safetensors file in a stream, and note its size and SHA-256 in `files`.
+
+    Not by the safetensors library, which would leave it to a second reading to hash it, and makes files that only
+    their owner may read. The digest is of what was in memory, so it also tells what the disk got wrong.
+
+    Raises:
+        OSError: a full disk, a folder that may not be written.
+    """
+    # Those of wider elements first, so that each one is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    described, at = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        described[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes],
+        }  # fmt: skip
+        at += tensor.nbytes
+    header = json.dumps(described).encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as thread, open(path, "wb") as file:
+        hashing: Future[None] | None = None
+        for piece in (len(header).to_bytes(8, "little") + header, *_pieces(tensors[name] for name in order)):
+            if hashing is not None:
+                hashing.result()  # one at a time, in order, while the next is being written
+            hashing = thread.submit(digest.update, piece)
+            file.write(piece)
+        if hashing is not None:
+            hashing.result()
+        file.flush()
+    files[path.name] = {"bytes": 8 + len(header) + at, "sha256": digest.hexdigest()}
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    for tensor in tensors:
+        if not tensor.nbytes:
+            continue
+        flat = tensor.detach().contiguous().view(-1)
+        for piece in flat.split(max(1, _PIECE // tensor.element_size())):
+            yield piece.cpu().view(torch.uint8).numpy().data
+
+
+def verify_checkpoint(checkpoint: Path, *names: str) -> None:
+    """Compare files of a checkpoint (default: all that state.json lists) with their checksums.
+
+    Files that did not change since this process compared them are not read again. A checkpoint that was written without
+    checksums passes, with a warning.
+
+    Raises:
+        UserError: a file is missing or damaged; names it.
+    """
+    state = _read_state(checkpoint)
+    others = [path.name for path in checkpoint.parent.glob(f"{_PREFIX}*") if path != checkpoint and path.is_dir()]
+    then = f"deleting {checkpoint} leaves {', '.join(sorted(others))}, " if others else "this run cannot be continued, "
+    then += "and --no-verify takes it as it is"
+    checksums.verify(checkpoint, state, names or state.get(checksums.FILES, ()), STATE, then)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json without its checksums.
+
+    Raises:
+        UserError: the file is missing or damaged: it is no JSON, lacks a key, has a value of another type, or does not
+            match its checksum.
+    """
+    state = _read_state(checkpoint)
+    return {key: value for key, value in state.items() if key not in (checksums.FILES, checksums.SEAL)}
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / STATE
+    state: dict[str, Any] = read_json(file)
+    require(file, state, _SHAPE)
+    if f"{_PREFIX}{state['step']:09d}" != checkpoint.name:
+        raise UserError(f"{file} has step = {state['step']}, but the folder is that of another step")
+    if not checksums.sealed(state):
+        raise UserError(f"{file} is damaged: it does not match its own checksum")
+    return state
 
 
 def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
@@ -81,7 +186,7 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
     Raises:
         UserError: the file is missing or damaged, or has no tensor of that name.
     """
-    for found, tensor in _tensors(checkpoint / "weights.safetensors", name):
+    for found, tensor in _tensors(checkpoint / WEIGHTS, name):
         if found == name:
             return tensor
     raise UserError(f"{checkpoint / 'weights.safetensors'} holds no '{name}': of another model, or damaged")
@@ -96,7 +201,7 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
-    file = checkpoint / "weights.safetensors"
+    file = checkpoint / WEIGHTS
     small: dict[str, Tensor] = {}
     copied = {skip}
     parameters = dict(model.named_parameters())
@@ -124,7 +229,7 @@ def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or damaged.
     """
-    file = checkpoint / "optimizer.safetensors"
+    file = checkpoint / OPTIMIZER
     tensors = dict(_tensors(file))
     if "random/cpu" not in tensors:
         raise UserError(f"{file} holds no random state: damaged, or not written by dqrm")
@@ -143,8 +248,7 @@ def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-    state: dict[str, Any] = read_json(checkpoint / "state.json")
-    return state
+    return read_state(checkpoint)
 
 
 def load_exchange(checkpoint: Path) -> dict[str, Tensor]:
@@ -153,7 +257,7 @@ def load_exchange(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged.
     """
-    file = checkpoint / _EXCHANGE
+    file = checkpoint / EXCHANGE
     return dict(_tensors(file)) if file.exists() else {}
 
 

@@ -79,15 +79,25 @@ def evaluate_shared(
 
 
 def evaluate(
-    model: DLRM, dataset: Dataset | str | Path, split: str, batch_size: int = 8192, progress: Progress | None = None
+    model: DLRM,
+    dataset: Dataset | str | Path,
+    split: str,
+    batch_size: int = 8192,
+    progress: Progress | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Metrics of `model` on a split of a dataset or dataset folder: see `metrics.click_metrics`.
 
+    Args:
+        verify: compare the split with its checksums first; once in a process while it does not change.
+
     Raises:
-        UserError: a prediction is no finite number.
+        UserError: the split is damaged, or a prediction is no finite number.
     """
     if not isinstance(dataset, Dataset):
         dataset = Dataset(dataset)
+    if verify:
+        dataset.verify(split, tell=progress)
     return measure(predict_logits(model, dataset, split, batch_size, progress), dataset, split)
 
 

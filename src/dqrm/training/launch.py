@@ -26,6 +26,7 @@ def train(
     config: Config | None = None,
     progress: Progress | None = None,
     log: Log | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Train a DLRM on `dataset` and leave a run folder at `output`.
 
@@ -35,12 +36,15 @@ def train(
         config: what to train and how; default INT4 with the paper's Kaggle settings.
         progress: called as progress(stage, done, total).
         log: called with one line of text per evaluation.
+        verify: compare the dataset with its checksums first, which reads all of it; on several ranks, one does so on
+            each machine.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        UserError: the configuration cannot be run here or on this data, or the loss is no number any more.
+        UserError: the configuration cannot be run here or on this data, the data is damaged, another process trains
+            into `output`, or the loss is no number any more.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = config or Config()
@@ -52,11 +56,10 @@ def train(
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
             raise UserError(f"{data.path} has no training rows: nothing to train on")
-        world.together(lambda: data.validate(*data.rows))
+        _check_data(world, data, verify, progress)
         model = world.together(run.new_model)  # before the folder is made: an impossible model must not leave one
-        world.on_first(run.start)
-        world.together(lambda: held.enter_context(run.exclusive()) if world.first else None)
-        return Trainer(run, model, data, progress, log, world).fit()
+        world.together(lambda: held.enter_context(run.started()) if world.first else None)
+        return Trainer(run, model, data, progress, log, world, verify).fit()
 
 
 def resume(
@@ -64,12 +67,14 @@ def resume(
     dataset: Dataset | str | Path | None = None,
     progress: Progress | None = None,
     log: Log | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Continue the run at `output` exactly where its newest checkpoint stands; returns its summary.
 
     Args:
         output: a run folder.
         dataset: its data, where the folder has moved since; the fingerprint must be the same.
+        verify: compare dataset and checkpoint with their checksums first.
 
     Raises:
         UserError: no run there, other data, a damaged checkpoint, or as `train`.
@@ -79,15 +84,26 @@ def resume(
         run = world.on_first(lambda: Run.open(output))  # the others need not see the folder
         data = world.together(lambda: _data_of(run, dataset))
         world.together(lambda: run.require_same_data(data))
-        if (done := world.on_first(lambda: run.summary)) is not None:
+        done = world.on_first(lambda: run.summary)
+        if done is None:
+            check_ranks(world, run.config, data)
+            world.together(lambda: check_environment(run.config.training))
+            world.together(lambda: held.enter_context(run.continued()) if world.first else None)
+            done = world.on_first(lambda: run.summary)  # who held the lock may have finished it
+        if done is not None:
             if log and world.first:
                 log(f"{output} is finished; nothing to continue.")
             return done
-        check_ranks(world, run.config, data)
-        world.together(lambda: check_environment(run.config.training))
-        world.together(lambda: data.validate(*data.rows))
-        world.together(lambda: held.enter_context(run.exclusive()) if world.first else None)
-        return Trainer(run, world.together(run.new_model), data, progress, log, world).fit()
+        _check_data(world, data, verify, progress)
+        return Trainer(run, world.together(run.new_model), data, progress, log, world, verify).fit()
+
+
+def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:
+    """Raise UserError on all ranks unless the data is as it was written (one rank looks on each machine) and makes
+    sense."""
+    if verify:
+        world.together(lambda: data.verify(tell=progress) if world.local_rank == 0 else None)
+    world.together(lambda: data.validate(*data.rows))
 
 
 def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:

@@ -22,16 +22,19 @@ import torch
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
-from dqrm.files import require_keys, write_json
+from dqrm.files import ANYTHING, require
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
+    STATE,
+    WEIGHTS,
     checkpoint_path,
     latest_step,
     load_exchange,
     load_state,
     load_weights,
     save_checkpoint,
+    verify_checkpoint,
 )
 from dqrm.training.environment import Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
@@ -77,7 +80,9 @@ class Trainer:
         progress: Progress | None = None,
         log: Log | None = None,
         world: World | None = None,
+        verify: bool = True,
     ) -> None:
+        self.verify = verify
         self.run, self.model, self.dataset, self.config = run, model, dataset, run.config
         self.options, self.world = self.config.training, world or World()
         self.progress, self.log = progress or (lambda *_: None), log if log and self.world.first else (lambda _: None)
@@ -99,9 +104,7 @@ class Trainer:
         self.metrics: IO[bytes] | None = None
         self.writer: Any = None
         if self.world.first:
-            self.metrics = open(run.path / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
-            self.metrics.truncate(self.state.metrics_bytes)  # lines after the checkpoint are written again
-            self.metrics.seek(0, os.SEEK_END)
+            self.metrics = open_metrics(run.path / "metrics.jsonl", self.state.metrics_bytes, self.log)
             self.writer = _tensorboard(run.path, self.state.step) if self.options.tensorboard else None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.saved_at = self.clock = time.monotonic()
@@ -304,9 +307,14 @@ class Trainer:
 
     def _load_weights(self, step: int) -> None:
         """The weights of a checkpoint: rank 0 reads them and sends them to the others."""
-        self.world.together(
-            lambda: load_weights(checkpoint_path(self.run.checkpoints, step), self.model) if self.world.first else None
-        )
+        folder = checkpoint_path(self.run.checkpoints, step)
+
+        def load() -> None:
+            if self.verify:
+                verify_checkpoint(folder, WEIGHTS)
+            load_weights(folder, self.model)
+
+        self.world.together(lambda: load() if self.world.first else None)
         if self.world.size > 1:
             self.world.broadcast_model(self.model)
             self.model.tables.weights_replaced(self.world.shared(self.model.tables.scale_ticks))
@@ -314,8 +322,20 @@ class Trainer:
     def _load_state(self, step: int) -> None:
         """Everything else of a checkpoint, likewise."""
         folder = checkpoint_path(self.run.checkpoints, step)
-        state, remembered = self.world.on_first(lambda: (load_state(folder, self.optimizers), load_exchange(folder)))
-        require_keys(folder / "state.json", state, *(field.name for field in fields(State)))
+
+        def load() -> tuple[dict[str, Any], Any]:
+            if self.verify:
+                verify_checkpoint(folder)
+            found = load_state(folder, self.optimizers)
+            known = [field.name for field in fields(State)]
+            require(folder / STATE, found, dict.fromkeys(known, ANYTHING))
+            if unknown := [name for name in found if name not in known]:
+                raise UserError(
+                    f"{folder / STATE} has the unknown key '{unknown[0]}': another version of dqrm wrote it"
+                )
+            return found, load_exchange(folder)
+
+        state, remembered = self.world.on_first(load)
         self.state = State(**state)
         for optimizer in self.optimizers:
             for parameters in (group["params"] for group in optimizer.param_groups):
@@ -363,8 +383,24 @@ class Trainer:
         }
         if self.exchange is not None:
             summary["exchange"] = self.exchange.report()
-        self.world.on_first(lambda: write_json(self.run.path / "summary.json", summary))
+        self.world.on_first(lambda: self.run.finish(summary))
         return summary
+
+
+def open_metrics(path: Path, size: int, log: Log) -> IO[bytes]:
+    """metrics.jsonl, to append to, cut to the `size` that a checkpoint knows of: lines after it are written again.
+
+    Where it is shorter, it ends after its last whole line, and `log` is told.
+    """
+    file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
+    found = file.seek(0, os.SEEK_END)
+    if found < size:
+        file.seek(0)
+        size = file.read().rfind(b"\n") + 1
+        log(f"{path} has {found} bytes where the checkpoint knew of more: what is missing of its lines is lost")
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
 
 
 def _tensorboard(path: Path, step: int) -> Any:

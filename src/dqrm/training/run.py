@@ -7,7 +7,8 @@ checkpoints/    see `checkpoints`
 """
 
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,41 @@ from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.files import exclusive, read_json, require_keys, write_json
+from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
 from dqrm.models.dlrm import DLRM
-from dqrm.training.checkpoints import checkpoint_path, latest_step, load_weights, mapped_tensor
+from dqrm.training.checkpoints import (
+    BEST,
+    METRICS,
+    WEIGHTS,
+    checkpoint_path,
+    latest_step,
+    load_weights,
+    mapped_tensor,
+    read_state,
+    verify_checkpoint,
+)
 
 FORMAT_VERSION = 1
+_INFO, _SUMMARY, _LOCK = "run.json", "summary.json", ".lock"
+_SHAPE = {
+    "config": {"*": OBJECT},
+    "data": {
+        "path": TEXT,
+        "fingerprint": TEXT,
+        "dense": [TEXT],
+        "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG}],
+        "rows?": {"*": COUNT},
+    },
+}
+_SUMMARY_SHAPE = {
+    "best": (BEST, None),
+    "test": (METRICS, None),
+    "selection": TEXT,
+    "config": {"quantization": OBJECT},
+    "stored_bytes": {"total": COUNT},
+    "steps": COUNT,
+    "samples_per_second": NUMBER,
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +68,9 @@ class Run:
         """A run that is still to be started: nothing is written yet.
 
         Raises:
-            UserError: the folder exists and is not empty.
+            UserError: the folder exists and holds something.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = f"`dqrm train --resume {path}` continues it, or" if (path / "run.json").exists() else "please"
-            raise UserError(f"{path} exists and is not empty; {hint} name another folder with -o")
+        _require_free(path)
         columns = [{"name": column.name, "rows": column.rows, "multi": column.multi} for column in dataset.columns]
         data = {
             "path": str(dataset.path.resolve()),
@@ -54,21 +83,39 @@ class Run:
         info = {"format_version": FORMAT_VERSION, "versions": versions(), "config": config.to_dict(), "data": data}
         return cls(path, info)
 
-    def start(self) -> None:
-        """Make the folder and write run.json.
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Make the folder and write run.json, as the only process that may: inside, no other one trains there.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written; another process holds it, or has started a run in it meanwhile.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "run.json", self.info)
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self.exclusive())
+                _require_free(self.path)  # between looking and locking, another process may have trained
+                self.checkpoints.mkdir(exist_ok=True)
+                write_json(self.path / _INFO, self.info)
+            except OSError as error:
+                raise UserError(f"cannot write the run folder {self.path}: {error.strerror or error}") from None
+            yield
+
+    @contextmanager
+    def continued(self) -> Iterator[None]:
+        """Inside, no other process trains into this folder.
+
+        Raises:
+            UserError: one does already, or has put another run in its place since this one was opened.
+        """
+        with self.exclusive():
+            if Run.open(self.path).info != self.info:
+                raise UserError(f"{self.path} was replaced by another run while it was being opened; try again")
+            yield
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """While inside, no other process trains into this folder; raises UserError where one does already."""
-        return exclusive(self.path / ".lock", f"another process is training into {self.path}; wait for it or stop it")
+        """The lock on the folder; raises UserError where another process holds it."""
+        return exclusive(self.path / _LOCK, f"another process is training into {self.path}; wait for it or stop it")
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -78,21 +125,22 @@ class Run:
             UserError: no such folder, no run, or one of another format version.
         """
         path = Path(path)
-        if not (path / "run.json").is_file():
-            what = "holds no run.json, expected a run folder made by `dqrm train`"
+        if not (path / _INFO).is_file():
+            what = f"holds no {_INFO}, expected a run folder made by `dqrm train`"
+            if (path / _LOCK).exists() and not _contents(path):
+                what = f"holds no {_INFO}: its run was stopped before it began; `dqrm train DATA -o {path}` starts it"
             raise UserError(f"{path} {what if path.is_dir() else 'does not exist, expected a run folder'}")
-        info = read_json(path / "run.json")
+        info = read_json(path / _INFO)
         found = info.get("format_version") if isinstance(info, dict) else None
         if found != FORMAT_VERSION:
             raise UserError(f"{path} is a run of format version {found}, this dqrm reads version {FORMAT_VERSION}")
-        require_keys(path / "run.json", info, "config", "data")
-        require_keys(path / "run.json", info["data"], "path", "fingerprint", "dense", "columns")
+        require(path / _INFO, info, _SHAPE)
         return cls(path, info)
 
     @property
     def config(self) -> Config:
         """The configuration that the run was started with."""
-        return Config.from_dict(self.info["config"], str(self.path / "run.json"))
+        return Config.from_dict(self.info["config"], str(self.path / _INFO))
 
     @property
     def checkpoints(self) -> Path:
@@ -101,12 +149,26 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The result, or None while the run is not finished."""
-        file = self.path / "summary.json"
+        file = self.path / _SUMMARY
         if not file.exists():
             return None
         summary: dict[str, Any] = read_json(file)
-        require_keys(file, summary, "best", "test", "selection", "config", "stored_bytes")
+        require(file, summary, _SUMMARY_SHAPE)
         return summary
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the last file."""
+        write_json(self.path / _SUMMARY, summary)
+
+    def verify(self) -> None:
+        """Compare all checkpoints with their checksums.
+
+        Raises:
+            UserError: a file is missing or damaged; names it.
+        """
+        for checkpoint in sorted(self.checkpoints.glob("step-*")):
+            if checkpoint.name.removeprefix("step-").isdecimal():
+                verify_checkpoint(checkpoint)
 
     def require_same_data(self, dataset: Dataset) -> None:
         """Raise UserError unless `dataset` is the one that the run was trained on: its ids mean other rows."""
@@ -141,12 +203,13 @@ class Run:
             need = rows * config.model.embedding_dim * (2 if config.training.table_dtype == "bf16" else 4) / 1e9
             raise UserError(f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB") from None
 
-    def load_model(self, which: str = "best", mapped: bool = False) -> tuple[DLRM, dict[str, Any]]:
+    def load_model(self, which: str = "best", mapped: bool = False, verify: bool = True) -> tuple[DLRM, dict[str, Any]]:
         """The trained model in eval mode, and the state.json of its checkpoint.
 
         Args:
             which: 'best' on validation, or 'last'.
             mapped: leave the tables in the checkpoint's file, memory-mapped: for reading a few rows, or all once.
+            verify: compare the weights with their checksum first, which reads all of them.
 
         Raises:
             UserError: there is no checkpoint yet, or it is damaged.
@@ -154,11 +217,13 @@ class Run:
         last = latest_step(self.checkpoints)
         if last is None:
             raise UserError(f"{self.path} has no checkpoint yet; `dqrm train --resume {self.path}` continues the run")
-        state = self._state(last)
+        state = read_state(checkpoint_path(self.checkpoints, last))
         best = (state["best"] or {}).get("step", last)
-        if which == "best" and best != last:
-            state = self._state(best)
         checkpoint = checkpoint_path(self.checkpoints, best if which == "best" else last)
+        if which == "best" and best != last:
+            state = read_state(checkpoint)
+        if verify:
+            verify_checkpoint(checkpoint, WEIGHTS)
         if not mapped:
             model = self.new_model()
             load_weights(checkpoint, model)
@@ -171,11 +236,21 @@ class Run:
         load_weights(checkpoint, model, skip="tables.weight")
         return model.eval(), state
 
-    def _state(self, step: int) -> dict[str, Any]:
-        file = checkpoint_path(self.checkpoints, step) / "state.json"
-        state: dict[str, Any] = read_json(file)
-        require_keys(file, state, "step", "best")
-        return state
+
+def _require_free(path: Path) -> None:
+    """Raise UserError unless a run may start in the folder `path`; one that a run left before it began is as good as
+    an empty one."""
+    if not path.exists() or (path.is_dir() and not _contents(path)):
+        return
+    hint = f"`dqrm train --resume {path}` continues it, or" if (path / _INFO).exists() else "please"
+    raise UserError(f"{path} exists and is not empty; {hint} name another folder with -o")
+
+
+def _contents(path: Path) -> set[str]:
+    """What a folder holds of value."""
+    found = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_INFO}.partial"}
+    checkpoints = path / "checkpoints"
+    return found - ({checkpoints.name} if checkpoints.is_dir() and not any(checkpoints.iterdir()) else set())
 
 
 def versions() -> dict[str, str]:
