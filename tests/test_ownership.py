@@ -121,6 +121,16 @@ def test_two_writers_of_one_file(tmp_path):
         (tmp_path / name).unlink()
 
 
+def test_a_log_in_the_folder_that_prepare_empties_is_not_deleted(generated, tmp_path):
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / ".dqrm-preparing").touch()  # what a killed run left; somebody put a log there
+    (left / "log.txt").write_bytes((generated.path.parent / "log.txt").read_bytes())
+    config = dqrm.PrepareConfig(layout="criteo-kaggle")
+    assert "which is emptied" in refused(prepare, [left / "log.txt"], tmp_path / "out", config)
+    assert (left / "log.txt").stat().st_size > 0
+
+
 def test_the_demo_deletes_only_what_a_demo_made(tmp_path):
     (tmp_path / "log.txt").write_text("a log of mine")
     (tmp_path / "data").mkdir()

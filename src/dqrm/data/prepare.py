@@ -51,20 +51,28 @@ def prepare(
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()
     partial = target.with_name(target.name + ".partial")
+    for file in files:
+        if partial in file.path.resolve().parents:
+            raise UserError(
+                f"{file.path} lies in {partial}, which is emptied for the work; move it, or name another output"
+            )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(partial)
     except OSError as error:
         raise UserError(f"cannot write to {partial}: {error.strerror or error}") from None
+    moved = False
     try:
         _check_output(output)  # a run that ended meanwhile may have filled it
         _fill(partial, files, plan, tell)
         require_same_files(given, files)
         os.replace(partial, target)
+        moved = True
         (target / MARKER).unlink()
         flush(target.parent)
     except BaseException as error:
-        _remove(partial)
+        if not moved:  # then what bears its name now is another run's
+            _remove(partial)
         if isinstance(error, OSError):
             # Those of numpy and polars have a message only.
             raise UserError(f"cannot write to {partial}: {error.strerror or error}") from error
