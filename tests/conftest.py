@@ -1,5 +1,7 @@
-"""Shared by all tests: few threads, and small datasets that are made once."""
+"""Shared by all tests: few threads, which tests are quick, and small datasets that are made once."""
 
+import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,23 @@ import torch
 
 from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.quant.config import QATConfig
+from selection import quick
 
 torch.set_num_threads(1)  # the tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that they start, too
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark most of a large product of parameters `slow`; run what starts ranks, and waits for them, first."""
+    functions = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            functions[item.parent, item.originalname].append(item)
+    for cases in functions.values():
+        for case in set(cases) - set(quick(cases)):
+            case.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ session of its own) and killed at the end, whatever happened.
 import hashlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,9 +22,13 @@ from typing import Any
 
 import torch
 
+import dqrm
 from conftest import tensors
 
-TIMEOUT = 120.0
+# Seconds after which a process is taken to hang: so many that a busy machine never needs them.
+TIMEOUT = 600.0
+_PACKAGE = f"{Path(dqrm.__file__).parent}{os.sep}"
+_PORTS = (20_000, 32_000)  # below those that Linux chooses from
 _MARK = "DQRM_TEST_LAUNCH"
 _DQRM = (sys.executable, "-m", "dqrm")
 
@@ -170,13 +175,14 @@ def alone(folder: Path, *arguments: Any) -> Launch:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on, and that the system gives to no connection of another test."""
+    while True:
+        with socket.socket() as opened, suppress(OSError):
+            opened.bind(("127.0.0.1", random.randrange(*_PORTS)))
+            return int(opened.getsockname()[1])
 
 
-def until(condition: Callable[[], Any], launch: Launch, timeout: float = 90.0) -> None:
+def until(condition: Callable[[], Any], launch: Launch, timeout: float = TIMEOUT) -> None:
     """Wait for a condition; AssertionError if a process ends before, or time runs out."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -208,7 +214,7 @@ def flags(**fields: Any) -> list[str]:
 def no_traceback_of_ours(*ended: Ended) -> None:
     """torchrun prints a traceback of its own where a rank fails; none may run through dqrm's files."""
     for process in ended:
-        assert "/dqrm/" not in process.err, process.err
+        assert f'File "{_PACKAGE}' not in process.err, process.err
         assert "terminate called" not in process.err, process.err
 
 

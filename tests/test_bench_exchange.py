@@ -16,6 +16,7 @@ def run(monkeypatch, capsys, *arguments):
     return ended.value.code, *capsys.readouterr()
 
 
+@pytest.mark.distributed
 def test_two_ranks_on_loopback(monkeypatch, capsys):
     code, out, _ = run(
         monkeypatch, capsys, "--ranks", "2", "--rows-scale", "0.0001", "--steps", "6", "--warmup", "1", "--batch-size",

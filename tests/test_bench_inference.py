@@ -91,7 +91,8 @@ def test_figures_as_json(capsys, monkeypatch, tmp_path):
         assert set(variant) == FIGURES
         assert variant["calls"] == (20 if variant["batch_size"] == 3 else 2)
         assert 0 < variant["p10_ms"] <= variant["median_ms"] <= variant["p90_ms"] <= variant["p99_ms"]
-        assert (variant["ratio_to_fp32"] == 1) == (variant["variant"] == "fp32")
+        assert variant["ratio_to_fp32"] > 0
+        assert variant["ratio_to_fp32"] == 1 or variant["variant"] != "fp32"
     assert found["skipped"] == {}
     assert 0 <= found["largest_difference"] <= 1e-5
     assert found["load"]["packed"] > 0

@@ -25,10 +25,10 @@ before = interface_bytes(interface)
 server = socket.create_server((mine, 7000))
 
 def send():
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while True:
         try:
-            connection = socket.create_connection((following, 7000), timeout=60)
+            connection = socket.create_connection((following, 7000), timeout=600)
             break
         except OSError:
             assert time.monotonic() < deadline
@@ -40,9 +40,9 @@ def send():
 
 sender = threading.Thread(target=send, daemon=True)
 sender.start()
-server.settimeout(60)
+server.settimeout(600)
 connection, _ = server.accept()
-connection.settimeout(60)
+connection.settimeout(600)
 start = time.perf_counter()
 connection.sendall(b"x")
 received = 0
@@ -205,7 +205,7 @@ def test_three_hosts_and_their_links():
             following = found[(host.rank + 1) % 3].address
             arguments = (sys.executable, "-c", CHILD, host.address, following, host.interface, str(SIZE))
             started.append(subprocess.Popen([*host.prefix, *arguments], stdout=subprocess.PIPE, text=True))
-        printed = [process.communicate(timeout=120)[0] for process in started]
+        printed = [process.communicate(timeout=600)[0] for process in started]
     for received, seconds, counted_in, counted_out in map(json.loads, printed):
         assert received == SIZE
         assert seconds > 8 * SIZE / parse_rate(RATE) / 1.3

@@ -91,7 +91,7 @@ def start(code, remove=(), **environment):
 
 
 def finish(process):
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-2000:]
     return out, errors
 

@@ -199,7 +199,7 @@ def test_ids_that_are_no_integers_are_refused(path, module):
 
 def run_python(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100,
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr

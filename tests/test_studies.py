@@ -60,6 +60,7 @@ def test_the_demo_trains_the_same_model_but_for_the_bits():
     assert (fp32.quantization.bits, int4.quantization.bits) == (32, 4)
 
 
+@pytest.mark.slow
 def test_seeds(generated, tmp_path):
     import yaml
 
