@@ -35,14 +35,14 @@ def fits(*tensors: Tensor | None) -> bool:
 
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "lookup": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p,
-                         c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]),
+                         c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int]),
     "lookup_packed": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64,
                                 c_void_p, c_int, c_void_p, c_int]),
     "outside": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
     "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int]),
     "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_int]),
     "sum_duplicates": (c_int64, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
-    "rows_max": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int]),
+    "raise_scales": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int, c_int]),
     "blocks_max": (c_uint32, [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int]),
     "quantize_weight": (None, [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
     "finish_linear": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int]),
@@ -85,13 +85,16 @@ def _half(tensor: Tensor | None) -> bool:
 
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
-    out: Tensor, rows_out: Tensor, dirty: Tensor | None = None, dirty_starts: Tensor | None = None, block: int = 1,
+    out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
+    dirty_starts: Tensor | None = None, block: int = 1,
 ) -> int:  # fmt: skip
     """Fake-quantized rows of `weight` for integer ids [..., T] of T tables into `out` float32 [N, dim], N ids.
 
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table. scale: float32 [T], or None.
         limits: lowest and highest code. rows_out: int64 [N], set to the rows read.
+        clamped: int64 [1], to which the number of weights beyond the limits is added; None: not counted.
+        raising: raise `scale` first, in place, to what these rows need, so that nothing is beyond the limits.
         dirty: uint8 flags of blocks of `block` rows, set where a row is read; table t's begin at dirty_starts[t].
 
     Returns:
@@ -99,7 +102,7 @@ def lookup(
     """
     found: int = _call(
         "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
-        _half(weight), weight.shape[1], scale, *limits, out, rows_out, dirty, dirty_starts, block,
+        _half(weight), weight.shape[1], scale, *limits, out, rows_out, clamped, raising, dirty, dirty_starts, block,
     )  # fmt: skip
     return found
 
@@ -156,9 +159,9 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None
     return None if count < 0 else (unique[:count], sums[:count])
 
 
-def rows_max(rows: Tensor, tables: int, weight: Tensor, maxima: Tensor) -> None:
-    """maxima[i % tables] = max(itself, max|weight[rows[i]]|), in place; float32 [tables] of magnitudes."""
-    _call("rows_max", rows, len(rows), tables, weight, _half(weight), weight.shape[1], maxima)
+def raise_scales(rows: Tensor, tables: int, weight: Tensor, scale: Tensor, highest: int) -> None:
+    """scale[i % tables] = max(itself, the scale of max|weight[rows[i]]|), in place; float32 [tables]."""
+    _call("raise_scales", rows, len(rows), tables, weight, _half(weight), weight.shape[1], scale, highest)
 
 
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
