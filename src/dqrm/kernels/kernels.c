@@ -254,30 +254,50 @@ EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int6
 
 /* ---- linear layers ------------------------------------------------------------------------------------------------ */
 
-/* Weight [outputs, inputs] on its own scale, per output channel or one for all. `half_out`: codes as bf16 (exact up to
- * 8 bits); else values as float. scale: [outputs], or [1]. */
-EXPORT void dqrm_quantize_weight(const float *weight, int64_t outputs, int64_t inputs, int per_channel, int low,
-                                 int high, float *scale, void *out, int half_out, int threads) {
-    if (!per_channel) {
-        uint32_t m = 0;
-#pragma omp parallel for reduction(max : m) num_threads(threads) if (outputs * inputs > LITTLE)
-        for (int64_t o = 0; o < outputs; o++) {
-            uint32_t n = max_bits_of(weight + o * inputs, 0, inputs);
-            m = n > m ? n : m;
-        }
-        scale[0] = scale_of(m, high);
+/* A line of a weight on the scale of its own largest magnitude, so that no code needs to be clamped: codes as bf16 where
+ * `half_out`, or values as float. */
+static void quantize_line(const float *restrict w, int64_t count, float s, void *restrict out, int half_out) {
+    if (half_out) {
+        uint16_t *restrict to = out;
+        for (int64_t i = 0; i < count; i++) to[i] = narrow(rintf(w[i] / s));
+    } else {
+        float *restrict to = out;
+        for (int64_t i = 0; i < count; i++) to[i] = rintf(w[i] / s) * s;
     }
-#pragma omp parallel for num_threads(threads) if (outputs * inputs > LITTLE)
-    for (int64_t o = 0; o < outputs; o++) {
-        const float *w = weight + o * inputs;
-        if (per_channel) scale[o] = scale_of(max_bits_of(w, 0, inputs), high);
-        float s = scale[per_channel ? o : 0];
-        if (half_out) {
-            uint16_t *to = (uint16_t *)out + o * inputs;
-            for (int64_t i = 0; i < inputs; i++) to[i] = narrow(code_of(w[i], s, low, high));
+}
+
+/* Weights [outputs, inputs] on their own scales. Of weight k, plan[7k ...] holds: outputs, inputs, whether there is a
+ * scale per output channel (or one for all), highest code, whether codes are wanted as bf16 (exact up to 8
+ * bits) rather than values as float, where in `out` (in bytes) they go and where in `scales` its scales begin. */
+EXPORT void dqrm_quantize_weights(const float *const *weights, const int64_t *plan, int64_t count, float *scales,
+                                  char *out, int threads) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; k++) total += plan[7 * k] * plan[7 * k + 1];
+#pragma omp parallel num_threads(threads) if (total > LITTLE)
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t *p = plan + 7 * k, outputs = p[0], inputs = p[1], per_channel = p[2];
+        const float *weight = weights[k];
+        float *scale = scales + p[6];
+        int high = (int)p[3], half_out = (int)p[4];
+        char *to = out + p[5];
+        if (!per_channel) {
+            uint32_t m = 0; /* each thread for itself: they need it at once */
+            for (int64_t o = 0; o < outputs; o++) {
+                uint32_t n = max_bits_of(weight + o * inputs, 0, inputs);
+                m = n > m ? n : m;
+            }
+            float s = scale_of(m, high);
+#pragma omp single nowait
+            scale[0] = s;
+#pragma omp for nowait
+            for (int64_t o = 0; o < outputs; o++)
+                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
         } else {
-            float *to = (float *)out + o * inputs;
-            for (int64_t i = 0; i < inputs; i++) to[i] = code_of(w[i], s, low, high) * s;
+#pragma omp for nowait
+            for (int64_t o = 0; o < outputs; o++) {
+                float s = scale[o] = scale_of(max_bits_of(weight + o * inputs, 0, inputs), high);
+                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
+            }
         }
     }
 }
