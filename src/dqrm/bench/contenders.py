@@ -128,8 +128,8 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
         model=ModelConfig(embedding_dim=arch.embedding_dim, bottom_mlp=arch.bottom_mlp, top_mlp=arch.top_mlp),
         quantization=QATConfig(
             bits=scheme.bits,
-            scale_period=options.scale_period,
-            scale_refresh="running_max" if scheme.running_max else "periodic",
+            scale_refresh=scheme.refresh,
+            scale_period=options.scale_period if scheme.refresh == "periodic" else None,
         ),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         training=TrainingConfig(
