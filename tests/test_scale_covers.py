@@ -43,7 +43,7 @@ DENSE = {
     "momentum": lambda p: torch.optim.SGD(p, 0.3, momentum=0.9, weight_decay=0.01),
     "adam": lambda p: torch.optim.Adam(p, 0.3),
     "adamw": lambda p: torch.optim.AdamW(p, 0.3, weight_decay=0.5),
-    "negative decay": lambda p: torch.optim.Adagrad(p, 0.3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.3),
     "in place": InPlace,
 }
 CASES = [(True, name) for name in SPARSE] + [(False, name) for name in DENSE]
@@ -166,7 +166,7 @@ def test_both_paths_raise_to_the_same_bits():
         with on(path):
             module, scales = make("collection", True), []
             random = np.random.default_rng(1)
-            for step in range(8):
+            for _ in range(8):
                 with torch.no_grad():
                     module.weight.mul_(1.3)
                 module(draw(module, random, 4))
@@ -177,7 +177,7 @@ def test_both_paths_raise_to_the_same_bits():
 
 @pytest.mark.parametrize("make_module", [
     lambda: QuantEmbedding(5, 3), lambda: QuantEmbeddingBag(5, 3), lambda: QuantEmbeddingBagCollection([5], 3),
-    lambda: dqrm.prepare_qat(nn.Embedding(5, 3)) if False else dqrm.prepare_qat(nn.Sequential(nn.Embedding(5, 3)))[0],
+    lambda: dqrm.prepare_qat(nn.Sequential(nn.Embedding(5, 3)))[0],
 ])  # fmt: skip
 def test_it_is_the_default_everywhere(make_module):
     assert make_module().scale_refresh == "running_max"

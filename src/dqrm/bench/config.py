@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dqrm.options import check_fields, did_you_mean
-from dqrm.quant.config import BITS, REFRESHES
+from dqrm.quant.config import BITS
 
 NUM_DENSE = 13
 BASELINE = "baseline"
@@ -43,7 +43,7 @@ class Scheme:
     """One way to train: what the name of a variant says."""
 
     bits: int
-    refresh: str | None = None
+    refresh: Literal["periodic", "running_max"] | None = None
     bf16: bool = False
     bf16_tables: bool = False
 
@@ -56,7 +56,8 @@ class Scheme:
 def _schemes() -> dict[str, Scheme]:
     found = {}
     for bits in (32, *BITS[:-1]):
-        for refresh in (None, *REFRESHES)[: 1 if bits == 32 else None]:
+        rules: tuple[Literal["periodic", "running_max"] | None, ...] = (None, "periodic", "running_max")
+        for refresh in rules[:1] if bits == 32 else rules:
             for bf16 in (False, True):
                 for bf16_tables in (False, True):
                     name = "fp32" if bits == 32 else f"int{bits}"

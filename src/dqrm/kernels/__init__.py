@@ -9,7 +9,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch

@@ -361,9 +361,9 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
             return found, rows
         quantized = []
         for part, (_, first, tables) in zip(found.split([len(piece) for piece in pieces]), groups):
-            part = part.view(-1, tables, self.embedding_dim)
-            self._meet(part, first)
-            quantized.append(fake_quantize(part, scale[first : first + tables, None], self.bits).flatten(0, 1))
+            values = part.view(-1, tables, self.embedding_dim)
+            self._meet(values, first)
+            quantized.append(fake_quantize(values, scale[first : first + tables, None], self.bits).flatten(0, 1))
         return torch.cat(quantized) if len(quantized) > 1 else quantized[0], rows
 
     def extra_repr(self) -> str:

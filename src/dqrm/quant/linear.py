@@ -24,8 +24,10 @@ def fusible(*weights: Tensor) -> bool:
     return kernels.fits(*weights) and all(weight.dtype == torch.float32 and weight.numel() for weight in weights)
 
 
-def quantized_weights(weights: Sequence[Tensor], formats: Sequence[tuple[int, bool, bool]]) -> list[tuple[Tensor, Tensor]]:
-    """`quantized_weight` of several weights, in one pass; formats: (bits, per_channel, codes) of each."""
+def quantized_weights(
+    weights: Sequence[Tensor], formats: Sequence[tuple[int, bool, bool]]
+) -> list[tuple[Tensor, Tensor]]:
+    """`quantized_weight` of several weights, in one pass; formats: (bits, per_channel, codes)."""
     if weights and fusible(*weights):
         wanted = [(per_channel, code_limits(bits)[1], codes) for bits, per_channel, codes in formats]
         return kernels.quantize_weights(weights, wanted)

@@ -196,8 +196,8 @@ class TableScales(nn.Module):
     def _cover_all(self) -> None:
         """With running_max: raise scales to what every row needs, whatever has changed it.
 
-        Reads all rows unless it is known that nothing but rows looked up has changed. Evaluation, copies and state dicts
-        ask for it, and each training step whose gradients are dense: such a step goes over the whole table anyway.
+        Reads all rows unless it is known that nothing but rows looked up has changed. Evaluation, copies and state
+        dicts ask for it, and each training step whose gradients are dense: it goes over the whole table anyway.
         """
         self._raise_scale()
         if not self._running or not self._scale_known or self._promised:

@@ -36,7 +36,5 @@ class Clamping:
         """An evaluation ends the interval: warn where many weights were clamped in it, once in a run."""
         if not self.told and self.figures().get("clamped_weights", 0.0) > MANY:
             self.told = True
-            warn(
-                advice(self.clamped - self.clamped_before, self.looked_up - self.looked_up_before, flags=True)
-            )
+            warn(advice(self.clamped - self.clamped_before, self.looked_up - self.looked_up_before, flags=True))
         self.clamped_before, self.looked_up_before = self.clamped, self.looked_up

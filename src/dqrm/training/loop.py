@@ -223,7 +223,7 @@ class Trainer:
         self._sum_loss()
         train_loss = state.loss_sum / state.loss_rows
         if log_due:
-            more = state.clamping.figures()
+            more: dict[str, Any] = {**state.clamping.figures()}
             more |= {} if self.exchange is None else {"exchange": self.exchange.report()}
             self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
