@@ -56,7 +56,7 @@ def order(monkeypatch):
 
 
 def test_steps_as_json(capsys, monkeypatch, order):
-    names = ["baseline", "fp32", "int4", "int4_running_max", "int4_bf16"]
+    names = ["baseline", "fp32", "int4", "int4_periodic", "int4_bf16"]
     flags = [*FLAGS, "--batch-size=16-8", "--scale-period=5", f"--variants={','.join(names)}"]
     code, out, err = run(capsys, monkeypatch, "step", *flags, "--json")
     assert (code, err) == (0, "")
@@ -78,7 +78,7 @@ def test_steps_as_json(capsys, monkeypatch, order):
         assert variant["ratio_to_baseline"] > 0
     assert found["variants"][0]["name"] == "nn.EmbeddingBag + nn.Linear"
     # A period of 5 ends within the steps of one batch size or the other.
-    assert sum(v["refreshes_left_out"] for v in found["variants"] if v["variant"] == "int4") > 0
+    assert sum(v["refreshes_left_out"] for v in found["variants"] if v["variant"] == "int4_periodic") > 0
     assert found["settings"]["batch_size"] == [16, 8]
     assert not found["settings"]["refresh_in_median"]
     assert set(found["memory"]) == {
@@ -229,7 +229,8 @@ def test_tables_that_do_not_fit_are_refused():
 
 
 def test_what_the_names_of_variants_say():
-    assert SCHEMES["int4_running_max"] == Scheme(4, running_max=True)
+    assert SCHEMES["int4_running_max"] == Scheme(4, refresh="running_max")
+    assert SCHEMES["int4_periodic_bf16"] == Scheme(4, refresh="periodic", bf16=True)
     assert SCHEMES["int8_bf16"].reference == SCHEMES["fp32_bf16"].reference == "fp32_bf16"
     assert SCHEMES["fp32_bf16_tables"] == Scheme(32, bf16_tables=True)
     assert "fp32_running_max" not in SCHEMES

@@ -378,11 +378,11 @@ def test_maxima_of_odd_numbers(value, dtype):
     same(found, max_abs(table))
     same(maxima, torch.stack([max_abs(part) for part in table.split(16)]))
     assert not dirty.any()
-    per_table = torch.zeros(2)
-    kernels.rows_max(torch.tensor([20, 1, 2, 20]), 2, table, per_table)
-    same(per_table, torch.stack([max_abs(table)] * 2))
+    per_table = scale_from_max(torch.zeros(2), 4)
+    kernels.raise_scales(torch.tensor([20, 1, 2, 20]), 2, table, per_table, 7)
+    same(per_table, scale_from_max(torch.stack([max_abs(table)] * 2), 4))
     kept = torch.tensor([2.0, 1e30])
-    kernels.rows_max(torch.tensor([1, 1]), 2, table, kept)
+    kernels.raise_scales(torch.tensor([1, 1]), 2, table, kept, 7)
     assert kept.tolist() == [2.0, torch.tensor(1e30).item()]
 
 
@@ -524,8 +524,8 @@ def everything(seed=0):
     out = [*sum_duplicates(rows, values), add_rows(table.clone(), rows, values, -0.3)]
     unique = rows.unique()
     out.append(add_rows_stochastic(table.bfloat16(), unique, values[: len(unique)], 0.1, 7))
-    maxima = torch.zeros(5)
-    kernels.rows_max(rows, 5, table, maxima)
+    maxima = torch.full((5,), 1e-3)
+    kernels.raise_scales(rows, 5, table, maxima, 7)
     blocks, dirty = torch.zeros(188), torch.ones(188, dtype=torch.uint8)
     out += [maxima, torch.tensor(kernels.blocks_max(table, 16, dirty, blocks)), blocks]
     for per_channel in (True, False):

@@ -9,7 +9,7 @@ from dqrm.quant.config import QATConfig
 DEFAULTS = {
     "bits": 4,
     "scale_period": 200,
-    "scale_refresh": "periodic",
+    "scale_refresh": "running_max",
     "rescan_period": 10_000,
     "linear_granularity": "channel",
     "bias_bits": 32,
@@ -43,6 +43,12 @@ def test_equal_values_are_equal_and_hash_alike():
     assert QATConfig(bits=8) == QATConfig(bits=8)
     assert hash(QATConfig(bits=8)) == hash(QATConfig(bits=8))
     assert QATConfig(bits=8) != QATConfig(bits=4)
+
+
+def test_a_period_alone_says_periodic():
+    """As in a configuration of before running_max was the default."""
+    assert QATConfig(scale_period=200) == QATConfig(scale_refresh="periodic")
+    assert QATConfig(scale_period=7, scale_refresh="running_max").scale_refresh == "running_max"
 
 
 def test_replace_works():

@@ -149,7 +149,7 @@ def test_the_sparse_gradient_holds_only_active_rows(bits):
 @pytest.mark.parametrize("bits", ref.BITS)
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_a_stale_scale_clamps_and_the_gradient_still_passes(bits, sparse):
-    module = make_bag(mode="sum", sparse=sparse, bits=bits)
+    module = make_bag(mode="sum", sparse=sparse, bits=bits, scale_refresh="periodic")
     ids = torch.arange(ROWS).view(-1, 1)
     module(ids)
     scale = module.scale.clone()

@@ -64,10 +64,11 @@ def test_training_forwards_0_p_2p_refresh(kind, period, steps):
 
 @KINDS
 def test_the_default_period_is_200(kind):
+    periodic = {"scale_refresh": "periodic"}
     default = {
-        "bag": QuantEmbeddingBag(ROWS, DIM, mode="sum"),
-        "embedding": QuantEmbedding(ROWS, DIM),
-        "collection": QuantEmbeddingBagCollection([ROWS] * 3, DIM),
+        "bag": QuantEmbeddingBag(ROWS, DIM, mode="sum", **periodic),
+        "embedding": QuantEmbedding(ROWS, DIM, **periodic),
+        "collection": QuantEmbeddingBagCollection([ROWS] * 3, DIM, **periodic),
     }[kind]
     table = Table(default, make(kind, 200).arguments)
     for step in range(201):

@@ -43,7 +43,7 @@ class Scheme:
     """One way to train: what the name of a variant says."""
 
     bits: int
-    running_max: bool = False
+    refresh: Literal["periodic", "running_max"] | None = None
     bf16: bool = False
     bf16_tables: bool = False
 
@@ -56,17 +56,18 @@ class Scheme:
 def _schemes() -> dict[str, Scheme]:
     found = {}
     for bits in (32, *BITS[:-1]):
-        for running_max in (False, True)[: 1 + (bits != 32)]:
+        rules: tuple[Literal["periodic", "running_max"] | None, ...] = (None, "periodic", "running_max")
+        for refresh in rules[:1] if bits == 32 else rules:
             for bf16 in (False, True):
                 for bf16_tables in (False, True):
                     name = "fp32" if bits == 32 else f"int{bits}"
-                    name += "_running_max" * running_max + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
-                    found[name] = Scheme(bits, running_max, bf16, bf16_tables)
+                    name += f"_{refresh}" * (refresh is not None) + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
+                    found[name] = Scheme(bits, refresh, bf16, bf16_tables)
     return found
 
 
 SCHEMES = _schemes()
-"""Every variant of our own by name: fp32 or int<bits>, then what differs from periodic scales and FP32."""
+"""Every variant of our own by name: fp32 or int<bits>, then what differs from `dqrm train`'s defaults."""
 
 EMBEDDING_VARIANTS = ("ours", "collection", "fp32", "whole_table", "torch_ao", "torchao")
 
@@ -86,10 +87,11 @@ class BenchStepConfig:
     warmup: int = 20
     """Steps of each variant before the measured ones."""
     scale_period: int = 200
-    """Training steps between two refreshes of the tables' scales."""
-    variants: tuple[str, ...] = ("baseline", "fp32", "int4", "int4_running_max", "fp32_bf16", "int4_bf16")
+    """Training steps between two refreshes of the tables' scales in the _periodic variants."""
+    variants: tuple[str, ...] = ("baseline", "fp32", "int4", "int4_periodic", "fp32_bf16", "int4_bf16")
     """What to measure: baseline (nn.EmbeddingBag and nn.Linear), or fp32|int2|int4|int8|int16 followed by
-    _running_max, _bf16 (arithmetic), _bf16_tables (weights of the tables), in this order."""
+    _periodic or _running_max (scales; neither: as dqrm train), _bf16 (arithmetic), _bf16_tables (weights of the
+    tables), in this order."""
     samples: int = 262_144
     """Rows of generated data that the steps read; at least 16 batches."""
     shuffle: Literal["global", "block"] = "global"

@@ -67,6 +67,7 @@ class Ours(Contender):
     def __init__(self, name: str, config: Config, model: DLRM, clock: Clock) -> None:
         super().__init__(name, model.tables)
         self.device, self.model = clock.device, model.train()
+        model.tables.clamps.quiet = True  # figures of speed, not of accuracy
         self.train_step = TrainStep(model, config)
         if SCHEMES[name].bits != 32:
             self.scales = Scales(model.tables, clock)
@@ -128,8 +129,8 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
         model=ModelConfig(embedding_dim=arch.embedding_dim, bottom_mlp=arch.bottom_mlp, top_mlp=arch.top_mlp),
         quantization=QATConfig(
             bits=scheme.bits,
-            scale_period=options.scale_period,
-            scale_refresh="running_max" if scheme.running_max else "periodic",
+            scale_refresh=scheme.refresh,
+            scale_period=options.scale_period if scheme.refresh == "periodic" else None,
         ),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         training=TrainingConfig(

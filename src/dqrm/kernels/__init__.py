@@ -6,9 +6,12 @@ both paths to each other and to a float64 reference.
 """
 
 import ctypes
+import functools
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,16 +38,16 @@ def fits(*tensors: Tensor | None) -> bool:
 
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "lookup": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p,
-                         c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]),
+                         c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int]),
     "lookup_packed": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64,
                                 c_void_p, c_int, c_void_p, c_int]),
     "outside": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
     "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int]),
     "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_int]),
     "sum_duplicates": (c_int64, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
-    "rows_max": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int]),
+    "raise_scales": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int, c_int]),
     "blocks_max": (c_uint32, [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int]),
-    "quantize_weight": (None, [c_void_p, c_int64, c_int64, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
+    "quantize_weights": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int]),
     "finish_linear": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int]),
     "start_linear": (None, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
                             c_void_p, c_int]),
@@ -85,13 +88,16 @@ def _half(tensor: Tensor | None) -> bool:
 
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
-    out: Tensor, rows_out: Tensor, dirty: Tensor | None = None, dirty_starts: Tensor | None = None, block: int = 1,
+    out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
+    dirty_starts: Tensor | None = None, block: int = 1,
 ) -> int:  # fmt: skip
     """Fake-quantized rows of `weight` for integer ids [..., T] of T tables into `out` float32 [N, dim], N ids.
 
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table. scale: float32 [T], or None.
         limits: lowest and highest code. rows_out: int64 [N], set to the rows read.
+        clamped: int64 [1], to which the number of weights beyond the limits is added; None: not counted.
+        raising: raise `scale` first, in place, to what these rows need, so that nothing is beyond the limits.
         dirty: uint8 flags of blocks of `block` rows, set where a row is read; table t's begin at dirty_starts[t].
 
     Returns:
@@ -99,7 +105,7 @@ def lookup(
     """
     found: int = _call(
         "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
-        _half(weight), weight.shape[1], scale, *limits, out, rows_out, dirty, dirty_starts, block,
+        _half(weight), weight.shape[1], scale, *limits, out, rows_out, clamped, raising, dirty, dirty_starts, block,
     )  # fmt: skip
     return found
 
@@ -156,9 +162,9 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None
     return None if count < 0 else (unique[:count], sums[:count])
 
 
-def rows_max(rows: Tensor, tables: int, weight: Tensor, maxima: Tensor) -> None:
-    """maxima[i % tables] = max(itself, max|weight[rows[i]]|), in place; float32 [tables] of magnitudes."""
-    _call("rows_max", rows, len(rows), tables, weight, _half(weight), weight.shape[1], maxima)
+def raise_scales(rows: Tensor, tables: int, weight: Tensor, scale: Tensor, highest: int) -> None:
+    """scale[i % tables] = max(itself, the scale of max|weight[rows[i]]|), in place; float32 [tables]."""
+    _call("raise_scales", rows, len(rows), tables, weight, _half(weight), weight.shape[1], scale, highest)
 
 
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
@@ -170,12 +176,60 @@ def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> floa
     return ctypes.c_float.from_buffer(c_uint32(bits)).value
 
 
-def quantize_weight(weight: Tensor, per_channel: bool, limits: tuple[int, int], codes: bool) -> tuple[Tensor, Tensor]:
-    """Codes as bf16, or values as float32, of a float32 weight [outputs, inputs], and the scale [outputs] or [1]."""
-    scale = weight.new_empty(len(weight) if per_channel else 1)
-    out = torch.empty_like(weight, dtype=torch.bfloat16 if codes else torch.float32)
-    _call("quantize_weight", weight, *weight.shape, per_channel, *limits, scale, out, codes)
-    return out, scale
+_spare: dict[int, list[Any]] = {}
+
+
+class _Lent(np.ndarray):
+    """Memory that goes back to `_spare` when the last tensor on it has gone."""
+
+    def __del__(self, spare: dict[int, list[Any]] = _spare) -> None:
+        if len(kept := spare.setdefault(len(self), [])) < 4:
+            kept.append(self.base)
+        if len(spare) > 8:
+            spare.clear()
+
+
+def _lend(size: int) -> Tensor:
+    """uint8 [size], used again later: fresh memory of a megabyte costs more than writing to it, page by page."""
+    try:
+        memory = _spare[size].pop()
+    except (KeyError, IndexError):
+        memory = np.empty(size, np.uint8)
+    return torch.from_numpy(memory.view(_Lent))
+
+
+def quantize_weights(
+    weights: Sequence[Tensor], formats: Sequence[tuple[bool, int, bool]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each float32 weight [outputs, inputs]: values as float32, or codes as bf16, and the scale [outputs] or [1].
+
+    Args:
+        formats: of each weight, whether it has a scale per channel, its highest code, and whether codes are wanted.
+    """
+    plan, size, scales, places = _plan(tuple(weight.shape for weight in weights), tuple(formats))
+    memory, scale = _lend(size), torch.empty(scales)
+    pointers = (c_void_p * len(weights))(*[weight.data_ptr() for weight in weights])
+    _call("quantize_weights", pointers, plan, len(weights), scale, memory)
+    found = []
+    for dtype, shape, at, first, end in places:
+        used = memory.view(dtype).as_strided(shape, (shape[1], 1), at)
+        found.append((used, scale[first:end]))
+    return found
+
+
+@functools.lru_cache(64)
+def _plan(shapes: tuple[torch.Size, ...], formats: tuple[tuple[bool, int, bool], ...]) -> tuple[Any, int, int, Any]:
+    """What the kernel is told, the bytes of memory and number of scales it needs, and where in them each weight is."""
+    plan: list[int] = []
+    places = []
+    at = scales = 0
+    for (outputs, inputs), (per_channel, highest, codes) in zip(shapes, formats):
+        plan += (outputs, inputs, per_channel, highest, codes, at, scales)
+        dtype, size = (torch.bfloat16, 2) if codes else (torch.float32, 4)
+        first, scales = scales, scales + (outputs if per_channel else 1)
+        places.append((dtype, (outputs, inputs), at // size, first, scales))
+        at += outputs * inputs * size + 63 & ~63
+    return (c_int64 * len(plan))(*plan), at, scales, places
 
 
 def finish_linear(y: Tensor, scale: Tensor, bias: Tensor, relu: bool) -> None:

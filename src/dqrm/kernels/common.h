@@ -36,13 +36,16 @@ static inline float code_of(float x, float scale, float low, float high) {
     q = q < low ? low : q;
     return q > high ? high : q;
 }
-static uint32_t max_bits_of(const void *x, int half, int64_t count) {
+static inline uint32_t max_bits_of(const void *x, int half, int64_t count) {
     uint32_t m = 0;
     if (half) {
         const uint16_t *h = x;
         uint16_t n = 0;
         for (int64_t i = 0; i < count; i++) { uint16_t b = h[i] & 0x7fff; n = b > n ? b : n; }
         m = (uint32_t)n << 16;
+    } else if (count == 16) { /* of known length, as rows often are: a few instructions */
+        const uint32_t *f = x;
+        for (int i = 0; i < 16; i++) { uint32_t b = f[i] & 0x7fffffff; m = b > m ? b : m; }
     } else {
         const uint32_t *f = x;
         for (int64_t i = 0; i < count; i++) { uint32_t b = f[i] & 0x7fffffff; m = b > m ? b : m; }

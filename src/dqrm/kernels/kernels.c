@@ -11,14 +11,42 @@
 
 /* ---- tables ---------------------------------------------------------------------------------------------------- */
 
+/* Whether a weight of this magnitude (or NaN) needs a larger scale; a scale that is NaN stays. */
+static int exceeds(float largest, float scale, int high) {
+    return !(scale_of(bits_of(largest), high) <= scale) && scale == scale;
+}
+
+/* scale[i % tables] = max(itself, the scale of max|weight[rows[i]]|). */
+EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, int64_t tables, const void *weight, int half,
+                              int64_t dim, float *scale, int high, int threads) {
+    int64_t width = dim * (half ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t sample = 0; sample < count / tables; sample++)
+      for (int64_t table = 0; table < tables; table++) {
+        int64_t i = sample * tables + table;
+        if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
+        float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
+        float now;
+        __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
+        if (largest < now * (float)high * 0.999999f) continue; /* nearly always */
+#pragma omp critical(dqrm_raise)
+        if (exceeds(largest, scale[table], high)) {
+            float raised = scale_of(bits_of(largest), high);
+            __atomic_store(&scale[table], &raised, __ATOMIC_RELAXED);
+        }
+      }
+}
+
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
- * `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t] on, are set for what is read.
+ * `clamped` (or NULL): the number of weights beyond the codes is added to it. `raising`: scales are raised first to what
+ * these rows need. `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t] on, are set for what is read.
  * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
-                           const int64_t *table_rows, const void *weight, int half, int64_t dim, const float *scale,
-                           int low, int high, float *out, int64_t *rows_out, uint8_t *dirty,
-                           const int64_t *dirty_starts, int64_t block, int threads) {
-    int64_t bad = INT64_MAX;
+                           const int64_t *table_rows, const void *weight, int half, int64_t dim, float *scale,
+                           int low, int high, float *out, int64_t *rows_out, int64_t *clamped, int raising,
+                           uint8_t *dirty, const int64_t *dirty_starts, int64_t block, int threads) {
+    int64_t bad = INT64_MAX, beyond;
+    int grown;
     int64_t size = half ? 2 : 4;
     int64_t samples = count / tables; /* sample by sample: a division per id would cost more than its row */
     int shift = 0;
@@ -32,7 +60,9 @@ EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tab
         if (dirty) __atomic_store_n(&dirty[dirty_starts[table] + (id >> shift)], 1, __ATOMIC_RELAXED);
       }
     if (bad != INT64_MAX) return bad;
-#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+again: /* at most once: where a row needs a larger scale, which is rare */
+    beyond = grown = 0;
+#pragma omp parallel for reduction(+ : beyond) reduction(| : grown) num_threads(threads) if (count * dim > LITTLE)
     for (int64_t sample = 0; sample < samples; sample++)
       for (int64_t table = 0; table < tables; table++) {
         int64_t i = sample * tables + table;
@@ -48,9 +78,24 @@ EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tab
         } else {
             memcpy(to, (const float *)weight + rows_out[i] * dim, dim * 4);
         }
-        if (scale)
-            for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, low, high) * s;
+        if (!scale) continue;
+        if (clamped || raising) {
+            float largest = float_of(max_bits_of(to, 0, dim));
+            if (!(largest < s * (float)high * 0.999999f)) { /* or NaN: look closely */
+                for (int64_t d = 0; d < dim; d++) {
+                    float code = rintf(to[d] / s);
+                    beyond += code < low || code > high;
+                }
+                grown |= raising && exceeds(largest, s, high);
+            }
+        }
+        for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, low, high) * s;
       }
+    if (grown) {
+        dqrm_raise_scales(rows_out, count, tables, weight, half, dim, scale, high, threads);
+        goto again;
+    }
+    if (clamped) *clamped += beyond;
     return -1;
 }
 
@@ -190,19 +235,6 @@ EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int
     return unique;
 }
 
-/* maxima[i % tables] = max(itself, max|weight[rows[i]]|). */
-EXPORT void dqrm_rows_max(const int64_t *rows, int64_t count, int64_t tables, const void *weight, int half, int64_t dim,
-                          uint32_t *maxima, int threads) {
-#pragma omp parallel for reduction(max : maxima[:tables]) num_threads(threads) if (count * dim > LITTLE)
-    for (int64_t sample = 0; sample < count / tables; sample++)
-      for (int64_t table = 0; table < tables; table++) {
-        int64_t i = sample * tables + table;
-        if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * dim * (half ? 2 : 4));
-        uint32_t m = max_bits_of((const char *)weight + rows[i] * dim * (half ? 2 : 4), half, dim);
-        maxima[table] = m > maxima[table] ? m : maxima[table];
-      }
-}
-
 /* max|weight[0:rows]| in bits, reading only blocks that are dirty and taking `maxima` for the others; cleans them. */
 EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int64_t dim, int64_t block, uint8_t *dirty,
                                 uint32_t *maxima, int threads) {
@@ -222,30 +254,50 @@ EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int6
 
 /* ---- linear layers ------------------------------------------------------------------------------------------------ */
 
-/* Weight [outputs, inputs] on its own scale, per output channel or one for all. `half_out`: codes as bf16 (exact up to
- * 8 bits); else values as float. scale: [outputs], or [1]. */
-EXPORT void dqrm_quantize_weight(const float *weight, int64_t outputs, int64_t inputs, int per_channel, int low,
-                                 int high, float *scale, void *out, int half_out, int threads) {
-    if (!per_channel) {
-        uint32_t m = 0;
-#pragma omp parallel for reduction(max : m) num_threads(threads) if (outputs * inputs > LITTLE)
-        for (int64_t o = 0; o < outputs; o++) {
-            uint32_t n = max_bits_of(weight + o * inputs, 0, inputs);
-            m = n > m ? n : m;
-        }
-        scale[0] = scale_of(m, high);
+/* A line of a weight on the scale of its own largest magnitude, so that no code needs to be clamped: codes as bf16 where
+ * `half_out`, or values as float. */
+static void quantize_line(const float *restrict w, int64_t count, float s, void *restrict out, int half_out) {
+    if (half_out) {
+        uint16_t *restrict to = out;
+        for (int64_t i = 0; i < count; i++) to[i] = narrow(rintf(w[i] / s));
+    } else {
+        float *restrict to = out;
+        for (int64_t i = 0; i < count; i++) to[i] = rintf(w[i] / s) * s;
     }
-#pragma omp parallel for num_threads(threads) if (outputs * inputs > LITTLE)
-    for (int64_t o = 0; o < outputs; o++) {
-        const float *w = weight + o * inputs;
-        if (per_channel) scale[o] = scale_of(max_bits_of(w, 0, inputs), high);
-        float s = scale[per_channel ? o : 0];
-        if (half_out) {
-            uint16_t *to = (uint16_t *)out + o * inputs;
-            for (int64_t i = 0; i < inputs; i++) to[i] = narrow(code_of(w[i], s, low, high));
+}
+
+/* Weights [outputs, inputs] on their own scales. Of weight k, plan[7k ...] holds: outputs, inputs, whether there is a
+ * scale per output channel (or one for all), highest code, whether codes are wanted as bf16 (exact up to 8
+ * bits) rather than values as float, where in `out` (in bytes) they go and where in `scales` its scales begin. */
+EXPORT void dqrm_quantize_weights(const float *const *weights, const int64_t *plan, int64_t count, float *scales,
+                                  char *out, int threads) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; k++) total += plan[7 * k] * plan[7 * k + 1];
+#pragma omp parallel num_threads(threads) if (total > LITTLE)
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t *p = plan + 7 * k, outputs = p[0], inputs = p[1], per_channel = p[2];
+        const float *weight = weights[k];
+        float *scale = scales + p[6];
+        int high = (int)p[3], half_out = (int)p[4];
+        char *to = out + p[5];
+        if (!per_channel) {
+            uint32_t m = 0; /* each thread for itself: they need it at once */
+            for (int64_t o = 0; o < outputs; o++) {
+                uint32_t n = max_bits_of(weight + o * inputs, 0, inputs);
+                m = n > m ? n : m;
+            }
+            float s = scale_of(m, high);
+#pragma omp single nowait
+            scale[0] = s;
+#pragma omp for nowait
+            for (int64_t o = 0; o < outputs; o++)
+                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
         } else {
-            float *to = (float *)out + o * inputs;
-            for (int64_t i = 0; i < inputs; i++) to[i] = code_of(w[i], s, low, high) * s;
+#pragma omp for nowait
+            for (int64_t o = 0; o < outputs; o++) {
+                float s = scale[o] = scale_of(max_bits_of(weight + o * inputs, 0, inputs), high);
+                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
+            }
         }
     }
 }

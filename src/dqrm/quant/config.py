@@ -5,6 +5,23 @@ from typing import Literal
 
 BITS = (2, 4, 8, 16, 32)
 REFRESHES = ("periodic", "running_max")
+PERIOD, RESCAN_PERIOD = 200, 10_000  # the first is the DQRM paper's on Kaggle
+
+
+def refresh_rule(scale_refresh: str | None, scale_period: int | None, rescan_period: int) -> tuple[str, int]:
+    """When scales are refreshed, and the period, after defaults: running_max, but periodic where a period is given.
+
+    Raises:
+        ValueError: an unknown rule, or a period that is no whole number of 1 or more.
+    """
+    rule = scale_refresh or ("running_max" if scale_period is None else "periodic")
+    period = PERIOD if scale_period is None else scale_period
+    for name, value in (("scale_period", period), ("rescan_period", rescan_period)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
+    if rule not in REFRESHES:
+        raise ValueError(f"scale_refresh is {scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
+    return rule, period
 
 
 class BitsOfParts:
@@ -39,11 +56,12 @@ class QATConfig(BitsOfParts):
     """Bits of the embedding tables; none: as --bits."""
     mlp_bits: int | None = None
     """Bits of the MLP weights; none: as --bits."""
-    scale_period: int = 200
-    """Training steps between two refreshes of a table's scale (1: every step)."""
-    scale_refresh: Literal["periodic", "running_max"] = "periodic"
-    """From all rows every scale_period steps, or raised each step by the rows just updated (running_max)."""
-    rescan_period: int = 10_000
+    scale_refresh: Literal["periodic", "running_max"] | None = None
+    """Scale of a table: raised each step by the rows just updated, or from all rows every scale_period steps (clips
+    weights that grow in between); none: running_max, but periodic where a scale_period is given."""
+    scale_period: int | None = None
+    """With periodic: training steps between two refreshes of a table's scale (1: every step); none: 200."""
+    rescan_period: int = RESCAN_PERIOD
     """With running_max: training steps between two exact scales from all rows."""
     linear_granularity: Literal["channel", "tensor"] = "channel"
     """One scale per output channel of a linear layer, or one per weight tensor."""
@@ -61,11 +79,9 @@ class QATConfig(BitsOfParts):
             raise ValueError(
                 f"bias_bits is {self.bias_bits}, but the MLP is not quantized, and a bias has no scale but its weight's"
             )
-        for name in ("scale_period", "rescan_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
-        if self.scale_refresh not in REFRESHES:
-            raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
+        # Resolved at once: what is stored says which rule it was.
+        rule, period = refresh_rule(self.scale_refresh, self.scale_period, self.rescan_period)
+        object.__setattr__(self, "scale_refresh", rule)
+        object.__setattr__(self, "scale_period", period)
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")

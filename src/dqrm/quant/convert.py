@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, refuse_unsupported
 from dqrm.quant.linear import QuantLinear
@@ -30,7 +31,7 @@ def prepare_qat(
 
     Args:
         model: any module; returned.
-        config: bits, period and granularity; default INT4 with the paper's period of 200.
+        config: bits, granularity and when scales are refreshed; default INT4 with scales that clamp no weight.
         filter: called as filter(name, module); False leaves that module as it is.
 
     Raises:
@@ -53,6 +54,7 @@ def prepare_qat(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # the flag by which it and nn.TransformerEncoder allow their fused path
+    clamps = Clamps()
     for _, module in chosen:
         module.__class__ = _SWAPS[type(module)]
         if isinstance(module, QuantLinear):
@@ -63,6 +65,7 @@ def prepare_qat(
             module._init_quantization(
                 config.effective_table_bits, config.scale_period, config.scale_refresh, config.rescan_period
             )
+            module.clamps = clamps  # one warning for all of them
     return model
 
 

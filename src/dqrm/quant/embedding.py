@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dqrm import kernels
+from dqrm.quant.config import RESCAN_PERIOD
 from dqrm.quant.ranges import BlockMaxima, TableScales
 from dqrm.quant.uniform import fake_quantize
 
@@ -34,8 +35,9 @@ class _ActiveRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: tuple[int, int], blocks: BlockMaxima | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: tuple[int, int], blocks: BlockMaxima | None,
+        clamped: Tensor | None, raising: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = sum(lookup.ids.numel() for lookup in lookups)
         found = torch.empty(count, weight.shape[1])
         rows = torch.empty(count, dtype=torch.int64)
@@ -46,7 +48,7 @@ class _ActiveRows(torch.autograd.Function):
             watched = () if blocks is None else (blocks.dirty, blocks.starts[tables], blocks.block)
             wrong = kernels.lookup(
                 lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, limits, found[at:end], rows[at:end],
-                *watched,
+                clamped, raising, *watched,
             )  # fmt: skip
             if wrong >= 0:
                 number = wrong % len(lookup.starts)
@@ -58,10 +60,10 @@ class _ActiveRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         values = grads[0].to(ctx.dtype).contiguous()
         grad = torch.sparse_coo_tensor(ctx.rows[None], values, ctx.shape, check_invariants=False)
-        return grad, None, None, None
+        return grad, None, None, None, None, None
 
 
 def integers(ids: Tensor) -> Tensor:
@@ -98,9 +100,9 @@ class _OneTable(TableScales):
         self,
         *args: Any,
         bits: int = 4,
-        scale_period: int = 200,
-        scale_refresh: str = "periodic",
-        rescan_period: int = 10_000,
+        scale_period: int | None = None,
+        scale_refresh: str | None = None,
+        rescan_period: int = RESCAN_PERIOD,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -111,7 +113,6 @@ class _OneTable(TableScales):
         self._init_scales(1, bits, *scales)
 
     padding_idx: int | None
-    sparse: bool
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
@@ -121,18 +122,18 @@ class _OneTable(TableScales):
         plain = self.padding_idx is not None or self.weight.dtype != torch.float32
         if self.sparse and not plain and kernels.fits(ids, self.weight, scale):
             table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(self.weight)]), scale)
-            found, rows = _ActiveRows.apply(self.weight, [table], self._limits(), self._blocks)
+            found, rows = _ActiveRows.apply(self.weight, [table], *self._watched(len(ids)))
         else:
             rows = ids.long()
             self._mark(rows)
-            found = fake_quantize(
-                F.embedding(rows, self.weight, self.padding_idx, sparse=self.sparse), scale, self.bits
-            )
+            found = F.embedding(rows, self.weight, self.padding_idx, sparse=self.sparse)
+            self._meet(found[:, None])
+            found = fake_quantize(found, scale, self.bits)
         self._note_rows(rows)
         return found
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, scale_period={self.scale_period}"
+        return f"{super().extra_repr()}, bits={self.bits}, {self._rule()}"
 
 
 class QuantEmbedding(_OneTable, nn.Embedding):
@@ -140,7 +141,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
 
     Args:
         bits: 2, 4, 8, 16, or 32 for no quantization.
-        scale_period: training forwards between two refreshes of the scale.
+        scale_refresh, scale_period, rescan_period: as in `QATConfig`; default: running_max, which clamps no weight.
 
     Raises:
         ValueError: max_norm or scale_grad_by_freq is asked for, or another number of bits.
@@ -156,7 +157,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
     Args:
         bits: 2, 4, 8, 16, or 32 for no quantization.
-        scale_period: training forwards between two refreshes of the scale.
+        scale_refresh, scale_period, rescan_period: as in `QATConfig`; default: running_max, which clamps no weight.
 
     Raises:
         ValueError: mode 'max', max_norm or scale_grad_by_freq is asked for, or another number of bits.
@@ -270,7 +271,7 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         multi: for each table, whether a sample has a bag of ids there instead of one; default: none has.
         pooling: 'sum' or 'mean' over the rows of a bag; an empty bag gives zeros.
         bits: 2, 4, 8, 16, or 32 for no quantization.
-        scale_period: training forwards between two refreshes of the scales.
+        scale_refresh, scale_period, rescan_period: as in `QATConfig`; default: running_max, which clamps no weight.
         sparse: whether `weight.grad` is sparse; a dense one costs a second copy of all tables.
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
 
@@ -286,9 +287,9 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         multi: Sequence[bool] | None = None,
         pooling: str = "sum",
         bits: int = 4,
-        scale_period: int = 200,
-        scale_refresh: str = "periodic",
-        rescan_period: int = 10_000,
+        scale_period: int | None = None,
+        scale_refresh: str | None = None,
+        rescan_period: int = RESCAN_PERIOD,
         sparse: bool = True,
         _weight: Tensor | None = None,
     ) -> None:
@@ -337,7 +338,9 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
                 )
                 for found, first, tables in groups
             ]
-            found, rows = _ActiveRows.apply(self.weight, lookups, self._limits(), self._blocks)
+            found, rows = _ActiveRows.apply(
+                self.weight, lookups, *self._watched(sum(found.numel() for found, _, _ in groups))
+            )
         else:
             found, rows = self._plain_rows(groups, scale)
         lengths = [part.numel() for part, _, _ in groups]
@@ -356,16 +359,15 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         found = F.embedding(rows, self.weight, sparse=self.sparse).float()
         if scale is None:
             return found, rows
-        quantized = [
-            fake_quantize(
-                part.view(-1, tables, self.embedding_dim), scale[first : first + tables, None], self.bits
-            ).flatten(0, 1)
-            for part, (_, first, tables) in zip(found.split([len(piece) for piece in pieces]), groups)
-        ]
+        quantized = []
+        for part, (_, first, tables) in zip(found.split([len(piece) for piece in pieces]), groups):
+            values = part.view(-1, tables, self.embedding_dim)
+            self._meet(values, first)
+            quantized.append(fake_quantize(values, scale[first : first + tables, None], self.bits).flatten(0, 1))
         return torch.cat(quantized) if len(quantized) > 1 else quantized[0], rows
 
     def extra_repr(self) -> str:
         return (
             f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, "
-            f"bits={self.bits}, scale_period={self.scale_period}"
+            f"bits={self.bits}, {self._rule()}"
         )

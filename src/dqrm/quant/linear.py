@@ -1,5 +1,6 @@
 """A linear layer whose weight is quantized each time it is used."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +19,33 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
     return scale_from_max(magnitude.amax(1) if per_channel else magnitude.amax().view(1), bits)
 
 
+def fusible(*weights: Tensor) -> bool:
+    """Whether the kernels quantize these weights."""
+    return kernels.fits(*weights) and all(weight.dtype == torch.float32 and weight.numel() for weight in weights)
+
+
+def quantized_weights(
+    weights: Sequence[Tensor], formats: Sequence[tuple[int, bool, bool]]
+) -> list[tuple[Tensor, Tensor]]:
+    """`quantized_weight` of several weights, in one pass; formats: (bits, per_channel, codes)."""
+    if weights and fusible(*weights):
+        wanted = [(per_channel, code_limits(bits)[1], codes) for bits, per_channel, codes in formats]
+        return kernels.quantize_weights(weights, wanted)
+    return [quantized_weight(weight, *format) for weight, format in zip(weights, formats)]
+
+
 def quantized_weight(weight: Tensor, bits: int, per_channel: bool, codes: bool) -> tuple[Tensor, Tensor]:
     """A float32 weight as it is multiplied, without a gradient, and its scale.
 
     Args:
         codes: bf16 codes instead of float32 values; up to 8 bits they are exact.
     """
-    if kernels.fits(weight) and weight.dtype == torch.float32 and weight.numel():
-        return kernels.quantize_weight(weight.detach(), per_channel, code_limits(bits), codes)
+    if fusible(weight):
+        (found,) = kernels.quantize_weights([weight.detach()], [(per_channel, code_limits(bits)[1], codes)])
+        return found
     scale = weight_scale(weight, bits, per_channel)
-    found = quantize(weight.detach(), scale[:, None], bits)
-    return (found.bfloat16() if codes else dequantize(found, scale[:, None])), scale
+    codes_found = quantize(weight.detach(), scale[:, None], bits)
+    return (codes_found.bfloat16() if codes else dequantize(codes_found, scale[:, None])), scale
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):

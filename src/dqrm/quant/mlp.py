@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dqrm import kernels
-from dqrm.quant.linear import QuantLinear, quantized_weight
+from dqrm.quant.linear import QuantLinear, quantized_weights
 from dqrm.quant.packed import PackedLinear
 
 # Multiplications below which converting to bf16 and back costs more than multiplying faster gains (measured).
@@ -34,12 +34,19 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: list[_Layer], *parameters: Tensor) -> Tensor:
         saved: list[Tensor | None] = []
-        for number, layer in enumerate(layers):
+        halves = [
+            layer.bf16 and len(x) * weight.numel() >= _WORTH_BF16 for layer, weight in zip(layers, parameters[::2])
+        ]
+        # 16-bit codes do not fit bf16: there the weight itself is rounded.
+        chosen = [
+            number for number, (layer, bf16) in enumerate(zip(layers, halves))
+            if layer.bits != 32 and not (bf16 and layer.bits == 16)
+        ]  # fmt: skip
+        formats = [(layers[number].bits, layers[number].per_channel, halves[number]) for number in chosen]
+        quantized = dict(zip(chosen, quantized_weights([parameters[2 * number] for number in chosen], formats)))
+        for number, (layer, bf16) in enumerate(zip(layers, halves)):
             weight, bias = parameters[2 * number : 2 * number + 2]
-            bf16 = layer.bf16 and len(x) * weight.numel() >= _WORTH_BF16
-            used, scale = weight, None
-            if layer.bits != 32 and not (bf16 and layer.bits == 16):  # 16-bit codes do not fit: round the weight itself
-                used, scale = quantized_weight(weight, layer.bits, layer.per_channel, codes=bf16)
+            used, scale = quantized.get(number, (weight, None))
             if bf16:
                 x, used = x.bfloat16(), used.bfloat16()
                 scale = weight.new_ones(1) if scale is None else scale

@@ -1,9 +1,10 @@
 """When a table's scale is refreshed, and from which rows.
 
 A scale comes from the whole table, and reading a table of ten million rows costs more than the rest of a training step.
-So it is refreshed at training forwards 0, P, 2P, ... (P: the scale period; DQRM paper) and reused between them, in
-evaluation, and in whatever is exported: the loss that a checkpoint reports is the loss that its codes give.
-With `running_max` (ours) the rows just updated raise the scale in between, and the exact refresh is rare.
+With `running_max` (ours, the default) the rows just updated raise it, and an exact refresh is rare: no forward clamps a
+weight. With `periodic` (DQRM paper) it is refreshed at training forwards 0, P, 2P, ... and weights that outgrow it in
+between are clamped. Either way evaluation and whatever is exported use it too: the loss that a checkpoint reports is
+the loss that its codes give.
 """
 
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dqrm import kernels
-from dqrm.quant.config import REFRESHES
+from dqrm.quant.clamping import Clamps
+from dqrm.quant.config import RESCAN_PERIOD, refresh_rule
 from dqrm.quant.uniform import check_bits, code_limits, scale_from_max
 
 # Rows read at once where the kernels cannot be used: torch may copy what it reduces.
@@ -30,6 +32,14 @@ def max_abs(weight: Tensor) -> Tensor:
     pieces = [torch.stack(torch.aminmax(piece)) for piece in weight.split(_CHUNK)]
     low, high = pieces[0] if len(pieces) == 1 else torch.stack(pieces).unbind(1)
     return torch.maximum(-low.amin(), high.amax()).float()
+
+
+def raise_to(scale: Tensor, largest: Tensor, bits: int) -> None:
+    """In place: scales [tables] at least those of weights whose largest magnitudes are `largest` [tables].
+
+    As scales, not as products: never below what the same maximum gave when it was exact.
+    """
+    torch.maximum(scale, scale_from_max(largest, bits), out=scale)
 
 
 class BlockMaxima:
@@ -84,31 +94,44 @@ class TableScales(nn.Module):
     weight: Any
     bits: int
     scale: Tensor
+    sparse: bool
 
     def _init_scales(
         self,
         tables: int,
         bits: int,
-        scale_period: int,
-        scale_refresh: str = "periodic",
-        rescan_period: int = 10_000,
+        scale_period: int | None = None,
+        scale_refresh: str | None = None,
+        rescan_period: int = RESCAN_PERIOD,
     ) -> None:
-        for name, period in (("scale_period", scale_period), ("rescan_period", rescan_period)):
-            if not isinstance(period, int) or period < 1:
-                raise ValueError(f"{name} is {period!r}, expected a whole number of training steps, 1 or more")
-        if scale_refresh not in REFRESHES:
-            raise ValueError(f"scale_refresh is {scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
+        self.scale_refresh, self.scale_period = refresh_rule(scale_refresh, scale_period, rescan_period)
         check_bits("bits", bits)
-        self.bits, self.scale_period = bits, scale_period
-        self.scale_refresh, self.rescan_period = scale_refresh, rescan_period
+        self.bits, self.rescan_period = bits, rescan_period
         self.register_buffer("scale", torch.zeros(tables, dtype=torch.float32, device=self.weight.device))
         self.scale_ticks = 0
+        self.clamps = Clamps()
         self._step_goes_on = False
         self._scale_known = False
+        self._promised = False
         self._blocks: BlockMaxima | None = None
         # Rows that training forwards looked up, as (rows, first table, tables), and the weight's version at that time.
         self._looked_up: list[tuple[Tensor, int, int]] = []
         self._looked_up_at = -1
+        # The weight's version when every row was last known to fit its scale, and whether a training forward followed:
+        # an update through `.data` changes no version.
+        self._covered_at, self._trained_since = -1, False
+
+    @property
+    def _running(self) -> bool:
+        return self.scale_refresh == "running_max" and self.bits != 32
+
+    @property
+    def _learning(self) -> bool:
+        """Whether an update may follow this forward: in training, or while gradients are recorded in evaluation."""
+        return self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
+
+    def _weight_version(self) -> int:
+        return -2 if self.weight.is_inference() else int(self.weight._version)
 
     def _tables(self) -> list[Tensor]:
         return [self.weight.detach()]
@@ -117,31 +140,41 @@ class TableScales(nn.Module):
         """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.
 
         And that an update follows each training forward; where one follows several, say `same_step` between them.
-        True of plain SGD and Adagrad on sparse gradients, not of momentum or dense weight decay. A refresh of the scale
-        then reads the rows looked up since the last one, and is as exact as before. Loading a state dict and moving the
-        module are noticed; after any other change call `refresh_scale`.
+        True of plain SGD and Adagrad on sparse gradients, not of momentum or dense weight decay. A periodic refresh of
+        the scale then reads the rows looked up since the last one, and is as exact as before; with running_max an
+        evaluation reads none. Loading a state dict and moving the module are noticed; after any other change call
+        `refresh_scale`.
         """
-        if self.bits != 32 and kernels.fits(self.weight) and self._blocks is None:
+        self._promised = True
+        if self.bits != 32 and not self._running and kernels.fits(self.weight) and self._blocks is None:
             self._blocks = BlockMaxima(tuple(len(table) for table in self._tables()))
 
     @torch.no_grad()
     def refresh_scale(self) -> None:
-        """Compute every table's scale from all of its rows."""
+        """Compute every table's scale from all of its rows; of tables of 32 bits, which have none, nothing."""
         if self._blocks is not None:
             self._blocks.all_changed()
         self._refresh()
 
     @torch.no_grad()
     def _refresh(self) -> None:
+        if self.bits == 32:
+            return
         if len(self.scale):
-            if self._blocks is not None:
-                found = [self._blocks.table_max(number, table) for number, table in enumerate(self._tables())]
-                largest = torch.tensor(found)
-            else:
-                largest = torch.stack([max_abs(table) for table in self._tables()])
-            self.scale.copy_(scale_from_max(largest, self.bits))
+            self.scale.copy_(scale_from_max(self._largest(), self.bits))
         self._scale_known = True
         self._looked_up.clear()
+        self._covered()
+
+    def _largest(self) -> Tensor:
+        """max|w| of each table, from all of its rows: float32 [tables]."""
+        if self._blocks is not None:
+            found = [self._blocks.table_max(number, table) for number, table in enumerate(self._tables())]
+            return torch.tensor(found)
+        return torch.stack([max_abs(table) for table in self._tables()])
+
+    def _covered(self) -> None:
+        self._covered_at, self._trained_since = self._weight_version(), False
 
     @torch.no_grad()
     def _raise_scale(self) -> None:
@@ -151,23 +184,59 @@ class TableScales(nn.Module):
         if len(self._looked_up) > _FORWARDS_KEPT:
             return self.refresh_scale()
         for rows, first, tables in self._looked_up:
-            scale = self.scale[first : first + tables]
-            largest = torch.zeros_like(scale)
-            if kernels.fits(rows, self.weight):
-                kernels.rows_max(rows, tables, self.weight.detach(), largest)
+            scale = self.scale if tables == len(self.scale) else self.scale[first : first + tables]
+            if kernels.fits(rows, self.weight, scale):
+                kernels.raise_scales(rows, tables, self.weight, scale, code_limits(self.bits)[1])
             elif len(rows):
                 found = self.weight.detach().index_select(0, rows).abs().amax(1).float()
-                largest = found.view(-1, tables).amax(0)
-            # As a product, never below the scale that the same maximum gave when it was exact.
-            torch.maximum(scale, scale_from_max(largest, self.bits), out=scale)
+                raise_to(scale, found.view(-1, tables).amax(0), self.bits)
         self._looked_up.clear()
+
+    @torch.no_grad()
+    def _cover_all(self) -> None:
+        """With running_max: raise scales to what every row needs, whatever has changed it.
+
+        Reads all rows unless it is known that nothing but rows looked up has changed. Evaluation, copies and state
+        dicts ask for it, and each training step whose gradients are dense: it goes over the whole table anyway.
+        """
+        self._raise_scale()
+        if not self._running or not self._scale_known or self._promised:
+            return
+        if self._trained_since or self._weight_version() != self._covered_at:
+            if len(self.scale):
+                raise_to(self.scale, self._largest(), self.bits)
+            self._covered()
 
     def _note_rows(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
         """This forward looks up `rows` (int64 [N]; position i is of table first + i % tables)."""
-        if self.scale_refresh == "running_max" and self.training and self.bits != 32 and self.weight.requires_grad:
+        if self._running and self._learning and self.weight.requires_grad and self.sparse:
             if len(self._looked_up) <= _FORWARDS_KEPT:
                 self._looked_up.append((rows, first, tables))
             self._looked_up_at = self.weight._version
+
+    def _watched(self, rows: int) -> tuple[tuple[int, int], BlockMaxima | None, Tensor | None, bool]:
+        """For a lookup of so many rows by the kernels: code limits, blocks to mark, where clamped weights are counted
+        and whether scales are raised to what the rows need."""
+        counting = self.training and self.bits != 32
+        counter = self.clamps.counter(rows * self.weight.shape[1], self.weight.device) if counting else None
+        return self._limits(), self._blocks, counter, self._running and self._learning
+
+    @torch.no_grad()
+    def _meet(self, found: Tensor, first: int = 0) -> None:
+        """Before a forward of training quantizes `found` [N, tables, dim] (tables from `first` on), not by the kernels:
+        raise their scales to what these rows need (running_max), or count what their scales clamp (periodic)."""
+        if found.numel() == 0 or torch.compiler.is_compiling():
+            return
+        scale = self.scale[first : first + found.shape[1]]
+        if self._running and self._learning:
+            raise_to(scale, found.detach().abs().amax((0, 2)).float(), self.bits)
+        if not self.training:
+            return
+        counter = self.clamps.counter(found.numel(), found.device)
+        if not self._running:
+            low, high = code_limits(self.bits)
+            codes = (found.detach().float() / scale[:, None]).round_()
+            counter += ((codes < low) | (codes > high)).sum()
 
     def _mark(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
         """As `_note_rows`, for exact refreshes, where the kernels have not done it."""
@@ -185,12 +254,12 @@ class TableScales(nn.Module):
             return
         if self._blocks is not None:
             self._blocks.mark_any(rows)
-        if self.scale_refresh == "running_max" and self._scale_known:
+        if self._running and self._scale_known:
             starts = torch.tensor([0, *map(len, self._tables())][:-1], device=rows.device).cumsum(0)
             largest = self.weight.detach().index_select(0, rows).abs().amax(1).float()
             table = torch.searchsorted(starts, rows, right=True).sub_(1)
             needed = torch.zeros_like(self.scale).scatter_reduce_(0, table, largest, "amax")
-            torch.maximum(self.scale, scale_from_max(needed, self.bits), out=self.scale)
+            raise_to(self.scale, needed, self.bits)
         self._looked_up.clear()
 
     def weights_replaced(self, ticks: int) -> None:
@@ -201,37 +270,59 @@ class TableScales(nn.Module):
             self._blocks.all_changed()
         self.scale_ticks = ticks
         self._scale_known = bool((self.scale > 0).all())
+        self._covered()  # the scales that came with weights are theirs: what was saved is what is evaluated
 
     def current_scale(self) -> Tensor:
         """The scales that a forward in evaluation uses: float32 [tables]. The clock does not tick."""
-        self._raise_scale()
+        self._cover_all()
         if not self._scale_known:
             self._refresh()
+        self.clamps.check()
         return self.scale
 
     def _tick(self) -> Tensor:
         """The scales that this forward uses [tables]; in training, one tick of the clock."""
-        self._raise_scale()
-        if self.training and self._step_goes_on and self._scale_known:
+        if not self._learning:
+            return self.current_scale()
+        if self.sparse or self._weight_version() == self._covered_at:
+            self._raise_scale()
+        else:
+            self._cover_all()
+        if not self.training:
+            if not self._scale_known:
+                self._refresh()
+            self._trained_since = True
+            return self.scale
+        self._trained_since = True
+        self.clamps.forward_begins()
+        if self._step_goes_on and self._scale_known:
             self._step_goes_on = False
             return self.scale
         period = self.scale_period if self.scale_refresh == "periodic" else self.rescan_period
-        if not self._scale_known or (self.training and self.scale_ticks % period == 0):
+        if not self._scale_known or self.scale_ticks % period == 0:
             self._refresh()
-        if self.training:
-            self.scale_ticks += 1
+            self._trained_since = True
+        self.scale_ticks += 1
         return self.scale
+
+    def _rule(self) -> str:
+        period = "" if self._running else f", scale_period={self.scale_period}"
+        return f"scale_refresh={self.scale_refresh!r}{period}"
 
     def _limits(self) -> tuple[int, int]:
         return (0, 0) if self.bits == 32 else code_limits(self.bits)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the scale with the module, but never casts it: in FP16 the scale of small weights would be 0."""
-        self._raise_scale()
-        scale = self.scale
+        self._cover_all()
+        scale, dtype = self.scale, self.weight.dtype
         super()._apply(fn, recurse)
         self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
         self._looked_up.clear()
+        self._covered_at = -1
+        if self._running and self._scale_known and self.weight.dtype != dtype and len(self.scale):
+            with torch.no_grad():  # rounding to another type makes some weights larger
+                raise_to(self.scale, self._largest(), self.bits)
         if self._blocks is not None:
             self._blocks = None
             self.only_looked_up_rows_change()
@@ -239,11 +330,11 @@ class TableScales(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: their weight counts its versions anew."""
-        self._raise_scale()
-        return {**self.__dict__, "_looked_up": list(self._looked_up), "_looked_up_at": -1}
+        self._cover_all()
+        return {**self.__dict__, "_looked_up": list(self._looked_up), "_looked_up_at": -1, "_covered_at": -1}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._raise_scale()
+        self._cover_all()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale_ticks"] = torch.tensor(self.scale_ticks, dtype=torch.int64)
 

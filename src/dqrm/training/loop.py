@@ -11,8 +11,9 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,7 @@ from dqrm.training.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
+from dqrm.training.clamping import Clamping
 from dqrm.training.environment import Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
 from dqrm.training.optimizers import learning_rate
@@ -67,6 +69,11 @@ class State:
     metrics_bytes: int = 0
     train_seconds: float = 0.0
     train_rows: int = 0
+    clamping: Clamping = field(default_factory=Clamping)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.clamping, dict):  # as JSON has it
+            self.clamping = Clamping(**self.clamping)
 
 
 class Trainer:
@@ -86,6 +93,7 @@ class Trainer:
         self.run, self.model, self.dataset, self.config = run, model, dataset, run.config
         self.options, self.world = self.config.training, world or World()
         self.progress, self.log = progress or (lambda *_: None), log if log and self.world.first else (lambda _: None)
+        self.warn = (lambda text: self.log(f"Warning: {text}.")) if log or not self.world.first else warnings.warn
         self.device = resolve_device(self.world.device(self.options.device))
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
@@ -97,6 +105,7 @@ class Trainer:
         self.model.to(self.device).train()
         self.step = TrainStep(self.model, self.config, self.world)
         self.optimizers, self.exchange = self.step.optimizers, self.step.exchange
+        self.model.tables.clamps.quiet = True  # what it counts is told here
         if last is not None:
             self._load_state(last)
         self.flags = 0  # of the last step, joined over the ranks
@@ -185,13 +194,14 @@ class Trainer:
 
     def _sum_loss(self) -> None:
         """Bring the epoch's loss into the state, unless it is no number: that must never reach a checkpoint."""
-        state = self.state
+        state, clamped = self.state, self.model.tables.clamps.take()
         if self.exchange is None:
             state.loss_sum = float(self.loss_sum)
+            state.clamping.add([clamped])
         else:
-            state.loss_sum = sum(
-                loss for losses in self.world.gather(self.exchange.loss_sums.tolist()) for loss in losses
-            )
+            ranks = self.world.gather((self.exchange.loss_sums.tolist(), clamped))
+            state.loss_sum = sum(loss for losses, _ in ranks for loss in losses)
+            state.clamping.add(counts for _, counts in ranks)
         if not np.isfinite(state.loss_sum):
             raise UserError(
                 f"training diverged: the loss is {state.loss_sum} at step {state.step}; lower learning_rate "
@@ -216,8 +226,9 @@ class Trainer:
         self._sum_loss()
         train_loss = state.loss_sum / state.loss_rows
         if log_due:
-            sent = {} if self.exchange is None else {"exchange": self.exchange.report()}
-            self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **sent})
+            more: dict[str, Any] = {**state.clamping.figures()}
+            more |= {} if self.exchange is None else {"exchange": self.exchange.report()}
+            self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
         if evaluate_now:
             self._evaluate(train_loss)
@@ -268,6 +279,7 @@ class Trainer:
                 "train_loss": train_loss,
                 "best": better,
                 **metrics,
+                **state.clamping.figures(),
                 **position,
             }
         )
@@ -277,6 +289,7 @@ class Trainer:
             + (", ".join(figures) or "has no rows")
             + (" (best so far)" if better else "")
         )
+        state.clamping.evaluated(self.warn)
 
     def _position(self) -> dict[str, Any]:
         rate = learning_rate(self.state.step - 1, self.config.optimizer) * self.state.rate_factor
@@ -328,7 +341,9 @@ class Trainer:
                 verify_checkpoint(folder)
             found = load_state(folder, self.optimizers)
             known = [field.name for field in fields(State)]
-            require(folder / STATE, found, dict.fromkeys(known, ANYTHING))
+            # Runs of before clamped weights were counted lack that field.
+            required = [name for name in known if name != "clamping"]
+            require(folder / STATE, found, dict.fromkeys(required, ANYTHING))
             if unknown := [name for name in found if name not in known]:
                 raise UserError(
                     f"{folder / STATE} has the unknown key '{unknown[0]}': another version of dqrm wrote it"
@@ -375,6 +390,7 @@ class Trainer:
             "stored_bytes": stored_bytes(model),
             "train_seconds": round(state.train_seconds, 3),
             "samples_per_second": round(state.train_rows / seconds, 1),
+            "clamped_weights": state.clamping.share,
             "config": self.config.to_dict(),
             "seed": self.options.seed,
             "data": self.run.info["data"],
