@@ -39,7 +39,7 @@ def test_a_stale_scale_is_told_once_with_its_share_and_the_way_out(generated, tm
     assert f"{evaluations[0]:.2%}" in told[0]
     assert all(0.001 < share < 1 for share in evaluations)
     assert summary["clamped_weights"] == pytest.approx(sum(evaluations) / len(evaluations))  # of equal intervals
-    assert [line for line in metrics if line["kind"] == "train"][0]["clamped_weights"] < evaluations[0]
+    assert next(line for line in metrics if line["kind"] == "train")["clamped_weights"] < evaluations[0]
 
 
 def test_without_a_log_it_is_a_python_warning(generated, tmp_path):
