@@ -25,6 +25,8 @@ from dqrm.files import claim, flush, write_json
 MARKER = ".dqrm-preparing"
 Progress = Callable[[str, int, int | None], None]
 DEFAULTS = PrepareConfig()
+# Columns with one number for each row beside the model's.
+_PER_ROW = ("weight", "group")
 
 
 def prepare(
@@ -162,10 +164,14 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
                 }
             )
         tell("counting ids", len(plan.keys), len(plan.keys))
+        if plan.group is not None:
+            translated.add_groups(staged)
         wrote = _Steps(tell, "writing")
         writers = encode.write_splits(staged, assigned, translated, path, lambda count: wrote(count, sum(staged.rows)))
     finally:
         staged.close()
+    if plan.weight is not None and writers[splits.TRAIN].weight == 0:
+        raise UserError(f"the weights in column {plan.weight} of all training rows are 0: nothing to train on")
     shutil.rmtree(work)
     info = _info(plan, files, columns, writers, dropped)
     written = [f"{name}/{file}" for name in folder.SPLITS for file in folder.arrays(info, name)]
@@ -192,6 +198,7 @@ def _info(
             "min_count": config.min_count,
             "max_rows_per_table": config.max_rows_per_table,
             "multi_separator": config.multi_separator if config.multi else None,
+            **_given(config),
         },
         "split": splits.describe(config),
         "rows": {name: writer.rows for name, writer in by_split.items()},
@@ -204,8 +211,14 @@ def _info(
         "lines_skipped": sum(file.skipped for file in files),
         "sources": [file.describe() for file in files],
         # The number of rows at a time changes nothing in the result.
-        "options": {key: value for key, value in dataclasses.asdict(config).items() if key != "chunk_rows"},
+        "options": {
+            key: value
+            for key, value in dataclasses.asdict(config).items()
+            if key != "chunk_rows" and (key not in _PER_ROW or value is not None)
+        },
     }
+    if plan.weight is not None:
+        info["weights"] = {name: writer.weight for name, writer in by_split.items()}
     # Names of files may change without the data changing.
     hashed = {**info, "sources": [{k: v for k, v in file.describe().items() if k != "name"} for file in files]}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -215,6 +228,11 @@ def _info(
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         **info,
     }
+
+
+def _given(config: PrepareConfig) -> dict[str, str]:
+    """The columns of weights and groups, where there are any: other datasets stay what they were."""
+    return {name: value for name in _PER_ROW if (value := getattr(config, name)) is not None}
 
 
 class _Steps:

@@ -58,7 +58,9 @@ class RawLog:
     ) -> None:
         _check_keep(keep)
         config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
-        self._plan = dataclasses.replace(make_plan(config), split=None, label=None, copied=tuple(keep))
+        self._plan = dataclasses.replace(
+            make_plan(config), split=None, label=None, weight=None, group=None, copied=tuple(keep)
+        )
         self._vocabularies = list(vocabularies)
         _check_columns(self._plan, columns, self._vocabularies)
         self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
