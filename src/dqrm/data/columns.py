@@ -130,8 +130,8 @@ class Plan:
         """The good rows of a block; the others are added to `block.bad`.
 
         Columns: label UInt8, if there is one, d<n> Float32 (transformed), k<n> keys (UInt32, UInt64 or String;
-        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones; w Float32
-        and g, a key, where there are weights and groups.
+        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones; w
+        Float32 and g, a key, where there are weights and groups.
         """
         raw = block.fields.select(self.needed)
         kinds = dict(raw.schema)
@@ -187,6 +187,8 @@ class Plan:
             return pl.when((high == 0) | (low == 0)).then(0).otherwise(high * 2**32 + low).cast(pl.UInt64)
         if key.multi:
             lists = isinstance(kinds[key.name], pl.List)
+            if kinds[key.name] == pl.Null:
+                parts[0] = parts[0].cast(pl.String)
             cells = parts[0].cast(pl.List(pl.String)) if lists else parts[0].str.split(self.config.multi_separator)
             return cells.fill_null([]).list.eval(pl.element().filter(pl.element() != ""))
         if self.criteo:
@@ -270,7 +272,7 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
             hint = "; name it in multi too, or leave it out" if could else ", expected one number or text per row"
             raise UserError(f"{_role(plan, name)} {name} of {where} holds lists{hint}")
         inner = kind.inner if isinstance(kind, pl.List) else kind
-        if multi and not isinstance(kind, pl.List) and kind != pl.String:
+        if multi and not isinstance(kind, pl.List) and kind not in (pl.String, pl.Null):
             raise UserError(f"multi column {name} of {where} is of type {kind}, expected lists or text")
         if not isinstance(inner, pl.DataType) or not (inner.is_numeric() or inner in _TEXTS):
             raise UserError(f"{_role(plan, name)} {name} of {where} is of type {kind}, expected numbers or text")

@@ -83,8 +83,6 @@ class Translations:
         return np.frombuffer(file.read(4 * count), np.int32)
 
 
-
-
 class Writer:
     """The arrays of one split, appended to. No file stays open: of multi-valued columns there may be thousands.
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,9 +15,10 @@ from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
-from dqrm.data.listing import require_same_files, resolve
+from dqrm.data.listing import require_same_files
 from dqrm.data.sources import Source, total_size
 from dqrm.data.staging import Staging
+from dqrm.data.tables import TableSource, as_list, gather
 from dqrm.errors import UserError
 from dqrm.files import claim, flush, write_json
 
@@ -30,14 +31,15 @@ _PER_ROW = ("weight", "group")
 
 
 def prepare(
-    sources: str | Path | Sequence[str | Path],
+    sources: Any,
     output: str | Path,
     config: PrepareConfig = DEFAULTS,
     progress: Progress | None = None,
 ) -> Dataset:
     """Writes the dataset folder `output` from logs.
 
-    sources: files, folders, globs of them, or pipes (`-`: standard input).
+    sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
+    DataFrames, Arrow tables and datasets), alone or in a list.
     progress: called with what is being done, how much of it is done, and of how much (None: nobody knows).
     All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
 
@@ -47,8 +49,8 @@ def prepare(
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
-    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    files, plan = resolve(given), make_plan(config)
+    given = as_list(sources)
+    files, plan = gather(given), make_plan(config)
     ingest.check(files, plan)
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()
@@ -67,7 +69,10 @@ def prepare(
     try:
         _check_output(output)  # a run that ended meanwhile may have filled it
         _fill(partial, files, plan, tell)
-        require_same_files(given, files)
+        require_same_files(
+            [item for item in given if isinstance(item, (str, Path))],
+            [file for file in files if not isinstance(file, TableSource)],
+        )
         os.replace(partial, target)
         moved = True
         (target / MARKER).unlink()

@@ -61,7 +61,8 @@ class Staging:
         self.rows.append(frame.height)
 
     def read(self, chunk: int, *names: str) -> list[pl.Series]:
-        """Arrays of one chunk by the name they are stored under: label, weight, dense, keys<n>, codes<n>, lengths<n>."""
+        """Arrays of one chunk by the name they are stored under: label, weight, dense, keys<n>, codes<n> or
+        lengths<n>."""
         # Opened here: polars would take brackets in the name of a folder for a pattern.
         with self._path(chunk).open("rb") as file:
             frame = pl.read_ipc(file, columns=list(names))

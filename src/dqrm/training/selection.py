@@ -38,9 +38,9 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
     count = evaluations(config, dataset.rows["train"])
     does = {"early_stopping": "it will never stop the run early", "plateau_patience": "the learning rate will not drop"}
     return [
-        f"{name} is {wait}, but the run has {count} evaluation{'s' * (count != 1)} (epochs {options.epochs}, eval_every "
-        f"{options.eval_every}, max_steps {options.max_steps}) and it can act from {wait + 2} on: {does[name]}; set "
-        "eval_every, or train for more epochs"
+        f"{name} is {wait}, but the run has {count} evaluation{'s' * (count != 1)} (epochs {options.epochs}, "
+        f"eval_every {options.eval_every}, max_steps {options.max_steps}) and it can act from {wait + 2} on: "
+        f"{does[name]}; set eval_every, or train for more epochs"
         for name, wait in asked.items()
         if count < wait + 2  # the first one is the best so far, and after the last there is nothing to change
     ]
