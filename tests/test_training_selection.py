@@ -60,10 +60,10 @@ def test_a_run_with_one_evaluation_more_does_stop_early(tmp_path):
 
 def test_early_stopping_without_a_figure_is_refused(tmp_path):
     empty, constant = table(tmp_path / "a", 0.0), table(tmp_path / "b", 0.01, (0, 1, 0, 1, 0, 1))
-    with pytest.raises(UserError, match="early_stopping is 2, but .* has no validation rows"):
+    with pytest.raises(UserError, match=r"early_stopping is 2, but .* has no validation rows"):
         train(empty, tmp_path / "run", tiny(early_stopping=2, epochs=9))
     constant.info["clicks"]["validation"] = 0
-    with pytest.raises(UserError, match="validation rows of .* have the label 0, so there is no AUC"):
+    with pytest.raises(UserError, match=r"validation rows of .* have the label 0, so there is no AUC"):
         train(constant, tmp_path / "run", tiny(early_stopping=2, epochs=9))
     assert not (tmp_path / "run").exists()
     assert check_selection(tiny(early_stopping=2, epochs=9, select_by="log_loss"), constant) == []

@@ -84,8 +84,9 @@ def test_data_without_them_is_what_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(-1.0, "-1.0"), (float("nan"), "nan"), (float("inf"), "inf"), (1e300, "1e+300"), (None, "nothing")]
-)  # fmt: skip
+    ("value", "told"),
+    [(-1.0, "-1.0"), (float("nan"), "nan"), (float("inf"), "inf"), (1e300, "1e+300"), (None, "nothing")],
+)
 def test_a_weight_that_is_none_is_refused_by_its_row(tmp_path, value, told):
     log = frame(20).with_columns(w=pl.Series([1.0] * 7 + [value] + [2.0] * 12))
     with pytest.raises(UserError, match=r"row 8: column w, the weight, holds .*, expected a finite number") as error:

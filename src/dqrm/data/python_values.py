@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, np.generic) and not isinstance(value, (np.float32, np.datetime64)):
         value = value.item()
-    return None if isinstance(value, (float, np.float32)) and value != value else value
+    return None if isinstance(value, (float, np.float32)) and np.isnan(value) else value
 
 
 def _kind(name: str, value: Any) -> type:
