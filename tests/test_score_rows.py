@@ -14,11 +14,16 @@ import torch
 import dqrm
 from conftest import tiny
 from data_helpers import criteo_lines, write
+from dqrm.data import ingest
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
 from dqrm.data.prepare import prepare
+from dqrm.data.raw import RawEncoder
+from dqrm.data.tables import rows_source
+from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.pipeline import export_run
 from dqrm.export.scoring import predict
+from dqrm.options import build
 from dqrm.training.launch import train
 
 CONFIG = PrepareConfig(
@@ -125,6 +130,29 @@ def test_one_row_and_none(made, model):
         found = model.score(nothing)
         assert (found.dtype, found.shape) == (np.float32, (0,))
     assert np.array_equal(model.score(rows, batch_size=7).round(5), wanted.round(5))
+
+
+@pytest.mark.parametrize("cap", [None, 5])
+def test_few_rows_are_looked_up_as_many_are(tmp_path, cap):
+    rows = log()
+    data = prepare(rows, tmp_path / "data", replace(CONFIG, max_rows_per_table=cap))
+    columns = data.info["schema"]["columns"]
+    vocabularies = [Vocabulary.read(data.vocabulary_path(column["name"])) for column in columns]
+    encoder = RawEncoder(build(PrepareConfig, data.info["options"], "options"), columns, vocabularies)
+
+    def encoded(some):
+        source = rows_source(some)
+        ingest.check([source], encoder.plan)
+        return [block.batch for block in encoder.blocks(source)]
+
+    (whole,) = encoded(rows)
+    for at in range(0, 300, 3):
+        (few,) = encoded(rows[at : at + 3])
+        assert torch.equal(few.ids, whole.ids[at : at + 3])
+        (values, _), (every, offsets) = few.bags[0], whole.bags[0]
+        ends = [*offsets.tolist(), len(every)]
+        assert torch.equal(values, every[ends[at] : ends[at + 3]])
+    assert whole.ids.count_nonzero() > 600
 
 
 @pytest.mark.parametrize(

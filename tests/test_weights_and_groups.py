@@ -1,5 +1,6 @@
 """Weights of rows and groups of rows: from a column of the log to loss, metrics and the choice of a checkpoint."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,12 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from sklearn.metrics import log_loss, roc_auc_score
 
 from conftest import tensors, tiny
 from data_helpers import KAGGLE, content, criteo_lines, write
+from dqrm.cli import cli
 from dqrm.config import ExchangeConfig
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
@@ -21,6 +24,7 @@ from dqrm.training.launch import train
 from dqrm.training.metrics import click_metrics, group_auc
 from dqrm.training.run import Run
 from dqrm.training.step import TrainStep
+from launch_helpers import flags, same_run, torchrun
 
 PLAIN = PrepareConfig(categorical=("user", "ad"), dense=("x",), max_rows_per_table=5)
 FULL = replace(PLAIN, weight="w", group="user")
@@ -114,7 +118,7 @@ def test_unknown_columns_and_weights_that_are_all_zero(tmp_path):
     for field in ("weight", "group"):
         with pytest.raises(UserError, match="no column 'wright' in"):
             made(tmp_path, replace(FULL, **{field: "wright"}))
-    with pytest.raises(UserError, match="weight column t of .* is of type Date"):
+    with pytest.raises(UserError, match=r"weight column t of .* is of type Date"):
         made(tmp_path, replace(FULL, weight="t"), frame().with_columns(t=pl.date(2020, 1, 1)))
     with pytest.raises(UserError, match="weights in column w of all training rows are 0"):
         made(tmp_path, FULL, frame().with_columns(w=0.0))
@@ -123,7 +127,7 @@ def test_unknown_columns_and_weights_that_are_all_zero(tmp_path):
 
 def test_a_weight_may_be_a_dense_column_and_a_group_any(tmp_path):
     data = made(tmp_path, replace(FULL, weight="x", group="ad"))
-    labels, weights, _ = rows_of(data, "train")
+    _, weights, _ = rows_of(data, "train")
     transformed = np.log1p(weights.astype(np.float64)).astype(np.float32)
     np.testing.assert_array_max_ulp(np.asarray(data.split("train").arrays["dense.f32"])[:, 0], transformed, 4)
     log = write(tmp_path / "log.txt", criteo_lines(70))
@@ -259,9 +263,53 @@ def test_eval_shows_gauc_and_it_may_choose(data, tmp_path):
 
 def test_gauc_is_refused_where_there_is_no_group(tmp_path):
     plain = made(tmp_path, PLAIN, name="plain")
-    with pytest.raises(UserError, match="select_by is gauc, but .* has no group column; prepare the data with --group"):
+    with pytest.raises(
+        UserError, match=r"select_by is gauc, but .* has no group column; prepare the data with --group"
+    ):
         train(plain, tmp_path / "run", tiny(select_by="gauc"))
     alone = made(tmp_path, replace(FULL, group="row"), frame().with_row_index("row"), "alone")
     with pytest.raises(UserError, match="no row of the validation split has rows of both labels"):
         train(alone, tmp_path / "run", tiny(select_by="gauc"))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_give_the_bits_of_two_simulated_ones(data, tmp_path):
+    options = {"epochs": 2, "eval_every": 4, "select_by": "gauc"}
+    real, simulated = tmp_path / "real", tmp_path / "simulated"
+    with torchrun(tmp_path / "launch", 2, "train", data.path, "-o", real, *flags(**options)) as launch:
+        (ended,) = launch.wait()
+    assert ended.code == 0, ended.err
+    result = CliRunner().invoke(
+        cli, ["train", str(data.path), "-o", str(simulated), *flags(**options, simulate_ranks=2)]
+    )
+    assert result.exit_code == 0, result.output
+    same_run(real, simulated)
+
+
+def test_on_the_command_line_and_of_exported_files(tmp_path):
+    frame().write_csv(tmp_path / "log.csv")
+
+    def run(*words):
+        result = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    data, model = tmp_path / "data", tmp_path / "run"
+    shown = run(
+        "prepare", tmp_path / "log.csv", "-o", data, "--categorical", "user,ad", "--weight", "w", "--group", "user"
+    )
+    assert "Weight of each row: column w" in shown
+    assert "Group of each row: column user" in shown
+    assert "gauc" in run("train", data, "-o", model, *flags(max_steps=9, select_by="gauc"))
+    assert "gauc" in run("info", model)
+    wanted = json.loads(run("eval", model, data, "--json"))
+    assert 0 < wanted["gauc_coverage"] <= 1
+    assert "gauc_coverage" in run("eval", model, data)
+    pytest.importorskip("onnxruntime")
+    for suffix in (".dqrm", ".onnx"):
+        file = tmp_path / f"model{suffix}"
+        run("export", model, "-o", file)
+        found = json.loads(run("eval", file, data, "--json"))
+        assert found == pytest.approx(wanted, abs=0.01)  # another order of sums may swap two rows
+        assert found["gauc_coverage"] == wanted["gauc_coverage"]
+    assert "gauc" in run("info", tmp_path / "model.dqrm")

@@ -28,6 +28,8 @@ from dqrm.errors import UserError
 PROBABILITY = "probability"
 # Rows of Parquet at a time; more are no quicker. Several blocks are in memory: read, encoded, scored.
 _BLOCK_ROWS = 1 << 16
+# As many are looked up one by one: whoever scores single rows waits for each call.
+_FEW_ROWS = 16
 _KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
 
 
@@ -92,8 +94,13 @@ class RawEncoder:
         self, column: KeyColumn, vocabulary: Vocabulary, cells: pl.Series
     ) -> tuple[NDArray[np.int32], pl.Series | None]:
         """The table row of each entry, and a multi-valued column's entries per row."""
-        keys, codes, lengths = column.code(cells, self.plan.config.max_rows_per_table)
-        return vocabulary.lookup(keys)[codes], lengths
+        cap = self.plan.config.max_rows_per_table
+        if len(cells) > _FEW_ROWS:
+            keys, codes, lengths = column.code(cells, cap)
+            return vocabulary.lookup(keys)[codes], lengths
+        lengths = cells.list.len() if column.multi else None
+        cells = cells.explode(empty_as_null=False) if column.multi else cells
+        return vocabulary.find(cells.to_list() if cap is None else column.modulo(cells, cap).tolist()), lengths
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,11 @@ class Table:
 
 @dataclass
 class TableSource(Source):
-    """A source of a log that is a table in memory; `where` is what it is called, `bytes` what was hashed of it."""
+    """A source of a log that is a table in memory, hashed if `hashing`; `where` is what it is called, `bytes` what was hashed of it."""
 
     table: Table | None = field(default=None, repr=False)
     schema: pl.Schema = field(default_factory=pl.Schema, repr=False)
+    hashing: bool = True
     read: Callable[[int], Iterator[pl.DataFrame]] = field(default=lambda size: iter(()), repr=False)
 
     def describe(self) -> dict[str, Any]:
@@ -69,11 +70,13 @@ class TableSource(Source):
 
     def blocks(self, plan: Plan, size: int) -> Iterator[pl.DataFrame]:
         """All rows, at most `size` at a time; then size and hash of what they hold are known."""
-        columns = [_Hash() for _ in self.schema]
+        columns = [_Hash() for _ in self.schema] if self.hashing else []
         for frame in self.read(size):
             for hashed, column in zip(columns, frame):
                 hashed.update(column)
             yield _as_criteo_text(frame) if plan.criteo else frame
+        if not self.hashing:
+            return
         for name, hashed in zip(self.schema, columns):
             self.digest.update(name.encode() + b"\0")
             hashed.finish(self.digest)
@@ -106,6 +109,7 @@ def rows_source(data: Any) -> TableSource | None:
     if (found := table_source(data, "the table")) is not None:
         assert found.table is not None
         empty = not found.table.names and not (hasattr(data, "__len__") and len(data))
+        found.hashing = False
         return None if empty else found
     if isinstance(data, Mapping):
         data = [data]
@@ -113,7 +117,8 @@ def rows_source(data: Any) -> TableSource | None:
         rows = list(data)
         odd = next((row for row in rows if not isinstance(row, Mapping)), None)
         if odd is None:
-            return TableSource(Path("the rows"), True, table=_of_dicts(rows)) if rows else None
+            table = _of_dicts(rows)
+            return TableSource(Path("the rows"), True, table=table, hashing=False) if rows else None
         data = odd
     named = isinstance(data, (str, Path))
     raise UserError(
