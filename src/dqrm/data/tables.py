@@ -38,7 +38,7 @@ class Table:
 
 @dataclass
 class TableSource(Source):
-    """A source of a log that is a table in memory, hashed if `hashing`; `where` is what it is called, `bytes` what was hashed of it."""
+    """A table in memory, hashed if `hashing`; `where` is what it is called, `bytes` what was hashed of it."""
 
     table: Table | None = field(default=None, repr=False)
     schema: pl.Schema = field(default_factory=pl.Schema, repr=False)
