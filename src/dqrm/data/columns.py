@@ -19,6 +19,8 @@ CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 # What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
 KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
+# What the check of the weights is called beside those of columns.
+_WEIGHT = "\x1fweight"
 # Below it every whole number is a float of its own.
 _EXACT = 2.0**53
 # Types of Parquet columns, besides numbers, that polars can write as text.
@@ -72,7 +74,8 @@ class KeyColumn:
 class Plan:
     """The columns of a configuration in the order of the schema: single-valued ones, crosses, multi-valued ones.
 
-    label: the label's column, None where rows need none. copied: columns whose cells are handed on as they are.
+    label: the label's column, None where rows need none; weight and group likewise. copied: columns whose cells are
+    handed on as they are.
     """
 
     config: PrepareConfig
@@ -80,6 +83,8 @@ class Plan:
     split: KeyColumn | None
     label: str | None
     copied: tuple[str, ...] = ()
+    weight: str | None = None
+    group: KeyColumn | None = None
 
     @property
     def criteo(self) -> bool:
@@ -93,8 +98,14 @@ class Plan:
     def used(self) -> tuple[str, ...]:
         """The columns of the log whose cells become something."""
         label = [] if self.label is None else [self.label]
-        others = [part for key in (*self.keys, *((self.split,) if self.split else ())) for part in key.parts]
-        return tuple(dict.fromkeys([*label, *self.dense, *others]))
+        weight = [] if self.weight is None else [self.weight]
+        others = [part for key in (*self.keys, *self.unmodelled) for part in key.parts]
+        return tuple(dict.fromkeys([*label, *self.dense, *weight, *others]))
+
+    @property
+    def unmodelled(self) -> tuple[KeyColumn, ...]:
+        """The columns with keys that are no table of the model: the group, then the split's."""
+        return tuple(column for column in (self.group, self.split) if column is not None)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -119,7 +130,8 @@ class Plan:
         """The good rows of a block; the others are added to `block.bad`.
 
         Columns: label UInt8, if there is one, d<n> Float32 (transformed), k<n> keys (UInt32, UInt64 or String;
-        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones.
+        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones; w
+        Float32 and g, a key, where there are weights and groups.
         """
         raw = block.fields.select(self.needed)
         kinds = dict(raw.schema)
@@ -128,12 +140,15 @@ class Plan:
         parsed = raw.select(
             *((_label(self._raw(self.label)).alias("label"),) if self.label is not None else ()),
             *(self._number(name).alias(f"d{n}") for n, name in enumerate(self.dense)),
+            *((self._number(self.weight).cast(pl.Float32).alias("w"),) if self.weight is not None else ()),
             *(_hex(self._raw(name)).alias(name) for name in self._hex_columns()),
         )
         values = raw.hstack(parsed).select(
             *(("label",) if self.label is not None else ()),
             *(self._transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
+            *(("w",) if self.weight is not None else ()),
+            *((self._key(self.group, kinds).alias("g"),) if self.group is not None else ()),
             *((_text(self._raw(self.split.name), kinds[self.split.name]).alias("s"),) if self.split else ()),
             *(self._raw(name).alias(f"c{n}") for n, name in enumerate(self.copied)),
         )
@@ -144,7 +159,7 @@ class Plan:
             keep = good.select(pl.all_horizontal(pl.all())).to_series()
             for row in (~keep).arg_true():
                 name = next(name for name in good.columns if not good[name][row])
-                text = raw[f"r{self.needed.index(name)}"][row]
+                text = raw[f"r{self.needed.index(self.weight if name == _WEIGHT else name)}"][row]
                 block.bad.append((int(block.lines[row]), self._reason(name, text)))
             values = values.filter(keep)
         return values
@@ -172,6 +187,8 @@ class Plan:
             return pl.when((high == 0) | (low == 0)).then(0).otherwise(high * 2**32 + low).cast(pl.UInt64)
         if key.multi:
             lists = isinstance(kinds[key.name], pl.List)
+            if kinds[key.name] == pl.Null:
+                parts[0] = parts[0].cast(pl.String)
             cells = parts[0].cast(pl.List(pl.String)) if lists else parts[0].str.split(self.config.multi_separator)
             return cells.fill_null([]).list.eval(pl.element().filter(pl.element() != ""))
         if self.criteo:
@@ -195,6 +212,9 @@ class Plan:
             if kinds[name] == pl.String:
                 missing = missing | (self._raw(name) == "").fill_null(False)
             checks[name] = missing | (pl.col(f"d{n}").is_not_null() & pl.col(f"value_d{n}").is_finite())
+        if self.weight is not None:
+            # Under a name of its own: the column may be a dense one, too.
+            checks[_WEIGHT] = (pl.col("w").is_finite() & (pl.col("w") >= 0)).fill_null(False)
         for name in self._hex_columns():
             # Parsing alone would take a sign, and more digits if they are zeros.
             sound = (self._raw(name).str.len_bytes() <= 8) & ~self._raw(name).str.starts_with("+")
@@ -202,7 +222,9 @@ class Plan:
         return checks
 
     def _reason(self, name: str, text: Any) -> str:
-        if name == self.label:
+        if name == _WEIGHT:
+            name, wanted = f"{self.weight}, the weight,", "a finite number of 0 or more"
+        elif name == self.label:
             wanted = "0 or 1"
         elif name in self.dense:
             wanted = "a whole number or nothing" if self.criteo else "a finite number or nothing"
@@ -226,7 +248,12 @@ def make_plan(config: PrepareConfig) -> Plan:
         singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text"))
     multis = [KeyColumn(name, (name,), "text", multi=True) for name in config.categorical if name in config.multi]
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
-    return Plan(config, (*singles, *multis), split, "label" if criteo else config.label)
+    group = None
+    if config.group:
+        hexadecimal = criteo and config.group in CRITEO_CATEGORICAL
+        group = KeyColumn(config.group, (config.group,), "hex" if hexadecimal else "text")
+    label = "label" if criteo else config.label
+    return Plan(config, (*singles, *multis), split, label, weight=config.weight, group=group)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
@@ -240,20 +267,25 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
         multi = name in plan.config.multi
         if isinstance(kind, pl.List) and not multi:
             # Only a categorical column that nothing else uses can be a multi one.
-            used = [part for key in (*plan.keys, *((plan.split,) if plan.split else ())) for part in key.parts]
+            used = [part for key in (*plan.keys, *plan.unmodelled) for part in key.parts]
             could = name in plan.config.categorical and used.count(name) == 1 and name != plan.config.label
             hint = "; name it in multi too, or leave it out" if could else ", expected one number or text per row"
             raise UserError(f"{_role(plan, name)} {name} of {where} holds lists{hint}")
         inner = kind.inner if isinstance(kind, pl.List) else kind
-        if multi and not isinstance(kind, pl.List) and kind != pl.String:
+        if multi and not isinstance(kind, pl.List) and kind not in (pl.String, pl.Null):
             raise UserError(f"multi column {name} of {where} is of type {kind}, expected lists or text")
         if not isinstance(inner, pl.DataType) or not (inner.is_numeric() or inner in _TEXTS):
             raise UserError(f"{_role(plan, name)} {name} of {where} is of type {kind}, expected numbers or text")
-        if name in plan.dense and not (kind.is_numeric() or kind in (pl.Boolean, pl.String, pl.Null)):
-            raise UserError(f"dense column {name} of {where} is of type {kind}, expected numbers")
+        if (name in plan.dense or name == plan.weight) and not (
+            kind.is_numeric() or kind in (pl.Boolean, pl.String, pl.Null)
+        ):
+            what = "dense column" if name in plan.dense else "weight column"
+            raise UserError(f"{what} {name} of {where} is of type {kind}, expected numbers")
 
 
 def _role(plan: Plan, name: str) -> str:
+    if plan.group and name == plan.group.name:
+        return "group column"
     return "split_column" if plan.split and name == plan.split.name else "column"
 
 

@@ -36,6 +36,10 @@ class PrepareConfig:
     """What parts the ids of a cell in a multi column that is text."""
     cross: tuple[str, ...] = ()
     """Crosses of two or more columns, each a categorical column of its own: user*director,movie*age."""
+    weight: str | None = None
+    """Column of each row's weight in loss and metrics: finite numbers of 0 or more (table layout)."""
+    group: str | None = None
+    """Column of the group, as the user, within which GAUC compares rows; it need not be one of the model's."""
     delimiter: str | None = None
     """What parts the fields of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
     quoting: bool = True
@@ -74,7 +78,7 @@ class PrepareConfig:
         if self.layout == "table":
             _check_roles(self)
         else:
-            for field in ("dense", "categorical", "multi", "delimiter"):
+            for field in ("dense", "categorical", "multi", "weight", "delimiter"):
                 if getattr(self, field):
                     raise ValueError(f"{field} is for layout table; layout {self.layout} has its own columns")
             if self.label != "label":
@@ -88,6 +92,11 @@ class PrepareConfig:
                     raise ValueError(f"cross '{cross}': {part} is a multi column and cannot be crossed")
                 if part == self.label:
                     raise ValueError(f"cross '{cross}': {part} is the label")
+        for field in ("weight", "group"):
+            if getattr(self, field) == self.label:
+                raise ValueError(f"column {self.label} is the label and cannot be the {field} too")
+        if self.group is not None and self.group in self.multi:
+            raise ValueError(f"group {self.group} is a multi column, should be single-valued")
         _check_unique("cross", ["*".join(sorted(cross.split("*"))) for cross in self.cross])
         _check_split(self)
         if self.min_count < 1:
