@@ -1,13 +1,17 @@
 """The lock on a run folder is rank 0's; its refusal reaches every rank."""
 
+import pytest
+
 from dqrm.files import exclusive
 from test_distributed_failures import Nursery, sentences, training
+
+pytestmark = pytest.mark.distributed
 
 
 def test_a_folder_that_another_process_holds_is_refused_on_every_rank(generated, tmp_path):
     run = tmp_path / "run"
-    for folder in (run, tmp_path / "ranks"):
-        folder.mkdir()
+    run.mkdir()
+    (tmp_path / "ranks").mkdir()
     ranks = Nursery(tmp_path / "ranks")
     try:
         with exclusive(run / ".lock", "never"):

@@ -138,7 +138,7 @@ class TrainingConfig:
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default."""
+    """CPU threads for arithmetic; 0: the fastest number at the start of the run, at most torch's default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of MLP and interaction in training; bf16 keeps FP32 weights and evaluates in FP32."""
     table_dtype: Literal["fp32", "bf16"] = "fp32"

@@ -18,6 +18,7 @@ from dqrm.training.environment import Progress, check_environment
 from dqrm.training.loop import Interrupted, Log, Trainer
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection
+from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check_ranks", "resume", "train"]
 
@@ -63,6 +64,8 @@ def train(
             if world.first:
                 log(told) if log else warnings.warn(told, stacklevel=2)
         model = world.together(run.new_model)  # before the folder is made: an impossible model must not leave one
+        run.info["threads"] = world.on_first(lambda: choose_threads(run))
+        held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
         return Trainer(run, model, data, progress, log, world, verify).fit()
 
@@ -100,6 +103,7 @@ def resume(
                 log(f"{output} is finished; nothing to continue.")
             return done
         _check_data(world, data, verify, progress)
+        held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
         return Trainer(run, world.together(run.new_model), data, progress, log, world, verify).fit()
 
 

@@ -95,8 +95,6 @@ class Trainer:
         self.progress, self.log = progress or (lambda *_: None), log if log and self.world.first else (lambda _: None)
         self.warn = (lambda text: self.log(f"Warning: {text}.")) if log or not self.world.first else warnings.warn
         self.device = resolve_device(self.world.device(self.options.device))
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
         torch.manual_seed(self.options.seed)
         self.state = State()
         last = self.world.on_first(lambda: latest_step(run.checkpoints))

@@ -2,19 +2,18 @@
 
 Threads of one step wait for each other many times, so that beside a program that holds one core all of torch's threads
 are often ten times slower than one; and small models gain nothing by a second one in any case. So candidates train a
-small stand-in of the model for a moment, and the fastest is taken. The bits of a result depend on the number: it is
-written into run.json and kept for the whole run.
+small stand-in of the model for a moment, and the fastest is taken. The bits of a result depend on the number: it
+is written into run.json and kept for the whole run.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from dqrm.config import Config
 from dqrm.data.batches import Batch
 from dqrm.models.dlrm import DLRM
 from dqrm.training.run import Run
@@ -34,7 +33,7 @@ def choose_threads(run: Run) -> int:
     options, most = run.config.training, torch.get_num_threads()
     if options.threads:
         return options.threads
-    on_cpu = options.device == "auto" and not torch.cuda.is_available() or options.device.startswith("cpu")
+    on_cpu = (options.device == "auto" and not torch.cuda.is_available()) or options.device.startswith("cpu")
     if most == 1 or not on_cpu or os.environ.get("OMP_NUM_THREADS"):
         return most
     columns = run.info["data"]["columns"]
@@ -45,7 +44,13 @@ def choose_threads(run: Run) -> int:
     with torch.random.fork_rng(devices=[]), threads_set(most):
         torch.manual_seed(0)
         batch = _batch(options.batch_size, len(run.info["data"]["dense"]), rows, multi)
-        return fastest(_step(config, batch, rows, multi), candidates(most))
+        model = DLRM(
+            batch.dense.shape[1], rows, multi=multi, config=config.model, qat=config.quantization,
+            precision=options.precision,
+            table_dtype=torch.bfloat16 if options.table_dtype == "bf16" else torch.float32,
+        )  # fmt: skip
+        step = TrainStep(model.train(), config)
+        return fastest(lambda: step(batch, 0.0), candidates(most))
 
 
 def candidates(most: int) -> list[int]:
@@ -53,7 +58,7 @@ def candidates(most: int) -> list[int]:
     return sorted({1, most - 1, most, *(2**power for power in range(most.bit_length()))} & set(range(1, most + 1)))
 
 
-def fastest(step: "Step", numbers: list[int]) -> int:
+def fastest(step: Callable[[], object], numbers: list[int]) -> int:
     """The number of threads that takes the most steps in a second; they alternate."""
     steps, seconds = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0.0)
     for _ in range(_ROUNDS):
@@ -68,11 +73,19 @@ def fastest(step: "Step", numbers: list[int]) -> int:
     return max(numbers, key=lambda number: steps[number] / seconds[number])
 
 
+def _batch(size: int, dense: int, rows: Sequence[int], multi: Sequence[bool]) -> Batch:
+    """So many samples with random values, one id in each bag."""
+    ids = (torch.rand(size, len(rows)) * torch.tensor(rows)).int()
+    bags = tuple((ids[:, number].contiguous(), torch.arange(size)) for number, many in enumerate(multi) if many)
+    single = [number for number, many in enumerate(multi) if not many]
+    return Batch(torch.rand(size, dense), ids[:, single].contiguous(), bags, (torch.rand(size) < 0.5).float())
+
+
 @contextmanager
 def threads_set(number: int) -> Iterator[None]:
-    """Inside, torch computes on so many threads; afterwards on as many as before."""
+    """Inside, torch computes on so many threads (0: on as many as before); afterwards on as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:
