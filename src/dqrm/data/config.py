@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.data import conditions
-from dqrm.options import check_fields
+from dqrm.options import check_fields, split_quoted, unquoted
 
-Layout = Literal["criteo-kaggle", "criteo-terabyte", "table"]
+Layout = Literal["criteo-kaggle", "criteo-terabyte", "table", "libsvm", "libffm"]
 
 CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
 CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
@@ -23,13 +23,13 @@ class PrepareConfig:
     """
 
     layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, or a CSV, TSV or Parquet table whose columns you name."""
+    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
     """Numeric columns, joined by commas (table layout)."""
     categorical: tuple[str, ...] = ()
-    """Categorical columns, joined by commas, in the order of the model's tables (table layout)."""
+    """Categorical columns, joined by commas ("a,b" in double quotes is one name); layout libffm: its fields."""
     multi: tuple[str, ...] = ()
     """Those of the categorical columns whose cells hold several ids: lists in Parquet, or text to be split."""
     multi_separator: str = "|"
@@ -40,6 +40,8 @@ class PrepareConfig:
     """What parts the fields of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
     quoting: bool = True
     """Whether fields of a text table may be quoted ("a, b"); false takes quote characters literally."""
+    null_values: tuple[str, ...] = ()
+    """Values that mean missing besides the empty one, joined by commas: NULL,NA (they hold for every column)."""
     dense_transform: Literal["log1p", "none"] = "log1p"
     """What becomes of numeric columns: log1p sets negative to 0 and takes log(1 + x); missing is 0 in both."""
     min_count: int = 1
@@ -74,21 +76,19 @@ class PrepareConfig:
         if self.layout == "table":
             _check_roles(self)
         else:
-            for field in ("dense", "categorical", "multi", "delimiter"):
-                if getattr(self, field):
-                    raise ValueError(f"{field} is for layout table; layout {self.layout} has its own columns")
+            _check_own_columns(self)
             if self.label != "label":
                 raise ValueError(f"label is for layout table; layout {self.layout} has its own columns")
         for cross in self.cross:
-            parts = cross.split("*")
-            if len(parts) < 2 or not all(parts) or len(set(parts)) < len(parts):
+            parts = cross_parts(cross)
+            if len(parts) < 2 or not all(split_quoted(cross, "*")) or len(set(parts)) < len(parts):
                 raise ValueError(f"cross '{cross}' should name two or more different columns, as user*director")
             for part in parts:
                 if part in self.multi:
                     raise ValueError(f"cross '{cross}': {part} is a multi column and cannot be crossed")
                 if part == self.label:
                     raise ValueError(f"cross '{cross}': {part} is the label")
-        _check_unique("cross", ["*".join(sorted(cross.split("*"))) for cross in self.cross])
+        _check_unique("cross", ["*".join(sorted(cross_parts(cross))) for cross in self.cross])
         _check_split(self)
         if self.min_count < 1:
             raise ValueError(f"min_count is {self.min_count}, should be at least 1")
@@ -106,17 +106,35 @@ class PrepareConfig:
     @property
     def split_rule(self) -> str:
         """The rule of the split, the layout's own where none is given."""
-        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file", "table": "random"}[self.layout]
+        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file"}.get(self.layout, "random")
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return self.dense if self.layout == "table" else CRITEO_DENSE
+        return CRITEO_DENSE if self.layout in ("criteo-kaggle", "criteo-terabyte") else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
-        return self.categorical if self.layout == "table" else CRITEO_CATEGORICAL
+        return CRITEO_CATEGORICAL if self.layout in ("criteo-kaggle", "criteo-terabyte") else self.categorical
+
+
+def cross_parts(cross: str) -> tuple[str, ...]:
+    """The columns of a cross; one whose name holds a * stands in double quotes: "a*b"*user."""
+    return tuple(map(unquoted, split_quoted(cross, "*")))
+
+
+def _check_own_columns(config: PrepareConfig) -> None:
+    """Of the layouts whose files name no columns."""
+    allowed = ("categorical",) if config.layout == "libffm" else ()
+    for field in ("dense", "categorical", "multi", "delimiter"):
+        if getattr(config, field) and field not in allowed:
+            raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
+    if config.layout in ("libsvm", "libffm"):
+        for field in ("cross", "null_values", "split_column"):
+            if getattr(config, field):
+                raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
+    _check_unique("categorical", config.categorical)
 
 
 def _check_roles(config: PrepareConfig) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import polars as pl
+from polars.selectors import by_name
 
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
@@ -169,7 +170,7 @@ def _reader(source: Source, plan: Plan) -> TextReader:
     if plan.criteo:
         labelled = f"layout {plan.config.layout}"
         where = labelled if plan.label is not None else f"{where}, which has {len(reader.names)} columns"
-    plan.check(offered(reader.names, source.partitions), where)
+    plan.check(offered(reader.names, source.partitions), where, text=not plan.criteo)
     return reader
 
 
@@ -253,7 +254,7 @@ def _scan(source: Source, wanted: Sequence[str], chunk_rows: int) -> Iterator[Bl
     row = 1
     try:
         # The name is a file's, whatever brackets are in it, and what its folders name is not polars' to find.
-        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False).select(wanted)
+        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False).select(by_name(*wanted))
         for frame in scan.collect_batches(chunk_size=min(chunk_rows, 1 << 17), maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height))
             row += frame.height

@@ -157,6 +157,7 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
                     "multi": key.multi,
                     "parts": list(key.parts),
                     "key": key.kind,
+                    "key_version": plan.key_version,
                     "hash": key.hash_name() if config.max_rows_per_table is not None else None,
                     "vocabulary": file,
                 }

@@ -59,6 +59,8 @@ class RawLog:
         _check_keep(keep)
         config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
         self._plan = dataclasses.replace(make_plan(config), split=None, label=None, copied=tuple(keep))
+        version = min((column.get("key_version", 1) for column in columns), default=1)
+        self._plan = dataclasses.replace(self._plan, key_version=version)
         self._vocabularies = list(vocabularies)
         _check_columns(self._plan, columns, self._vocabularies)
         self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
@@ -113,9 +115,10 @@ class RawLog:
         require_same_files(self._given, self._files)
 
     def _kept(self, frame: pl.DataFrame, source: Source) -> pl.DataFrame:
-        kept = frame.select(pl.col(f"c{n}").alias(name) for n, name in enumerate(self._plan.copied))
         try:
-            return kept.cast(self.schema) if kept.width else kept
+            return pl.DataFrame(
+                [frame[f"c{n}"].cast(self.schema[name]).alias(name) for n, name in enumerate(self._plan.copied)]
+            )
         except pl.exceptions.PolarsError as error:
             raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
 
@@ -186,11 +189,11 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
                 common = here if common is None else common.hstack(here)
                 continue
             try:
-                joined = pl.concat([common.select(name), here], how="vertical_relaxed")
+                joined = pl.concat([common.get_column(name).to_frame(), here], how="vertical_relaxed")
             except pl.exceptions.PolarsError:
                 raise UserError(
                     f"column {name} of {file.where} is of type {found[name]}, in files before it of type "
                     f"{common.schema[name]}, expected types that go together"
                 ) from None
-            common = common.with_columns(joined[name])
+            common = common.with_columns(joined.get_column(name))
     return common.schema if common is not None else pl.Schema()
