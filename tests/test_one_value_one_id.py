@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from datetime import date, datetime, time, timezone
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 
 import polars as pl
@@ -17,7 +17,7 @@ from dqrm.errors import UserError
 from dqrm.options import build
 
 ALL = {"split": "time", "validation_fraction": 0.0, "test_fraction": 0.0}
-ZONED = datetime(2026, 1, 2, 3, 4, 5, 120000, timezone.utc)
+ZONED = datetime(2026, 1, 2, 3, 4, 5, 120000, UTC)
 # What text files hold, and the same values in every type that can hold them.
 SAME = {
     "whole": (
@@ -203,7 +203,7 @@ def test_a_dataset_of_the_first_rules_is_read_by_them(tmp_path):
     dataset = prepare(tmp_path / "a.parquet", tmp_path / "out", CONFIG)
     info = json.loads((dataset.path / "dataset.json").read_text())
     old = {"one": ["1", "2.5", "NaN"], "one*other": ["1\x1fx", "2.5\x1fx", "NaN\x1fx"]}
-    old |= dict.fromkeys(("list", "array"), ["1.0", "2.5", "NaN"])
+    old |= {name: ["1.0", "2.5", "NaN"] for name in ("list", "array")}
     for column in info["schema"]["columns"]:
         del column["key_version"]
         column["rows"] = 4
