@@ -116,11 +116,11 @@ class RawLog:
 
     def _kept(self, frame: pl.DataFrame, source: Source) -> pl.DataFrame:
         try:
-            return pl.DataFrame(
-                [frame[f"c{n}"].cast(self.schema[name]).alias(name) for n, name in enumerate(self._plan.copied)]
-            )
+            kept = pl.DataFrame([frame[f"c{n}"].cast(self.schema[name]) for n, name in enumerate(self._plan.copied)])
         except pl.exceptions.PolarsError as error:
             raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
+        kept.columns = list(self._plan.copied)  # a Series without a name would be given one
+        return kept
 
     def _encode(self, frame: pl.DataFrame, threads: ThreadPoolExecutor) -> Batch:
         plan, rows = self._plan, frame.height

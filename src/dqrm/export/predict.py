@@ -74,7 +74,7 @@ def predict(
                     )
                 probability = pl.Series(PROBABILITY, torch.from_numpy(logits).sigmoid().numpy())
                 with _writing(output):
-                    sink.add(pl.DataFrame([*kept.get_columns(), probability]))
+                    sink.add(kept.hstack([probability]) if kept.width else probability.to_frame())
                 rows += len(logits)
                 if progress:
                     progress("scoring", done, log.size)
