@@ -128,6 +128,6 @@ def test_parts_of_crosses():
 def test_a_name_that_is_not_there_is_missing(name, tmp_path):
     """It is no pattern that others match."""
     pl.DataFrame({"label": [0, 1], "u": ["a", "b"], "v": ["a", "b"]}).write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column '.*' in .*a.parquet") as caught:
+    with pytest.raises(UserError, match=r"no column '.*' in .*a.parquet") as caught:
         prepare(tmp_path / "a.parquet", tmp_path / "out", PrepareConfig(categorical=(name,)))
     assert "\n" not in str(caught.value)
