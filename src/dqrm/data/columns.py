@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import cells
-from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig, cross_parts
+from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, SPARSE, PrepareConfig, cross_parts
 from dqrm.data.lines import Block
 from dqrm.errors import UserError
 from dqrm.options import did_you_mean
@@ -87,7 +87,7 @@ class Plan:
     @property
     def sparse(self) -> bool:
         """Whether lines are lists of features, as in LIBSVM's files."""
-        return self.config.layout in ("libsvm", "libffm")
+        return self.config.layout in SPARSE
 
     @cached_property
     def markers(self) -> tuple[str, ...]:
@@ -237,7 +237,7 @@ class Plan:
     def _reason(self, name: str, text: Any, kind: pl.DataType) -> str:
         told = name
         if name == self.label:
-            wanted = "0 or 1"
+            wanted = "0 or 1 (or -1 for 0)" if self.sparse else "0 or 1"
             if text is not None and str(text) in self.config.null_values:
                 wanted += " (null_values says that it means missing)"
         elif name in self.dense:
@@ -255,19 +255,21 @@ class Plan:
 
 def make_plan(config: PrepareConfig) -> Plan:
     """The columns that a configuration asks for."""
-    criteo = config.layout != "table"
+    criteo = config.layout in ("criteo-kaggle", "criteo-terabyte")
     singles = [
         KeyColumn(name, (name,), "hex" if criteo else "text")
         for name in config.categorical_names
-        if name not in config.multi
+        if name not in config.multi_names
     ]
     for cross in config.cross:
         parts = cross_parts(cross)
         pair = criteo and len(parts) == 2 and all(part in CRITEO_CATEGORICAL for part in parts)
         singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text"))
-    multis = [KeyColumn(name, (name,), "text", multi=True) for name in config.categorical if name in config.multi]
+    multis = [
+        KeyColumn(name, (name,), "text", multi=True) for name in config.categorical_names if name in config.multi_names
+    ]
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
-    return Plan(config, (*singles, *multis), split, "label" if criteo else config.label)
+    return Plan(config, (*singles, *multis), split, config.label)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:

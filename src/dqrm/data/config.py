@@ -12,6 +12,10 @@ Layout = Literal["criteo-kaggle", "criteo-terabyte", "table", "libsvm", "libffm"
 
 CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
 CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
+_CRITEO = ("criteo-kaggle", "criteo-terabyte")
+# Lines are lists of features there; LIBSVM's have one column.
+SPARSE = ("libsvm", "libffm")
+LIBSVM_COLUMN = "features"
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,19 @@ class PrepareConfig:
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return CRITEO_DENSE if self.layout in ("criteo-kaggle", "criteo-terabyte") else self.dense
+        return CRITEO_DENSE if self.layout in _CRITEO else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
-        return CRITEO_CATEGORICAL if self.layout in ("criteo-kaggle", "criteo-terabyte") else self.categorical
+        if self.layout == "libsvm":
+            return (LIBSVM_COLUMN,)
+        return CRITEO_CATEGORICAL if self.layout in _CRITEO else self.categorical
+
+    @property
+    def multi_names(self) -> tuple[str, ...]:
+        """Names of the categorical columns whose cells hold several ids."""
+        return self.categorical_names if self.layout in SPARSE else self.multi
 
 
 def cross_parts(cross: str) -> tuple[str, ...]:
@@ -130,10 +141,13 @@ def _check_own_columns(config: PrepareConfig) -> None:
     for field in ("dense", "categorical", "multi", "delimiter"):
         if getattr(config, field) and field not in allowed:
             raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
-    if config.layout in ("libsvm", "libffm"):
-        for field in ("cross", "null_values", "split_column"):
+    if config.layout in SPARSE:
+        for field in ("cross", "null_values"):
             if getattr(config, field):
                 raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
+    for name in config.categorical:
+        if not (name.isdecimal() and name.isascii() and str(int(name)) == name):
+            raise ValueError(f"categorical names {name!r}, should be numbers of fields, as in 0,1,2 (layout libffm)")
     _check_unique("categorical", config.categorical)
 
 
@@ -171,7 +185,7 @@ def _check_split(config: PrepareConfig) -> None:
         raise ValueError("split by column needs validation_values or test_values")
     if rule in ("time", "random") and (config.validation_values or config.test_values):
         raise ValueError(f"validation_values and test_values are for a split by column or file, and split is {rule}")
-    if config.split_column is not None and config.split_column in config.multi:
+    if config.split_column is not None and config.split_column in config.multi_names:
         raise ValueError(f"split_column {config.split_column} is a multi column, should be single-valued")
     if rule == "column":
         for field in ("validation_values", "test_values"):

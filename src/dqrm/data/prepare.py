@@ -46,7 +46,8 @@ def prepare(
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
     given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    files, plan = resolve(given), make_plan(config)
+    files = resolve(given)
+    plan = make_plan(ingest.with_fields(files, config))
     ingest.check(files, plan)
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()

@@ -59,6 +59,9 @@ class RawLog:
         _check_keep(keep)
         config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
         self._plan = dataclasses.replace(make_plan(config), split=None, label=None, copied=tuple(keep))
+        for name in keep:
+            if self._plan.sparse and name != config.label:
+                raise UserError(f"keep names '{name}', but of layout {config.layout} only the label can be kept")
         version = min((column.get("key_version", 1) for column in columns), default=1)
         self._plan = dataclasses.replace(self._plan, key_version=version)
         self._vocabularies = list(vocabularies)
