@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from dqrm import __version__, checksums
 from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
@@ -202,6 +204,7 @@ def _info(
             name: {columns[number]["name"]: count for number, count in writer.values.items()}
             for name, writer in by_split.items()
         },
+        "dense_largest": np.max([w.largest for w in writers if w.largest is not None], axis=0).tolist(),
         "negatives_dropped": dropped,
         "lines_skipped": sum(file.skipped for file in files),
         "sources": [file.describe() for file in files],
