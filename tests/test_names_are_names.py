@@ -131,3 +131,12 @@ def test_a_name_that_is_not_there_is_missing(name, tmp_path):
     with pytest.raises(UserError, match=r"no column '.*' in .*a.parquet") as caught:
         prepare(tmp_path / "a.parquet", tmp_path / "out", PrepareConfig(categorical=(name,)))
     assert "\n" not in str(caught.value)
+
+
+def test_columns_of_paths_beside_odd_names(tmp_path):
+    (tmp_path / "log" / "dt=1").mkdir(parents=True)
+    frame = pl.DataFrame({"label": [0, 1], "*": ["a", "b"], "^.$": ["c", "c"], "u": ["d", "e"]})
+    frame.write_parquet(tmp_path / "log" / "dt=1" / "part.parquet")
+    config = PrepareConfig(categorical=("*", "dt", "^.$"), split="time", validation_fraction=0, test_fraction=0)
+    dataset = prepare(tmp_path / "log", tmp_path / "out", config)
+    assert [(column.name, column.rows) for column in dataset.columns] == [("*", 3), ("dt", 2), ("^.$", 2)]
