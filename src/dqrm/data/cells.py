@@ -60,7 +60,7 @@ def is_text(column: pl.Expr, kind: pl.DataType) -> pl.Expr | None:
 def canonical(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
     """String: the one text of each value; null for null and NaN."""
     if is_textual(kind):
-        return _whole(plain(column, kind))
+        return plain(column, kind).map_batches(_whole, return_dtype=pl.String)
     if kind.is_float():
         return _float(column)
     if kind.is_decimal():
@@ -144,12 +144,16 @@ def label(column: pl.Expr, kind: pl.DataType, signed: bool = False) -> pl.Expr:
     return pl.when(one).then(pl.lit(1, pl.UInt8)).when(zero).then(pl.lit(0, pl.UInt8))
 
 
-def _whole(texts: pl.Expr) -> pl.Expr:
+def _whole(texts: pl.Series) -> pl.Series:
     """A whole number with a fraction of zeros, as writers make of integers where one is missing, is that number."""
-    found = texts.str.ends_with("0") & texts.str.contains(r"^-?(?:0|[1-9][0-9]*)\.0+$")
-    short = texts.str.replace(r"\.0+$", "")
-    short = pl.when(short == "-0").then(pl.lit("0")).otherwise(short)
-    return pl.when(found).then(short).otherwise(texts)
+    # Few cells end so, and none of the rest meets a regular expression.
+    ends = texts.str.ends_with("0").fill_null(False).arg_true()
+    some = texts.gather(ends)
+    found = some.str.contains(r"^-?(?:0|[1-9][0-9]*)\.0+$")
+    if not found.any():
+        return texts
+    short = some.filter(found).str.replace(r"\.0+$", "")
+    return texts.clone().scatter(ends.filter(found), short.set(short == "-0", "0"))
 
 
 def _float(column: pl.Expr) -> pl.Expr:
