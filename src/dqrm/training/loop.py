@@ -38,6 +38,7 @@ from dqrm.training.checkpoints import (
     verify_checkpoint,
 )
 from dqrm.training.clamping import Clamping
+from dqrm.training.divergence import too_wide
 from dqrm.training.environment import Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
 from dqrm.training.optimizers import learning_rate
@@ -47,8 +48,6 @@ from dqrm.training.step import TrainStep
 Log = Callable[[str], None]
 # What a rank can tell the others with a step: a signal told it to stop; the last checkpoint is old.
 _STOP, _SAVE = 1, 2
-# Dense values of a larger magnitude are named when a loss diverges; log1p leaves none above 89.
-WIDE = 100.0
 
 
 class Interrupted(Exception):
@@ -207,7 +206,7 @@ class Trainer:
         if not np.isfinite(state.loss_sum):
             raise UserError(
                 f"training diverged: the loss is {state.loss_sum} at step {state.step}; "
-                f"{_too_wide(self.dataset)}lower learning_rate (now {self.config.optimizer.learning_rate})"
+                f"{too_wide(self.dataset)}lower learning_rate (now {self.config.optimizer.learning_rate})"
             )
 
     def _due(self) -> bool:
@@ -419,18 +418,6 @@ def open_metrics(path: Path, size: int, log: Log) -> IO[bytes]:
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file
-
-
-def _too_wide(dataset: Dataset) -> str:
-    """What to do about dense columns whose values alone make a loss infinite; nothing where there are none."""
-    wide = dataset.wide(above=WIDE)
-    if not wide:
-        return ""
-    columns = ", ".join(f"{name} (up to {value:.3g})" for name, value in wide.items())
-    return (
-        f"values of the dense column{'s' * (len(wide) > 1)} {columns} are too large: prepare the data with "
-        f"dense_transform log1p (now {dataset.info['schema'].get('dense_transform')}), or leave such columns out; or "
-    )
 
 
 def _tensorboard(path: Path, step: int) -> Any:
