@@ -1,7 +1,6 @@
 """One value has one key, and is missing by one rule, whatever type, shape and file holds it."""
 
 import dataclasses
-import json
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 
@@ -9,7 +8,6 @@ import polars as pl
 import pytest
 
 from dqrm.data.config import PrepareConfig
-from dqrm.data.dataset import Dataset
 from dqrm.data.prepare import prepare
 from dqrm.data.raw import RawLog
 from dqrm.data.vocabulary import Vocabulary
@@ -201,7 +199,7 @@ def test_a_dataset_of_the_first_rules_is_read_by_them(tmp_path):
     """What an older dataset or artifact holds: lists kept 1.0, decimals 5.00, NaN was an id."""
     shapes(pl.Series([1.0, 2.5, float("nan"), 1.0])).write_parquet(tmp_path / "a.parquet")
     dataset = prepare(tmp_path / "a.parquet", tmp_path / "out", CONFIG)
-    info = json.loads((dataset.path / "dataset.json").read_text())
+    info = dataset.info  # changed in memory only: the file has a checksum
     old = {"one": ["1", "2.5", "NaN"], "one*other": ["1\x1fx", "2.5\x1fx", "NaN\x1fx"]}
     old |= {name: ["1.0", "2.5", "NaN"] for name in ("list", "array")}
     for column in info["schema"]["columns"]:
@@ -209,7 +207,6 @@ def test_a_dataset_of_the_first_rules_is_read_by_them(tmp_path):
         column["rows"] = 4
         frame = pl.DataFrame({"key": old[column["name"]], "row": [1, 2, 3], "count": [1, 1, 1]})
         frame.with_columns(pl.col("row").cast(pl.Int32)).write_parquet(dataset.path / column["vocabulary"])
-    (dataset.path / "dataset.json").write_text(json.dumps(info))
-    ids, bags = scored(Dataset(dataset.path), tmp_path / "a.parquet")
+    ids, bags = scored(dataset, tmp_path / "a.parquet")
     assert ids == [[1, 1], [2, 2], [3, 3], [1, 1]]
     assert bags == [[[1, 1, 2, 3, 3, 2, 1, 1], [0, 2, 4, 6]]] * 2
