@@ -76,7 +76,7 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
         ("training:\n  shuffle: random\n", "shuffle: got 'random', expected one of global, block, none"),
         ("training:\n  device: tpu\n", "device is 'tpu'"),
         ("model:\n  top_mlp: [8, 2]\n", "top_mlp ends in 2, expected 1"),
-        ("model:\n  embedding_dim: 8\n", "bottom_mlp ends in 16 but embedding_dim is 8"),
+        ("model:\n  embedding_dim: 8\n  bottom_mlp: [32, 16]\n", "bottom_mlp ends in 16 but embedding_dim is 8"),
         ("model:\n  interaction: cat\n  self_interaction: true\n", "self_interaction is true"),
         ("quantization:\n  bits: 3\n", "bits is 3, expected one of 2, 4, 8, 16, 32"),
         ("optimizer:\n  learning_rate: -1\n", "learning_rate is -1.0"),

@@ -1,14 +1,13 @@
 """The lock on a run folder is rank 0's; its refusal reaches every rank."""
 
-from launch_helpers import Nursery
-from test_distributed_failures import sentences, training
-
 from dqrm.files import exclusive
+from test_distributed_failures import Nursery, sentences, training
 
 
 def test_a_folder_that_another_process_holds_is_refused_on_every_rank(generated, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
+    for folder in (run, tmp_path / "ranks"):
+        folder.mkdir()
     ranks = Nursery(tmp_path / "ranks")
     try:
         with exclusive(run / ".lock", "never"):

@@ -29,8 +29,9 @@ class ModelConfig:
 
     embedding_dim: int = 16
     """Values per table row."""
-    bottom_mlp: tuple[int, ...] = (512, 256, 64, 16)
-    """Widths of the MLP on the dense columns; with 'dot' interaction it ends in the embedding dim."""
+    bottom_mlp: tuple[int, ...] | None = None
+    """Widths of the MLP on the dense columns; with 'dot' interaction it ends in the embedding dim; none: 512-256-64 and
+    then embedding_dim ('dot') or 16 ('cat')."""
     top_mlp: tuple[int, ...] = (512, 256, 1)
     """Widths of the MLP that predicts; it ends in 1."""
     interaction: Literal["dot", "cat"] = "dot"
@@ -42,6 +43,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, embedding_dim=1)
+        if self.bottom_mlp is None:  # the resolved widths are what is stored with a run
+            last = self.embedding_dim if self.interaction == "dot" else 16
+            object.__setattr__(self, "bottom_mlp", (512, 256, 64, last))
         for name in ("bottom_mlp", "top_mlp"):
             widths = getattr(self, name)
             if not widths or any(width < 1 for width in widths):
@@ -50,13 +54,19 @@ class ModelConfig:
                 )
         if self.top_mlp[-1] != 1:
             raise ValueError(f"top_mlp ends in {self.top_mlp[-1]}, expected 1 (one probability per sample)")
-        if self.interaction == "dot" and self.bottom_mlp[-1] != self.embedding_dim:
+        if self.interaction == "dot" and self.bottom_widths[-1] != self.embedding_dim:
             raise ValueError(
-                f"bottom_mlp ends in {self.bottom_mlp[-1]} but embedding_dim is {self.embedding_dim}: "
+                f"bottom_mlp ends in {self.bottom_widths[-1]} but embedding_dim is {self.embedding_dim}: "
                 "with interaction 'dot' they must be equal"
             )
         if self.interaction == "cat" and self.self_interaction:
             raise ValueError("self_interaction is true but interaction is 'cat', which has no dot products")
+
+    @property
+    def bottom_widths(self) -> tuple[int, ...]:
+        """`bottom_mlp` as it was given or resolved."""
+        assert self.bottom_mlp is not None
+        return self.bottom_mlp
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,8 @@ class TrainingConfig:
     """Evaluate on validation every so many steps, besides the end of each epoch; 0: only there."""
     eval_batch_size: int = 8192
     """Samples per evaluation step."""
-    select_by: Literal["auc", "log_loss"] = "auc"
-    """Validation figure that chooses the best checkpoint."""
+    select_by: Literal["auc", "log_loss", "gauc"] = "auc"
+    """Validation figure that chooses the best checkpoint; gauc (AUC per group) needs data prepared with --group."""
     early_stopping: int = 0
     """Stop after so many evaluations without a better one; 0: never."""
     checkpoint_every: int = 0

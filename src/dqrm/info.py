@@ -9,6 +9,8 @@ from dqrm.errors import UserError, printable
 from dqrm.training.run import Run
 
 _METRICS = ("rows", "auc", "log_loss", "accuracy", "ne", "calibration")
+# Only of data with a group column.
+_GROUPED = ("gauc", "gauc_coverage")
 
 
 def describe(path: str, verify: bool = False) -> dict[str, Any]:
@@ -76,20 +78,29 @@ def print_dataset(dataset: Dataset) -> None:
         ["column", "rows", "ids per sample"],
         [[column.name, figure(column.rows), "many" if column.multi else "1"] for column in dataset.columns],
     )
+    for what in ("weight", "group"):
+        if name := getattr(dataset, what):
+            _say(f"{what.capitalize()} of each row: column {name}")
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     """One line of figures."""
-    print_table(title, list(_METRICS), [[figure(metrics[name], 6) for name in _METRICS]])
+    names = _measured(metrics)
+    print_table(title, names, [[figure(metrics[name], 6) for name in names]])
+
+
+def _measured(metrics: dict[str, Any]) -> list[str]:
+    return [*_METRICS, *(name for name in _GROUPED if name in metrics)]
 
 
 def print_summary(path: Path, summary: dict[str, Any]) -> None:
     """The result of a training run."""
     best, quantization = summary["best"], summary["config"]["quantization"]
-    rows = [["validation", *(figure(best["metrics"][name], 5) for name in _METRICS)]]
+    names = _measured(best["metrics"])
+    rows = [["validation", *(figure(best["metrics"][name], 5) for name in names)]]
     if summary["test"]:
-        rows.append(["test", *(figure(summary["test"][name], 5) for name in _METRICS)])
-    print_table(f"{path}: step {best['step']}, {summary['selection']}", ["split", *_METRICS], rows)
+        rows.append(["test", *(figure(summary["test"].get(name), 5) for name in names)])
+    print_table(f"{path}: step {best['step']}, {summary['selection']}", ["split", *names], rows)
     bits = [quantization[name] or quantization["bits"] for name in ("table_bits", "mlp_bits")]
     results.print(
         f"Tables {bits[0]} bits, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
@@ -134,9 +145,10 @@ def print_artifact(found: dict[str, Any]) -> None:
     )
     measured = [(name, metrics) for name, metrics in run["metrics"].items() if metrics]
     if measured:
-        rows = [[name, *(figure(metrics.get(key), 6) for key in _METRICS)] for name, metrics in measured]
+        names = _measured(measured[0][1])
+        rows = [[name, *(figure(metrics.get(key), 6) for key in names)] for name, metrics in measured]
         before = " before quantization, in FP32" if found["quantization"]["method"] == "ptq" else ""
-        print_table(f"The run's metrics{before}", ["split", *_METRICS], rows)
+        print_table(f"The run's metrics{before}", ["split", *names], rows)
 
 
 def print_export(found: dict[str, Any]) -> None:

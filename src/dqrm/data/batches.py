@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +31,14 @@ class Batch:
 
     dense: float32 [B, D]. ids: int32 [B, T], the single-valued tables in order. bags: per multi-valued table
     (values int32 [L], offsets int64 [B]), each offset the first position of a row's ids, as `nn.EmbeddingBag` takes
-    them. labels: float32 [B], 0 or 1.
+    them. labels: float32 [B], 0 or 1. weights: of the rows in the loss, float32 [B]; None: all count 1.
     """
 
     dense: torch.Tensor
     ids: torch.Tensor
     bags: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     labels: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -51,7 +52,13 @@ class Batch:
             first = int(offsets[begin]) if begin < rows else len(values)
             last = int(offsets[end]) if end < rows else len(values)
             bags.append((values[first:last], offsets[begin:end] - first))
-        return Batch(_aligned(self.dense[begin:end]), self.ids[begin:end], tuple(bags), self.labels[begin:end])
+        return Batch(
+            _aligned(self.dense[begin:end]),
+            self.ids[begin:end],
+            tuple(bags),
+            self.labels[begin:end],
+            None if self.weights is None else self.weights[begin:end],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
@@ -63,6 +70,7 @@ class Batch:
                 for values, offsets in self.bags
             ),
             self.labels.to(device, non_blocking=non_blocking),
+            None if self.weights is None else self.weights.to(device, non_blocking=non_blocking),
         )
 
 
@@ -81,6 +89,14 @@ class Split:
     def labels(self) -> Array:
         """Labels, uint8 [rows], memory-mapped."""
         return self.arrays[folder.LABEL]
+
+    def weights(self) -> Array | None:
+        """Weights of the rows, float32 [rows], memory-mapped; None where the data has none."""
+        return self.arrays.get(folder.WEIGHT)
+
+    def groups(self) -> Array | None:
+        """The group of each row, int32 [rows], -1 for none, memory-mapped; None where the data has no group column."""
+        return self.arrays.get(folder.GROUP)
 
     def num_batches(self, batch_size: int, drop_last: bool = False) -> int:
         """How many batches `batches` yields from the start."""
@@ -150,10 +166,11 @@ class Split:
             gathered = self._gather(np.concatenate([rows[start:end] for start, end in zip(starts, ends)]))
             yield from self._cut(gathered, np.cumsum([0, *(ends - starts)]))
 
-    def _gather(self, rows: Array | slice) -> tuple[Array, Array, Array, list[tuple[Array, Array]]]:
-        """Copies of the given rows: dense, ids, labels, and per multi-valued column (values, offsets [n + 1])."""
+    def _gather(self, rows: Array | slice) -> "_Piece":
+        """Copies of the given rows."""
         dense, ids = (np.array(self.arrays[file][rows]) for file in (folder.DENSE, folder.IDS))
         labels = self.arrays[folder.LABEL][rows].astype(np.float32)
+        weights = np.array(self.arrays[folder.WEIGHT][rows]) if folder.WEIGHT in self.arrays else None
         bags = []
         for number in self._multi:
             values, offsets = self.arrays[folder.values_file(number)], self.arrays[folder.offsets_file(number)]
@@ -166,12 +183,13 @@ class Split:
                 ends = np.zeros(len(rows) + 1, np.int64)
                 np.cumsum(lengths, out=ends[1:])
                 bags.append((values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])], ends))
-        return dense, ids, labels, bags
+        return _Piece(dense, ids, labels, weights, bags)
 
-    def _cut(self, piece: tuple[Array, Array, Array, list[tuple[Array, Array]]], size: int | Array) -> Iterator[Batch]:
+    def _cut(self, piece: "_Piece", size: int | Array) -> Iterator[Batch]:
         """Batches of a piece: of `size` rows, or between the given bounds."""
         dense, ids, labels = (torch.from_numpy(np.asarray(array)) for array in piece[:3])
-        bags = [(torch.from_numpy(np.asarray(values)), ends) for values, ends in piece[3]]
+        weights = None if piece.weights is None else torch.from_numpy(piece.weights)
+        bags = [(torch.from_numpy(np.asarray(values)), ends) for values, ends in piece.bags]
         bounds = [*range(0, len(labels), size), len(labels)] if isinstance(size, int) else size.tolist()
         for at, end in pairwise(bounds):
             yield Batch(
@@ -181,7 +199,18 @@ class Split:
                     (values[ends[at] : ends[end]], torch.from_numpy(ends[at:end] - ends[at])) for values, ends in bags
                 ),
                 labels[at:end],
+                None if weights is None else weights[at:end],
             )
+
+
+class _Piece(NamedTuple):
+    """Rows in memory: bags as (values, offsets [n + 1]) for each multi-valued column."""
+
+    dense: Array
+    ids: Array
+    labels: Array
+    weights: Array | None
+    bags: list[tuple[Array, Array]]
 
 
 def _aligned(dense: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 # What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
 KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
+# What the check of the weights is called beside those of columns.
+_WEIGHT = "\x1fweight"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class KeyColumn:
 class Plan:
     """The columns of a configuration in the order of the schema: single-valued ones, crosses, multi-valued ones.
 
-    label: the label's column, None where rows need none. copied: columns whose cells are handed on as they are.
-    key_version: the rules by which values become keys, those of the vocabularies that keys are looked up in.
+    label: the label's column, None where rows need none; weight and group likewise. copied: columns whose cells are
+    handed on as they are. key_version: the rules by which values become keys, those of the vocabularies that keys are
+    looked up in.
     """
 
     config: PrepareConfig
@@ -78,6 +81,8 @@ class Plan:
     split: KeyColumn | None
     label: str | None
     copied: tuple[str, ...] = ()
+    weight: str | None = None
+    group: KeyColumn | None = None
     key_version: int = cells.KEY_VERSION
 
     @property
@@ -102,8 +107,14 @@ class Plan:
     def used(self) -> tuple[str, ...]:
         """The columns of the log whose cells become something."""
         label = [] if self.label is None else [self.label]
-        others = [part for key in (*self.keys, *((self.split,) if self.split else ())) for part in key.parts]
-        return tuple(dict.fromkeys([*label, *self.dense, *others]))
+        weight = [] if self.weight is None else [self.weight]
+        others = [part for key in (*self.keys, *self.unmodelled) for part in key.parts]
+        return tuple(dict.fromkeys([*label, *self.dense, *weight, *others]))
+
+    @property
+    def unmodelled(self) -> tuple[KeyColumn, ...]:
+        """The columns with keys that are no table of the model: the group, then the split's."""
+        return tuple(column for column in (self.group, self.split) if column is not None)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -134,7 +145,8 @@ class Plan:
         """The good rows of a block; the others are added to `block.bad`.
 
         Columns: label UInt8, if there is one, d<n> Float32 (transformed), k<n> keys (UInt32, UInt64 or String;
-        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones.
+        List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones; w
+        Float32 and g, a key, where there are weights and groups.
         """
         # The log may use our names, or what polars takes for a pattern, so its columns get others.
         raw = pl.DataFrame([block.fields.get_column(name).alias(f"r{at}") for at, name in enumerate(self.needed)])
@@ -145,12 +157,15 @@ class Plan:
         parsed = raw.select(
             *((self._label(kinds).alias("label"),) if self.label is not None else ()),
             *(self._number(name, kinds[name]).alias(f"d{n}") for n, name in enumerate(self.dense)),
+            *((self._weight(kinds).alias("w"),) if self.weight is not None else ()),
             *(_hex(self._raw(name)).alias(name) for name in self._hex_columns()),
         )
         values = raw.hstack(parsed).select(
             *(("label",) if self.label is not None else ()),
             *(self._transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
+            *(("w",) if self.weight is not None else ()),
+            *((self._key(self.group, kinds).alias("g"),) if self.group is not None else ()),
             *((self._text(self.split.name, kinds).alias("s"),) if self.split else ()),
             *(self._raw(name).alias(f"c{n}") for n, name in enumerate(self.copied)),
         )
@@ -161,8 +176,9 @@ class Plan:
             keep = good.select(pl.all_horizontal(pl.all())).to_series()
             for row in (~keep).arg_true():
                 name = next(name for name in good.columns if not good[name][row])
-                text = raw[f"r{self.needed.index(name)}"].slice(row, 1).to_list()[0]
-                block.bad.append((int(block.lines[row]), self._reason(name, text, kinds[name])))
+                column = self.weight if name == _WEIGHT and self.weight is not None else name
+                text = raw[f"r{self.needed.index(column)}"].slice(row, 1).to_list()[0]
+                block.bad.append((int(block.lines[row]), self._reason(name, text, kinds[column])))
             values = values.filter(keep)
         return values
 
@@ -178,6 +194,10 @@ class Plan:
         column, kind = self._raw(self.label), kinds[self.label]
         found = cells.label(column, kind, signed=self.sparse)
         return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
+
+    def _weight(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
+        assert self.weight is not None
+        return self._number(self.weight, kinds[self.weight]).cast(pl.Float32)
 
     def _number(self, name: str, kind: pl.DataType) -> pl.Expr:
         column = self._raw(name)
@@ -228,6 +248,9 @@ class Plan:
             sound_text = cells.is_text(self._raw(name), kinds[name])
             if sound_text is not None:
                 checks[name] = checks[name] & sound_text if name in checks else sound_text
+        if self.weight is not None:
+            # Under a name of its own: the column may be a dense one, too.
+            checks[_WEIGHT] = (pl.col("w").is_finite() & (pl.col("w") >= 0)).fill_null(False)
         for name in self._hex_columns():
             # Parsing alone would take a sign, and more digits if they are zeros.
             sound = (self._raw(name).str.len_bytes() <= 8) & ~self._raw(name).str.starts_with("+")
@@ -236,7 +259,9 @@ class Plan:
 
     def _reason(self, name: str, text: Any, kind: pl.DataType) -> str:
         told = name
-        if name == self.label:
+        if name == _WEIGHT:
+            told, wanted = f"{self.weight}, the weight,", "a finite number of 0 or more"
+        elif name == self.label:
             wanted = "0 or 1 (or -1 for 0)" if self.sparse else "0 or 1"
             if text is not None and str(text) in self.config.null_values:
                 wanted += " (null_values says that it means missing)"
@@ -269,7 +294,11 @@ def make_plan(config: PrepareConfig) -> Plan:
         KeyColumn(name, (name,), "text", multi=True) for name in config.categorical_names if name in config.multi_names
     ]
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
-    return Plan(config, (*singles, *multis), split, config.label)
+    group = None
+    if config.group:
+        hexadecimal = criteo and config.group in CRITEO_CATEGORICAL
+        group = KeyColumn(config.group, (config.group,), "hex" if hexadecimal else "text")
+    return Plan(config, (*singles, *multis), split, config.label, weight=config.weight, group=group)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
@@ -280,10 +309,10 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
     """
     for name in plan.used:
         kind = schema[name]
-        multi = name in plan.config.multi
+        multi = name in plan.config.multi_names
         if cells.is_list(kind) and not multi:
             # Only a categorical column that nothing else uses can be a multi one.
-            used = [part for key in (*plan.keys, *((plan.split,) if plan.split else ())) for part in key.parts]
+            used = [part for key in (*plan.keys, *plan.unmodelled) for part in key.parts]
             could = name in plan.config.categorical and used.count(name) == 1 and name != plan.config.label
             hint = "; name it in multi too, or leave it out" if could else ", expected one number or text per row"
             raise UserError(f"{_role(plan, name)} {name} of {where} holds lists{hint}")
@@ -292,11 +321,16 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
             raise UserError(f"multi column {name} of {where} is of type {kind}, expected lists or text")
         if not cells.can_be_key(inner):
             raise UserError(f"{_role(plan, name)} {name} of {where} is of type {kind}, expected numbers or text")
-        if name in plan.dense and not (kind.is_numeric() or cells.is_textual(kind) or kind in (pl.Boolean, pl.Null)):
-            raise UserError(f"dense column {name} of {where} is of type {kind}, expected numbers")
+        if (name in plan.dense or name == plan.weight) and not (
+            kind.is_numeric() or cells.is_textual(kind) or kind in (pl.Boolean, pl.Null)
+        ):
+            what = "dense column" if name in plan.dense else "weight column"
+            raise UserError(f"{what} {name} of {where} is of type {kind}, expected numbers")
 
 
 def _role(plan: Plan, name: str) -> str:
+    if plan.group and name == plan.group.name:
+        return "group column"
     return "split_column" if plan.split and name == plan.split.name else "column"
 
 

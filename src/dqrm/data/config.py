@@ -40,6 +40,10 @@ class PrepareConfig:
     """What parts the ids of a cell in a multi column that is text."""
     cross: tuple[str, ...] = ()
     """Crosses of two or more columns, each a categorical column of its own: user*director,movie*age."""
+    weight: str | None = None
+    """Column of each row's weight in loss and metrics: finite numbers of 0 or more (table layout)."""
+    group: str | None = None
+    """Column of the group, as the user, within which GAUC compares rows; it need not be one of the model's."""
     delimiter: str | None = None
     """What parts the fields of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
     quoting: bool = True
@@ -92,6 +96,11 @@ class PrepareConfig:
                     raise ValueError(f"cross '{cross}': {part} is a multi column and cannot be crossed")
                 if part == self.label:
                     raise ValueError(f"cross '{cross}': {part} is the label")
+        for field in ("weight", "group"):
+            if getattr(self, field) == self.label:
+                raise ValueError(f"column {self.label} is the label and cannot be the {field} too")
+        if self.group is not None and self.group in self.multi_names:
+            raise ValueError(f"group {self.group} is a multi column, should be single-valued")
         _check_unique("cross", ["*".join(sorted(cross_parts(cross))) for cross in self.cross])
         _check_split(self)
         if self.min_count < 1:
@@ -138,7 +147,7 @@ def cross_parts(cross: str) -> tuple[str, ...]:
 def _check_own_columns(config: PrepareConfig) -> None:
     """Of the layouts whose files name no columns."""
     allowed = ("categorical",) if config.layout == "libffm" else ()
-    for field in ("dense", "categorical", "multi", "delimiter"):
+    for field in ("dense", "categorical", "multi", "weight", "delimiter"):
         if getattr(config, field) and field not in allowed:
             raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
     if config.layout in SPARSE:

@@ -49,6 +49,7 @@ class Dataset:
         dense: names of the dense columns.
         columns: the categorical columns in the order of the model's tables, single-valued ones first.
         table_rows: rows of each table, in that order. num_single: how many columns are single-valued.
+        weight, group: the columns of weights and groups, or None.
         rows: rows per split. fingerprint: hexadecimal digest of all that decides the contents.
 
     Raises:
@@ -114,7 +115,8 @@ class Dataset:
         """Looks at every value of the given splits (all, when none is given), in pieces.
 
         Raises:
-            UserError: an id outside its table, a dense value that is not finite, or a label other than 0 and 1.
+            UserError: an id outside its table, a dense value that is not finite, a label other than 0 and 1, a weight
+                that is negative or not finite, or a group below -1.
         """
         for name in splits or folder.SPLITS:
             arrays = self.split(name).arrays
@@ -127,6 +129,12 @@ class Dataset:
                 if not finite.all():
                     bad = self.dense[int(np.argmin(finite))]
                     raise UserError(f"{where}: column {bad} holds a number that is not finite; prepare the data again")
+            for piece in _pieces(arrays.get(folder.WEIGHT, np.empty(0, np.float32))):
+                if not (piece >= 0).all() or not np.isfinite(piece).all():
+                    raise UserError(f"{where}: a weight is negative or not finite; prepare the data again")
+            for piece in _pieces(arrays.get(folder.GROUP, np.empty(0, np.int32))):
+                if piece.min() < -1:
+                    raise UserError(f"{where}: the group {piece.min()} is below -1; prepare the data again")
             for piece in _pieces(arrays[folder.IDS]):
                 for column, low, high in zip(self.columns, piece.min(axis=0), piece.max(axis=0)):
                     _check_range(where, column, int(low), int(high))
@@ -170,6 +178,8 @@ class Dataset:
         self.columns = tuple(Column(column["name"], column["rows"], column["multi"]) for column in schema["columns"])
         self.table_rows = tuple(column.rows for column in self.columns)
         self.num_single = sum(not column.multi for column in self.columns)
+        self.weight: str | None = schema.get("weight")
+        self.group: str | None = schema.get("group")
         self.rows: dict[str, int] = {name: info["rows"][name] for name in folder.SPLITS}
         self.fingerprint: str = info["fingerprint"]
 

@@ -1,6 +1,6 @@
 """Writes the arrays of the splits: keys become table rows, chunk by chunk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,11 +51,25 @@ class Translations:
 
     def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
         """Appends the next column, one chunk after the other."""
+        self._append(staged, column, vocabulary.lookup)
+
+    def add_groups(self, staged: Staging) -> None:
+        """Appends the group: numbers in order of first appearance in the log, -1 where it is missing."""
+        column = len(staged.plan.keys)
+        vocabulary = build_vocabulary(staged, column, np.empty(0, np.uint8), False, 1)
+
+        def number(keys: pl.Series) -> Array:
+            missing = (keys == ("" if keys.dtype == pl.String else 0)).to_numpy()
+            return np.where(missing, -1, vocabulary.lookup(keys) - 1).astype(np.int32)
+
+        self._append(staged, column, number)
+
+    def _append(self, staged: Staging, column: int, number: Callable[[pl.Series], Array]) -> None:
         starts = []
         with self._path.open("ab") as file:
             for (keys,) in ahead(staged.read(chunk, f"keys{column}") for chunk in range(len(staged.rows))):
                 starts.append(file.tell())
-                file.write(_bytes(vocabulary.lookup(keys)))
+                file.write(_bytes(number(keys)))
         self._starts.append(starts)
 
     def read(self, staged: Staging, chunk: int) -> list[Array]:
@@ -75,15 +89,18 @@ class Writer:
     Attributes:
         rows, clicks: so far. values: ids so far in each multi-valued column. largest: of each dense column the largest
             magnitude, float32 [D]; None before there are rows.
+
+    more: names of arrays with one number per row, besides the usual ones.
     """
 
-    def __init__(self, path: Path, plan_multi: list[int]) -> None:
+    def __init__(self, path: Path, plan_multi: list[int], more: Sequence[str] = ()) -> None:
         path.mkdir()
         self._path = path
         self.rows, self.clicks = 0, 0
         self.largest: Array | None = None
         self.values = dict.fromkeys(plan_multi, 0)
-        names = [folder.DENSE, folder.IDS, folder.LABEL]
+        names = [folder.DENSE, folder.IDS, folder.LABEL, *more]
+        self.weight = 0.0
         for number in plan_multi:
             names += [folder.values_file(number), folder.offsets_file(number)]
         self._names = names
@@ -100,6 +117,15 @@ class Writer:
         self.largest = largest if self.largest is None else np.maximum(self.largest, largest)
         self.rows += len(labels)
         self.clicks += int(labels.sum())
+
+    def add_weights(self, weights: Array) -> None:
+        """The weights of the same rows, float32 [n]."""
+        self._append(folder.WEIGHT, weights)
+        self.weight += float(weights.sum(dtype=np.float64))
+
+    def add_groups(self, groups: Array) -> None:
+        """The groups of the same rows, int32 [n], -1 for none."""
+        self._append(folder.GROUP, groups)
 
     def add_bags(self, number: int, values: Array, lengths: Array) -> None:
         """The ids of the same rows in a multi-valued column: values int32 [L], lengths [n]."""
@@ -126,15 +152,19 @@ def _bytes(array: Array) -> memoryview:
 def write_splits(
     staged: Staging, splits: Splits, translated: Translations, output: Path, advance: Callable[[int], None]
 ) -> list[Writer]:
-    """Writes the arrays of all splits into `output`. The result has their rows, clicks and values."""
-    keys = staged.plan.keys
+    """Writes the arrays of all splits into `output`. The result has their rows, clicks and values.
+
+    translated: the model's columns, then the group, if there is one.
+    """
+    keys, weighted, group = staged.plan.keys, staged.plan.weight is not None, len(staged.plan.keys)
+    grouped = staged.plan.group is not None
     single = [n for n, key in enumerate(keys) if not key.multi]
     multi = [n for n, key in enumerate(keys) if key.multi]
     names = ["label", *(f"codes{n}" for n in range(len(keys))), *(f"lengths{n}" for n in multi)]
     width = len(staged.plan.dense)
-    if width:
-        names.append("dense")
-    writers = [Writer(output / name, multi) for name in folder.SPLITS]
+    names += ["dense"] * (width > 0) + ["weight"] * weighted + [f"codes{group}"] * grouped
+    more = [folder.WEIGHT] * weighted + [folder.GROUP] * grouped
+    writers = [Writer(output / name, multi, more) for name in folder.SPLITS]
     row = 0
     chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
     for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
@@ -152,6 +182,10 @@ def write_splits(
             whole = bool(chosen.all())
             part = slice(None) if whole else chosen
             writer.add(dense[part], ids[part], found["label"][part])
+            if weighted:
+                writer.add_weights(found["weight"][part])
+            if grouped:
+                writer.add_groups(maps[group][found[f"codes{group}"][part]])
             for n in multi:
                 lengths, values = found[f"lengths{n}"], maps[n][found[f"codes{n}"]]
                 writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])

@@ -16,6 +16,8 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(SplitName)
 
 DENSE, IDS, LABEL = "dense.f32", "ids.i32", "label.u8"
+# Only where the schema names a column for them.
+WEIGHT, GROUP = "weight.f32", "group.i32"
 
 
 def values_file(column: int) -> str:
@@ -42,6 +44,10 @@ def arrays(info: dict[str, Any], split: str) -> dict[str, tuple[np.dtype[Any], t
         IDS: (np.dtype("<i4"), (rows, single)),
         LABEL: (np.dtype("u1"), (rows,)),
     }
+    if schema.get("weight") is not None:
+        found[WEIGHT] = (np.dtype("<f4"), (rows,))
+    if schema.get("group") is not None:
+        found[GROUP] = (np.dtype("<i4"), (rows,))
     for number, column in enumerate(schema["columns"]):
         if column["multi"]:
             found[values_file(number)] = (np.dtype("<i4"), (info["values"][split][column["name"]],))

@@ -17,6 +17,7 @@ from dqrm.data.partitions import complete, in_file, offered
 from dqrm.data.sources import Damaged, Source, finish, hash_file, read_bytes
 from dqrm.data.sparse_text import SparseReader
 from dqrm.data.staging import Chunker, Staging
+from dqrm.data.tables import TableSource
 from dqrm.errors import UserError
 
 # What polars raises on a file that is not the Parquet file it seems to be. A panic is no Exception of Python's.
@@ -37,6 +38,9 @@ def check(sources: list[Source], plan: Plan) -> None:
     """
     for source in sources:
         source.used = tuple(name for name in plan.used if name in source.partitions)
+        if isinstance(source, TableSource):
+            source.check(plan)
+            continue
         if source.parquet and (plan.criteo or plan.sparse):
             raise UserError(
                 f"{source.where} is a Parquet file, but layout {plan.config.layout} is text; use layout table"
@@ -72,7 +76,7 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
     keep = _Subsample(config)
     for source in sources:
         told = 0
-        if source.parquet:
+        if source.parquet and not isinstance(source, TableSource):
             hash_file(source)
         for typed in typed_blocks(source, plan):
             frame = keep(typed)
@@ -93,14 +97,29 @@ def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
         UserError: the first malformed line, with file and number, unless they are skipped.
     """
     unit = "row" if source.parquet else "line"
-    blocks = _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
-    for block in blocks:
+    for block in _blocks(source, plan):
         frame = plan.typed(block)
         if block.bad and plan.config.on_error == "stop":
             line, reason = min(block.bad)
             raise UserError(f"{source.where}, {unit} {line}: {reason}")
         source.skipped += len(block.bad)
         yield frame
+
+
+def _blocks(source: Source, plan: Plan) -> Iterator[Block]:
+    if isinstance(source, TableSource):
+        return _table_blocks(source, plan)
+    return _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
+
+
+def _table_blocks(source: TableSource, plan: Plan) -> Iterator[Block]:
+    row = 1
+    try:
+        for frame in source.blocks(plan, min(plan.config.chunk_rows, 1 << 17)):
+            yield Block(frame, np.arange(row, row + frame.height))
+            row += frame.height
+    except _UNREADABLE as error:
+        raise UserError(f"{source.where}, after row {row - 1}: cannot be read ({error})") from None
 
 
 def schema(source: Source) -> pl.Schema | None:
@@ -163,7 +182,7 @@ def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
     if config.layout != "libffm" or config.categorical:
         return config
     for source in sources:
-        if source.stream:
+        if source.stream or isinstance(source, TableSource):
             raise UserError(
                 f"{source.where} can be read only once; name the fields of its features, as in --categorical 0,1,2"
             )

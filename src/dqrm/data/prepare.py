@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,9 +17,10 @@ from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
-from dqrm.data.listing import require_same_files, resolve
+from dqrm.data.listing import require_same_files
 from dqrm.data.sources import Source, total_size
 from dqrm.data.staging import Staging
+from dqrm.data.tables import TableSource, as_list, gather
 from dqrm.errors import UserError
 from dqrm.files import claim, flush, write_json
 
@@ -27,17 +28,20 @@ from dqrm.files import claim, flush, write_json
 MARKER = ".dqrm-preparing"
 Progress = Callable[[str, int, int | None], None]
 DEFAULTS = PrepareConfig()
+# Columns with one number for each row beside the model's.
+_PER_ROW = ("weight", "group")
 
 
 def prepare(
-    sources: str | Path | Sequence[str | Path],
+    sources: Any,
     output: str | Path,
     config: PrepareConfig = DEFAULTS,
     progress: Progress | None = None,
 ) -> Dataset:
     """Writes the dataset folder `output` from logs.
 
-    sources: files, folders, globs of them, or pipes (`-`: standard input).
+    sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
+    DataFrames, Arrow tables and datasets), alone or in a list.
     progress: called with what is being done, how much of it is done, and of how much (None: nobody knows).
     All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
 
@@ -47,8 +51,8 @@ def prepare(
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
-    given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    files = resolve(given)
+    given = as_list(sources)
+    files = gather(given)
     plan = make_plan(ingest.with_fields(files, config))
     ingest.check(files, plan)
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
@@ -68,7 +72,10 @@ def prepare(
     try:
         _check_output(output)  # a run that ended meanwhile may have filled it
         _fill(partial, files, plan, tell)
-        require_same_files(given, files)
+        require_same_files(
+            [item for item in given if isinstance(item, (str, Path))],
+            [file for file in files if not isinstance(file, TableSource)],
+        )
         os.replace(partial, target)
         moved = True
         (target / MARKER).unlink()
@@ -166,10 +173,14 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
                 }
             )
         tell("counting ids", len(plan.keys), len(plan.keys))
+        if plan.group is not None:
+            translated.add_groups(staged)
         wrote = _Steps(tell, "writing")
         writers = encode.write_splits(staged, assigned, translated, path, lambda count: wrote(count, sum(staged.rows)))
     finally:
         staged.close()
+    if plan.weight is not None and writers[splits.TRAIN].weight == 0:
+        raise UserError(f"the weights in column {plan.weight} of all training rows are 0: nothing to train on")
     shutil.rmtree(work)
     info = _info(plan, files, columns, writers, dropped)
     written = [f"{name}/{file}" for name in folder.SPLITS for file in folder.arrays(info, name)]
@@ -196,6 +207,7 @@ def _info(
             "min_count": config.min_count,
             "max_rows_per_table": config.max_rows_per_table,
             "multi_separator": config.multi_separator if config.multi else None,
+            **_given(config),
         },
         "split": splits.describe(config),
         "rows": {name: writer.rows for name, writer in by_split.items()},
@@ -209,8 +221,14 @@ def _info(
         "lines_skipped": sum(file.skipped for file in files),
         "sources": [file.describe() for file in files],
         # The number of rows at a time changes nothing in the result.
-        "options": {key: value for key, value in dataclasses.asdict(config).items() if key != "chunk_rows"},
+        "options": {
+            key: value
+            for key, value in dataclasses.asdict(config).items()
+            if key != "chunk_rows" and (key not in _PER_ROW or value is not None)
+        },
     }
+    if plan.weight is not None:
+        info["weights"] = {name: writer.weight for name, writer in by_split.items()}
     # Names of files may change without the data changing.
     hashed = {**info, "sources": [{k: v for k, v in file.describe().items() if k != "name"} for file in files]}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -220,6 +238,11 @@ def _info(
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         **info,
     }
+
+
+def _given(config: PrepareConfig) -> dict[str, str]:
+    """The columns of weights and groups, where there are any: other datasets stay what they were."""
+    return {name: value for name in _PER_ROW if (value := getattr(config, name)) is not None}
 
 
 class _Steps:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +28,101 @@ from dqrm.errors import UserError
 PROBABILITY = "probability"
 # Rows of Parquet at a time; more are no quicker. Several blocks are in memory: read, encoded, scored.
 _BLOCK_ROWS = 1 << 16
+# As many are looked up one by one: whoever scores single rows waits for each call.
+_FEW_ROWS = 16
 _KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
+
+
+class RawEncoder:
+    """What `prepare` would make of a row, for a model whose vocabularies are known; safe to use from several threads.
+
+    options: how the model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order. keep:
+    columns of the log that are handed on. on_error: whether a malformed line stops, or is skipped and counted.
+
+    Raises:
+        UserError: columns and vocabularies that do not go together.
+    """
+
+    def __init__(
+        self,
+        options: PrepareConfig,
+        columns: Sequence[Mapping[str, Any]],
+        vocabularies: Sequence[Vocabulary],
+        keep: Sequence[str] = (),
+        on_error: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
+        # What a model is trained and judged by, it does not score by.
+        version = min((column.get("key_version", 1) for column in columns), default=1)
+        self.plan = dataclasses.replace(
+            make_plan(config), split=None, label=None, weight=None, group=None, copied=tuple(keep), key_version=version
+        )
+        for name in keep:
+            if self.plan.sparse and name != config.label:
+                raise UserError(f"keep names '{name}', but of layout {config.layout} only the label can be kept")
+        self._vocabularies = list(vocabularies)
+        _check_columns(self.plan, columns, self._vocabularies)
+
+    def blocks(self, source: Source, threads: ThreadPoolExecutor | None = None) -> Iterator["RawBlock"]:
+        """The good rows of a source, block by block: a file's, or a table's in memory.
+
+        Raises:
+            UserError: as `ingest.typed_blocks`.
+        """
+        for frame in ingest.typed_blocks(source, self.plan):
+            source.rows += frame.height
+            yield self._encode(frame, threads)
+
+    def _encode(self, frame: pl.DataFrame, threads: ThreadPoolExecutor | None) -> "RawBlock":
+        plan, rows = self.plan, frame.height
+        dense = np.empty((rows, len(plan.dense)), np.float32)
+        for n in range(len(plan.dense)):
+            dense[:, n] = frame[f"d{n}"].to_numpy()
+        ids = np.empty((rows, sum(not key.multi for key in plan.keys)), np.int32)
+        bags, entries, unseen = [], [], []
+        cells = (frame[f"k{n}"] for n in range(len(plan.keys)))
+        run = threads.map if threads else map
+        # Single-valued columns come first in every schema.
+        for n, (values, lengths) in enumerate(run(self._look_up, plan.keys, self._vocabularies, cells)):
+            entries.append(len(values))
+            unseen.append(len(values) - int(np.count_nonzero(values)))
+            if lengths is None:
+                ids[:, n] = values
+            else:
+                counts = lengths.to_numpy().astype(np.int64)
+                bags.append((torch.from_numpy(values), torch.from_numpy(np.cumsum(counts) - counts)))
+        batch = Batch(torch.from_numpy(dense), torch.from_numpy(ids), tuple(bags), torch.zeros(rows))
+        return RawBlock(frame.select(pl.col("^c\\d+$")), batch, entries, unseen)
+
+    def _look_up(
+        self, column: KeyColumn, vocabulary: Vocabulary, cells: pl.Series
+    ) -> tuple[NDArray[np.int32], pl.Series | None]:
+        """The table row of each entry, and a multi-valued column's entries per row."""
+        cap = self.plan.config.max_rows_per_table
+        if len(cells) > _FEW_ROWS:
+            keys, codes, lengths = column.code(cells, cap)
+            return vocabulary.lookup(keys)[codes], lengths
+        lengths = cells.list.len() if column.multi else None
+        cells = cells.explode(empty_as_null=False) if column.multi else cells
+        return vocabulary.find(cells.to_list() if cap is None else column.modulo(cells, cap).tolist()), lengths
+
+
+@dataclass(frozen=True)
+class RawBlock:
+    """Rows of a log: the copied columns c<n>, the batch with labels of zero; and for each categorical column, how many
+    ids there are, and how many of them are in no row of the vocabulary."""
+
+    copied: pl.DataFrame
+    batch: Batch
+    entries: Sequence[int]
+    unseen: Sequence[int]
 
 
 class RawLog:
     """Logs whose rows become batches; a label is not needed, nor is the column that decided the split.
 
     sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once.
-    options: how the model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order.
-    keep: columns of the log that are handed on beside the batches.
-    on_error: whether a malformed line stops, or is skipped and counted.
+    The other arguments are those of `RawEncoder`.
 
     Attributes:
         paths: the files. size: their bytes together, None where a pipe is among them.
@@ -57,15 +143,8 @@ class RawLog:
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         _check_keep(keep)
-        config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
-        self._plan = dataclasses.replace(make_plan(config), split=None, label=None, copied=tuple(keep))
-        for name in keep:
-            if self._plan.sparse and name != config.label:
-                raise UserError(f"keep names '{name}', but of layout {config.layout} only the label can be kept")
-        version = min((column.get("key_version", 1) for column in columns), default=1)
-        self._plan = dataclasses.replace(self._plan, key_version=version)
-        self._vocabularies = list(vocabularies)
-        _check_columns(self._plan, columns, self._vocabularies)
+        self._encoder = RawEncoder(options, columns, vocabularies, keep, on_error)
+        self._plan = self._encoder.plan
         self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
         self._files = files = resolve(self._given)
         ingest.check(files, self._plan)
@@ -100,11 +179,10 @@ class RawLog:
             for source in (file.again() for file in self._files):
                 size, told = source.state.size if source.state else None, 0
                 rows = ingest.parquet_rows(source) if source.parquet else 0
-                for frame in ingest.typed_blocks(source, self._plan):
-                    source.rows += frame.height
-                    self.rows += frame.height
-                    if frame.height:
-                        yield self._kept(frame, source), self._encode(frame, threads)
+                for block in self._encoder.blocks(source, threads):
+                    self._count(block)
+                    if len(block.batch):
+                        yield self._kept(block.copied, source), block.batch
                     done = size * source.rows // max(1, rows) if size and source.parquet else source.bytes
                     done = max(done, told) if size is None else min(max(done, told), size)
                     if advance:
@@ -117,6 +195,12 @@ class RawLog:
                     advance((source.bytes if size is None else size) - told)
         require_same_files(self._given, self._files)
 
+    def _count(self, block: RawBlock) -> None:
+        self.rows += len(block.batch)
+        for n, (entries, unseen) in enumerate(zip(block.entries, block.unseen)):
+            self._entries[n] += entries
+            self._unseen[n] += unseen
+
     def _kept(self, frame: pl.DataFrame, source: Source) -> pl.DataFrame:
         try:
             kept = pl.DataFrame([frame[f"c{n}"].cast(self.schema[name]) for n, name in enumerate(self._plan.copied)])
@@ -124,32 +208,6 @@ class RawLog:
             raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
         kept.columns = list(self._plan.copied)  # a Series without a name would be given one
         return kept
-
-    def _encode(self, frame: pl.DataFrame, threads: ThreadPoolExecutor) -> Batch:
-        plan, rows = self._plan, frame.height
-        dense = np.empty((rows, len(plan.dense)), np.float32)
-        for n in range(len(plan.dense)):
-            dense[:, n] = frame[f"d{n}"].to_numpy()
-        ids = np.empty((rows, sum(not key.multi for key in plan.keys)), np.int32)
-        bags = []
-        cells = (frame[f"k{n}"] for n in range(len(plan.keys)))
-        # Single-valued columns come first in every schema.
-        for n, (values, lengths) in enumerate(threads.map(self._look_up, plan.keys, self._vocabularies, cells)):
-            self._entries[n] += len(values)
-            self._unseen[n] += len(values) - int(np.count_nonzero(values))
-            if lengths is None:
-                ids[:, n] = values
-            else:
-                counts = lengths.to_numpy().astype(np.int64)
-                bags.append((torch.from_numpy(values), torch.from_numpy(np.cumsum(counts) - counts)))
-        return Batch(torch.from_numpy(dense), torch.from_numpy(ids), tuple(bags), torch.zeros(rows))
-
-    def _look_up(
-        self, column: KeyColumn, vocabulary: Vocabulary, cells: pl.Series
-    ) -> tuple[NDArray[np.int32], pl.Series | None]:
-        """The table row of each entry, and a multi-valued column's entries per row."""
-        keys, codes, lengths = column.code(cells, self._plan.config.max_rows_per_table)
-        return vocabulary.lookup(keys)[codes], lengths
 
 
 def _check_keep(keep: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ class Staging:
     def __init__(self, folder: Path, plan: Plan) -> None:
         folder.mkdir()
         self._folder, self.plan = folder, plan
-        self.columns: tuple[KeyColumn, ...] = (*plan.keys, *((plan.split,) if plan.split else ()))
+        self.columns: tuple[KeyColumn, ...] = (*plan.keys, *plan.unmodelled)
         self.rows: list[int] = []
         self.entries: list[list[int]] = [[] for _ in self.columns]
         self.distinct: list[list[int]] = [[] for _ in self.columns]
@@ -40,8 +40,11 @@ class Staging:
 
     def add(self, frame: pl.DataFrame) -> None:
         """Writes the next chunk, a frame of `Plan.typed`."""
-        names = [f"k{n}" for n in range(len(self.plan.keys))] + (["s"] if self.plan.split else [])
+        names = [f"k{n}" for n in range(len(self.plan.keys))]
+        names += ["g"] * (self.plan.group is not None) + ["s"] * (self.plan.split is not None)
         stored = {"label": frame["label"].implode()}
+        if self.plan.weight is not None:
+            stored["weight"] = frame["w"].implode()
         if self.plan.dense:
             dense = frame.select(f"d{n}" for n in range(len(self.plan.dense))).to_numpy()
             stored["dense"] = pl.Series("dense", np.ascontiguousarray(dense).reshape(-1)).implode()
@@ -58,7 +61,8 @@ class Staging:
         self.rows.append(frame.height)
 
     def read(self, chunk: int, *names: str) -> list[pl.Series]:
-        """Arrays of one chunk by the name they are stored under: label, dense, keys<n>, codes<n>, lengths<n>."""
+        """Arrays of one chunk by the name they are stored under: label, weight, dense, keys<n>, codes<n> or
+        lengths<n>."""
         # Opened here: polars would take brackets in the name of a folder for a pattern.
         with self._path(chunk).open("rb") as file:
             frame = pl.read_ipc(file, columns=list(names))
@@ -76,8 +80,9 @@ class Staging:
         return self._folder / f"{chunk:06d}.arrow"
 
     def _code(self, column: KeyColumn, cells: pl.Series) -> tuple[pl.Series, Array, pl.Series | None]:
-        split = column is self.plan.split
-        return column.code(cells, None if split else self.plan.config.max_rows_per_table)
+        # By identity: a group column may be one of the model's, too.
+        modelled = not any(column is other for other in self.plan.unmodelled)
+        return column.code(cells, self.plan.config.max_rows_per_table if modelled else None)
 
 
 class Chunker:

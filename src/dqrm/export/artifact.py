@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ from dqrm.options import build, field_types
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.uniform import check_bits
+
+if TYPE_CHECKING:
+    from dqrm.export.loaded import LoadedModel
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
 _VOCABULARY = "vocabulary."
@@ -149,19 +152,22 @@ class Artifact:
             raise UserError(f"{self.path} is damaged: {brief(error)}; export it again") from None
 
 
-def load(path: str | Path, verify: bool = False) -> DLRM:
+def load(path: str | Path, verify: bool = False, data: str | Path | None = None) -> "LoadedModel":
     """A packed model for inference, from the file that `dqrm export` wrote.
 
     Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The codes stay in the
-    file, memory-mapped; only the MLP is unpacked. No code from the file is run.
+    file, memory-mapped; only the MLP is unpacked. No code from the file is run. `model.score(rows)` takes raw values.
 
     Args:
         verify: compare every tensor's bytes with its checksum first, which reads the whole file.
+        data: the dataset folder, for `score` of a model that was exported without vocabularies.
 
     Raises:
         UserError: no such file, foreign, truncated, damaged, or of another format version.
     """
-    return Artifact.open(path, verify).model()
+    from dqrm.export.loaded import LoadedModel
+
+    return LoadedModel.of(Artifact.open(path, verify), data)
 
 
 def _check(content: Any) -> None:

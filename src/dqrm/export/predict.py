@@ -65,17 +65,10 @@ def predict(
             with _writing(output):
                 sink.begin()
             for kept, batch in ahead(log.blocks(advance)):
-                logits = _logits(score, batch, batch_size)
-                if not np.isfinite(logits).all():
-                    at = int(np.argmin(np.isfinite(logits)))
-                    raise UserError(
-                        f"the model predicts {logits[at]} for row {rows + at + 1} of the log, expected a finite "
-                        "number; its training diverged"
-                    )
-                probability = pl.Series(PROBABILITY, torch.from_numpy(logits).sigmoid().numpy())
+                found = probabilities(score, batch, batch_size, rows)
                 with _writing(output):
-                    sink.add(kept.hstack([probability]) if kept.width else probability.to_frame())
-                rows += len(logits)
+                    sink.add(kept.hstack([pl.Series(PROBABILITY, found)]))
+                rows += len(found)
                 if progress:
                     progress("scoring", done, log.size)
             with _writing(output):
@@ -119,6 +112,25 @@ def check_output(output: Path, log: RawLog) -> None:
                 raise UserError(
                     f"column {name} is of type {kind}, which {suffix} cannot hold; write .parquet, or do not keep it"
                 ) from None
+
+
+def probabilities(score: Score, batch: Batch, size: int, before: int = 0) -> NDArray[np.float32]:
+    """The probability of a click for each row of a batch, scored in parts of so many rows: float32 [B].
+
+    before: rows of the log that came before, for the message.
+
+    Raises:
+        UserError: a logit that is not finite.
+    """
+    logits = _logits(score, batch, size)
+    if not np.isfinite(logits).all():
+        at = int(np.argmin(np.isfinite(logits)))
+        raise UserError(
+            f"the model predicts {logits[at]} for row {before + at + 1} of the log, expected a finite number; its "
+            "training diverged"
+        )
+    found: NDArray[np.float32] = torch.from_numpy(logits).sigmoid().numpy()
+    return found
 
 
 def _logits(score: Score, batch: Batch, size: int) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from dqrm.export.artifact import Artifact
 from dqrm.export.config import PredictConfig
 from dqrm.export.pipeline import require_dataset
 from dqrm.export.predict import predict as write_predictions
+from dqrm.models.dlrm import DLRM
 from dqrm.options import build
 
 _DEFAULTS = PredictConfig()
@@ -46,12 +47,48 @@ def predict(
             an output that cannot be written.
     """
     opened = Artifact.open(model, config.verify)
-    packed, content = opened.model(), opened.content
+    packed = opened.model()
+    options, columns, vocabularies = reading(opened, config.data, config.verify, progress)
+    given = {name: getattr(config, name) for name in ("delimiter", "multi_separator")}
+    given = {name: value for name, value in given.items() if value is not None}
+    read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
+    _require_another(Path(output), opened, config.data)
+    log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress)
+    return {**found, "output": str(output)}
+
+
+def scorer(model: DLRM) -> Callable[[Batch], torch.Tensor]:
+    """A function from a batch to the model's logits [B]."""
+
+    def score(batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(batch.dense, batch.ids, batch.bags)
+        return logits
+
+    return score
+
+
+def reading(
+    opened: Artifact,
+    data: str | Path | None = None,
+    verify: bool = True,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> tuple[dict[str, Any], list[Any], list[Vocabulary]]:
+    """How the log of an artifact was read: options of `prepare`, columns, and their vocabularies.
+
+    data: the dataset folder, for an artifact without vocabularies. verify: compare the folder's with their checksums.
+
+    Raises:
+        UserError: the artifact lacks them, or is damaged; the folder holds another dataset.
+    """
+    content = opened.content
     options, columns = content.get("options"), content["schema"]["columns"]
     vocabularies: list[Vocabulary]
-    if config.data is not None:
-        dataset = require_dataset(content, config.data, opened.path)
-        if config.verify:
+    if data is not None:
+        dataset = require_dataset(content, data, opened.path)
+        if verify:
             dataset.verify("vocabulary", tell=progress)
         options, columns = dataset.info["options"], dataset.info["schema"]["columns"]
         vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
@@ -62,23 +99,10 @@ def predict(
         ]
     if options is None:
         raise UserError(
-            f"{model} does not say how its log was read, since its dataset was gone when it was exported; "
-            "name the dataset folder with --data"
+            f"{opened.path} does not say how its log was read, since its dataset was gone when it was exported; "
+            "name the dataset folder with --data (in Python data=...)"
         )
-    given = {name: getattr(config, name) for name in ("delimiter", "multi_separator")}
-    given = {name: value for name, value in given.items() if value is not None}
-    read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
-    _require_another(Path(output), opened, config.data)
-    log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-
-    def score(batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = packed(batch.dense, batch.ids, batch.bags)
-        return logits
-
-    found = write_predictions(score, log, Path(output), config.batch_size, progress)
-    return {**found, "output": str(output)}
+    return options, columns, vocabularies
 
 
 def _require_another(output: Path, opened: Artifact, data: str | None) -> None:

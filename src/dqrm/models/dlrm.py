@@ -54,14 +54,14 @@ def widths(config: ModelConfig, num_dense: int, tables: int) -> tuple[tuple[int,
     """
     if not num_dense and not tables:
         raise ValueError("the model has neither dense columns nor tables: nothing to predict from")
-    vectors, dense_width = tables + (num_dense > 0), config.bottom_mlp[-1] if num_dense else 0
+    vectors, dense_width = tables + (num_dense > 0), config.bottom_widths[-1] if num_dense else 0
     if config.interaction == "dot":
         width = dense_width + vectors * (vectors - 1 + 2 * config.self_interaction) // 2
     else:
         width = dense_width + tables * config.embedding_dim
     if width == 0:
         raise ValueError("one table and no dense columns make no pair; use self_interaction or interaction 'cat'")
-    return (num_dense, *config.bottom_mlp) if num_dense else (), (width, *config.top_mlp)
+    return (num_dense, *config.bottom_widths) if num_dense else (), (width, *config.top_mlp)
 
 
 class DLRM(nn.Module):

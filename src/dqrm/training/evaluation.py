@@ -109,4 +109,11 @@ def measure(logits: np.ndarray, dataset: Dataset, split: str) -> dict[str, Any]:
     """
     if not np.isfinite(logits).all():
         raise UserError(f"the model predicts {logits[~np.isfinite(logits)][0]} on {split}: its training diverged")
-    return click_metrics(np.asarray(dataset.split(split).labels()), logits)
+    part = dataset.split(split)
+    weights, groups = part.weights(), part.groups()
+    return click_metrics(
+        np.asarray(part.labels()),
+        logits,
+        None if weights is None else np.asarray(weights),
+        None if groups is None else np.asarray(groups),
+    )

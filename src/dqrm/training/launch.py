@@ -4,6 +4,7 @@ The same on one rank and on several, which `torchrun` starts: everything that ca
 step, on every rank and with the same sentence.
 """
 
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dqrm.errors import UserError
 from dqrm.training.environment import Progress, check_environment
 from dqrm.training.loop import Interrupted, Log, Trainer
 from dqrm.training.run import Run
+from dqrm.training.selection import check_selection
 
 __all__ = ["Interrupted", "check_ranks", "resume", "train"]
 
@@ -57,6 +59,9 @@ def train(
         if not data.rows["train"]:
             raise UserError(f"{data.path} has no training rows: nothing to train on")
         _check_data(world, data, verify, progress)
+        for told in world.together(lambda: check_selection(config, data)):
+            if world.first:
+                log(told) if log else warnings.warn(told, stacklevel=2)
         model = world.together(run.new_model)  # before the folder is made: an impossible model must not leave one
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
         return Trainer(run, model, data, progress, log, world, verify).fit()

@@ -284,7 +284,8 @@ class Trainer:
                 **position,
             }
         )
-        figures = [f"{name} {metrics[name]:.4f}" for name in ("auc", "log_loss", "ne") if metrics[name] is not None]
+        shown = ("auc", "gauc", "log_loss", "ne")
+        figures = [f"{name} {metrics[name]:.4f}" for name in shown if metrics.get(name) is not None]
         self.log(
             f"epoch {state.epoch + 1}, step {state.step}: training loss {train_loss:.4f}; validation "
             + (", ".join(figures) or "has no rows")

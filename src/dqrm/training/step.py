@@ -58,7 +58,7 @@ class TrainStep:
             flags: see `Exchange.begin`.
 
         Returns:
-            The sum of the losses of each local rank's samples: float32 [local ranks], without a graph.
+            The sum of the (weighted) losses of each local rank's samples: float32 [local ranks], without a graph.
         """
         exchange = self.exchange
         assert exchange is not None
@@ -67,7 +67,7 @@ class TrainStep:
         for rank in exchange.local:
             share = batch if len(exchange.local) == 1 else batch.share(rank, exchange.size)
             loss = F.binary_cross_entropy_with_logits(
-                self._module(share.dense, share.ids, share.bags), share.labels, reduction="sum"
+                self._module(share.dense, share.ids, share.bags), share.labels, share.weights, reduction="sum"
             )
             losses.append(loss.detach())
             self.backward(loss / samples)
@@ -76,8 +76,9 @@ class TrainStep:
         return torch.stack(losses)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch that lies on the model's device."""
-        return F.binary_cross_entropy_with_logits(self.model(batch.dense, batch.ids, batch.bags), batch.labels)
+        """The mean loss of a batch that lies on the model's device; with weights the mean of weight * loss."""
+        logits = self.model(batch.dense, batch.ids, batch.bags)
+        return F.binary_cross_entropy_with_logits(logits, batch.labels, batch.weights)
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradients in the parameters: sparse for the tables, dense for the MLP."""

@@ -1,0 +1,77 @@
+"""The model that `dqrm.load` gives: a packed DLRM that scores rows of raw values, too."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dqrm.data import ingest
+from dqrm.data.config import PrepareConfig
+from dqrm.data.raw import RawEncoder
+from dqrm.data.tables import rows_source
+from dqrm.errors import UserError
+from dqrm.export.artifact import Artifact
+from dqrm.export.predict import probabilities
+from dqrm.export.scoring import reading, scorer
+from dqrm.models.dlrm import DLRM
+from dqrm.options import build
+
+# One for all models: a lock of each would keep them from being copied and pickled.
+_READING = threading.Lock()
+
+
+class LoadedModel(DLRM):
+    """A `DLRM` of packed layers: model(dense, ids, bags) -> logits, model.score(rows) -> probabilities."""
+
+    _opened: Artifact
+    _data: str | Path | None
+    _encoder: RawEncoder | None
+
+    @classmethod
+    def of(cls, opened: Artifact, data: str | Path | None = None) -> "LoadedModel":
+        """The model of an artifact. data: the dataset folder, where the artifact has no vocabularies."""
+        packed = opened.model()
+        model = cls.from_parts(packed.config, packed.num_dense, packed.bottom, packed.tables, packed.top)
+        assert isinstance(model, cls)
+        model._opened, model._data, model._encoder = opened, data, None
+        return model
+
+    def score(self, rows: Any, batch_size: int = 8192) -> NDArray[np.float32]:
+        """The probability of a click for each row of raw values, as they stand in the log: float32 [N], in order.
+
+        What `dqrm predict` gives for the same rows in a file. Columns may stand in any order, and others beside them do
+        not matter; a label is not needed. A value that is missing is None (or null, NaN, pandas' NA). Ids that the
+        model does not know are looked up as row 0 of their table. May be called from several threads; the first call
+        reads the vocabularies.
+
+        Args:
+            rows: a dict, a list of dicts, a polars DataFrame or LazyFrame, a pandas DataFrame, an Arrow table, record
+                batch or dataset. Each dict has all columns of the log that the model uses.
+            batch_size: rows scored at a time.
+
+        Raises:
+            UserError: a column or key that is not there, a value that cannot be what it should be (names row and
+                column), an object of another kind, or an artifact without vocabularies.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, should be at least 1")
+        encoder, source = self._reader(), rows_source(rows)
+        if source is None:
+            return np.empty(0, np.float32)
+        ingest.check([source], encoder.plan)
+        found, done = [np.empty(0, np.float32)], 0
+        for block in encoder.blocks(source):
+            found.append(probabilities(scorer(self), block.batch, batch_size, done))
+            done += len(block.batch)
+        return np.concatenate(found)
+
+    def _reader(self) -> RawEncoder:
+        if self._encoder is None:
+            with _READING:
+                if self._encoder is None:
+                    options, columns, vocabularies = reading(self._opened, self._data)
+                    read_as = build(PrepareConfig, options, str(self._opened.path))
+                    self._encoder = RawEncoder(read_as, columns, vocabularies)
+        return self._encoder
