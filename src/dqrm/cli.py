@@ -23,6 +23,8 @@ _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Opt
              "exchange": "Exchange between ranks"}  # fmt: skip
 # Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
 ALMOST_ALL = 0.95
+# Magnitude of dense values above which `prepare` warns that training will hardly work.
+TOO_WIDE = 1e4
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 _verify = click.option(
     "--verify/--no-verify",
@@ -60,7 +62,7 @@ def generate(output: str, **flags: Any) -> None:
 @config_options(("What is in the log, and how it becomes a dataset", PrepareConfig))
 def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
     """Turn raw click logs (files or globs) into a dataset folder."""
-    from dqrm.console import bars, print_json
+    from dqrm.console import bars, messages, print_json
     from dqrm.data.prepare import prepare as run
     from dqrm.info import print_dataset
 
@@ -68,6 +70,11 @@ def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_j
     config = build(PrepareConfig, fields | given(flags), config_file or "prepare")
     with bars(quiet=as_json) as progress:
         dataset = run(sources, output, config, progress=progress)
+    for name, value in dataset.wide(above=TOO_WIDE).items():
+        messages.print(
+            f"Warning: dense column {name} holds values up to {value:.3g}, with which training is likely to diverge; "
+            "use --dense-transform log1p, or leave it out if it is a time or an id"
+        )
     if as_json:
         print_json(dataset.describe())
     else:
@@ -214,7 +221,7 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
         if share > ALMOST_ALL:
             messages.print(
                 f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
-                "that it was trained on (29 and not 29.0, true and not True)?"
+                "that it was trained on (true and not True, 7 and not 007)?"
             )
     told = BaseRate(**found["subsampling"]).tell()
     if told is not None:

@@ -48,7 +48,8 @@ def field_types(cls: type) -> dict[str, Any]:
 def coerce(name: str, value: Any, wanted: Any) -> Any:
     """`value` (text from a flag, or what YAML gave) as the type `wanted`.
 
-    Lists may be written as YAML lists or as text: integers joined by '-' (512-256-16), names joined by ','.
+    Lists may be written as YAML lists or as text: integers joined by '-' (512-256-16), names joined by ','. In text, a
+    name that holds a comma, begins or ends with a space or is empty stands in double quotes: "a,b",c.
 
     Raises:
         UserError: the value is not of that type; quotes the field and the value.
@@ -66,7 +67,7 @@ def coerce(name: str, value: Any, wanted: Any) -> Any:
     if origin is tuple:
         item = arguments[0]
         if isinstance(value, str):
-            value = [part.strip() for part in value.split("-" if item is int else ",")] if value.strip() else []
+            value = _listed(name, value, item)
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{name}: got {value!r}, expected a list")
         return tuple(coerce(name, part, item) for part in value)
@@ -90,6 +91,40 @@ def coerce(name: str, value: Any, wanted: Any) -> Any:
             raise UserError(f"{name}: got {value!r}, expected text")
         return str(value)
     raise TypeError(f"options.coerce has no rule for the type {wanted} of {name}")
+
+
+def _listed(name: str, text: str, item: Any) -> list[str]:
+    if not text.strip():
+        return []
+    if item is int:
+        return [part.strip() for part in text.split("-")]
+    parts = [part.strip() for part in split_quoted(text, ",")]
+    if not all(parts):
+        raise UserError(f'{name}: got {text!r}, expected a name between commas (one that is empty is written "")')
+    return [unquoted(part) for part in parts]
+
+
+def split_quoted(text: str, separator: str) -> list[str]:
+    """The pieces of a text between separators; not at those in double quotes that begin a name."""
+    pieces, begin, inside, fresh = [], 0, False, True
+    for at, letter in enumerate(text):
+        if letter == '"' and (inside or fresh):
+            inside = not inside
+        elif letter == separator and not inside:
+            pieces.append(text[begin:at])
+            begin, fresh = at + 1, True
+            continue
+        # A second quote of two ("") opens again what the first one closed; the parts of a cross begin after a *.
+        fresh = (fresh and letter.isspace()) or letter == "*" or (letter == '"' and not inside)
+    return [*pieces, text[begin:]] if not inside else text.split(separator)
+
+
+def unquoted(text: str) -> str:
+    """What stands in double quotes, if the text is one quoted piece ("a ""b"" c" for a "b" c); else the text."""
+    inner = text[1:-1]
+    if len(text) >= 2 and text[0] == text[-1] == '"' and '"' not in inner.replace('""', ""):
+        return inner.replace('""', '"')
+    return text
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:

@@ -3,13 +3,15 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
+from dqrm.data import cells
+from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, SPARSE, PrepareConfig, cross_parts
 from dqrm.data.lines import Block
 from dqrm.errors import UserError
 from dqrm.options import did_you_mean
@@ -21,11 +23,6 @@ KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
 # What the check of the weights is called beside those of columns.
 _WEIGHT = "\x1fweight"
-# Below it every whole number is a float of its own.
-_EXACT = 2.0**53
-# Types of Parquet columns, besides numbers, that polars can write as text.
-_TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Date, pl.Datetime, pl.Time, pl.Null)
-_BOOLEANS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,8 @@ class Plan:
     """The columns of a configuration in the order of the schema: single-valued ones, crosses, multi-valued ones.
 
     label: the label's column, None where rows need none; weight and group likewise. copied: columns whose cells are
-    handed on as they are.
+    handed on as they are. key_version: the rules by which values become keys, those of the vocabularies that keys are
+    looked up in.
     """
 
     config: PrepareConfig
@@ -85,10 +83,21 @@ class Plan:
     copied: tuple[str, ...] = ()
     weight: str | None = None
     group: KeyColumn | None = None
+    key_version: int = cells.KEY_VERSION
 
     @property
     def criteo(self) -> bool:
-        return self.config.layout != "table"
+        return self.config.layout in ("criteo-kaggle", "criteo-terabyte")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether lines are lists of features, as in LIBSVM's files."""
+        return self.config.layout in SPARSE
+
+    @cached_property
+    def markers(self) -> tuple[str, ...]:
+        """The canonical texts that mean missing, besides the empty one."""
+        return cells.markers_of(self.config.null_values)
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -112,14 +121,20 @@ class Plan:
         """The columns of the log that are read."""
         return tuple(dict.fromkeys([*self.used, *self.copied]))
 
-    def check(self, known: Sequence[str], where: str) -> None:
-        """Whether a file has the columns.
+    def check(self, known: Sequence[str], where: str, text: bool = False) -> None:
+        """Whether a file has the columns. text: it names them in its first line.
 
         Raises:
             UserError: one is missing, there twice, or the configuration names none at all.
         """
         if not self.dense and not self.keys:
             raise UserError(f"no column was named in categorical or dense; {where} has {', '.join(known)}")
+        if text and self.needed and not set(self.needed) & set(known) and any(map(_is_number, known)):
+            start = ",".join(known)
+            raise UserError(
+                f"the first line of {where} is '{start[:60] + '...' * (len(start) > 60)}', which looks like data, "
+                "expected a line with the names of the columns"
+            )
         for name in self.needed:
             if name not in known:
                 raise UserError(f"no column '{name}' in {where}{did_you_mean(name, known)}")
@@ -133,14 +148,16 @@ class Plan:
         List(String) for a multi-valued column), where the split needs it, s String, and c<n>, the copied ones; w
         Float32 and g, a key, where there are weights and groups.
         """
-        raw = block.fields.select(self.needed)
-        kinds = dict(raw.schema)
-        # The log may use our names, so it gets others.
-        raw.columns = [f"r{at}" for at in range(raw.width)]
+        # The log may use our names, or what polars takes for a pattern, so its columns get others.
+        raw = pl.DataFrame([block.fields.get_column(name).alias(f"r{at}") for at, name in enumerate(self.needed)])
+        kinds = dict(zip(self.needed, raw.dtypes))
+        if self.criteo and self.markers:
+            marked = pl.col(pl.String).is_in(list(self.config.null_values))
+            raw = raw.with_columns(pl.when(marked).then(None).otherwise(pl.col(pl.String)).name.keep())
         parsed = raw.select(
-            *((_label(self._raw(self.label)).alias("label"),) if self.label is not None else ()),
-            *(self._number(name).alias(f"d{n}") for n, name in enumerate(self.dense)),
-            *((self._number(self.weight).cast(pl.Float32).alias("w"),) if self.weight is not None else ()),
+            *((self._label(kinds).alias("label"),) if self.label is not None else ()),
+            *(self._number(name, kinds[name]).alias(f"d{n}") for n, name in enumerate(self.dense)),
+            *((self._weight(kinds).alias("w"),) if self.weight is not None else ()),
             *(_hex(self._raw(name)).alias(name) for name in self._hex_columns()),
         )
         values = raw.hstack(parsed).select(
@@ -149,18 +166,19 @@ class Plan:
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
             *(("w",) if self.weight is not None else ()),
             *((self._key(self.group, kinds).alias("g"),) if self.group is not None else ()),
-            *((_text(self._raw(self.split.name), kinds[self.split.name]).alias("s"),) if self.split else ()),
+            *((self._text(self.split.name, kinds).alias("s"),) if self.split else ()),
             *(self._raw(name).alias(f"c{n}") for n, name in enumerate(self.copied)),
         )
-        everything = raw.hstack(parsed).hstack(values.select(pl.col("^d\\d+$").name.prefix("value_")))
+        everything = raw.hstack(parsed)
         checks = [check.alias(name) for name, check in self._checks(kinds).items()]
         if checks and not all(everything.select(check.all() for check in checks).row(0)):
             good = everything.select(checks)
             keep = good.select(pl.all_horizontal(pl.all())).to_series()
             for row in (~keep).arg_true():
                 name = next(name for name in good.columns if not good[name][row])
-                text = raw[f"r{self.needed.index(self.weight if name == _WEIGHT else name)}"][row]
-                block.bad.append((int(block.lines[row]), self._reason(name, text)))
+                column = self.weight if name == _WEIGHT and self.weight is not None else name
+                text = raw[f"r{self.needed.index(column)}"].slice(row, 1).to_list()[0]
+                block.bad.append((int(block.lines[row]), self._reason(name, text, kinds[column])))
             values = values.filter(keep)
         return values
 
@@ -171,8 +189,22 @@ class Plan:
         """Criteo's categories in use, alone or in a cross."""
         return [name for name in self.used if name in CRITEO_CATEGORICAL] if self.criteo else []
 
-    def _number(self, name: str) -> pl.Expr:
-        return self._raw(name).cast(pl.Int64 if self.criteo else pl.Float64, strict=False)
+    def _label(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
+        assert self.label is not None
+        column, kind = self._raw(self.label), kinds[self.label]
+        found = cells.label(column, kind, signed=self.sparse)
+        return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
+
+    def _weight(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
+        assert self.weight is not None
+        return self._number(self.weight, kinds[self.weight]).cast(pl.Float32)
+
+    def _number(self, name: str, kind: pl.DataType) -> pl.Expr:
+        column = self._raw(name)
+        if self.criteo:
+            return column.cast(pl.Int64, strict=False)
+        found = cells.number(column, kind)
+        return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
 
     def _transform(self, number: pl.Expr) -> pl.Expr:
         known = number.cast(pl.Float64).fill_nan(None).fill_null(0.0)
@@ -186,32 +218,36 @@ class Plan:
             high, low = (pl.col(part).fill_null(0).cast(pl.UInt64) for part in key.parts)
             return pl.when((high == 0) | (low == 0)).then(0).otherwise(high * 2**32 + low).cast(pl.UInt64)
         if key.multi:
-            lists = isinstance(kinds[key.name], pl.List)
-            if kinds[key.name] == pl.Null:
-                parts[0] = parts[0].cast(pl.String)
-            cells = parts[0].cast(pl.List(pl.String)) if lists else parts[0].str.split(self.config.multi_separator)
-            return cells.fill_null([]).list.eval(pl.element().filter(pl.element() != ""))
-        if self.criteo:
-            # One number, one text, however it is written.
-            hexadecimal = zip(key.parts, parts)
-            parts = [
-                part.str.to_lowercase().str.zfill(8) if name in CRITEO_CATEGORICAL else part
-                for name, part in hexadecimal
-            ]
-        texts = [_text(part, kinds[name]) for name, part in zip(key.parts, parts)]
+            separator = self.config.multi_separator
+            return cells.bags(parts[0], kinds[key.name], separator, self.markers, self.key_version)
+        texts = [self._text(name, kinds) for name in key.parts]
         if len(texts) == 1:
             return texts[0]
         missing = pl.any_horizontal(text == "" for text in texts)
         return pl.when(missing).then(pl.lit("")).otherwise(pl.concat_str(texts, separator=_JOIN))
 
+    def _text(self, name: str, kinds: dict[str, pl.DataType]) -> pl.Expr:
+        column = self._raw(name)
+        if self.criteo:
+            # One number, one text, however it is written.
+            hexadecimal = name in CRITEO_CATEGORICAL
+            return (column.str.to_lowercase().str.zfill(8) if hexadecimal else column).fill_null("")
+        return cells.text(column, kinds[name], self.markers, self.key_version)
+
     def _checks(self, kinds: dict[str, pl.DataType]) -> dict[str, pl.Expr]:
         """Per checked column of the log, whether a row's field is in order. Never null."""
         checks = {} if self.label is None else {self.label: pl.col("label").is_not_null()}
         for n, name in enumerate(self.dense):
-            missing = self._raw(name).is_null()
-            if kinds[name] == pl.String:
-                missing = missing | (self._raw(name) == "").fill_null(False)
-            checks[name] = missing | (pl.col(f"d{n}").is_not_null() & pl.col(f"value_d{n}").is_finite())
+            number = pl.col(f"d{n}")
+            sound = number.is_not_null()
+            if not self.criteo:
+                # Before the transformation, which would make a number of minus infinity.
+                sound = sound & (number.is_nan() | (number.abs() <= cells.FLOAT32_MAX)).fill_null(False)
+            checks[name] = cells.missing(self._raw(name), kinds[name], self.markers) | sound
+        for name in self.used:
+            sound_text = cells.is_text(self._raw(name), kinds[name])
+            if sound_text is not None:
+                checks[name] = checks[name] & sound_text if name in checks else sound_text
         if self.weight is not None:
             # Under a name of its own: the column may be a dense one, too.
             checks[_WEIGHT] = (pl.col("w").is_finite() & (pl.col("w") >= 0)).fill_null(False)
@@ -221,39 +257,48 @@ class Plan:
             checks[name] = self._raw(name).is_null() | (pl.col(name).is_not_null() & sound)
         return checks
 
-    def _reason(self, name: str, text: Any) -> str:
+    def _reason(self, name: str, text: Any, kind: pl.DataType) -> str:
+        told = name
         if name == _WEIGHT:
-            name, wanted = f"{self.weight}, the weight,", "a finite number of 0 or more"
+            told, wanted = f"{self.weight}, the weight,", "a finite number of 0 or more"
         elif name == self.label:
-            wanted = "0 or 1"
+            wanted = "0 or 1 (or -1 for 0)" if self.sparse else "0 or 1"
+            if text is not None and str(text) in self.config.null_values:
+                wanted += " (null_values says that it means missing)"
         elif name in self.dense:
-            wanted = "a whole number or nothing" if self.criteo else "a finite number or nothing"
+            wanted = "a whole number or nothing" if self.criteo else "a finite number within float32's range or nothing"
+        elif not self.criteo:
+            told, wanted = (
+                f"{name} of type {kind}",
+                "numbers or text in UTF-8 (bytes can be written as hexadecimal text)",
+            )
         else:
             wanted = "up to 8 hexadecimal digits or nothing"
         got = "nothing" if text is None or text == "" else repr(text)
-        return f"column {name} holds {got if len(got) <= 60 else got[:60] + '...'}, expected {wanted}"
+        return f"column {told} holds {got if len(got) <= 60 else got[:60] + '...'}, expected {wanted}"
 
 
 def make_plan(config: PrepareConfig) -> Plan:
     """The columns that a configuration asks for."""
-    criteo = config.layout != "table"
+    criteo = config.layout in ("criteo-kaggle", "criteo-terabyte")
     singles = [
         KeyColumn(name, (name,), "hex" if criteo else "text")
         for name in config.categorical_names
-        if name not in config.multi
+        if name not in config.multi_names
     ]
     for cross in config.cross:
-        parts = tuple(cross.split("*"))
+        parts = cross_parts(cross)
         pair = criteo and len(parts) == 2 and all(part in CRITEO_CATEGORICAL for part in parts)
         singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text"))
-    multis = [KeyColumn(name, (name,), "text", multi=True) for name in config.categorical if name in config.multi]
+    multis = [
+        KeyColumn(name, (name,), "text", multi=True) for name in config.categorical_names if name in config.multi_names
+    ]
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
     group = None
     if config.group:
         hexadecimal = criteo and config.group in CRITEO_CATEGORICAL
         group = KeyColumn(config.group, (config.group,), "hex" if hexadecimal else "text")
-    label = "label" if criteo else config.label
-    return Plan(config, (*singles, *multis), split, label, weight=config.weight, group=group)
+    return Plan(config, (*singles, *multis), split, config.label, weight=config.weight, group=group)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
@@ -264,20 +309,20 @@ def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
     """
     for name in plan.used:
         kind = schema[name]
-        multi = name in plan.config.multi
-        if isinstance(kind, pl.List) and not multi:
+        multi = name in plan.config.multi_names
+        if cells.is_list(kind) and not multi:
             # Only a categorical column that nothing else uses can be a multi one.
             used = [part for key in (*plan.keys, *plan.unmodelled) for part in key.parts]
             could = name in plan.config.categorical and used.count(name) == 1 and name != plan.config.label
             hint = "; name it in multi too, or leave it out" if could else ", expected one number or text per row"
             raise UserError(f"{_role(plan, name)} {name} of {where} holds lists{hint}")
-        inner = kind.inner if isinstance(kind, pl.List) else kind
-        if multi and not isinstance(kind, pl.List) and kind not in (pl.String, pl.Null):
+        inner = kind.inner if isinstance(kind, (pl.List, pl.Array)) else kind
+        if multi and not (cells.is_list(kind) or cells.is_textual(kind) or kind == pl.Null):
             raise UserError(f"multi column {name} of {where} is of type {kind}, expected lists or text")
-        if not isinstance(inner, pl.DataType) or not (inner.is_numeric() or inner in _TEXTS):
+        if not cells.can_be_key(inner):
             raise UserError(f"{_role(plan, name)} {name} of {where} is of type {kind}, expected numbers or text")
         if (name in plan.dense or name == plan.weight) and not (
-            kind.is_numeric() or kind in (pl.Boolean, pl.String, pl.Null)
+            kind.is_numeric() or cells.is_textual(kind) or kind in (pl.Boolean, pl.Null)
         ):
             what = "dense column" if name in plan.dense else "weight column"
             raise UserError(f"{what} {name} of {where} is of type {kind}, expected numbers")
@@ -289,18 +334,12 @@ def _role(plan: Plan, name: str) -> str:
     return "split_column" if plan.split and name == plan.split.name else "column"
 
 
-def _text(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
-    """Text, "" where missing. A whole number is written as one, in a column of floats too: where one number is missing,
-    pandas makes floats of all."""
-    text = column.cast(pl.String)
-    if kind.is_float():
-        whole = (column == column.floor()) & (column.abs() < _EXACT)
-        text = pl.when(whole).then(column.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
-    return text.fill_null("")
-
-
-def _label(column: pl.Expr) -> pl.Expr:
-    return column.cast(pl.String).str.to_lowercase().replace_strict(_BOOLEANS, default=None, return_dtype=pl.UInt8)
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _hex(column: pl.Expr) -> pl.Expr:

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.data import conditions
-from dqrm.options import check_fields
+from dqrm.options import check_fields, split_quoted, unquoted
 
-Layout = Literal["criteo-kaggle", "criteo-terabyte", "table"]
+Layout = Literal["criteo-kaggle", "criteo-terabyte", "table", "libsvm", "libffm"]
 
 CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
 CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
+_CRITEO = ("criteo-kaggle", "criteo-terabyte")
+# Lines are lists of features there; LIBSVM's have one column.
+SPARSE = ("libsvm", "libffm")
+LIBSVM_COLUMN = "features"
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,13 @@ class PrepareConfig:
     """
 
     layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, or a CSV, TSV or Parquet table whose columns you name."""
+    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
     """Numeric columns, joined by commas (table layout)."""
     categorical: tuple[str, ...] = ()
-    """Categorical columns, joined by commas, in the order of the model's tables (table layout)."""
+    """Categorical columns, joined by commas ("a,b" in double quotes is one name); layout libffm: its fields."""
     multi: tuple[str, ...] = ()
     """Those of the categorical columns whose cells hold several ids: lists in Parquet, or text to be split."""
     multi_separator: str = "|"
@@ -44,6 +48,8 @@ class PrepareConfig:
     """What parts the fields of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
     quoting: bool = True
     """Whether fields of a text table may be quoted ("a, b"); false takes quote characters literally."""
+    null_values: tuple[str, ...] = ()
+    """Values that mean missing besides the empty one, joined by commas: NULL,NA (they hold for every column)."""
     dense_transform: Literal["log1p", "none"] = "log1p"
     """What becomes of numeric columns: log1p sets negative to 0 and takes log(1 + x); missing is 0 in both."""
     min_count: int = 1
@@ -78,14 +84,12 @@ class PrepareConfig:
         if self.layout == "table":
             _check_roles(self)
         else:
-            for field in ("dense", "categorical", "multi", "weight", "delimiter"):
-                if getattr(self, field):
-                    raise ValueError(f"{field} is for layout table; layout {self.layout} has its own columns")
+            _check_own_columns(self)
             if self.label != "label":
                 raise ValueError(f"label is for layout table; layout {self.layout} has its own columns")
         for cross in self.cross:
-            parts = cross.split("*")
-            if len(parts) < 2 or not all(parts) or len(set(parts)) < len(parts):
+            parts = cross_parts(cross)
+            if len(parts) < 2 or not all(split_quoted(cross, "*")) or len(set(parts)) < len(parts):
                 raise ValueError(f"cross '{cross}' should name two or more different columns, as user*director")
             for part in parts:
                 if part in self.multi:
@@ -95,9 +99,9 @@ class PrepareConfig:
         for field in ("weight", "group"):
             if getattr(self, field) == self.label:
                 raise ValueError(f"column {self.label} is the label and cannot be the {field} too")
-        if self.group is not None and self.group in self.multi:
+        if self.group is not None and self.group in self.multi_names:
             raise ValueError(f"group {self.group} is a multi column, should be single-valued")
-        _check_unique("cross", ["*".join(sorted(cross.split("*"))) for cross in self.cross])
+        _check_unique("cross", ["*".join(sorted(cross_parts(cross))) for cross in self.cross])
         _check_split(self)
         if self.min_count < 1:
             raise ValueError(f"min_count is {self.min_count}, should be at least 1")
@@ -115,17 +119,45 @@ class PrepareConfig:
     @property
     def split_rule(self) -> str:
         """The rule of the split, the layout's own where none is given."""
-        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file", "table": "random"}[self.layout]
+        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file"}.get(self.layout, "random")
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return self.dense if self.layout == "table" else CRITEO_DENSE
+        return CRITEO_DENSE if self.layout in _CRITEO else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
-        return self.categorical if self.layout == "table" else CRITEO_CATEGORICAL
+        if self.layout == "libsvm":
+            return (LIBSVM_COLUMN,)
+        return CRITEO_CATEGORICAL if self.layout in _CRITEO else self.categorical
+
+    @property
+    def multi_names(self) -> tuple[str, ...]:
+        """Names of the categorical columns whose cells hold several ids."""
+        return self.categorical_names if self.layout in SPARSE else self.multi
+
+
+def cross_parts(cross: str) -> tuple[str, ...]:
+    """The columns of a cross; one whose name holds a * stands in double quotes: "a*b"*user."""
+    return tuple(map(unquoted, split_quoted(cross, "*")))
+
+
+def _check_own_columns(config: PrepareConfig) -> None:
+    """Of the layouts whose files name no columns."""
+    allowed = ("categorical",) if config.layout == "libffm" else ()
+    for field in ("dense", "categorical", "multi", "weight", "delimiter"):
+        if getattr(config, field) and field not in allowed:
+            raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
+    if config.layout in SPARSE:
+        for field in ("cross", "null_values"):
+            if getattr(config, field):
+                raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
+    for name in config.categorical:
+        if not (name.isdecimal() and name.isascii() and str(int(name)) == name):
+            raise ValueError(f"categorical names {name!r}, should be numbers of fields, as in 0,1,2 (layout libffm)")
+    _check_unique("categorical", config.categorical)
 
 
 def _check_roles(config: PrepareConfig) -> None:
@@ -162,7 +194,7 @@ def _check_split(config: PrepareConfig) -> None:
         raise ValueError("split by column needs validation_values or test_values")
     if rule in ("time", "random") and (config.validation_values or config.test_values):
         raise ValueError(f"validation_values and test_values are for a split by column or file, and split is {rule}")
-    if config.split_column is not None and config.split_column in config.multi:
+    if config.split_column is not None and config.split_column in config.multi_names:
         raise ValueError(f"split_column {config.split_column} is a multi column, should be single-valued")
     if rule == "column":
         for field in ("validation_values", "test_values"):

@@ -89,6 +89,15 @@ class Dataset:
         known = (known.name for known in self.columns)
         raise UserError(f"no categorical column '{column}' in {self.path}{did_you_mean(column, known)}")
 
+    def wide(self, above: float) -> dict[str, float]:
+        """The dense columns that hold a value of a larger magnitude, and the largest one, transformed as they are."""
+        largest = self.info.get("dense_largest")
+        if not isinstance(largest, list) or len(largest) != len(self.dense):  # a folder from before it was noted
+            largest = [0.0] * len(self.dense)
+            for piece in _pieces(self.split("train").arrays[folder.DENSE]):
+                largest = np.maximum(largest, np.abs(piece).max(axis=0)).tolist()
+        return {name: value for name, value in zip(self.dense, largest) if value > above}
+
     def describe(self) -> dict[str, Any]:
         """What `dqrm info` prints, ready for JSON."""
         hidden = ("schema", checksums.FILES, checksums.SEAL)

@@ -86,6 +86,10 @@ class Translations:
 class Writer:
     """The arrays of one split, appended to. No file stays open: of multi-valued columns there may be thousands.
 
+    Attributes:
+        rows, clicks: so far. values: ids so far in each multi-valued column. largest: of each dense column the largest
+            magnitude, float32 [D]; None before there are rows.
+
     more: names of arrays with one number per row, besides the usual ones.
     """
 
@@ -93,6 +97,7 @@ class Writer:
         path.mkdir()
         self._path = path
         self.rows, self.clicks = 0, 0
+        self.largest: Array | None = None
         self.values = dict.fromkeys(plan_multi, 0)
         names = [folder.DENSE, folder.IDS, folder.LABEL, *more]
         self.weight = 0.0
@@ -108,6 +113,8 @@ class Writer:
         """Rows: dense float32 [n, D], ids int32 [n, T], labels uint8 [n]."""
         for name, array in ((folder.DENSE, dense), (folder.IDS, ids), (folder.LABEL, labels)):
             self._append(name, array)
+        largest = np.abs(dense).max(axis=0)
+        self.largest = largest if self.largest is None else np.maximum(self.largest, largest)
         self.rows += len(labels)
         self.clicks += int(labels.sum())
 

@@ -2,15 +2,20 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import polars as pl
+from polars.selectors import by_name
 
+from dqrm.data import sparse_text
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
 from dqrm.data.lines import Block, TextReader
 from dqrm.data.partitions import complete, in_file, offered
 from dqrm.data.sources import Damaged, Source, finish, hash_file, read_bytes
+from dqrm.data.sparse_text import SparseReader
 from dqrm.data.staging import Chunker, Staging
 from dqrm.data.tables import TableSource
 from dqrm.errors import UserError
@@ -36,14 +41,14 @@ def check(sources: list[Source], plan: Plan) -> None:
         if isinstance(source, TableSource):
             source.check(plan)
             continue
-        if source.parquet and plan.criteo:
+        if source.parquet and (plan.criteo or plan.sparse):
             raise UserError(
                 f"{source.where} is a Parquet file, but layout {plan.config.layout} is text; use layout table"
             )
         if source.parquet:
             _check_parquet(source, plan)
         elif source.stream:
-            _ = plan.criteo or plan.config.delimiter or _separator(source)
+            _ = plan.criteo or plan.sparse or plan.config.delimiter or _separator(source)
         else:
             try:
                 _reader(source.again(), plan)
@@ -168,12 +173,38 @@ class _Subsample:
         return frame.filter(pl.Series(kept))
 
 
-def _reader(source: Source, plan: Plan) -> TextReader:
+def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
+    """The configuration with libffm's fields in it, by reading the files once where it names none.
+
+    Raises:
+        UserError: there is no field, or a stream, which can be read only once.
+    """
+    if config.layout != "libffm" or config.categorical:
+        return config
+    for source in sources:
+        if source.stream or isinstance(source, TableSource):
+            raise UserError(
+                f"{source.where} can be read only once; name the fields of its features, as in --categorical 0,1,2"
+            )
+    found = sparse_text.fields(
+        [(source.where, partial(read_bytes, source.again())) for source in sources if not source.parquet]
+    )
+    if not found:
+        raise UserError(f"no feature in {sources[0].where}, expected lines such as '1 0:3:1 1:17:1' (layout libffm)")
+    return replace(config, categorical=found)
+
+
+def _reader(source: Source, plan: Plan) -> TextReader | SparseReader:
     """Reads a text source from its first byte, once.
 
     Raises:
         UserError: it is empty, lacks a column, or what parts its fields cannot be told.
     """
+    if plan.sparse:
+        config = plan.config
+        features = SparseReader(_nonempty(read_bytes(source)), source.where, config.layout, config.categorical)
+        plan.check(offered(features.names, source.partitions), source.where)
+        return features
     names: tuple[str, ...] | None = None
     if plan.criteo:
         pieces, separator, quoting = _nonempty(read_bytes(source)), "\t", False
@@ -188,7 +219,7 @@ def _reader(source: Source, plan: Plan) -> TextReader:
     if plan.criteo:
         labelled = f"layout {plan.config.layout}"
         where = labelled if plan.label is not None else f"{where}, which has {len(reader.names)} columns"
-    plan.check(offered(reader.names, source.partitions), where)
+    plan.check(offered(reader.names, source.partitions), where, text=not plan.criteo)
     return reader
 
 
@@ -272,7 +303,7 @@ def _scan(source: Source, wanted: Sequence[str], chunk_rows: int) -> Iterator[Bl
     row = 1
     try:
         # The name is a file's, whatever brackets are in it, and what its folders name is not polars' to find.
-        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False).select(wanted)
+        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False).select(by_name(*wanted))
         for frame in scan.collect_batches(chunk_size=min(chunk_rows, 1 << 17), maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height))
             row += frame.height

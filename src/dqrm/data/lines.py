@@ -2,6 +2,7 @@
 whose shape is wrong is looked at line by line, to say which line and why.
 """
 
+import codecs
 import csv
 import re
 from collections.abc import Iterator, Sequence
@@ -182,19 +183,27 @@ class TextReader:
 
     def _read_header(self) -> list[str]:
         data, last = next(self._pieces, (b"", True))
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{self.where} is UTF-16 text by its byte order mark, expected UTF-8")
         line, newline, rest = data.partition(b"\n")
+        while self.quoting and line.count(b'"') % 2 and newline and line.count(b"\n") < _MAX_LINES:
+            more, newline, rest = rest.partition(b"\n")  # a name may hold a line break
+            line += b"\n" + more
+        if self.quoting and line.count(b'"') % 2:
+            line, newline, rest = data.partition(b"\n")
         # What follows the header is a block like any other.
         self._pieces = _chain(rest, last, self._pieces)
-        self._line = 2
+        self._line = 2 + line.count(b"\n")
         if not line.strip():
             for _ in self._pieces:  # damaged, rather than empty?
                 pass
-            raise UserError(f"{self.where} is empty, expected a line with the names of the columns")
+            which = ", line 1," if rest.strip() else ""
+            raise UserError(f"{self.where}{which} is empty, expected a line with the names of the columns")
         if not newline and not last:
             raise UserError(f"{self.where}, line 1: longer than {_BLOCK >> 20} MiB, is it text?")
         reason = None
         try:
-            text = line.rstrip(b"\r").decode()
+            text = line.rstrip(b"\r").replace(b"\r\n", b"\n").decode()
         except UnicodeDecodeError as error:
             reason = f"byte 0x{line[error.start]:02x} is not UTF-8 text"
         if reason is None and self.quoting and '"' in text and not self._record.match(text.encode()):
@@ -202,7 +211,9 @@ class TextReader:
         if reason:
             raise UserError(f"{self.where}, line 1: {reason}")
         reader = csv.reader(
-            [text], delimiter=self.separator.decode(), quoting=csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
+            [part + "\n" for part in text.split("\n")],
+            delimiter=self.separator.decode(),
+            quoting=csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE,
         )
         try:
             return next(reader)

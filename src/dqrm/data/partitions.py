@@ -6,7 +6,10 @@ from urllib.parse import unquote
 
 import numpy as np
 import polars as pl
+from polars.selectors import by_name
 
+from dqrm.data.cells import is_list
+from dqrm.data.cells import text as key_text
 from dqrm.data.lines import Block
 from dqrm.errors import UserError
 
@@ -64,13 +67,13 @@ def _complete(block: Block, needed: Sequence[str], added: Partitions, where: str
             _require_same(block, name, value, where)
         else:
             fields = fields.with_columns(pl.lit(value, pl.String).alias(name))
-    return Block(fields.select(needed), block.lines, block.bad)
+    return Block(fields.select(by_name(*needed)), block.lines, block.bad)
 
 
 def _require_same(block: Block, name: str, value: str | None, where: str) -> None:
     cells = block.fields[name]
-    if not isinstance(cells.dtype, pl.List):
-        text = cells.cast(pl.String).fill_null("")
+    if not is_list(cells.dtype):
+        text = pl.DataFrame({"cell": cells}).select(key_text(pl.col("cell"), cells.dtype)).to_series()
         # 07 in the path and the number 7 in the file are the same month.
         numbers = text.cast(pl.Float64, strict=False) == pl.Series([value], dtype=pl.String).cast(
             pl.Float64, strict=False

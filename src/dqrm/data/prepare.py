@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from dqrm import __version__, checksums
 from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
@@ -50,7 +52,8 @@ def prepare(
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
     given = as_list(sources)
-    files, plan = gather(given), make_plan(config)
+    files = gather(given)
+    plan = make_plan(ingest.with_fields(files, config))
     ingest.check(files, plan)
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()
@@ -164,6 +167,7 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
                     "multi": key.multi,
                     "parts": list(key.parts),
                     "key": key.kind,
+                    "key_version": plan.key_version,
                     "hash": key.hash_name() if config.max_rows_per_table is not None else None,
                     "vocabulary": file,
                 }
@@ -212,6 +216,7 @@ def _info(
             name: {columns[number]["name"]: count for number, count in writer.values.items()}
             for name, writer in by_split.items()
         },
+        "dense_largest": np.max([w.largest for w in writers if w.largest is not None], axis=0).tolist(),
         "negatives_dropped": dropped,
         "lines_skipped": sum(file.skipped for file in files),
         "sources": [file.describe() for file in files],

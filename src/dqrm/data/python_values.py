@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dqrm.data.columns import _text as key_text
+from dqrm.data.cells import text as key_text
 from dqrm.errors import UserError
 
 # In this order: a bool is an int, and a datetime is a date.

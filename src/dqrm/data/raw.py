@@ -53,9 +53,13 @@ class RawEncoder:
     ) -> None:
         config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
         # What a model is trained and judged by, it does not score by.
+        version = min((column.get("key_version", 1) for column in columns), default=1)
         self.plan = dataclasses.replace(
-            make_plan(config), split=None, label=None, weight=None, group=None, copied=tuple(keep)
+            make_plan(config), split=None, label=None, weight=None, group=None, copied=tuple(keep), key_version=version
         )
+        for name in keep:
+            if self.plan.sparse and name != config.label:
+                raise UserError(f"keep names '{name}', but of layout {config.layout} only the label can be kept")
         self._vocabularies = list(vocabularies)
         _check_columns(self.plan, columns, self._vocabularies)
 
@@ -198,11 +202,12 @@ class RawLog:
             self._unseen[n] += unseen
 
     def _kept(self, frame: pl.DataFrame, source: Source) -> pl.DataFrame:
-        kept = frame.select(pl.col(f"c{n}").alias(name) for n, name in enumerate(self._plan.copied))
         try:
-            return kept.cast(self.schema) if kept.width else kept
+            kept = pl.DataFrame([frame[f"c{n}"].cast(self.schema[name]) for n, name in enumerate(self._plan.copied)])
         except pl.exceptions.PolarsError as error:
             raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
+        kept.columns = list(self._plan.copied)  # a Series without a name would be given one
+        return kept
 
 
 def _check_keep(keep: Sequence[str]) -> None:
@@ -245,11 +250,11 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
                 common = here if common is None else common.hstack(here)
                 continue
             try:
-                joined = pl.concat([common.select(name), here], how="vertical_relaxed")
+                joined = pl.concat([common.get_column(name).to_frame(), here], how="vertical_relaxed")
             except pl.exceptions.PolarsError:
                 raise UserError(
                     f"column {name} of {file.where} is of type {found[name]}, in files before it of type "
                     f"{common.schema[name]}, expected types that go together"
                 ) from None
-            common = common.with_columns(joined[name])
+            common = common.with_columns(joined.get_column(name))
     return common.schema if common is not None else pl.Schema()

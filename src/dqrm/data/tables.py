@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from polars.selectors import by_name
 
+from dqrm.data.cells import text as key_text
 from dqrm.data.columns import Plan, check_types
-from dqrm.data.columns import _text as key_text
 from dqrm.data.config import CRITEO_CATEGORICAL
 from dqrm.data.listing import resolve
 from dqrm.data.python_values import to_series
@@ -166,14 +167,14 @@ def gather(given: Sequence[Any]) -> list[Source]:
 
 def _recognise(data: Any) -> Table | None:
     if isinstance(data, pl.DataFrame):
-        return Table(tuple(data.columns), lambda wanted: _whole(data.select(wanted)))
+        return Table(tuple(data.columns), lambda wanted: _whole(data.select(by_name(*wanted))))
     if isinstance(data, pl.LazyFrame):
-        return Table(tuple(data.collect_schema().names()), lambda wanted: _lazy(data.select(wanted)))
+        return Table(tuple(data.collect_schema().names()), lambda wanted: _lazy(data.select(by_name(*wanted))))
     package = type(data).__module__.partition(".")[0]
     if package == "pandas" and hasattr(data, "iloc") and hasattr(data, "columns"):
         names = tuple(map(str, data.columns))
         return Table(
-            names, lambda wanted: _whole(pl.DataFrame([_of_pandas(n, data.iloc[:, names.index(n)]) for n in wanted]))
+            names, lambda wanted: _whole(_framed([_of_pandas(n, data.iloc[:, names.index(n)]) for n in wanted], wanted))
         )
     if package == "pyarrow" and hasattr(data, "scanner"):
         return Table(tuple(data.schema.names), lambda wanted: _scanned(data, wanted))
@@ -184,8 +185,14 @@ def _recognise(data: Any) -> Table | None:
             frame = pl.DataFrame(data)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError) as error:
             raise UserError(f"the Arrow table cannot be read ({' '.join(str(error).split())})") from None
-        return Table(tuple(frame.columns), lambda wanted: _whole(frame.select(wanted)))
+        return Table(tuple(frame.columns), lambda wanted: _whole(frame.select(by_name(*wanted))))
     return None
+
+
+def _framed(columns: Sequence[pl.Series], names: Sequence[str]) -> pl.DataFrame:
+    frame = pl.DataFrame(columns)
+    frame.columns = list(names)  # a Series without a name would be given one
+    return frame
 
 
 def _whole(frame: pl.DataFrame) -> tuple[pl.Schema, Callable[[int], Iterator[pl.DataFrame]]]:
@@ -235,7 +242,7 @@ def _of_dicts(rows: Sequence[Mapping[str, Any]]) -> Table:
                 known = did_you_mean(name, map(str, rows[lacking - 1]))
                 raise UserError(f"row {lacking} has no '{name}'; a value that is missing is given as None{known}")
             columns.append(to_series(name, [row[name] for row in rows]))
-        return _whole(pl.DataFrame(columns))
+        return _whole(_framed(columns, wanted))
 
     return Table(names, take)
 
@@ -244,7 +251,7 @@ def _as_criteo_text(frame: pl.DataFrame) -> pl.DataFrame:
     """What Criteo's files would hold: text, whole numbers without a point, null where there is nothing."""
     columns = []
     for name, kind in frame.schema.items():
-        column = pl.col(name).fill_nan(None) if kind.is_float() else pl.col(name)
+        column = by_name(name).as_expr().fill_nan(None) if kind.is_float() else by_name(name).as_expr()
         columns.append(key_text(column, kind).replace("", None).alias(name))
     return frame.select(columns)
 

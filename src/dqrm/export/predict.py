@@ -67,7 +67,7 @@ def predict(
             for kept, batch in ahead(log.blocks(advance)):
                 found = probabilities(score, batch, batch_size, rows)
                 with _writing(output):
-                    sink.add(pl.DataFrame([*kept.get_columns(), pl.Series(PROBABILITY, found)]))
+                    sink.add(kept.hstack([pl.Series(PROBABILITY, found)]))
                 rows += len(found)
                 if progress:
                     progress("scoring", done, log.size)

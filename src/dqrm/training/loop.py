@@ -38,6 +38,7 @@ from dqrm.training.checkpoints import (
     verify_checkpoint,
 )
 from dqrm.training.clamping import Clamping
+from dqrm.training.divergence import too_wide
 from dqrm.training.environment import Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
 from dqrm.training.optimizers import learning_rate
@@ -202,8 +203,8 @@ class Trainer:
             state.clamping.add(counts for _, counts in ranks)
         if not np.isfinite(state.loss_sum):
             raise UserError(
-                f"training diverged: the loss is {state.loss_sum} at step {state.step}; lower learning_rate "
-                f"(now {self.config.optimizer.learning_rate})"
+                f"training diverged: the loss is {state.loss_sum} at step {state.step}; "
+                f"{too_wide(self.dataset)}lower learning_rate (now {self.config.optimizer.learning_rate})"
             )
 
     def _due(self) -> bool:
