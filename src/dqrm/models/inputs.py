@@ -42,7 +42,9 @@ def checked(
     if num_dense or dense is not None:
         _check_matrix("dense", dense, num_dense, "one for each dense column", device)
         if len(dense) != len(ids):
-            raise InputError(f"dense has {len(dense)} rows and ids has {len(ids)}, expected as many: one per sample")
+            raise InputError(
+                f"dense has {len(dense)} rows and ids has {len(ids)}, expected as many of both: one per sample"
+            )
     if num_dense and dense.dtype != torch.float32:
         dense = _floats(dense, bottom)
     _check_bags(bags, len(tables.table_rows) - tables.num_single, len(ids), device)

@@ -77,12 +77,12 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values of `codes`, int8 or int16, on `scale` (broadcast): float32.
+    """Values of `codes`, signed integers, on `scale` (broadcast): float32.
 
     Raises:
         ValueError: codes of another dtype.
     """
-    check_dtype("codes", codes, torch.int8, torch.int16)
+    check_dtype("codes", codes, torch.int8, torch.int16, torch.int32, torch.int64)
     return codes.float() * scale
 
 
