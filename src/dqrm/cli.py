@@ -207,6 +207,7 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     config = build(PredictConfig, given(flags), "predict")
 
     from dqrm.console import bars, messages, print_json
+    from dqrm.export.base_rate import BaseRate
     from dqrm.export.scoring import predict as run
 
     with bars(quiet=as_json) as progress:
@@ -222,6 +223,9 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
                 f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
                 "that it was trained on (true and not True, 7 and not 007)?"
             )
+    told = BaseRate(**found["subsampling"]).tell()
+    if told is not None:
+        messages.print(told)
     skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
     messages.print(f"{output}: {found['rows']:,} rows, {found['rows_per_second']:,.0f} a second{skipped}")
 
@@ -237,6 +241,12 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
 )
 @_verify
+@click.option(
+    "--correct-subsampling/--no-correct-subsampling",
+    default=True,
+    help="Where negatives were subsampled, measure on the true base rate; else on the rows that are left, as in "
+    "training.  [default: yes]",
+)
 @_json
 def evaluate(
     run: str,
@@ -246,6 +256,7 @@ def evaluate(
     batch_size: int | None,
     device: str,
     verify: bool,
+    correct_subsampling: bool,
     as_json: bool,
 ) -> None:
     """Evaluate MODEL, a run folder or an exported .dqrm or .onnx file, on a split of its dataset DATA."""
@@ -264,11 +275,11 @@ def evaluate(
         from dqrm.export.evaluation import evaluate_file
 
         with bars(quiet=as_json) as progress:
-            metrics = evaluate_file(run, data, split, batch_size or 8192, progress, verify)
+            metrics = evaluate_file(run, data, split, batch_size or 8192, progress, verify, correct_subsampling)
         if as_json:
             print_json(metrics)
         else:
-            print_metrics(f"{run} on {split}", metrics)
+            print_metrics(f"{run} on {split}", metrics, Dataset(data).subsample_negatives)
         return
     opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
     opened.require_same_data(dataset)
@@ -279,11 +290,11 @@ def evaluate(
         checkpoint = checkpoint or "best"
         model, _ = opened.load_model(checkpoint, verify=verify)
         size = batch_size or opened.config.training.eval_batch_size
-        metrics = measure(model.to(where), dataset, split, size, progress, verify=False)
+        metrics = measure(model.to(where), dataset, split, size, progress, False, correct_subsampling)
     if as_json:
         print_json(metrics)
     else:
-        print_metrics(f"{run}, {checkpoint} checkpoint, on {split}", metrics)
+        print_metrics(f"{run}, {checkpoint} checkpoint, on {split}", metrics, dataset.subsample_negatives)
 
 
 @cli.command()

@@ -5,6 +5,7 @@ from typing import Any
 
 from dqrm.console import figure, print_table, results, size
 from dqrm.data.dataset import Dataset
+from dqrm.data.subsampling import negative_weight
 from dqrm.errors import UserError, printable
 from dqrm.training.run import Run
 
@@ -83,10 +84,21 @@ def print_dataset(dataset: Dataset) -> None:
             _say(f"{what.capitalize()} of each row: column {name}")
 
 
-def print_metrics(title: str, metrics: dict[str, Any]) -> None:
-    """One line of figures."""
+def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: float = 0.0) -> None:
+    """One line of figures, and of which click rate they are."""
+    if subsample_negatives:
+        on = "true base rate" if metrics["base_rate"] == "true" else "base rate of the sampled rows"
+        title = f"{title}, {on}"
     names = _measured(metrics)
     print_table(title, names, [[figure(metrics[name], 6) for name in names]])
+    if subsample_negatives:
+        share, weight = f"{subsample_negatives:g}", f"{negative_weight(subsample_negatives):.6g}"
+        _say(
+            f"Negatives were subsampled (subsample_negatives {share}): each one left counts {weight} times"
+            if metrics["base_rate"] == "true"
+            else f"Rows count as they are after subsample_negatives {share}, as in training; the true odds are "
+            f"{weight} times smaller"
+        )
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
@@ -101,6 +113,11 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
     if summary["test"]:
         rows.append(["test", *(figure(summary["test"].get(name), 5) for name in names)])
     print_table(f"{path}: step {best['step']}, {summary['selection']}", ["split", *names], rows)
+    if share := Run.open(path).info["data"].get("subsample_negatives"):
+        results.print(
+            f"These are figures on the sampled rows (subsample_negatives {share:g}); `dqrm eval` gives those on the "
+            "true base rate, and `dqrm export` corrects the model's probabilities to it"
+        )
     bits = [quantization[name] or quantization["bits"] for name in ("table_bits", "mlp_bits")]
     results.print(
         f"Tables {bits[0]} bits, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
@@ -137,6 +154,7 @@ def print_artifact(found: dict[str, Any]) -> None:
         f"DLRM of embedding dim {config['embedding_dim']}, {', '.join(shapes)}, interaction {config['interaction']}; "
         f"tables {model['table_bits']} bits, MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
     )
+    print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
     where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
     _say(
@@ -148,6 +166,7 @@ def print_artifact(found: dict[str, Any]) -> None:
         names = _measured(measured[0][1])
         rows = [[name, *(figure(metrics.get(key), 6) for key in names)] for name, metrics in measured]
         before = " before quantization, in FP32" if found["quantization"]["method"] == "ptq" else ""
+        before += ", on the sampled rows" if found["subsampling"]["subsample_negatives"] else ""
         print_table(f"The run's metrics{before}", ["split", *names], rows)
 
 
@@ -163,10 +182,20 @@ def print_export(found: dict[str, Any]) -> None:
         f"Checked: {compared['rows']:,} rows ({compared['of']}) scored with the file and with the model that it is of; "
         f"probabilities differ by at most {found['largest_difference']:.2g}"
     )
+    print_base_rate(found["subsampling"])
     if "largest_difference_from_fp32" in found:
         results.print(
             f"Against the FP32 model, quantization moved them by at most {found['largest_difference_from_fp32']:.2g}"
         )
+
+
+def print_base_rate(described: dict[str, Any]) -> None:
+    """Which click rate a file's probabilities are on, where negatives were subsampled."""
+    from dqrm.export.base_rate import BaseRate
+
+    told = BaseRate(**described).tell()
+    if told is not None:
+        _say(told)
 
 
 def _say(text: str) -> None:

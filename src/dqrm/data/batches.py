@@ -1,5 +1,6 @@
 """One split of a dataset folder as batches of tensors, in a reproducible order, without loading it whole."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -233,7 +234,12 @@ class _Arrays(Mapping[str, Array]):
         self._kept = {name: _map(path / name, *described[name]) for name in kept}
 
     def __getitem__(self, name: str) -> Array:
-        return self._kept[name] if name in self._kept else _map(self._path / name, *self._described[name])
+        if name not in self._kept:
+            return _map(self._path / name, *self._described[name])
+        found = self._kept[name]
+        if isinstance(found, np.memmap):  # reading beyond the end of a file that was cut short ends the process
+            _check_size(self._path / name, found._mmap.size(), found.nbytes)  # type: ignore[attr-defined]
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._described)
@@ -245,7 +251,18 @@ class _Arrays(Mapping[str, Array]):
 def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     if 0 in shape:  # an empty file cannot be mapped
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, mode="r", shape=shape)
+    try:
+        _check_size(path, path.stat().st_size, dtype.itemsize * math.prod(shape))
+        return np.memmap(path, dtype, mode="r", shape=shape)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; prepare the data again") from None
+
+
+def _check_size(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise UserError(
+            f"{path} was changed while it was in use: it has {found:,} bytes, expected {expected:,}; prepare it again"
+        )
 
 
 def _generator(*seeds: int) -> np.random.Generator:

@@ -72,6 +72,11 @@ class Dataset:
             raise UserError(f"no split '{name}' in {self.path}{did_you_mean(name, folder.SPLITS)}")
         return Split(self.path, name, self.info)
 
+    @property
+    def subsample_negatives(self) -> float:
+        """Share of the rows with label 0 that were dropped at random, in all splits; 0.0: none."""
+        return self._subsample_negatives
+
     def vocabulary_path(self, column: str) -> Path:
         """The Parquet file of a column's vocabulary, with the columns key, row and count.
 
@@ -182,6 +187,9 @@ class Dataset:
         self.group: str | None = schema.get("group")
         self.rows: dict[str, int] = {name: info["rows"][name] for name in folder.SPLITS}
         self.fingerprint: str = info["fingerprint"]
+        self._subsample_negatives = float((info.get("options") or {}).get("subsample_negatives", 0.0))
+        if not 0 <= self._subsample_negatives < 1:
+            raise ValueError(f"subsample_negatives is {self._subsample_negatives}")
 
     def _check_files(self) -> None:
         for name in folder.SPLITS:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dqrm.config import ModelConfig
 from dqrm.errors import UserError
+from dqrm.export.base_rate import BaseRate
 from dqrm.export.container import FORMAT_VERSION, Container, brief
 from dqrm.models.dlrm import DLRM, widths
 from dqrm.options import build, field_types
@@ -65,19 +66,40 @@ class Artifact:
         found: dict[str, Any] = self.container.content
         return found
 
-    def model(self) -> DLRM:
-        """The model in eval mode, on memory-mapped codes: nothing is read before it is used.
+    def model(self, in_memory: bool = False) -> DLRM:
+        """The model in eval mode, on memory-mapped tables: no row is read before it is used. The rest is in memory.
+
+        Scoring raises UserError once the file was changed in place; one that was renamed onto it does not matter.
+
+        Args:
+            in_memory: read the tables too; then nothing that happens to the file matters.
 
         Raises:
             UserError: the header describes another model than the tensors are.
         """
         try:
-            return _build(self.content["model"], self.container.tensors(lambda name: not name.startswith(_VOCABULARY)))
+            tensors, watch = self.container.tensors(
+                lambda name: not name.startswith(_VOCABULARY),
+                mapped=lambda name: not in_memory and name in self._large(),
+            )
+            model = _build(self.content["model"], tensors)
+            model.logit_offset, model.tables.source = self.base_rate.offset, watch
+            return model
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
             what = f"it lacks {brief(error)}" if isinstance(error, KeyError) else brief(error)
             raise UserError(f"{self.path} is damaged: {what}; export it again") from None
+
+    def _large(self) -> tuple[str, ...]:
+        """The tensors that grow with the tables' rows."""
+        per_row = self.container.entries["tables.scale"]["shape"] != [len(self.content["model"]["table_rows"])]
+        return ("tables.codes", "tables.scale") if per_row else ("tables.codes",)
+
+    @property
+    def base_rate(self) -> BaseRate:
+        """Which click rate its probabilities are on."""
+        return BaseRate.of(self.content)
 
     def vocabulary(self, number: int) -> bytes:
         """The vocabulary of column `number` as a Parquet file's bytes, compared with its checksum.
@@ -89,8 +111,7 @@ class Artifact:
         name = vocabulary_name(number)
         if name not in where.entries:
             raise UserError(f"{where.path} is damaged: it lacks '{name}'; export it again")
-        where.verify(name.__eq__)
-        return b"".join(where.pieces(name))
+        return where.read(name)
 
     def verify_vocabularies(self) -> None:
         """Compare the vocabularies with their checksums, those in a second file too.
@@ -147,27 +168,35 @@ class Artifact:
                 "sizes": self.sizes(),
                 "bits_per_weight": round(self.bits_per_weight(), 4),
                 **self.content,
+                "subsampling": self.base_rate.header(),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path} is damaged: {brief(error)}; export it again") from None
 
 
-def load(path: str | Path, verify: bool = False, data: str | Path | None = None) -> "LoadedModel":
+def load(
+    path: str | Path, verify: bool = False, data: str | Path | None = None, in_memory: bool = False
+) -> "LoadedModel":
     """A packed model for inference, from the file that `dqrm export` wrote.
 
-    Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The codes stay in the
-    file, memory-mapped; only the MLP is unpacked. No code from the file is run. `model.score(rows)` takes raw values.
+    Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The tables stay in the
+    file, memory-mapped; the rest is read. No code from the file is run. `model.score(rows)` takes raw values.
+
+    A file that is in use is replaced by renaming a new one onto it: the loaded model goes on with the old one. Scoring
+    raises UserError where the file was changed in place instead. (One cut short in the very moment between that check
+    and the lookup still ends the process with SIGBUS, as every memory-mapped file does.)
 
     Args:
         verify: compare every tensor's bytes with its checksum first, which reads the whole file.
         data: the dataset folder, for `score` of a model that was exported without vocabularies.
+        in_memory: read the tables into memory too; then nothing that happens to the file matters.
 
     Raises:
         UserError: no such file, foreign, truncated, damaged, or of another format version.
     """
     from dqrm.export.loaded import LoadedModel
 
-    return LoadedModel.of(Artifact.open(path, verify), data)
+    return LoadedModel.of(Artifact.open(path, verify), data, in_memory)
 
 
 def _check(content: Any) -> None:
@@ -196,7 +225,7 @@ def _check(content: Any) -> None:
     ):
         if found not in known:
             raise ValueError(f"{name} {str(found)[:40]!r}, which is none of {', '.join(known)}")
-    _ = content["options"]
+    _ = content["options"], BaseRate.of(content)
     origin = content["provenance"]
     texts = (origin["dqrm"], origin["data"]["fingerprint"], origin["run"]["checkpoint"])
     figures = [value for metrics in origin["run"]["metrics"].values() if metrics for value in metrics.values()]

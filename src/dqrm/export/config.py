@@ -23,6 +23,8 @@ class ExportConfig:
     """The dataset folder that the run was trained on; none: where it was then."""
     vocabulary: Literal["embed", "beside", "none"] = "embed"
     """Which id has which row: in the artifact, in a second file beside it, or left out (.dqrm only)."""
+    correct_subsampling: bool = True
+    """Where negatives were subsampled, predict on the true base rate: p / (p + (1 - p) / kept)."""
     check_rows: int = 1000
     """Rows that are scored with the exported file and with the trained model to compare them."""
     verify: bool = True
@@ -79,6 +81,8 @@ class PredictConfig:
     """Rows scored at once; changes memory and speed."""
     threads: int = 0
     """CPU threads for arithmetic; 0: torch's default."""
+    in_memory: bool = False
+    """Read the whole artifact into memory first, so that nothing that happens to the file matters."""
     verify: bool = True
     """Compare the artifact's bytes with their checksums first, which reads all of it."""
 

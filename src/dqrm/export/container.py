@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dqrm.errors import UserError
+from dqrm.export.watch import Watch, identity
 
 FORMAT_VERSION = 1
 _DTYPES = {
@@ -136,8 +136,8 @@ class Container:
             )
         try:
             with path.open("rb") as file:
-                identity = _identity(file)
-                size = identity[2]
+                opened = identity(file)
+                size = opened[2]
                 head = file.read(8)
                 length = int.from_bytes(head, "little")
                 if len(head) < 8 or length > _LONGEST_HEADER or not length >= 2:
@@ -177,7 +177,7 @@ class Container:
         if size != 8 + length + end:
             what = "truncated" if size < 8 + length + end else "damaged"
             raise UserError(f"{path} is {what}: it has {size:,} bytes, expected {8 + length + end:,}; export it again")
-        return cls(path, kind, content, own, described, 8 + length, checksums, identity)
+        return cls(path, kind, content, own, described, 8 + length, checksums, opened)
 
     def _open(self) -> IO[bytes]:
         """The file again; UserError where another one has taken its place since its header was read."""
@@ -185,37 +185,62 @@ class Container:
             file = self.path.open("rb")
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
-        if _identity(file) != self._identity:
+        if identity(file) != self._identity:
             file.close()
             raise UserError(f"{self.path} was replaced while it was being read; try again")
         return file
 
-    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The tensors whose names are wanted, memory-mapped: no byte is read before it is used.
+    def tensors(
+        self, wanted: Callable[[str], bool], mapped: Callable[[str], bool]
+    ) -> tuple[dict[str, Tensor], Watch | None]:
+        """The wanted tensors: read into memory, or memory-mapped, and then no byte is read before it is used.
 
         Not by the safetensors library, whose mapping the system refuses where the file is larger than its memory.
 
+        Returns:
+            The tensors, and what tells whether the file that they are mapped from was changed; None where none is.
+
         Raises:
-            UserError: a tensor of another dtype or size than its bytes; a file that cannot be mapped.
+            UserError: a tensor of another dtype or size than its bytes; a file that cannot be mapped, or was replaced.
         """
-        with self._open() as file:
-            try:
-                memory = _map(file)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.path} cannot be mapped into memory: {brief(error)}") from None
-        found = {}
-        for name in filter(wanted, self.entries):
-            entry = self.entries[name]
-            start, end = entry["data_offsets"]
-            dtype, shape = _NAMES.get(entry["dtype"]), entry["shape"]
-            if dtype is None or prod(shape) * dtype.itemsize != end - start:
-                raise UserError(f"{self.path} is damaged: '{name}' is {brief(entry)}; export it again")
-            if prod(shape) == 0:
-                found[name] = torch.empty(shape, dtype=dtype)
-                continue
-            flat = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=self.header_bytes + start)
-            found[name] = flat.view(shape)
-            _expect_random_reads(found[name])
+        file, memory = self._open(), None
+        try:
+            watch, found = Watch(file, self.path, "the loaded model", "load it again"), {}
+            for name in filter(wanted, self.entries):
+                entry = self.entries[name]
+                start, end = entry["data_offsets"]
+                dtype, shape = _NAMES.get(entry["dtype"]), entry["shape"]
+                if dtype is None or prod(shape) * dtype.itemsize != end - start:
+                    raise UserError(f"{self.path} is damaged: '{name}' is {brief(entry)}; export it again")
+                if prod(shape) == 0:
+                    found[name] = torch.empty(shape, dtype=dtype)
+                elif mapped(name):
+                    memory = _map(file) if memory is None else memory
+                    flat = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=self.header_bytes + start)
+                    found[name] = flat.view(shape)
+                    _expect_random_reads(found[name])
+                else:
+                    found[name] = _read(file, self.header_bytes + start, prod(shape), dtype).view(shape)
+            watch.check()
+        except (OSError, ValueError, RuntimeError) as error:
+            file.close()
+            raise UserError(f"{self.path} cannot be brought into memory: {brief(error)}") from None
+        except BaseException:
+            file.close()
+            raise
+        if memory is None:
+            file.close()
+            return found, None
+        return found, watch
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a tensor, compared with its checksum.
+
+        Raises:
+            UserError: they differ.
+        """
+        found = b"".join(self.pieces(name))
+        self._compare(name, hashlib.sha256(found).hexdigest())
         return found
 
     def verify(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -228,8 +253,11 @@ class Container:
             digest = hashlib.sha256()
             for piece in self.pieces(name):
                 digest.update(piece)
-            if digest.hexdigest() != self._checksums[name]:
-                raise UserError(f"{self.path} is damaged: the checksum of '{name}' does not match; export it again")
+            self._compare(name, digest.hexdigest())
+
+    def _compare(self, name: str, digest: str) -> None:
+        if digest != self._checksums[name]:
+            raise UserError(f"{self.path} is damaged: the checksum of '{name}' does not match; export it again")
 
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor, some megabytes at a time."""
@@ -247,17 +275,25 @@ class Container:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
 
 
-def _identity(file: IO[bytes]) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def _map(file: IO[bytes]) -> mmap.mmap:
     """A file in memory; writing to it, which nothing here does, would change a copy."""
     if sys.platform == "win32":
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _read(file: IO[bytes], at: int, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` elements from position `at` of a file, in memory: what happens to the file later does not matter."""
+    found = torch.empty(count, dtype=dtype)
+    rest = found.view(torch.uint8).numpy().data
+    file.seek(at)
+    while rest:
+        done = file.readinto(rest)  # type: ignore[attr-defined]
+        if not done:
+            raise OSError("it was truncated while it was read")
+        rest = rest[done:]
+    return found
 
 
 def brief(error: Any) -> str:

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
+from dqrm.export.base_rate import BaseRate
 from dqrm.export.pipeline import require_dataset, score_file
 from dqrm.training.environment import Progress
-from dqrm.training.evaluation import measure, score_split
+from dqrm.training.evaluation import evaluate, measure_on, score_split
 
 
 def evaluate_file(
@@ -17,8 +20,12 @@ def evaluate_file(
     batch_size: int = 8192,
     progress: Progress | None = None,
     verify: bool = True,
+    correct_subsampling: bool = True,
 ) -> dict[str, Any]:
-    """Metrics of an exported file, .dqrm or .onnx: see `training.metrics.click_metrics`.
+    """Metrics of an exported file, .dqrm or .onnx: see `training.evaluation.evaluate`.
+
+    Of a dataset with `subsample_negatives`, those of the file's own probabilities on the log's click rate, whether it
+    corrects them or not; with correct_subsampling False those of the trained model on the rows as they are.
 
     Args:
         verify: compare the artifact (an .onnx file has none) and the split with their checksums first.
@@ -40,4 +47,9 @@ def evaluate_file(
     if verify:
         dataset.verify(split, tell=progress)
     dataset.validate(split)
-    return measure(score_split(score_file(path), dataset, split, batch_size, progress), dataset, split)
+    if path.suffix == ".dqrm":
+        return evaluate(Artifact.open(path).model(), dataset, split, batch_size, progress, False, correct_subsampling)
+    logits = score_split(score_file(path), dataset, split, batch_size, progress)
+    if not correct_subsampling:
+        logits -= np.float32(BaseRate.of(content).offset)
+    return measure_on(logits, dataset, split, correct_subsampling)

@@ -30,12 +30,13 @@ class LoadedModel(DLRM):
     _encoder: RawEncoder | None
 
     @classmethod
-    def of(cls, opened: Artifact, data: str | Path | None = None) -> "LoadedModel":
+    def of(cls, opened: Artifact, data: str | Path | None = None, in_memory: bool = False) -> "LoadedModel":
         """The model of an artifact. data: the dataset folder, where the artifact has no vocabularies."""
-        packed = opened.model()
+        packed = opened.model(in_memory)
         model = cls.from_parts(packed.config, packed.num_dense, packed.bottom, packed.tables, packed.top)
         assert isinstance(model, cls)
         model._opened, model._data, model._encoder = opened, data, None
+        model.logit_offset = packed.logit_offset
         return model
 
     def score(self, rows: Any, batch_size: int = 8192) -> NDArray[np.float32]:

@@ -25,8 +25,8 @@ from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import PACKED_BITS
 from dqrm.quant.uniform import code_limits
 
-OPSET = 18
-IR_VERSION = 10
+OPSET, OPSET_WITH_BAGS = 13, 16
+"""The oldest that have all operators: ScatterElements adds from 16 on. The IR version is the least that they need."""
 
 
 def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> None:
@@ -53,10 +53,11 @@ def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> Non
     graph = _Graph()
     with torch.no_grad():
         _build(graph, model)
+    opsets = [helper.make_opsetid("", OPSET_WITH_BAGS if any(model.tables.multi) else OPSET)]
     made = helper.make_model(
         helper.make_graph(graph.nodes, "dlrm", graph.inputs, graph.outputs, graph.initializers),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
+        opset_imports=opsets,
+        ir_version=helper.find_min_ir_version_for(opsets),
         producer_name="dqrm",
     )
     helper.set_model_props(made, dict(metadata))
@@ -131,7 +132,10 @@ def _build(graph: _Graph, model: DLRM) -> None:
         x = _products(graph, _concat(graph, [*parts, *([vectors] if vectors else [])], 1), model.pairs)
         x = _concat(graph, [part for part in (bottom, x) if part], 1)
     logit = _mlp(graph, "top", x, model.top)
-    graph.node("Reshape", logit, graph.ints(-1), name="logit")
+    if model.logit_offset:
+        graph.node("Add", graph.node("Reshape", logit, graph.ints(-1)), graph.float(model.logit_offset), name="logit")
+    else:
+        graph.node("Reshape", logit, graph.ints(-1), name="logit")
     graph.node("Sigmoid", "logit", name="probability")
     graph.output("probability", ["batch"])
     graph.output("logit", ["batch"])

@@ -64,7 +64,7 @@ class ServedDLRM(nn.Module):
         self.tables = packed_tables(model)
         self.bottom = None if model.bottom is None else _mlp(model.bottom)
         self.top = _mlp(model.top)
-        self._interact = model.interact
+        self._interact, self._offset = model.interact, model.logit_offset or 0.0
         self.eval()
 
     def forward(self, dense: Tensor, ids: Tensor, *bags: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class ServedDLRM(nn.Module):
         together = torch.cat(vectors, dim=1) if vectors else dense.new_empty(samples, 0, tables.embedding_dim)
         bottom = None if self.bottom is None else self.bottom(dense)
         logits: Tensor = self.top(self._interact(bottom, together)).squeeze(1)
-        return logits
+        return logits + self._offset if self._offset else logits
 
     def _pool(self, rows: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
         """Rows [L, dim] as one vector per bag [B, dim]; no runtime but torch knows embedding_bag."""

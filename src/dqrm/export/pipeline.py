@@ -21,11 +21,15 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export import artifact
 from dqrm.export.artifact import Artifact
+from dqrm.export.base_rate import BaseRate
 from dqrm.export.check import compare, looked_up, sample, sampled_split
 from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
 from dqrm.export.container import Entry, write
 from dqrm.export.pack import Packing, Progress
+from dqrm.export.watch import Watch
 from dqrm.files import exclusive, flush
+from dqrm.models.dlrm import DLRM
+from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
 from dqrm.training.run import Run, versions
 
 _READ = 1 << 22
@@ -47,7 +51,8 @@ def export_run(
         ptq: quantize a run that was trained in FP32; None: with the bits and scales that it was trained in.
 
     Returns:
-        files, bytes of each part, bits per weight, and the largest difference between probabilities.
+        files, bytes of each part, bits per weight, the largest difference between probabilities, and which click rate
+        they are on (`subsampling`).
 
     Raises:
         UserError: no run, no dataset where one is needed, an output that cannot be written; or probabilities that
@@ -90,10 +95,19 @@ def _from_run(
         _check_data(dataset, shipped, config, progress)
     # Memory-mapped: each table is read once, piece by piece, while it is packed.
     model, state = run.load_model(config.checkpoint, mapped=True, verify=config.verify)
-    packing = Packing(model, ptq, progress)
+    watch = _watch(run, state["step"])
+
+    def tell(what: str, done: int, total: int | None) -> None:
+        watch.check()  # between pieces: reading a file that was cut short would end the process
+        progress(what, done, total)
+
+    packing = Packing(model, ptq, tell)
     described = artifact.describe_model(model, packing.table_bits, packing.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
-    expected = _score(packing.reference(), batch)
+    rate = BaseRate.chosen(_subsample_negatives(run, dataset), config.correct_subsampling)
+    reference = packing.reference()
+    reference.logit_offset = model.logit_offset = rate.offset
+    expected = _score(reference, batch)
     content = {
         "model": described,
         "quantization": {"method": "ptq", **asdict(ptq)}
@@ -101,6 +115,7 @@ def _from_run(
         else {"method": "qat" if _quantized(packing) else "none"},
         "schema": dataset.info["schema"] if dataset else _known_schema(run),
         "options": dataset.info["options"] if dataset else None,
+        "subsampling": rate.header(),
         "provenance": _provenance(run, state, config.checkpoint),
     }
     first = made if made.suffix == ".dqrm" else made.parent / ".artifact.dqrm"
@@ -121,11 +136,12 @@ def _from_run(
     difference_from = None
     if ptq is not None:
         difference_from = compare(_score(model, batch), expected)
-    del model, packing, entries  # and with them the mapping of the checkpoint
+    watch.check()
+    del model, packing, reference, entries  # and with them the mapping of the checkpoint
     opened = Artifact.open(first, verify=True)
     if shipped and dataset is not None:
         batch = looked_up(batch, opened, dataset)
-    found = _finish(opened, made, batch, expected, where)
+    found = _finish(opened, rate, made, batch, expected, where)
     if difference_from is not None:
         found["largest_difference_from_fp32"] = difference_from
     return found
@@ -144,22 +160,32 @@ def _from_artifact(
         dataset = require_dataset(opened.content, config.data, source)
         _check_data(dataset, False, config, progress)
     batch, where = sample(opened.content["model"], dataset, config.check_rows)
-    return _finish(opened, made, batch, _score(opened.model(), batch), where)
+    share = opened.base_rate.subsample_negatives if dataset is None else dataset.subsample_negatives
+    rate = BaseRate.chosen(share, config.correct_subsampling)
+    return _finish(opened, rate, made, batch, _score(_model(opened, rate), batch), where)
 
 
-def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where: str) -> dict[str, Any]:
+def _model(opened: Artifact, rate: BaseRate) -> DLRM:
+    model = opened.model()
+    model.logit_offset = rate.offset
+    return model
+
+
+def _finish(opened: Artifact, rate: BaseRate, made: Path, batch: Batch, expected: Tensor, where: str) -> dict[str, Any]:
     """Write the other formats from the artifact, then compare the file with what the trained model gave."""
+    model = _model(opened, rate)
     if made.suffix == ".onnx":
         from dqrm.export.onnx import write_onnx
 
         taken = made.name + ".data"
         if (made.parent.parent / taken).exists():  # the model that is to be replaced needs it until then
             (made.parent / taken).touch()
-        write_onnx(opened.model(), made, metadata(opened))
+        write_onnx(model, made, metadata(opened, rate))
     elif made.suffix != ".dqrm":
         from dqrm.export import program
 
-        (program.write_pt2 if made.suffix == ".pt2" else program.write_pte)(opened.model(), made)
+        (program.write_pt2 if made.suffix == ".pt2" else program.write_pte)(model, made)
+    model.tables.check_source()
     found = score_file(made)(batch)
     difference = judged = compare(found, expected)
     if opened.content["model"]["activation_bits"] != 32 and made.suffix != ".dqrm" and difference < TIPPED:
@@ -181,6 +207,7 @@ def _finish(opened: Artifact, made: Path, batch: Batch, expected: Tensor, where:
         "fp32_bytes": 4 * artifact.weight_count(opened.content["model"]),
         "largest_difference": difference,
         "compared": {"rows": len(batch), "of": where},
+        "subsampling": rate.header(),
     }
 
 
@@ -220,12 +247,12 @@ def require_dataset(content: dict[str, Any], data: str | Path, source: Path) -> 
     return dataset
 
 
-def metadata(opened: Artifact) -> dict[str, str]:
+def metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
     """What a file of another format carries of the artifact's header, as text."""
     import json
 
     kept = ("model", "quantization", "schema", "provenance")
-    return {"dqrm": json.dumps({name: opened.content[name] for name in kept})}
+    return {"dqrm": json.dumps({**{name: opened.content[name] for name in kept}, "subsampling": rate.header()})}
 
 
 def _score(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -261,6 +288,23 @@ def _check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress:
         dataset.verify(*used, tell=progress)
     if split:
         dataset.validate(split)
+
+
+def _watch(run: Run, step: int) -> Watch:
+    """Of the checkpoint's file, which the tables are memory-mapped from."""
+    path = checkpoint_path(run.checkpoints, step) / WEIGHTS
+    try:
+        return Watch(path.open("rb"), path, "the export", "export again")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _subsample_negatives(run: Run, dataset: Dataset | None) -> float | None:
+    """None where the dataset is gone and the run, of an older dqrm, does not say."""
+    found: float | None = (
+        run.info["data"].get("subsample_negatives") if dataset is None else dataset.subsample_negatives
+    )
+    return found
 
 
 def _quantized(packing: Packing) -> bool:

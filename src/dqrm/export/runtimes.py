@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dqrm.data.batches import Batch
 from dqrm.errors import UserError
+from dqrm.export.base_rate import BaseRate
 from dqrm.export.program import MAX_BATCH, MAX_VALUES
 
 
@@ -45,7 +46,7 @@ def onnx_content(path: Path) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = json.loads(_session(path, 1).get_modelmeta().custom_metadata_map["dqrm"])
-        _ = found["provenance"]["data"]["fingerprint"][:16]
+        _ = found["provenance"]["data"]["fingerprint"][:16], BaseRate.of(found)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} does not say where it comes from, expected a file that `dqrm export` wrote") from None
     return found

@@ -40,14 +40,15 @@ def predict(
         output: .parquet, .csv or .tsv: the kept columns, then `probability` (float32), for each row of the log.
 
     Returns:
-        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second and output.
+        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, output, and subsampling: which click
+        rate the probabilities are on.
 
     Raises:
         UserError: the artifact is damaged or lacks vocabularies, a column is missing (names it), a malformed line, or
             an output that cannot be written.
     """
     opened = Artifact.open(model, config.verify)
-    packed = opened.model()
+    packed = opened.model(config.in_memory)
     options, columns, vocabularies = reading(opened, config.data, config.verify, progress)
     given = {name: getattr(config, name) for name in ("delimiter", "multi_separator")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -57,7 +58,7 @@ def predict(
     if config.threads:
         torch.set_num_threads(config.threads)
     found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress)
-    return {**found, "output": str(output)}
+    return {**found, "output": str(output), "subsampling": opened.base_rate.header()}
 
 
 def scorer(model: DLRM) -> Callable[[Batch], torch.Tensor]:

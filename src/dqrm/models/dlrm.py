@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.config import ModelConfig
+from dqrm.models.inputs import checked
 from dqrm.models.interaction import dot_interaction, pairs
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
@@ -82,6 +83,9 @@ class DLRM(nn.Module):
         ValueError: neither dense columns nor tables, or nothing to interact.
     """
 
+    logit_offset: float | None = None
+    """Added to each logit, so that probabilities are on the log's click rate where negatives were subsampled. None: of
+    a model in training, whose logits are on the click rate of the rows that it is trained on."""
     pairs: Tensor
     bottom: Any  # QuantMLP, or None
     tables: Any
@@ -179,17 +183,27 @@ class DLRM(nn.Module):
         """The logit of a click for each sample: float32 [B].
 
         Args:
-            dense: float32 [B, num_dense].
+            dense: float32 [B, num_dense]; other floating types are converted, integers refused. NaN gives NaN. None
+                where the model has no dense columns.
             ids: integers [B, S], one per sample and single-valued table.
             bags: (values [L], offsets [B]) for each multi-valued table.
 
         Raises:
             IndexError: an id outside its table (on CPU).
+            InputError, which is a UserError and a ValueError: no tensors (a numpy array: use torch.from_numpy), or of
+                another dtype, shape, number of rows or device.
         """
-        vectors = self.tables(ids, bags)
-        if self.bottom is None:
-            return self.top(self.interact(None, vectors)).squeeze(1)
-        return self.top(self.interact(self.bottom(dense), vectors)).squeeze(1)
+        logits = self.sampled_logits(dense, ids, bags)
+        return logits + self.logit_offset if self.logit_offset else logits
+
+    def sampled_logits(self, dense: Tensor, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """The same without `logit_offset`: on the click rate of the rows that were trained on."""
+        tables, bottom = self.tables, self.bottom
+        dense, ids, bags = checked(dense, ids, bags, self.num_dense, tables, bottom)
+        vectors = tables(ids, bags)
+        below = None if bottom is None else bottom(dense)
+        logits: Tensor = self.top(self.interact(below, vectors)).squeeze(1)
+        return logits
 
     def interact(self, dense: Tensor | None, vectors: Tensor) -> Tensor:
         """The dense vector [B, dim] beside each pair's dot product, or ('cat') beside all vectors [B, T, dim]."""

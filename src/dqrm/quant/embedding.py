@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from dqrm import kernels
 from dqrm.quant.config import RESCAN_PERIOD
 from dqrm.quant.ranges import BlockMaxima, TableScales
-from dqrm.quant.uniform import fake_quantize
+from dqrm.quant.uniform import fake_quantize, no_tensor
 
 
 class _Lookup(NamedTuple):
@@ -66,16 +66,24 @@ class _ActiveRows(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def integers(ids: Tensor) -> Tensor:
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+"""What ids and offsets may be; all but the first two are converted."""
+
+
+def integers(ids: Tensor, what: str = "ids are") -> Tensor:
     """The same ids as int32 or int64.
 
     Raises:
-        ValueError: they are no integers.
+        TypeError: no tensor. ValueError: they are no integers.
     """
+    if not isinstance(ids, Tensor):
+        raise TypeError(no_tensor(what.partition(" ")[0], ids))
     if ids.dtype in (torch.int32, torch.int64):
         return ids
-    if ids.dtype not in (torch.int8, torch.uint8, torch.int16):
-        raise ValueError(f"ids are {ids.dtype}, expected integers")
+    if ids.dtype not in INTEGERS:
+        raise ValueError(f"{what} {ids.dtype}, expected integers: torch.int64 or torch.int32")
     return ids.long()
 
 
@@ -171,6 +179,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
 def pool(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
     """What the `nn.EmbeddingBag` `bag` gives for ids `input`, the i-th of which looked up row i of `rows`."""
+    input = integers(input)
     if input.dim() == 2 and input.shape[1] == 1 and per_sample_weights is None and bag.padding_idx is None:
         return rows  # one id per bag: nothing to pool
     # Pool by position, whatever the shape of the input.
@@ -223,11 +232,20 @@ class TableLayout(nn.Module):
     def _groups(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, int, int]]:
         """What is looked up together, as (ids, first table, tables): the single-valued tables, then each other one."""
         single, tables = self.num_single, len(self.table_rows)
+        if not isinstance(ids, Tensor):
+            raise TypeError(no_tensor("ids", ids))
+        if ids.dim() != 2:
+            raise ValueError(f"ids are {ids.dim()}-dimensional {list(ids.shape)}, expected [B, {single}]")
         if ids.shape[1] != single or len(bags) != tables - single:
             raise ValueError(
                 f"got {ids.shape[1]} columns of ids and {len(bags)} of bags, expected {single} and {tables - single}"
             )
-        for number, (_, offsets) in enumerate(bags, start=single):
+        for number, (values, offsets) in enumerate(bags, start=single):
+            for name, given in (("values", values), ("offsets", offsets)):
+                if not isinstance(given, Tensor):
+                    raise TypeError(no_tensor(name, given))
+                if given.dim() != 1:
+                    raise ValueError(f"table {number} got {name} {list(given.shape)}, expected one dimension")
             if len(offsets) != len(ids):
                 raise ValueError(
                     f"table {number} got {len(offsets)} offsets, expected one for each of {len(ids)} samples"
@@ -245,7 +263,9 @@ class TableLayout(nn.Module):
             return vectors[0] if vectors else self.row_offsets.new_empty(empty, dtype=torch.float32)
         for part, (values, offsets) in zip(found[-len(bags) :], bags):
             position = torch.arange(len(values), device=values.device)
-            vectors.append(F.embedding_bag(position, part, offsets.long(), mode=self.pooling)[:, None])
+            vectors.append(
+                F.embedding_bag(position, part, integers(offsets, "offsets are").long(), mode=self.pooling)[:, None]
+            )
         return torch.cat(vectors, dim=1)
 
     def _refuse_outside(self, ids: Tensor, first: int, tables: int) -> None:

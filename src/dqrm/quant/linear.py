@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm import kernels
-from dqrm.quant.uniform import check_bits, code_limits, dequantize, fake_quantize, quantize, scale_from_max
+from dqrm.quant.uniform import (
+    check_bits,
+    check_floats,
+    code_limits,
+    dequantize,
+    fake_quantize,
+    quantize,
+    scale_from_max,
+)
 
 
 def weight_scale(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
@@ -131,7 +139,10 @@ class QuantLinear(nn.Linear):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as it is multiplied; in training, its range widens the running maximum."""
-        if self.activation_bits == 32 or x.numel() == 0:
+        if self.activation_bits == 32:
+            return x
+        check_floats("input", x)
+        if x.numel() == 0:
             return x
         largest = torch.maximum(self.activation_max, x.detach().abs().amax().float())
         if self.training:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from dqrm import kernels
 from dqrm.quant.linear import QuantLinear, quantized_weights
 from dqrm.quant.packed import PackedLinear
+from dqrm.quant.uniform import check_floats
 
 # Multiplications below which converting to bf16 and back costs more than multiplying faster gains (measured).
 _WORTH_BF16 = 4_000_000
@@ -107,6 +108,7 @@ class QuantMLP(nn.Sequential):
 
         Layers that were put in place of others, have hooks or are no longer float32 run one by one, as they are.
         """
+        check_floats("x", x)
         modules = list(self)
         if modules and type(modules[0]) is PackedLinear:
             return self._packed(x, modules)

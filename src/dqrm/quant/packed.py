@@ -22,7 +22,7 @@ from dqrm.quant.embedding import (
 )
 from dqrm.quant.linear import QuantLinear, weight_scale
 from dqrm.quant.packing import PACKED_BITS, decode, encode, storage
-from dqrm.quant.uniform import check_bits, fake_quantize, scale_from_max
+from dqrm.quant.uniform import check_bits, check_floats, fake_quantize, scale_from_max
 
 # Weights encoded at once: a table is never held in FP32 a second time.
 _CHUNK = 1 << 22
@@ -65,6 +65,23 @@ class _PackedTables(_Packed):
     scale: Tensor
     bits: int
     embedding_dim: int
+    source: Any = None
+    """What codes are memory-mapped from: its `check()` raises where that was changed. None: they are in memory."""
+
+    def check_source(self) -> None:
+        """Raise where the file that the codes are mapped from was changed: they may be another model's."""
+        if self.source is not None and not torch.compiler.is_compiling():
+            self.source.check()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        mapped = self.codes
+        super()._apply(fn, recurse)
+        if self.codes is not mapped:
+            self.source = None  # a copy
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "source": None}  # copies are in memory
 
     def _init_storage(self, rows: int, bits: int, codes: Tensor | None, scale: Tensor | None, tables: int) -> None:
         check_bits("bits", bits)
@@ -154,12 +171,14 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
             IndexError: an id outside its table (on CPU; in an exported graph it is looked up as row 0).
             ValueError: the number of columns or of bags is not that of the tables.
         """
+        self.check_source()  # before, since a file that was cut short would end the process
         found = [
             self._values(
                 part, self.row_offsets[first : first + tables], self.rows_per_table[first : first + tables], first
             )
             for part, first, tables in self._groups(ids, bags)
         ]
+        self.check_source()  # after, since a file may change while it is read
         return self._pooled(found, len(ids), bags)
 
     def extra_repr(self) -> str:
@@ -269,6 +288,7 @@ class PackedLinear(_Packed):
         return self._weight
 
     def forward(self, input: Tensor) -> Tensor:
+        check_floats("input", input)  # the weight takes the input's dtype
         if self.activation_scale is not None:
             input = fake_quantize(input, self.activation_scale, self.activation_bits)
         bias = None if self.bias is None else self.bias.to(input.dtype)

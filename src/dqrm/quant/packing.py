@@ -10,7 +10,7 @@ every exporter and runtime knows, where shifts and masks are not always known. P
 import torch
 from torch import Tensor
 
-from dqrm.quant.uniform import quantize
+from dqrm.quant.uniform import check_dtype, quantize
 
 PACKED_BITS = (2, 4, 8)
 
@@ -24,8 +24,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Signed codes int8 [rows, dim] of 2, 4 or 8 bits as uint8 [rows, packed_width(dim, bits)].
 
     Raises:
-        ValueError: another number of bits.
+        ValueError: another number of bits, or codes of another dtype.
     """
+    check_dtype("codes", codes, torch.int8)
     if bits not in PACKED_BITS:
         raise ValueError(f"bits is {bits!r}, expected 2, 4 or 8")
     dim = codes.shape[1]
@@ -39,7 +40,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """Packed codes uint8 [..., packed_width(dim, bits)] as signed codes in float32 [..., dim]. Arithmetic only."""
+    """Packed codes uint8 [..., packed_width(dim, bits)] as signed codes in float32 [..., dim]. Arithmetic only.
+
+    Raises:
+        ValueError: packed of another dtype.
+    """
+    check_dtype("packed", packed, torch.uint8)
     rest, parts = packed.float(), []
     for part in range(8 // bits - 1, 0, -1):
         unit = float(1 << (bits * part))

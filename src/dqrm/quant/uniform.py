@@ -7,6 +7,8 @@ With k bits, n = 2**(k-1) - 1 and, for weights w that share one scale (DQRM pape
 `round` is half to even. The floor of 1e-8 gives an all-zero range a scale that yields zeros instead of NaN.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,29 @@ def code_limits(bits: int) -> tuple[int, int]:
     return -n - 1, n
 
 
+def no_tensor(name: str, given: Any) -> str:
+    """What to say of an argument that is no tensor."""
+    what = f"a {type(given).__module__}.{type(given).__name__}".replace("builtins.", "")
+    how = f"torch.from_numpy({name})" if type(given).__module__ == "numpy" else f"torch.tensor({name})"
+    return f"{name} is {what}, expected a torch.Tensor" + ("" if given is None else f"; use {how}")
+
+
+def check_floats(name: str, x: Any) -> None:
+    """Raise TypeError unless x is a tensor, ValueError unless its numbers are floating-point."""
+    if not isinstance(x, Tensor):
+        raise TypeError(no_tensor(name, x))
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype}, expected floating-point numbers such as torch.float32")
+
+
+def check_dtype(name: str, x: Any, *dtypes: torch.dtype) -> None:
+    """Raise TypeError unless x is a tensor, ValueError unless it is of one of the dtypes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(no_tensor(name, x))
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
 def check_bits(name: str, bits: int) -> None:
     """Raise ValueError, naming the argument, unless `bits` is 2, 4, 8, 16 or 32 (not quantized)."""
     if bits not in BITS:
@@ -44,14 +69,20 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes of `x` on `scale` (broadcast against x): int8, or int16 for 16 bits.
 
     Raises:
-        ValueError: `bits` is not 2, 4, 8 or 16.
+        ValueError: `bits` is not 2, 4, 8 or 16, or x is no floating-point tensor.
     """
+    check_floats("x", x)
     low, high = code_limits(bits)
     return (x.float() / scale).round_().clamp_(low, high).to(torch.int16 if bits == 16 else torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values of integer `codes` on `scale` (broadcast): float32."""
+    """Values of `codes`, int8 or int16, on `scale` (broadcast): float32.
+
+    Raises:
+        ValueError: codes of another dtype.
+    """
+    check_dtype("codes", codes, torch.int8, torch.int16)
     return codes.float() * scale
 
 
@@ -74,8 +105,9 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     With 32 bits `x` itself is returned.
 
     Raises:
-        ValueError: `bits` is not 2, 4, 8, 16 or 32.
+        ValueError: `bits` is not 2, 4, 8, 16 or 32, or x is no floating-point tensor.
     """
+    check_floats("x", x)
     if bits == 32:
         return x
     low, high = code_limits(bits)

@@ -189,7 +189,7 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
     for found, tensor in _tensors(checkpoint / WEIGHTS, name):
         if found == name:
             return tensor
-    raise UserError(f"{checkpoint / 'weights.safetensors'} holds no '{name}': of another model, or damaged")
+    raise UserError(f"{checkpoint / WEIGHTS} holds no '{name}': of another model, or damaged")
 
 
 def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) -> None:

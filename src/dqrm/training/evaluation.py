@@ -10,6 +10,7 @@ import torch
 
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
+from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
@@ -24,16 +25,18 @@ def predict_logits(
     batch_size: int,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
+    sampled: bool = False,
 ) -> np.ndarray:
     """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards.
 
-    With share (rank, ranks), of the rank's part: whole batches, so that no logit depends on who computes it.
+    With share (rank, ranks), of the rank's part: whole batches, so that no logit depends on who computes it. `sampled`:
+    without the model's `logit_offset`.
     """
     device, training = model.tables.row_offsets.device, model.training
 
     def score(batch: Batch) -> torch.Tensor:
         moved = batch.to(device)
-        logits: torch.Tensor = model(moved.dense, moved.ids, moved.bags)
+        logits: torch.Tensor = (model.sampled_logits if sampled else model)(moved.dense, moved.ids, moved.bags)
         return logits
 
     model.eval()
@@ -85,24 +88,45 @@ def evaluate(
     batch_size: int = 8192,
     progress: Progress | None = None,
     verify: bool = True,
+    correct_subsampling: bool = True,
 ) -> dict[str, Any]:
     """Metrics of `model` on a split of a dataset or dataset folder: see `metrics.click_metrics`.
+
+    Of a dataset with `subsample_negatives` they are those of the log's own click rate: each negative counts for those
+    that were dropped, and a trained model's logits are corrected as in an exported file, whose own are taken as they
+    are. `base_rate` among the figures is "true" then; "sampled" with correct_subsampling False: of the rows as they
+    are, as in training.
 
     Args:
         verify: compare the split with its checksums first; once in a process while it does not change.
 
     Raises:
-        UserError: the split is damaged, or a prediction is no finite number.
+        UserError: the split is damaged, a prediction is no finite number, or `model` is no model.
     """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "tables"):
+        raise UserError(
+            f"model is a {type(model).__name__}, expected a DLRM: dqrm.load(FILE) or dqrm.Run.open(RUN).load_model()[0]"
+        )
     if not isinstance(dataset, Dataset):
         dataset = Dataset(dataset)
     if verify:
         dataset.verify(split, tell=progress)
-    return measure(predict_logits(model, dataset, split, batch_size, progress), dataset, split)
+    logits = predict_logits(model, dataset, split, batch_size, progress, sampled=not correct_subsampling)
+    if correct_subsampling and model.logit_offset is None and dataset.subsample_negatives:
+        logits += np.float32(logit_offset(dataset.subsample_negatives))
+    return measure_on(logits, dataset, split, correct_subsampling)
 
 
-def measure(logits: np.ndarray, dataset: Dataset, split: str) -> dict[str, Any]:
-    """Metrics of the logits of a split.
+def measure_on(logits: np.ndarray, dataset: Dataset, split: str, true_rate: bool) -> dict[str, Any]:
+    """Metrics of the logits of a split on the log's click rate, or on that of its rows as they are, and which it is."""
+    if not dataset.subsample_negatives:
+        return measure(logits, dataset, split)
+    weight = negative_weight(dataset.subsample_negatives) if true_rate else 1.0
+    return {**measure(logits, dataset, split, weight), "base_rate": "true" if true_rate else "sampled"}
+
+
+def measure(logits: np.ndarray, dataset: Dataset, split: str, negative_weight: float = 1.0) -> dict[str, Any]:
+    """Metrics of the logits of a split: of its rows as they are, or with a weight for its negatives.
 
     Raises:
         UserError: a prediction is no finite number.
@@ -116,4 +140,5 @@ def measure(logits: np.ndarray, dataset: Dataset, split: str) -> dict[str, Any]:
         logits,
         None if weights is None else np.asarray(weights),
         None if groups is None else np.asarray(groups),
+        negative_weight=negative_weight,
     )

@@ -10,7 +10,11 @@ Array = NDArray[Any]
 
 
 def click_metrics(
-    labels: Array, logits: Array, weights: Array | None = None, groups: Array | None = None
+    labels: Array,
+    logits: Array,
+    weights: Array | None = None,
+    groups: Array | None = None,
+    negative_weight: float = 1.0,
 ) -> dict[str, Any]:
     """The figures of one evaluation.
 
@@ -19,6 +23,8 @@ def click_metrics(
         logits: float, [N].
         weights: of the rows, float [N], finite and >= 0; each figure is then that of the weighted rows.
         groups: integers [N], the group (as the user) of each row; negative: in none.
+        negative_weight: how many negatives each row with label 0 stands for, in all figures but `rows`, and `auc` and
+            `gauc`, which are of the rows as they are.
 
     Returns:
         rows; auc (None where all labels are equal); log_loss (natural logarithm); accuracy (at probability 0.5);
@@ -43,6 +49,9 @@ def click_metrics(
     labels = labels.astype(np.int8)
     weights = None if weights is None else weights.astype(np.float64)
     probabilities = expit(logits.astype(np.float64))
+    plain = weights
+    if negative_weight != 1:
+        weights = np.where(labels == 1, 1.0, negative_weight) * (1.0 if weights is None else weights)
     rows: Any = len(labels) if weights is None else weights.sum()
     clicks: Any = int(labels.sum()) if weights is None else (weights * labels).sum()
     ones = int(labels.sum())
@@ -51,13 +60,13 @@ def click_metrics(
     rate = clicks / rows
     right = (logits > 0) == (labels == 1)
     predicted = probabilities.sum() if weights is None else (weights * probabilities).sum()
-    found["auc"] = float(roc_auc_score(labels, logits, sample_weight=weights)) if both else None
+    found["auc"] = float(roc_auc_score(labels, logits, sample_weight=plain)) if both else None
     found["log_loss"] = loss
     found["accuracy"] = float(right.mean() if weights is None else (weights * right).sum() / rows)
     found["ne"] = float(loss / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))) if both else None
     found["calibration"] = float(predicted / clicks) if ones else None
     if groups is not None:
-        found["gauc"], found["gauc_coverage"] = group_auc(labels, logits, groups, weights)
+        found["gauc"], found["gauc_coverage"] = group_auc(labels, logits, groups, plain)
     return found
 
 

@@ -79,6 +79,7 @@ class Run:
             "columns": columns,
             "rows": dataset.rows,
             "split": dataset.info["split"],
+            "subsample_negatives": dataset.subsample_negatives,
         }
         info = {"format_version": FORMAT_VERSION, "versions": versions(), "config": config.to_dict(), "data": data}
         return cls(path, info)

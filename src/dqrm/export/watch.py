@@ -1,0 +1,36 @@
+"""Whether a file that is read while it is used is still what it was when it was opened."""
+
+import os
+import weakref
+from pathlib import Path
+from typing import IO
+
+from dqrm.errors import UserError
+
+
+def identity(file: IO[bytes]) -> tuple[int, ...]:
+    """Device, inode, size and time of the last write: another one, or a file written to, has another."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class Watch:
+    """Keeps a file open, so that `check` is of this very file even where another one has taken its name since.
+
+    Args:
+        path: its name, for messages. user: what uses it ("the loaded model").
+        remedy: what to do after a change ("load it again").
+    """
+
+    def __init__(self, file: IO[bytes], path: Path, user: str, remedy: str) -> None:
+        self._file, self._path, self._user, self._remedy = file, path, user, remedy
+        self._identity = identity(file)
+        weakref.finalize(self, file.close)
+
+    def check(self) -> None:
+        """Raise UserError if the file was written to, cut or touched since: what is read from it may be of another."""
+        if identity(self._file) != self._identity:
+            raise UserError(
+                f"{self._path} was changed in place under {self._user}; {self._remedy}, and replace a file that is in "
+                "use by renaming a new one onto it"
+            )

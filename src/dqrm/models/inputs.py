@@ -1,0 +1,114 @@
+"""What a model may be called with; everything else is refused in one sentence, before anything is computed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.errors import UserError
+from dqrm.quant.embedding import INTEGERS
+from dqrm.quant.uniform import no_tensor
+
+
+class InputError(UserError, ValueError):
+    """An argument that the model cannot take."""
+
+
+def checked(
+    dense: Any, ids: Any, bags: Any, num_dense: int, tables: Any, bottom: nn.Module | None
+) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, Tensor]]]:
+    """The arguments of a `DLRM`, dense as it is multiplied: float32, or what the model's own parameters are cast to.
+
+    Other floating types are converted. Integers are not: they are not what a log's numeric columns were made into, and
+    more often ids in the wrong place. It looks at types and shapes only: the lookup finds ids outside their table.
+
+    Args:
+        tables: the model's. bottom: its bottom MLP.
+
+    Raises:
+        InputError: no tensors, or of another dtype, shape, number of rows or device.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return dense, ids, bags
+    device = tables._buffers[
+        "row_offsets"
+    ].device  # around nn.Module's lookup of attributes, which takes longer than all
+    if type(bags) in (tuple, list) and not bags and _plain(dense, ids, num_dense, tables, device):
+        return dense, ids, bags
+    _check_matrix("ids", ids, tables.num_single, "one for each single-valued table", device)
+    if tables.num_single:
+        _check_integers("ids", ids)
+    if num_dense or dense is not None:
+        _check_matrix("dense", dense, num_dense, "one for each dense column", device)
+        if len(dense) != len(ids):
+            raise InputError(f"dense has {len(dense)} rows and ids has {len(ids)}, expected as many: one per sample")
+    if num_dense and dense.dtype != torch.float32:
+        dense = _floats(dense, bottom)
+    _check_bags(bags, len(tables.table_rows) - tables.num_single, len(ids), device)
+    return dense, ids, bags
+
+
+def _plain(dense: Any, ids: Any, num_dense: int, tables: Any, device: torch.device) -> bool:
+    """Whether nothing is left to look at or to convert: what most calls are, at the cost of a microsecond or two."""
+    return (
+        isinstance(dense, Tensor)
+        and isinstance(ids, Tensor)
+        and dense.dtype is torch.float32
+        and (ids.dtype is torch.int32 or ids.dtype is torch.int64)
+        and dense.dim() == 2
+        and ids.shape == (dense.shape[0], tables.num_single)
+        and dense.shape[1] == num_dense
+        and len(tables.table_rows) == tables.num_single
+        and dense.device == device == ids.device
+    )
+
+
+def _check_matrix(name: str, given: Any, columns: int, what: str, device: torch.device) -> None:
+    _check_tensor(name, given, device)
+    if given.dim() != 2:
+        raise InputError(
+            f"{name} is {given.dim()}-dimensional {list(given.shape)}, expected [B, {columns}]: a row per sample"
+            + (f"; for one sample {name}[None]" if list(given.shape) == [columns] else "")
+        )
+    if given.shape[1] != columns:
+        raise InputError(f"{name} has {given.shape[1]} columns {list(given.shape)}, expected {columns}: {what}")
+
+
+def _check_tensor(name: str, given: Any, device: torch.device) -> None:
+    if not isinstance(given, Tensor):
+        raise InputError(no_tensor(name, given))
+    if given.device != device:
+        raise InputError(f"{name} is on {given.device}, but the model is on {device}; use {name}.to('{device}')")
+
+
+def _check_integers(name: str, given: Tensor) -> None:
+    if given.dtype not in INTEGERS:
+        raise InputError(f"{name} is {given.dtype}, expected integers: torch.int64 or torch.int32")
+
+
+def _floats(dense: Tensor, bottom: nn.Module | None) -> Tensor:
+    if not dense.is_floating_point():
+        raise InputError(
+            f"dense is {dense.dtype}, expected torch.float32; use dense.float() if these are the numbers meant"
+        )
+    own = None if bottom is None else next(bottom.parameters(), None)
+    return dense.to(torch.float32 if own is None else own.dtype)
+
+
+def _check_bags(bags: Any, multi: int, samples: int, device: torch.device) -> None:
+    if not isinstance(bags, Sequence):
+        raise InputError(f"bags is a {type(bags).__name__}, expected a pair (values, offsets) per multi-valued table")
+    if len(bags) != multi:
+        raise InputError(f"bags has {len(bags)} entries, expected {multi}: one for each multi-valued table")
+    for number, bag in enumerate(bags):
+        if not isinstance(bag, Sequence) or len(bag) != 2:
+            raise InputError(f"bags[{number}] is a {type(bag).__name__}, expected a pair (values [L], offsets [B])")
+        for name, given in zip(("values", "offsets"), bag):
+            _check_tensor(f"{name} of bags[{number}]", given, device)
+            if given.dim() != 1:
+                raise InputError(f"{name} of bags[{number}] is {given.dim()}-dimensional, expected one dimension")
+            if name == "offsets" or len(given):
+                _check_integers(f"{name} of bags[{number}]", given)
+        if len(bag[1]) != samples:
+            raise InputError(f"bags[{number}] has {len(bag[1])} offsets, expected {samples}: one per sample")
