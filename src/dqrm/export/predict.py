@@ -67,7 +67,8 @@ def predict(
             for kept, batch in ahead(log.blocks(advance)):
                 found = probabilities(score, batch, batch_size, rows)
                 with _writing(output):
-                    sink.add(kept.hstack([pl.Series(PROBABILITY, found)]))
+                    probability = pl.Series(PROBABILITY, found)
+                    sink.add(kept.hstack([probability]) if kept.width else probability.to_frame())
                 rows += len(found)
                 if progress:
                     progress("scoring", done, log.size)
