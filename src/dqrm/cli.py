@@ -1,6 +1,7 @@
 """The command line: verbs -> functions. No logic here, and nothing heavy imported before a verb needs it."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def generate(output: str, **flags: Any) -> None:
 @_json
 @config_options(("What is in the log, and how it becomes a dataset", PrepareConfig))
 def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
-    """Turn raw click logs (files or globs) into a dataset folder."""
+    """Turn raw click logs (files, folders, globs; - is standard input) into a dataset folder."""
     from dqrm.console import bars, print_json
     from dqrm.data.prepare import prepare as run
     from dqrm.info import print_dataset
@@ -137,12 +138,12 @@ def train(
                 summary = start_run(dataset, run, config, progress, progress.log, verify)
         except Interrupted:
             if world.first:
-                messages.print(f"Stopped; `dqrm train --resume {run}` continues exactly here.")
+                messages.print(f"Stopped; `dqrm train --resume {shlex.quote(run)}` continues exactly here.")
             sys.exit(STOPPED)
         except KeyboardInterrupt:  # before the first step, after the last one, or the second time
             if not world.first or not (Path(run) / "run.json").exists():
                 raise
-            messages.print(f"Stopped; `dqrm train --resume {run}` continues from the newest checkpoint.")
+            messages.print(f"Stopped; `dqrm train --resume {shlex.quote(run)}` continues from the newest checkpoint.")
             sys.exit(STOPPED)
     if not world.first:
         return
@@ -196,7 +197,7 @@ def _export(source: str, output: str, config: ExportConfig, ptq: PTQConfig | Non
 @_json
 @config_options(("How the log is scored", PredictConfig))
 def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flags: Any) -> None:
-    """Score raw logs LOG (files or globs) with the artifact MODEL: the probability of a click for each row."""
+    """Score raw logs LOG (as for prepare) with the artifact MODEL: the probability of a click for each row."""
     config = build(PredictConfig, given(flags), "predict")
 
     from dqrm.console import bars, messages, print_json
@@ -219,6 +220,8 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     told = BaseRate(**found["subsampling"]).tell()
     if told is not None:
         messages.print(told)
+    if not found["rows"]:
+        messages.print(f"Warning: no row of {', '.join(log)} was scored; the log holds none that is sound")
     skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
     messages.print(f"{output}: {found['rows']:,} rows, {found['rows_per_second']:,.0f} a second{skipped}")
 

@@ -1,8 +1,11 @@
 """Files that are whole or not there: written beside, flushed to disk, renamed."""
 
+import errno
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dqrm.errors import UserError
+
+# Bytes free below which a disk counts as full: less than what was to be written next.
+_FULL = 1 << 16
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -35,6 +41,27 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: damaged, or not written by dqrm") from None
+
+
+def why_not_written(error: Exception, folder: Path | None = None) -> str:
+    """Why writing failed, in words: of a full disk numpy, polars and the system each say something else.
+
+    folder: where to look whether the disk is full, since polars does not always say it.
+    """
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"os error (\d+)", text)
+    if number is None and told:
+        number = int(told[1])
+    full = number == errno.ENOSPC or "No space left" in text
+    if number is None and folder is not None and not full:
+        with suppress(OSError):
+            full = shutil.disk_usage(folder).free < _FULL
+    if full:
+        return "the disk is full (No space left on device)"
+    if number == errno.EDQUOT:
+        return "the disk quota is used up"
+    return text or type(error).__name__
 
 
 def flush(path: Path) -> None:
@@ -140,7 +167,7 @@ def _writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror or error}; nothing of it was kept") from None
+        raise UserError(f"cannot write to {output}: {why_not_written(error)}; nothing of it was kept") from None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Flags of the command line, made from the configuration dataclasses: one flag per field, its docstring the help."""
 
+import shlex
 import types
 import typing
 from collections.abc import Callable
@@ -53,7 +54,11 @@ class FieldOption(click.Option):
 def _once(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
     """The one value of a flag: click would take the last of several without a word."""
     if len(values) > 1:
-        joined = f"; join names by commas: {option.opts[0]} {','.join(values)}" if option.metavar == "NAME,..." else ""
+        joined = (
+            f"; join names by commas: {option.opts[0]} {shlex.quote(','.join(values))}"
+            if option.metavar == "NAME,..."
+            else ""
+        )
         raise UserError(f"{option.opts[0]} is given {len(values)} times, expected once{joined}")
     return values[0] if values else None
 

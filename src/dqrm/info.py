@@ -1,5 +1,6 @@
 """What `dqrm info` and the ends of `prepare`, `train` and `eval` print."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def print_description(path: str, verify: bool = False) -> None:
         results.print(
             f"{path}: a run that is not finished, on data {data['fingerprint'][:16]} "
             f"({len(data['dense'])} dense columns, {len(data['columns'])} tables); "
-            f"`dqrm train --resume {path}` continues it"
+            f"`dqrm train --resume {shlex.quote(path)}` continues it"
         )
 
 

@@ -137,6 +137,7 @@ def parquet_schema(source: Source) -> pl.Schema:
     try:
         return pl.scan_parquet(source.path, glob=False, hive_partitioning=False).collect_schema()
     except _UNREADABLE as error:
+        source.require_unchanged()
         raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
 
 
@@ -150,6 +151,7 @@ def parquet_rows(source: Source) -> int:
         scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
         return int(scan.select(pl.len()).collect().item())
     except _UNREADABLE as error:
+        source.require_unchanged()
         raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
 
 

@@ -20,7 +20,7 @@ from dqrm.data.sources import Source, total_size
 from dqrm.data.staging import Staging
 from dqrm.data.tables import TableSource, as_list, gather
 from dqrm.errors import UserError
-from dqrm.files import claim, flush, write_json
+from dqrm.files import claim, flush, why_not_written, write_json
 
 # Lies in a folder that is being written, locked while its process lives: what has it may be deleted.
 MARKER = ".dqrm-preparing"
@@ -64,7 +64,7 @@ def prepare(
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(partial)
     except OSError as error:
-        raise UserError(f"cannot write to {partial}: {error.strerror or error}") from None
+        raise UserError(f"cannot write to {partial}: {why_not_written(error)}") from None
     moved = False
     try:
         _check_output(output)  # a run that ended meanwhile may have filled it
@@ -78,11 +78,12 @@ def prepare(
         (target / MARKER).unlink()
         flush(target.parent)
     except BaseException as error:
+        # Asked before there is room again.
+        why = why_not_written(error, target.parent) if isinstance(error, OSError) else ""
         if not moved:  # then what bears its name now is another run's
             _remove(partial)
         if isinstance(error, OSError):
-            # Those of numpy and polars have a message only.
-            raise UserError(f"cannot write to {partial}: {error.strerror or error}") from error
+            raise UserError(f"cannot write to {partial}: {why}; nothing of it was kept") from error
         raise
     finally:
         lock.close()

@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -132,7 +133,8 @@ class Container:
         made = "expected a .dqrm file that `dqrm export` wrote"
         if path.is_dir():
             raise UserError(
-                f"{path} is a folder, {made}; a run folder becomes one by `dqrm export {path} -o FILE.dqrm`"
+                f"{path} is a folder, {made}; a run folder becomes one by "
+                f"`dqrm export {shlex.quote(str(path))} -o FILE.dqrm`"
             )
         try:
             with path.open("rb") as file:

@@ -21,7 +21,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.batches import Batch
 from dqrm.data.raw import PROBABILITY, RawLog
 from dqrm.errors import UserError
-from dqrm.files import partial_path, replacing
+from dqrm.files import partial_path, replacing, why_not_written
 
 Score = Callable[[Batch], torch.Tensor]
 Progress = Callable[[str, int, int | None], None]
@@ -161,8 +161,8 @@ def _writing(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pl.exceptions.PolarsError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())  # those of polars have a message only
-        raise UserError(f"cannot write to {output}: {reason}; nothing of it was kept") from None
+        why = why_not_written(error, partial_path(output).parent)
+        raise UserError(f"cannot write to {output}: {why}; nothing of it was kept") from None
 
 
 class _Text:

@@ -4,6 +4,7 @@ The same on one rank and on several, which `torchrun` starts: everything that ca
 step, on every rank and with the same sentence.
 """
 
+import shlex
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -118,7 +119,7 @@ def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:
             return Dataset(run.info["data"]["path"])
         except UserError as error:
             raise UserError(
-                f"{error}; where the data has moved, `dqrm train --resume {run.path} DATA` names it"
+                f"{error}; where the data has moved, `dqrm train --resume {shlex.quote(str(run.path))} DATA` names it"
             ) from None
     return dataset if isinstance(dataset, Dataset) else Dataset(dataset)
 

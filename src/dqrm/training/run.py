@@ -7,6 +7,7 @@ checkpoints/    see `checkpoints`
 """
 
 import platform
+import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -217,7 +218,8 @@ class Run:
         """
         last = latest_step(self.checkpoints)
         if last is None:
-            raise UserError(f"{self.path} has no checkpoint yet; `dqrm train --resume {self.path}` continues the run")
+            again = f"`dqrm train --resume {shlex.quote(str(self.path))}`"
+            raise UserError(f"{self.path} has no checkpoint yet; {again} continues the run")
         state = read_state(checkpoint_path(self.checkpoints, last))
         best = (state["best"] or {}).get("step", last)
         checkpoint = checkpoint_path(self.checkpoints, best if which == "best" else last)
@@ -243,7 +245,7 @@ def _require_free(path: Path) -> None:
     an empty one."""
     if not path.exists() or (path.is_dir() and not _contents(path)):
         return
-    hint = f"`dqrm train --resume {path}` continues it, or" if (path / _INFO).exists() else "please"
+    hint = f"`dqrm train --resume {shlex.quote(str(path))}` continues it, or" if (path / _INFO).exists() else "please"
     raise UserError(f"{path} exists and is not empty; {hint} name another folder with -o")
 
 
