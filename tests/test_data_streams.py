@@ -17,6 +17,7 @@ import dqrm
 from conftest import tiny
 from data_helpers import KAGGLE, content, criteo_lines, write
 from dqrm import PrepareConfig, UserError
+from dqrm.cli import main
 from dqrm.data.prepare import prepare
 from dqrm.data.raw import RawLog
 from dqrm.data.vocabulary import Vocabulary
@@ -100,7 +101,7 @@ def test_scoring_reads_a_pipe_once(tmp_path, labelled):
         list(log.blocks())
 
 
-def test_standard_input_as_a_user_pipes_it(tmp_path):
+def test_standard_input_as_a_user_pipes_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "log.csv").write_text(ROWS)
     dataset = prepare(tmp_path / "log.csv", tmp_path / "data", TABLE)
     dqrm.train(dataset, tmp_path / "run", tiny(max_steps=2))
@@ -110,8 +111,12 @@ def test_standard_input_as_a_user_pipes_it(tmp_path):
     assert ended.returncode == 0, ended.stderr
     scored = pl.read_csv(tmp_path / "p.csv")
     assert scored["c"].to_list() == [f"v{n % 5}" for n in range(200)]
-    empty = subprocess.run(command, input=b"label,c,d\n", cwd=tmp_path, check=False, capture_output=True, text=False)
-    assert b"no row of - was scored" in empty.stderr
+    (tmp_path / "empty.csv").write_text("label,c,d\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dqrm", "predict", "m.dqrm", "empty.csv", "-o", "q.csv"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no row of empty.csv was scored" in capsys.readouterr().err
 
 
 def test_what_a_pipe_cannot_give(tmp_path):
