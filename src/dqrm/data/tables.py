@@ -123,7 +123,7 @@ def rows_source(data: Any) -> TableSource | None:
         data = odd
     named = isinstance(data, (str, Path))
     raise UserError(
-        f"got {repr(str(data))[:60] if named else 'an object of type ' + type(data).__name__}, expected rows of raw "
+        f"got {repr(str(data)) if named else 'an object of type ' + type(data).__name__}, expected rows of raw "
         f"values: a dict, a list of dicts, {TABLES}{'; dqrm.predict scores files' * named}"
     )
 
