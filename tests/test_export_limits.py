@@ -146,7 +146,7 @@ def test_memory_to_export_and_to_load(large):
     assert found["peak"] < table + 500e6, found
     assert found["anonymous"] < 200e6 < table, f"a copy of a table: {found}"
     with (large / "m.dqrm").open("rb") as file:  # what was just written is mapped in large pages, whatever is read
-        os.fsync(file.fileno())
+        os.fdatasync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     work = (
         "before = status('RssAnon', 'RssFile'); model = dqrm.load({out!r})\n"

@@ -53,7 +53,7 @@ def run_command(command: click.Command, name: str) -> None:
 
 @contextmanager
 def _terminations() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt.
+    """Inside, SIGTERM does what Ctrl-C does: both raise KeyboardInterrupt.
 
     Not in ranks that torchrun started: one that waits for another in torch's C++ would hear of it much too late.
     """
@@ -64,11 +64,12 @@ def _terminations() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

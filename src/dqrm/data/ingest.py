@@ -98,7 +98,10 @@ def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
     """
     unit = "row" if source.parquet else "line"
     for block in _blocks(source, plan):
-        frame = plan.typed(block)
+        try:
+            frame = plan.typed(block)
+        except pl.exceptions.PanicException as error:
+            raise UserError(f"{source.where}: a column has values that cannot be converted ({error})") from None
         if block.bad and plan.config.on_error == "stop":
             line, reason = min(block.bad)
             raise UserError(f"{source.where}, {unit} {line}: {reason}")

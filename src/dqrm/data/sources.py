@@ -38,10 +38,11 @@ class State(NamedTuple):
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int  # tells also of a write whose time was set back
 
     @classmethod
     def of(cls, found: os.stat_result) -> "State":
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class Stream:

@@ -3,9 +3,10 @@
 Both take (dense, ids, values_0, offsets_0, values_1, ...), all but dense int64, and give logits float32 [B].
 """
 
+import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,16 @@ def write_pt2(model: DLRM, path: Path) -> None:
         OSError: the file cannot be written.
     """
     program = _exported(model, None, None)
-    partial = path.with_name(path.name + ".partial.pt2")  # torch wants the suffix
-    _commit(lambda: torch.export.save(program, partial), partial, path)
+    partial = path.with_name(path.name + ".partial")
+
+    def save() -> None:
+        with partial.open("wb") as file:
+            sink = _Sink(file)
+            torch.export.save(program, sink)
+            if sink.failed:
+                raise sink.failed
+
+    _commit(save, partial, path)
 
 
 def write_pte(model: DLRM, path: Path) -> None:
@@ -72,6 +81,24 @@ def _exported(model: DLRM, max_batch: int | None, max_values: int | None) -> Any
             dynamic_shapes=(*dynamic[:2], *([tuple(dynamic[2:])] if multi else [])),
             strict=False,
         )
+
+
+class _Sink(io.BytesIO):
+    """Passes writes on to a file and keeps the first error for later: torch's writer would end the process."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failed is None:
+            try:
+                self._file.write(data)
+                self._file.flush()
+            except OSError as error:
+                self.failed = error
+        return len(data)
 
 
 def _commit(write: Any, partial: Path, path: Path) -> None:

@@ -9,9 +9,18 @@ from dqrm.errors import UserError
 
 
 def identity(file: IO[bytes]) -> tuple[int, ...]:
-    """Device, inode, size and time of the last write: another one, or a file written to, has another."""
+    """Device, inode, size and times of the last write and change: another file, or one written to, has another."""
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink
+
+
+def same(before: tuple[int, ...], now: tuple[int, ...]) -> bool:
+    """Whether no write lies between two identities of an open file.
+
+    The time of the change tells also of a write whose time was set back. It moves with the number of names, too: a file
+    that was replaced by a renamed one lost one, and that is no write.
+    """
+    return before[:4] == now[:4] and (before[4] == now[4] or before[5] != now[5])
 
 
 class Watch:
@@ -29,7 +38,7 @@ class Watch:
 
     def check(self) -> None:
         """Raise UserError if the file was written to, cut or touched since: what is read from it may be of another."""
-        if identity(self._file) != self._identity:
+        if not same(self._identity, identity(self._file)):
             raise UserError(
                 f"{self._path} was changed in place under {self._user}; {self._remedy}, and replace a file that is in "
                 "use by renaming a new one onto it"

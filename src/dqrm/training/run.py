@@ -252,7 +252,9 @@ def _require_free(path: Path) -> None:
 def _contents(path: Path) -> set[str]:
     """What a folder holds of value."""
     found = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_INFO}.partial"}
-    checkpoints = path / "checkpoints"
+    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
+    if metrics.is_file() and not metrics.stat().st_size:
+        found.discard(metrics.name)
     return found - ({checkpoints.name} if checkpoints.is_dir() and not any(checkpoints.iterdir()) else set())
 
 
