@@ -221,21 +221,20 @@ class TableScales(nn.Module):
         counter = self.clamps.counter(rows * self.weight.shape[1], self.weight.device) if counting else None
         return self._limits(), self._blocks, counter, self._running and self._learning
 
-    @torch.no_grad()
     def _meet(self, found: Tensor, first: int = 0) -> None:
         """Before a forward of training quantizes `found` [N, tables, dim] (tables from `first` on), not by the kernels:
         raise their scales to what these rows need (running_max), or count what their scales clamp (periodic)."""
         if found.numel() == 0 or torch.compiler.is_compiling():
             return
-        scale = self.scale[first : first + found.shape[1]]
-        if self._running and self._learning:
-            raise_to(scale, found.detach().abs().amax((0, 2)).float(), self.bits)
+        found, scale = found.detach(), self.scale[first : first + found.shape[1]]
+        if self._running and self._learning:  # which asks whether gradients are recorded
+            raise_to(scale, found.abs().amax((0, 2)).float(), self.bits)
         if not self.training:
             return
         counter = self.clamps.counter(found.numel(), found.device)
         if not self._running:
             low, high = code_limits(self.bits)
-            codes = (found.detach().float() / scale[:, None]).round_()
+            codes = (found.float() / scale[:, None]).round_()
             counter += ((codes < low) | (codes > high)).sum()
 
     def _mark(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
