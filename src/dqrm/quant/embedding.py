@@ -195,7 +195,8 @@ def pool(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_samp
         offsets,
         mode=bag.mode,
         per_sample_weights=per_sample_weights,
-        include_last_offset=bag.include_last_offset,
+        # Rows of ids have no offsets; torch 2.9 would take the last one that it makes of them for the end.
+        include_last_offset=bag.include_last_offset and offsets is not None,
         padding_idx=padding,
     )
 
