@@ -13,7 +13,7 @@ from selection import quick
 
 torch.set_num_threads(1)  # the tests run side by side
 os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that they start, too
-os.fsync = lambda file: None  # the tests kill processes, not machines, and a slow disk would take most of their time
+os.fsync = lambda file: None  # the tests kill processes, not machines, and disks can be slow
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
