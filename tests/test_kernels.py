@@ -379,10 +379,11 @@ def test_maxima_of_odd_numbers(value, dtype):
     same(maxima, torch.stack([max_abs(part) for part in table.split(16)]))
     assert not dirty.any()
     per_table = scale_from_max(torch.zeros(2), 4)
-    kernels.raise_scales(torch.tensor([20, 1, 2, 20]), 2, table, per_table, 7)
-    same(per_table, scale_from_max(torch.stack([max_abs(table)] * 2), 4))
+    ranges = kernels.TableRanges(torch.tensor([0, 20]), per_table, 7)
+    kernels.raise_scales(torch.tensor([1, 20, 2, 32]), table, ranges)
+    same(per_table, scale_from_max(torch.stack([max_abs(table[:20]), max_abs(table)]), 4))
     kept = torch.tensor([2.0, 1e30])
-    kernels.raise_scales(torch.tensor([1, 1]), 2, table, kept, 7)
+    kernels.raise_scales(torch.tensor([1, 21]), table, kernels.TableRanges(torch.tensor([0, 20]), kept, 7))
     assert kept.tolist() == [2.0, torch.tensor(1e30).item()]
 
 
@@ -514,6 +515,26 @@ def test_interaction_of_numbers_that_overflow_shows_them():
     assert out[1, 2].isinf()
 
 
+@NATIVE
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_at_the_middle_between_two_are_those_of_a_division(bits):
+    """The kernel multiplies by 1 / scale, except near the middle, where that may round to the other code."""
+    high = 2 ** (bits - 1) - 1
+    middles = torch.arange(-high, high).float() + 0.5
+    for largest in (1.0, 0.37, 1e-7, 3e-39, 2.9e38):
+        scale = scale_from_max(torch.tensor(largest), bits)
+        weight = [torch.tensor([largest])]
+        for ulps in range(-3, 4):
+            line = middles * scale
+            for _ in range(abs(ulps)):
+                line = torch.nextafter(line, torch.full_like(line, float("inf") if ulps > 0 else float("-inf")))
+            weight.append(line.clamp(-largest, largest))
+        weight = torch.cat(weight)[None]
+        for codes in (False, True):
+            found, _ = both(lambda weight=weight, codes=codes: quantized_weight(weight, bits, True, codes))
+            same(found, (weight / scale).round().bfloat16() if codes else (weight / scale).round() * scale)
+
+
 # ---- threads
 
 
@@ -525,7 +546,12 @@ def everything(seed=0):
     unique = rows.unique()
     out.append(add_rows_stochastic(table.bfloat16(), unique, values[: len(unique)], 0.1, 7))
     maxima = torch.full((5,), 1e-3)
-    kernels.raise_scales(rows, 5, table, maxima, 7)
+    ranges = kernels.TableRanges(torch.tensor([0, 1, 700, 701, 2500]), maxima, 7)
+    kernels.raise_scales(rows, table, ranges)
+    out.append(maxima.clone())
+    kernels.add_rows(table.clone(), rows, values, -0.3, ranges)
+    out.append(maxima.clone())
+    kernels.add_rows_stochastic(table.bfloat16(), unique, values[: len(unique)], 0.5, 7, ranges)
     blocks, dirty = torch.zeros(188), torch.ones(188, dtype=torch.uint8)
     out += [maxima, torch.tensor(kernels.blocks_max(table, 16, dirty, blocks)), blocks]
     for per_channel in (True, False):

@@ -175,6 +175,50 @@ def test_both_paths_raise_to_the_same_bits():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd with l2", "adagrad", "rowwise"])
+def test_an_optimizer_that_knows_the_tables_raises_the_same_bits_itself(optimizer, dtype):
+    """As `TrainStep` sets it; the other module is raised by its next forward, which reads the rows again."""
+    build = {**SPARSE, "sgd with l2": lambda p: SparseSGD(p, 0.5, l2=0.3)}[optimizer]
+    known, unknown = make("collection", True, dtype), make("collection", True, dtype)
+    optimizers = [build([known.weight]), build([unknown.weight])]
+    optimizers[0].tables = known
+    grew = 0
+    for seed in range(12):
+        before = unknown.scale.clone()
+        for module, each in zip((known, unknown), optimizers):
+            each.zero_grad()
+            random = np.random.default_rng(seed)
+            out = module(draw(module, random, 40))
+            (out * torch.from_numpy(random.normal(size=out.shape).astype(np.float32))).sum().backward()
+            each.step()
+        assert known._looked_up == []  # nothing is left for the next forward
+        assert unknown._looked_up
+        for table, scale in enumerate(known.scale):
+            assert scale >= scale_from_max(known.table(table).abs().amax().float(), 4)
+        unknown.current_scale()
+        assert torch.equal(known.weight, unknown.weight)
+        assert torch.equal(known.scale, unknown.scale)
+        grew += int((unknown.scale > before).any()) if seed else 0
+    assert grew > 2
+
+
+def test_a_row_that_was_larger_in_the_middle_of_an_update_raises_nothing():
+    """Row 3 goes up and down again within one gradient: what counts is what it is afterwards."""
+    module = QuantEmbeddingBagCollection(ROWS, DIM, _weight=torch.ones(sum(ROWS), DIM))
+    optimizer = SparseSGD([module.weight], 1.0)
+    optimizer.tables = module
+    before = module.current_scale().clone()
+    rows = torch.tensor([3, 30, 3, 31, 3, 30])
+    values = torch.tensor([-8.0, 0.25, 8.0, 0.25, 0.5, 0.25])[:, None].expand(-1, DIM).contiguous()
+    optimizer.step_rows(rows, values)
+    assert torch.equal(module.scale, before)
+    optimizer.step_rows(torch.tensor([31]), torch.full((1, DIM), -2.0))
+    expected = before.clone()
+    expected[2] = scale_from_max(torch.tensor(2.75), 4)
+    assert torch.equal(module.scale, expected)
+
+
 @pytest.mark.parametrize("make_module", [
     lambda: QuantEmbedding(5, 3), lambda: QuantEmbeddingBag(5, 3), lambda: QuantEmbeddingBagCollection([5], 3),
     lambda: dqrm.prepare_qat(nn.Sequential(nn.Embedding(5, 3)))[0],

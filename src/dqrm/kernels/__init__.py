@@ -9,7 +9,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,10 +42,12 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "lookup_packed": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64,
                                 c_void_p, c_int, c_void_p, c_int]),
     "outside": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
-    "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_int]),
-    "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_int]),
+    "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int,
+                        c_int]),
+    "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_void_p, c_int64,
+                                   c_void_p, c_int, c_int]),
     "sum_duplicates": (c_int64, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
-    "raise_scales": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int, c_int]),
+    "raise_scales": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int, c_int]),
     "blocks_max": (c_uint32, [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int]),
     "quantize_weights": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int]),
     "finish_linear": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int]),
@@ -137,22 +139,44 @@ def _require_rows(weight: Tensor, rows: Tensor, values: Tensor) -> None:
         raise IndexError(f"row {int(rows[wrong])} is outside a weight of {len(weight)} rows")
 
 
-def add_rows(weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
+class TableRanges(NamedTuple):
+    """Scales of the tables in one weight, for whoever changes its rows to raise."""
+
+    starts: Tensor
+    """int64 [tables], the first row of each."""
+    scale: Tensor
+    """float32 [tables]."""
+    highest: int
+    """The highest code."""
+
+    def arguments(self) -> tuple[Tensor, int, Tensor, int]:
+        return self.starts, len(self.starts), self.scale, self.highest
+
+
+_UNWATCHED = (None, 0, None, 0)
+
+
+def add_rows(weight: Tensor, rows: Tensor, values: Tensor, factor: float, ranges: TableRanges | None = None) -> None:
     """weight[rows[i]] += factor * values[i] in place, in the order of i.
 
     Args:
         weight: float32 [R, dim]. rows: int64 [N]. values: float32 [N, dim].
+        ranges: scales to raise, in place, to what the rows need afterwards.
     """
     _require_rows(weight, rows, values)
     torch.autograd.graph.increment_version(weight)  # torch cannot see the write
-    _call("add_rows", weight, weight.shape[1], rows, values, len(rows), factor)
+    watched = _UNWATCHED if ranges is None else ranges.arguments()
+    _call("add_rows", weight, weight.shape[1], rows, values, len(rows), factor, *watched)
 
 
-def add_rows_stochastic(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int) -> None:
+def add_rows_stochastic(
+    weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
+) -> None:
     """The same on bf16 weights with stochastic rounding (`seed` below 2**32); no row twice."""
     _require_rows(weight, rows, values)
     torch.autograd.graph.increment_version(weight)
-    _call("add_rows_stochastic", weight, weight.shape[1], rows, values, len(rows), factor, seed)
+    watched = _UNWATCHED if ranges is None else ranges.arguments()
+    _call("add_rows_stochastic", weight, weight.shape[1], rows, values, len(rows), factor, seed, *watched)
 
 
 def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -162,9 +186,10 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None
     return None if count < 0 else (unique[:count], sums[:count])
 
 
-def raise_scales(rows: Tensor, tables: int, weight: Tensor, scale: Tensor, highest: int) -> None:
-    """scale[i % tables] = max(itself, the scale of max|weight[rows[i]]|), in place; float32 [tables]."""
-    _call("raise_scales", rows, len(rows), tables, weight, _half(weight), weight.shape[1], scale, highest)
+def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
+    """The scale of each row's table = max(itself, the scale of max|weight[row]|), in place; rows: int64 [N]."""
+    starts, tables, scale, highest = ranges.arguments()
+    _call("raise_scales", rows, len(rows), starts, tables, weight, _half(weight), weight.shape[1], scale, highest)
 
 
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:

@@ -16,25 +16,45 @@ static int exceeds(float largest, float scale, int high) {
     return !(scale_of(bits_of(largest), high) <= scale) && scale == scale;
 }
 
-/* scale[i % tables] = max(itself, the scale of max|weight[rows[i]]|). */
-EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, int64_t tables, const void *weight, int half,
-                              int64_t dim, float *scale, int high, int threads) {
+/* The table of a row, where table t holds the rows from starts[t] on; first tries table `at` and the one after it. */
+static int64_t table_of(int64_t row, const int64_t *starts, int64_t tables, int64_t at) {
+    if (row >= starts[at] && (at + 1 == tables || row < starts[at + 1])) return at;
+    at = at + 1 == tables ? 0 : at + 1;
+    if (row >= starts[at] && (at + 1 == tables || row < starts[at + 1])) return at;
+    int64_t low = 0, high = tables - 1;
+    while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (row >= starts[middle]) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
+/* Whether a row of this magnitude may need a larger scale; rarely true, so that who asks looks closely then. */
+static int suspect(float largest, float scale, int high) { return !(largest < scale * (float)high * 0.999999f); }
+
+/* scale[t] = max(itself, the scale of max|weight[row]|) for each of the rows, t its table. */
+EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
+                              const void *weight, int half, int64_t dim, float *scale, int high, int threads) {
     int64_t width = dim * (half ? 2 : 4);
-#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
-    for (int64_t sample = 0; sample < count / tables; sample++)
-      for (int64_t table = 0; table < tables; table++) {
-        int64_t i = sample * tables + table;
-        if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
-        float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
-        float now;
-        __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
-        if (largest < now * (float)high * 0.999999f) continue; /* nearly always */
+#pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
+    {
+        int64_t table = 0;
+#pragma omp for
+        for (int64_t i = 0; i < count; i++) {
+            if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
+            float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
+            float now;
+            table = table_of(rows[i], starts, tables, table);
+            __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
+            if (!suspect(largest, now, high)) continue;
 #pragma omp critical(dqrm_raise)
-        if (exceeds(largest, scale[table], high)) {
-            float raised = scale_of(bits_of(largest), high);
-            __atomic_store(&scale[table], &raised, __ATOMIC_RELAXED);
+            if (exceeds(largest, scale[table], high)) {
+                float raised = scale_of(bits_of(largest), high);
+                __atomic_store(&scale[table], &raised, __ATOMIC_RELAXED);
+            }
         }
-      }
+    }
 }
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
@@ -81,7 +101,7 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         if (!scale) continue;
         if (clamped || raising) {
             float largest = float_of(max_bits_of(to, 0, dim));
-            if (!(largest < s * (float)high * 0.999999f)) { /* or NaN: look closely */
+            if (suspect(largest, s, high)) {
                 for (int64_t d = 0; d < dim; d++) {
                     float code = rintf(to[d] / s);
                     beyond += code < low || code > high;
@@ -92,7 +112,7 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, low, high) * s;
       }
     if (grown) {
-        dqrm_raise_scales(rows_out, count, tables, weight, half, dim, scale, high, threads);
+        dqrm_raise_scales(rows_out, count, starts, tables, weight, half, dim, scale, high, threads);
         goto again;
     }
     if (clamped) *clamped += beyond;
@@ -151,13 +171,21 @@ EXPORT int64_t dqrm_outside(const int64_t *rows, int64_t count, int64_t total, i
     return bad == INT64_MAX ? -1 : bad;
 }
 
-/* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. */
+/* Of `all` threads, the one that owns a row. Neighbours go together, and no division is spent on it. */
+static inline int owner_of(int64_t row, int all) {
+    return (int)((uint64_t)((uint32_t)(row >> 4) * 0x9e3779b1u) * (uint64_t)all >> 32);
+}
+
+/* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. `scale` (or NULL), of
+ * tables whose first rows are `starts`: raised to what the new rows need, while they are at hand. */
 EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
-                          float factor, int threads) {
+                          float factor, const int64_t *starts, int64_t tables, float *scale, int high, int threads) {
+    int grown = 0;
     if (count * dim <= LITTLE) threads = 1;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(| : grown)
     {
         int me = 0, all = 1;
+        int64_t at = 0, last = 0; /* rows come table after table, or sorted */
 #ifdef _OPENMP
         extern int omp_get_thread_num(void);
         extern int omp_get_num_threads(void);
@@ -165,37 +193,57 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
         all = omp_get_num_threads();
 #endif
         /* Each thread walks all rows and takes its own: no two write one row. */
-        for (int64_t i = 0; i < count; i++) {
-            if (i + AHEAD < count && (rows[i + AHEAD] >> 4) % all == me)
+        for (int64_t i = 0; i < count; i++, at = at + 1 >= tables ? 0 : at + 1) {
+            if (i + AHEAD < count && owner_of(rows[i + AHEAD], all) == me)
                 for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(weight + rows[i + AHEAD] * dim + d, 1);
-            if ((rows[i] >> 4) % all != me) continue;
+            if (owner_of(rows[i], all) != me) continue;
             float *to = weight + rows[i] * dim;
             const float *from = values + i * dim;
-            for (int64_t d = 0; d < dim; d++) to[d] += from[d] * factor;
+            if (dim == 16)
+                for (int d = 0; d < 16; d++) to[d] += from[d] * factor;
+            else
+                for (int64_t d = 0; d < dim; d++) to[d] += from[d] * factor;
+            if (!scale) continue;
+            if (rows[i] < starts[at] || (at + 1 < tables && rows[i] >= starts[at + 1]))
+                at = table_of(rows[i], starts, tables, last);
+            last = at;
+            grown |= suspect(float_of(max_bits_of(to, 0, dim)), scale[at], high);
         }
     }
+    /* Again from what the rows are in the end: one that repeats may have been larger in between. */
+    if (grown) dqrm_raise_scales(rows, count, starts, tables, weight, 0, dim, scale, high, threads);
 }
 
 /* The same on bf16 weights with stochastic rounding; rows must not repeat. A number between two bf16 neighbours goes up
  * with the probability of its distance to the lower one: the 16 bits that are cut off, plus 16 random bits, carry. */
 EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_t *rows, const float *values,
-                                     int64_t count, float factor, uint32_t seed, int threads) {
-#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
-    for (int64_t i = 0; i < count; i++) {
-        if (i + AHEAD < count) __builtin_prefetch(weight + rows[i + AHEAD] * dim, 1);
-        uint16_t *to = weight + rows[i] * dim;
-        const float *from = values + i * dim;
-        for (int64_t d = 0; d < dim; d++) {
-            /* murmur3's finalizer over (seed, row, column): no state, so any order and any thread gives the same */
-            uint32_t h = seed ^ (uint32_t)(rows[i] * dim + d) * 0x9e3779b1u;
-            h = (h ^ (h >> 16)) * 0x85ebca6bu;
-            h = (h ^ (h >> 13)) * 0xc2b2ae35u;
-            float x = widen(to[d]) + from[d] * factor;
-            uint32_t b = bits_of(x);
-            int special = (b & 0x7f800000) == 0x7f800000;
-            to[d] = special ? narrow(x) : (uint16_t)((b + ((h ^ (h >> 16)) & 0xffff)) >> 16);
+                                     int64_t count, float factor, uint32_t seed, const int64_t *starts,
+                                     int64_t tables, float *scale, int high, int threads) {
+    int grown = 0;
+#pragma omp parallel num_threads(threads) reduction(| : grown) if (count * dim > LITTLE)
+    {
+        int64_t table = 0;
+#pragma omp for
+        for (int64_t i = 0; i < count; i++) {
+            if (i + AHEAD < count) __builtin_prefetch(weight + rows[i + AHEAD] * dim, 1);
+            uint16_t *to = weight + rows[i] * dim;
+            const float *from = values + i * dim;
+            for (int64_t d = 0; d < dim; d++) {
+                /* murmur3's finalizer over (seed, row, column): no state, so any order and any thread gives the same */
+                uint32_t h = seed ^ (uint32_t)(rows[i] * dim + d) * 0x9e3779b1u;
+                h = (h ^ (h >> 16)) * 0x85ebca6bu;
+                h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+                float x = widen(to[d]) + from[d] * factor;
+                uint32_t b = bits_of(x);
+                int special = (b & 0x7f800000) == 0x7f800000;
+                to[d] = special ? narrow(x) : (uint16_t)((b + ((h ^ (h >> 16)) & 0xffff)) >> 16);
+            }
+            if (!scale) continue;
+            table = table_of(rows[i], starts, tables, table);
+            grown |= suspect(float_of(max_bits_of(to, 1, dim)), scale[table], high);
         }
     }
+    if (grown) dqrm_raise_scales(rows, count, starts, tables, weight, 1, dim, scale, high, threads);
 }
 
 /* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
@@ -254,15 +302,42 @@ EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int6
 
 /* ---- linear layers ------------------------------------------------------------------------------------------------ */
 
+/* The codes round(w / s) of 16 weights. A product with 1 / s is within 2 ulp of the quotient, so that both round to one
+ * code unless the product lies near the middle between two codes; there, rarely, it is divided. Of 8 bits at most (`few`):
+ * products beyond would be too coarse. */
+static inline __attribute__((always_inline)) void codes16(const float *restrict w, float s, float r, int few,
+                                                          float *restrict q) {
+    int doubtful = !few;
+    if (few)
+        for (int i = 0; i < 16; i++) {
+            float product = w[i] * r;
+            q[i] = rintf(product);
+            doubtful |= !(fabsf(product - q[i]) < 0.4999f);
+        }
+    if (__builtin_expect(doubtful, 0))
+        for (int i = 0; i < 16; i++) q[i] = rintf(w[i] / s);
+}
+
 /* A line of a weight on the scale of its own largest magnitude, so that no code needs to be clamped: codes as bf16 where
  * `half_out`, or values as float. */
-static void quantize_line(const float *restrict w, int64_t count, float s, void *restrict out, int half_out) {
-    if (half_out) {
-        uint16_t *restrict to = out;
-        for (int64_t i = 0; i < count; i++) to[i] = narrow(rintf(w[i] / s));
-    } else {
-        float *restrict to = out;
-        for (int64_t i = 0; i < count; i++) to[i] = rintf(w[i] / s) * s;
+static void quantize_line(const float *restrict w, int64_t count, float s, int few, void *restrict out, int half_out) {
+    float r = 1.0f / s;
+    int64_t at = 0;
+    few &= r >= FLT_MIN; /* smaller ones may be flushed to 0 */
+    uint16_t *restrict codes = out;
+    float *restrict values = out;
+    for (; at + 16 <= count; at += 16) {
+        float q[16];
+        codes16(w + at, s, r, few, q);
+        if (half_out)
+            for (int i = 0; i < 16; i++) codes[at + i] = narrow(q[i]);
+        else
+            for (int i = 0; i < 16; i++) values[at + i] = q[i] * s;
+    }
+    for (; at < count; at++) {
+        float q = rintf(w[at] / s);
+        if (half_out) codes[at] = narrow(q);
+        else values[at] = q * s;
     }
 }
 
@@ -291,12 +366,12 @@ EXPORT void dqrm_quantize_weights(const float *const *weights, const int64_t *pl
             scale[0] = s;
 #pragma omp for nowait
             for (int64_t o = 0; o < outputs; o++)
-                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
+                quantize_line(weight + o * inputs, inputs, s, high < 128, to + o * inputs * (half_out ? 2 : 4), half_out);
         } else {
 #pragma omp for nowait
             for (int64_t o = 0; o < outputs; o++) {
                 float s = scale[o] = scale_of(max_bits_of(weight + o * inputs, 0, inputs), high);
-                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
+                quantize_line(weight + o * inputs, inputs, s, high < 128, to + o * inputs * (half_out ? 2 : 4), half_out);
             }
         }
     }

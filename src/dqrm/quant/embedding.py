@@ -335,6 +335,9 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
     def _tables(self) -> list[Tensor]:
         return [self.table(number) for number in range(len(self.table_rows))]
 
+    def _first_rows(self) -> Tensor:
+        return self.row_offsets
+
     def forward(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """One pooled vector per sample and table: float32 [B, T, embedding_dim].
 
@@ -365,8 +368,7 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         else:
             found, rows = self._plain_rows(groups, scale)
         lengths = [part.numel() for part, _, _ in groups]
-        for part, (_, first, tables) in zip(rows.split(lengths) if bags else (rows,), groups):
-            self._note_rows(part, first, tables)
+        self._note_rows(rows)
         return self._pooled(list(found.split(lengths)) if bags else [found], len(ids), bags)
 
     def _plain_rows(self, groups: list[tuple[Tensor, int, int]], scale: Tensor | None) -> tuple[Tensor, Tensor]:

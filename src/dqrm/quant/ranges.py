@@ -114,9 +114,10 @@ class TableScales(nn.Module):
         self._scale_known = False
         self._promised = False
         self._blocks: BlockMaxima | None = None
-        # Rows that training forwards looked up, as (rows, first table, tables), and the weight's version at that time.
-        self._looked_up: list[tuple[Tensor, int, int]] = []
+        # Rows that training forwards looked up, and the weight's version at that time.
+        self._looked_up: list[Tensor] = []
         self._looked_up_at = -1
+        self._raised_at = -1  # the weight's version when its optimizer last said that scales fit
         # The weight's version when every row was last known to fit its scale, and whether a training forward followed:
         # an update through `.data` changes no version.
         self._covered_at, self._trained_since = -1, False
@@ -135,6 +136,10 @@ class TableScales(nn.Module):
 
     def _tables(self) -> list[Tensor]:
         return [self.weight.detach()]
+
+    def _first_rows(self) -> Tensor:
+        """int64 [tables]."""
+        return torch.zeros(1, dtype=torch.int64, device=self.weight.device)
 
     def only_looked_up_rows_change(self) -> None:
         """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.
@@ -183,14 +188,31 @@ class TableScales(nn.Module):
             return
         if len(self._looked_up) > _FORWARDS_KEPT:
             return self.refresh_scale()
-        for rows, first, tables in self._looked_up:
-            scale = self.scale if tables == len(self.scale) else self.scale[first : first + tables]
-            if kernels.fits(rows, self.weight, scale):
-                kernels.raise_scales(rows, tables, self.weight, scale, code_limits(self.bits)[1])
-            elif len(rows):
-                found = self.weight.detach().index_select(0, rows).abs().amax(1).float()
-                raise_to(scale, found.view(-1, tables).amax(0), self.bits)
+        for rows in self._looked_up:
+            self._raise_for(rows)
         self._looked_up.clear()
+
+    def _raise_for(self, rows: Tensor) -> None:
+        """Raise scales to what these rows need: int64 [N] of the weight."""
+        starts = self._first_rows()
+        if kernels.fits(rows, self.weight, self.scale, starts):
+            ranges = kernels.TableRanges(starts, self.scale, code_limits(self.bits)[1])
+            kernels.raise_scales(rows, self.weight, ranges)
+        elif len(rows):
+            largest = self.weight.detach().index_select(0, rows).abs().amax(1).float()
+            table = torch.searchsorted(starts, rows, right=True).sub_(1)
+            raise_to(self.scale, torch.zeros_like(self.scale).scatter_reduce_(0, table, largest, "amax"), self.bits)
+
+    def ranges_to_raise(self) -> kernels.TableRanges | None:
+        """For an optimizer that raises scales while it updates rows, and then says so (`raised`); None: need not."""
+        if not (self._running and self._scale_known and kernels.fits(self.weight, self.scale)):
+            return None
+        return kernels.TableRanges(self._first_rows(), self.scale, code_limits(self.bits)[1])
+
+    def raised(self) -> None:
+        """All rows that have changed since the last forward fit their scales."""
+        self._looked_up.clear()
+        self._raised_at = self._weight_version()
 
     @torch.no_grad()
     def _cover_all(self) -> None:
@@ -207,11 +229,11 @@ class TableScales(nn.Module):
                 raise_to(self.scale, self._largest(), self.bits)
             self._covered()
 
-    def _note_rows(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
-        """This forward looks up `rows` (int64 [N]; position i is of table first + i % tables)."""
+    def _note_rows(self, rows: Tensor) -> None:
+        """This forward looks up `rows` (int64 [N])."""
         if self._running and self._learning and self.weight.requires_grad and self.sparse:
             if len(self._looked_up) <= _FORWARDS_KEPT:
-                self._looked_up.append((rows, first, tables))
+                self._looked_up.append(rows)
             self._looked_up_at = self.weight._version
 
     def _watched(self, rows: int) -> tuple[tuple[int, int], BlockMaxima | None, Tensor | None, bool]:
@@ -238,7 +260,8 @@ class TableScales(nn.Module):
             counter += ((codes < low) | (codes > high)).sum()
 
     def _mark(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
-        """As `_note_rows`, for exact refreshes, where the kernels have not done it."""
+        """For exact refreshes, where the kernels have not done it: this forward looks up `rows` (int64 [N]; position i
+        is of table first + i % tables)."""
         if self._blocks is not None:
             self._blocks.mark(rows, first, tables)
 
@@ -253,12 +276,8 @@ class TableScales(nn.Module):
             return
         if self._blocks is not None:
             self._blocks.mark_any(rows)
-        if self._running and self._scale_known:
-            starts = torch.tensor([0, *map(len, self._tables())][:-1], device=rows.device).cumsum(0)
-            largest = self.weight.detach().index_select(0, rows).abs().amax(1).float()
-            table = torch.searchsorted(starts, rows, right=True).sub_(1)
-            needed = torch.zeros_like(self.scale).scatter_reduce_(0, table, largest, "amax")
-            raise_to(self.scale, needed, self.bits)
+        if self._running and self._scale_known and self._raised_at != self._weight_version():
+            self._raise_for(rows)
         self._looked_up.clear()
 
     def weights_replaced(self, ticks: int) -> None:
@@ -330,7 +349,13 @@ class TableScales(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies: their weight counts its versions anew."""
         self._cover_all()
-        return {**self.__dict__, "_looked_up": list(self._looked_up), "_looked_up_at": -1, "_covered_at": -1}
+        return {
+            **self.__dict__,
+            "_looked_up": list(self._looked_up),
+            "_looked_up_at": -1,
+            "_raised_at": -1,
+            "_covered_at": -1,
+        }
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._cover_all()

@@ -14,10 +14,13 @@ from torch.optim import Optimizer
 
 from dqrm import kernels
 from dqrm.config import OptimizerConfig
+from dqrm.quant.ranges import TableScales
 from dqrm.quant.rows import add_rows, native_update, sum_duplicates
 
 
-def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int) -> Tensor:
+def add_rows_stochastic(
+    target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, tables: TableScales | None = None
+) -> Tensor:
     """`add_rows` on bf16 weights with stochastic rounding; no row twice.
 
     A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
@@ -25,7 +28,10 @@ def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: fl
     are a hash of (seed, row, column): the same on every device, in any order.
     """
     if native_update(target, torch.bfloat16, rows, values):
-        kernels.add_rows_stochastic(target, rows, values, factor, seed)
+        ranges = None if tables is None else tables.ranges_to_raise()
+        kernels.add_rows_stochastic(target, rows, values, factor, seed, ranges)
+        if tables is not None and ranges is not None:
+            tables.raised()
         return target
     dim = target.shape[1]
     new = target.index_select(0, rows).float() + values * factor
@@ -40,7 +46,14 @@ def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: fl
 
 
 class _SparseOptimizer(Optimizer):
-    """Lazy L2 and the loop over parameters; a subclass says how rows move."""
+    """Lazy L2 and the loop over parameters; a subclass says how rows move.
+
+    Attributes:
+        tables: the module whose only parameter with sparse gradients this optimizer updates; its scales are then raised
+            with the rows, which saves reading them once more in the next forward.
+    """
+
+    tables: TableScales | None = None
 
     def __init__(self, params: Iterable[Any], lr: float, l2: float, seed: int, **defaults: float) -> None:
         if not lr >= 0:
@@ -69,13 +82,12 @@ class _SparseOptimizer(Optimizer):
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
         """weight[rows] += factor * values; no row twice where the weight is bf16."""
         if weight.dtype == torch.float32:
-            add_rows(weight, rows, values, factor)
+            add_rows(weight, rows, values, factor, self.tables)
         elif weight.dtype == torch.bfloat16:
             steps = self.state[weight]["steps"]
             steps += 1
-            add_rows_stochastic(
-                weight, rows, values, factor, (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
-            )
+            seed = (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
+            add_rows_stochastic(weight, rows, values, factor, seed, self.tables)
         else:
             raise ValueError(f"{type(self).__name__} got a {weight.dtype} weight, expected float32 or bfloat16")
 

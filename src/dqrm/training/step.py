@@ -32,6 +32,7 @@ class TrainStep:
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         self.optimizers = build_optimizers(tables, others, config.optimizer, config.training.seed)
         model.tables.only_looked_up_rows_change()  # true of all our optimizers of tables
+        self.optimizers[0].tables = model.tables  # type: ignore[attr-defined]
         self.exchange: Exchange | None = None
         self._module: nn.Module = model
         if world is not None and world.size > 1:
