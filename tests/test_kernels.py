@@ -518,7 +518,7 @@ def test_interaction_of_numbers_that_overflow_shows_them():
 @NATIVE
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_codes_at_the_middle_between_two_are_those_of_a_division(bits):
-    """The kernel multiplies by 1 / scale, except near the middle, where that may round to the other code."""
+    """Which rules out a product with 1 / scale, that may round to the other code."""
     high = 2 ** (bits - 1) - 1
     middles = torch.arange(-high, high).float() + 0.5
     for largest in (1.0, 0.37, 1e-7, 3e-39, 2.9e38):

@@ -231,28 +231,30 @@ def quantize_weights(
     Args:
         formats: of each weight, whether it has a scale per channel, its highest code, and whether codes are wanted.
     """
-    plan, size, scales, places = _plan(tuple(weight.shape for weight in weights), tuple(formats))
-    memory, scale = _lend(size), torch.empty(scales)
+    plan, size, scales, places = _plan(tuple([weight.shape for weight in weights]), tuple(formats))
+    memory, scale = _lend(size), torch.empty(sum(scales))
     pointers = (c_void_p * len(weights))(*[weight.data_ptr() for weight in weights])
     _call("quantize_weights", pointers, plan, len(weights), scale, memory)
-    found = []
-    for dtype, shape, at, first, end in places:
-        used = memory.view(dtype).as_strided(shape, (shape[1], 1), at)
-        found.append((used, scale[first:end]))
-    return found
+    views = {dtype: memory.view(dtype) for dtype in {dtype for dtype, *_ in places}}
+    used = [views[dtype].as_strided(shape, stride, at) for dtype, shape, stride, at in places]
+    return list(zip(used, scale.split_with_sizes(scales)))
 
 
 @functools.lru_cache(64)
-def _plan(shapes: tuple[torch.Size, ...], formats: tuple[tuple[bool, int, bool], ...]) -> tuple[Any, int, int, Any]:
-    """What the kernel is told, the bytes of memory and number of scales it needs, and where in them each weight is."""
+def _plan(
+    shapes: tuple[torch.Size, ...], formats: tuple[tuple[bool, int, bool], ...]
+) -> tuple[Any, int, list[int], Any]:
+    """What the kernel is told, the bytes of memory it needs, the number of each weight's scales, and where its values
+    are: (dtype, shape, stride, offset)."""
     plan: list[int] = []
     places = []
-    at = scales = 0
+    scales: list[int] = []
+    at = 0
     for (outputs, inputs), (per_channel, highest, codes) in zip(shapes, formats):
-        plan += (outputs, inputs, per_channel, highest, codes, at, scales)
+        plan += (outputs, inputs, per_channel, highest, codes, at, sum(scales))
         dtype, size = (torch.bfloat16, 2) if codes else (torch.float32, 4)
-        first, scales = scales, scales + (outputs if per_channel else 1)
-        places.append((dtype, (outputs, inputs), at // size, first, scales))
+        scales.append(outputs if per_channel else 1)
+        places.append((dtype, (outputs, inputs), (inputs, 1), at // size))
         at += outputs * inputs * size + 63 & ~63
     return (c_int64 * len(plan))(*plan), at, scales, places
 

@@ -1,6 +1,5 @@
 /* What the kernels share: bf16 as uint16_t, magnitudes as bit patterns, and the quantizer of `quant/uniform.py`. */
 #pragma once
-#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -302,42 +302,15 @@ EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int6
 
 /* ---- linear layers ------------------------------------------------------------------------------------------------ */
 
-/* The codes round(w / s) of 16 weights. A product with 1 / s is within 2 ulp of the quotient, so that both round to one
- * code unless the product lies near the middle between two codes; there, rarely, it is divided. Of 8 bits at most (`few`):
- * products beyond would be too coarse. */
-static inline __attribute__((always_inline)) void codes16(const float *restrict w, float s, float r, int few,
-                                                          float *restrict q) {
-    int doubtful = !few;
-    if (few)
-        for (int i = 0; i < 16; i++) {
-            float product = w[i] * r;
-            q[i] = rintf(product);
-            doubtful |= !(fabsf(product - q[i]) < 0.4999f);
-        }
-    if (__builtin_expect(doubtful, 0))
-        for (int i = 0; i < 16; i++) q[i] = rintf(w[i] / s);
-}
-
 /* A line of a weight on the scale of its own largest magnitude, so that no code needs to be clamped: codes as bf16 where
- * `half_out`, or values as float. */
-static void quantize_line(const float *restrict w, int64_t count, float s, int few, void *restrict out, int half_out) {
-    float r = 1.0f / s;
-    int64_t at = 0;
-    few &= r >= FLT_MIN; /* smaller ones may be flushed to 0 */
-    uint16_t *restrict codes = out;
-    float *restrict values = out;
-    for (; at + 16 <= count; at += 16) {
-        float q[16];
-        codes16(w + at, s, r, few, q);
-        if (half_out)
-            for (int i = 0; i < 16; i++) codes[at + i] = narrow(q[i]);
-        else
-            for (int i = 0; i < 16; i++) values[at + i] = q[i] * s;
-    }
-    for (; at < count; at++) {
-        float q = rintf(w[at] / s);
-        if (half_out) codes[at] = narrow(q);
-        else values[at] = q * s;
+ * `half_out`, or values as float. (Products with 1 / s are no faster: memory is what this waits for.) */
+static void quantize_line(const float *restrict w, int64_t count, float s, void *restrict out, int half_out) {
+    if (half_out) {
+        uint16_t *restrict to = out;
+        for (int64_t i = 0; i < count; i++) to[i] = narrow(rintf(w[i] / s));
+    } else {
+        float *restrict to = out;
+        for (int64_t i = 0; i < count; i++) to[i] = rintf(w[i] / s) * s;
     }
 }
 
@@ -366,12 +339,12 @@ EXPORT void dqrm_quantize_weights(const float *const *weights, const int64_t *pl
             scale[0] = s;
 #pragma omp for nowait
             for (int64_t o = 0; o < outputs; o++)
-                quantize_line(weight + o * inputs, inputs, s, high < 128, to + o * inputs * (half_out ? 2 : 4), half_out);
+                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
         } else {
 #pragma omp for nowait
             for (int64_t o = 0; o < outputs; o++) {
                 float s = scale[o] = scale_of(max_bits_of(weight + o * inputs, 0, inputs), high);
-                quantize_line(weight + o * inputs, inputs, s, high < 128, to + o * inputs * (half_out ? 2 : 4), half_out);
+                quantize_line(weight + o * inputs, inputs, s, to + o * inputs * (half_out ? 2 : 4), half_out);
             }
         }
     }
