@@ -1,6 +1,7 @@
 """Weights of rows and groups of rows: from a column of the log to loss, metrics and the choice of a checkpoint."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -243,6 +244,28 @@ def test_gauc_at_its_edges():
     assert group_auc(one, one, np.array([-1])) == (None, 0.0)
     assert group_auc(one, one, np.array([3])) == (None, 0.0)
     assert group_auc(np.array([1, 0]), np.array([0.0, -0.0]), np.array([7, 7])) == (0.5, 1.0)
+
+
+def test_weights_of_very_different_sizes_swallow_nothing():
+    """A first group of overwhelming weight leaves the AUC of the others as it is, and a click that of the negatives."""
+    random = np.random.default_rng(0)
+    labels, logits, groups = np.arange(60) % 3 % 2, random.standard_normal(60), np.repeat(np.arange(6), 10)
+    weights = np.where(groups == 0, 1e20, np.where(labels == 1, 1e30, 1e-3)) * (1 + random.random(60))
+    total = covered = 0.0
+    for group in range(6):
+        rows = groups == group
+        pairs = [
+            (weights[i] * weights[j], (logits[i] > logits[j]) + 0.5 * (logits[i] == logits[j]))
+            for i in np.flatnonzero(rows & (labels == 1))
+            for j in np.flatnonzero(rows & (labels == 0))
+        ]
+        auc = sum(weight * won for weight, won in pairs) / sum(weight for weight, _ in pairs)
+        total, covered = total + weights[rows].sum() * auc, covered + weights[rows].sum()
+    assert group_auc(labels, logits, groups, weights)[0] == pytest.approx(total / covered, rel=1e-9)
+    found = click_metrics(np.array([1, 0]), np.zeros(2, np.float32), np.array([1e30, 1], np.float32))
+    weight = float(np.float32(1e30))
+    entropy = -(math.log(weight / (weight + 1)) + math.log(1 / (weight + 1)) / (weight + 1))
+    assert found["ne"] == pytest.approx(math.log(2) / entropy, rel=1e-9)
 
 
 def test_eval_shows_gauc_and_it_may_choose(data, tmp_path):

@@ -57,13 +57,14 @@ def click_metrics(
     ones = int(labels.sum())
     both = 0 < ones < len(labels)
     loss = float(log_loss(labels, probabilities, labels=[0, 1], sample_weight=weights))
-    rate = clicks / rows
+    # Not as 1 - rate, which is 0 beside a click of an overwhelming weight.
+    shares = clicks / rows, (len(labels) - ones if weights is None else (weights * (labels == 0)).sum()) / rows
     right = (logits > 0) == (labels == 1)
     predicted = probabilities.sum() if weights is None else (weights * probabilities).sum()
     found["auc"] = float(roc_auc_score(labels, logits, sample_weight=plain)) if both else None
     found["log_loss"] = loss
     found["accuracy"] = float(right.mean() if weights is None else (weights * right).sum() / rows)
-    found["ne"] = float(loss / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))) if both else None
+    found["ne"] = float(loss / -sum(share * math.log(share) for share in shares)) if both and all(shares) else None
     found["calibration"] = float(predicted / clicks) if ones else None
     if groups is not None:
         found["gauc"], found["gauc_coverage"] = group_auc(labels, logits, groups, plain)
@@ -97,6 +98,18 @@ def group_auc(
     groups, logits, clicked = groups[order], logits[order], labels[order] == 1
     each = np.ones(len(order)) if weights is None else weights[order].astype(np.float64)
     new_group = np.r_[True, groups[1:] != groups[:-1]]
+    begins = np.flatnonzero(new_group)
+    of_ones, of_zeros = (np.add.reduceat(each * side, begins) for side in (clicked, ~clicked))
+    both = (of_ones > 0) & (of_zeros > 0)
+    impressions = (of_ones + of_zeros)[both]
+    if not len(impressions):
+        return None, 0.0
+    if weights is not None:
+        # Each side of a group as shares of it: in one sum over all groups, large weights would swallow small ones.
+        sizes = np.diff(np.r_[begins, len(order)])
+        own = np.where(clicked, np.repeat(of_ones, sizes), np.repeat(of_zeros, sizes))
+        each = each / own
+        of_ones, of_zeros = np.ones_like(of_ones), np.ones_like(of_zeros)
     # Runs of equal logits within a group: whoever has the other label in one is neither above nor below.
     runs = np.flatnonzero(new_group | np.r_[True, logits[1:] != logits[:-1]])
     ones, zeros = (np.add.reduceat(each * side, runs) for side in (clicked, ~clicked))
@@ -105,13 +118,8 @@ def group_auc(
     before = np.cumsum(zeros) - zeros
     below = before - np.repeat(before[firsts], lengths)  # zeros of the same group with smaller logits
     won = np.add.reduceat(ones * (below + zeros / 2), firsts)
-    of_ones, of_zeros = np.add.reduceat(ones, firsts), np.add.reduceat(zeros, firsts)
-    both = (of_ones > 0) & (of_zeros > 0)
-    impressions = (of_ones + of_zeros)[both]
-    if not len(impressions):
-        return None, 0.0
-    own = won[both] / (of_ones[both] * of_zeros[both])
-    return float((own * impressions).sum() / impressions.sum()), float(impressions.sum() / total)
+    aucs = won[both] / (of_ones[both] * of_zeros[both])
+    return float((aucs * impressions).sum() / impressions.sum()), float(impressions.sum() / total)
 
 
 def groups_with_both_labels(labels: Array, groups: Array) -> int:
