@@ -1,15 +1,19 @@
 """The studies on small data: they measure what they say they measure."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
 from conftest import tiny
+from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
+from dqrm.data.prepare import prepare
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.studies import demo
@@ -61,6 +65,24 @@ def test_the_demo_trains_the_same_model_but_for_the_bits():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds=1,x"], "--seeds 1,x holds 'x', expected whole numbers joined by commas"),
+        (["--seeds=1,,2"], "holds ''"),
+        (["--seeds=1"], "the test split of .* has 0 rows and 0 clicks, expected rows of both labels"),
+        (["--jobs=0"], "0 is not in the range"),
+    ],
+)
+def test_seeds_says_what_is_wrong_before_it_trains(tmp_path, flags, message):
+    log = pl.DataFrame({"label": [0, 1] * 20, "u": range(40), "v": range(40)})
+    data = prepare(log, tmp_path / "data", PrepareConfig(categorical=("u", "v"), test_fraction=0.0))
+    (tmp_path / "c.yaml").write_text("training:\n  epochs: 1\n")
+    found = CliRunner().invoke(seeds, [str(data.path), str(tmp_path / "c.yaml"), "-o", str(tmp_path / "runs"), *flags])
+    assert re.search(message, str(found.exception) + found.output)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_seeds(generated, tmp_path):
     import yaml
 

@@ -18,6 +18,7 @@ import click
 
 from dqrm.config import Config
 from dqrm.console import figure, messages, print_json, print_table
+from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.process import STOPPED, run_command
 from dqrm.training.loop import Interrupted
@@ -27,7 +28,6 @@ _METRICS = ("auc", "log_loss", "accuracy", "ne", "calibration")
 
 def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -> dict[str, Any]:
     """Train, continue or just read the run of one configuration and seed; returns its summary."""
-    from dqrm.data.dataset import Dataset
     from dqrm.training.launch import resume, train
     from dqrm.training.run import Run
 
@@ -55,20 +55,33 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _require_figures(dataset: Dataset) -> None:
+    """Raise UserError unless the test split gives all figures of the table."""
+    rows, clicks = dataset.rows["test"], dataset.info["clicks"]["test"]
+    if clicks in (0, rows):
+        raise UserError(
+            f"the test split of {dataset.path} has {rows} rows and {clicks} clicks, expected rows of both labels"
+        )
+
+
 @click.command()
 @click.argument("data")
 @click.argument("configs", nargs=-1, required=True)
 @click.option("--seeds", default="1,2,3", show_default=True, help="Seeds, joined by commas.")
 @click.option("-o", "--output", required=True, help="Folder for the runs.")
-@click.option("--jobs", default=1, show_default=True, help="Runs at the same time.")
-@click.option("--threads", default=1, show_default=True, help="CPU threads of each run.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at the same time.")
+@click.option("--threads", type=click.IntRange(0), default=1, show_default=True, help="CPU threads of each run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int, threads: int, as_json: bool) -> None:
     """Train each of CONFIGS on DATA with each seed, and print the test figures' means and spreads."""
     stems = [Path(config).stem for config in configs]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"two configurations are named {twice[0]}, and their runs would share a folder; rename one")
-    tasks = [(config, int(seed)) for seed in seeds.split(",") for config in configs]
+    given = seeds.split(",")
+    if wrong := [seed for seed in given if not seed.strip().isdecimal()]:
+        raise UserError(f"--seeds {seeds} holds '{wrong[0]}', expected whole numbers joined by commas, as 1,2,3")
+    _require_figures(Dataset(data))
+    tasks = [(config, int(seed)) for seed in given for config in configs]
     summaries: dict[str, list[dict[str, Any]]] = {}
     # Spawned, since torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
