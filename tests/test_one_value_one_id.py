@@ -4,11 +4,14 @@ import dataclasses
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 
+import numpy as np
 import polars as pl
 import pytest
 
+from dqrm.data.cells import text
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
+from dqrm.data.python_values import to_series
 from dqrm.data.raw import RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
@@ -210,3 +213,22 @@ def test_a_dataset_of_the_first_rules_is_read_by_them(tmp_path):
     ids, bags = scored(dataset, tmp_path / "a.parquet")
     assert ids == [[1, 1], [2, 2], [3, 3], [1, 1]]
     assert bags == [[[1, 1, 2, 3, 3, 2, 1, 1], [0, 2, 4, 6]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "keys"),
+    [
+        ([Decimal("NaN"), Decimal("1.50")], ["", "1.5"]),
+        ([Decimal("sNaN")], [""]),
+        ([Decimal("-Infinity"), Decimal("5.00"), None], ["-inf", "5", ""]),
+        ([Decimal(10) ** 50], ["1" + "0" * 50]),
+        ([Decimal("1E+2"), Decimal("1.50E-40")], ["100", "0." + "0" * 39 + "15"]),
+        ([Decimal("1E+2"), Decimal("-0.0")], ["100", "0"]),
+        ([np.array(7), np.array("7")], ["7", "7"]),
+        ([np.array(np.datetime64("2026-01-02"))], ["2026-01-02"]),
+        ([np.float16(0.1), np.float32(0.1)], ["0.099975586", "0.1"]),
+    ],
+)
+def test_python_values_that_polars_takes_for_others_or_not_at_all(values, keys):
+    column = to_series("u", values)
+    assert pl.DataFrame({"u": column}).select(text(pl.col("u"), column.dtype)).to_series().to_list() == keys

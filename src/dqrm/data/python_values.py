@@ -20,13 +20,15 @@ _KINDS = (bool, int, np.float32, float, str, bytes, decimal.Decimal, datetime.da
 _LISTS = (list, tuple, set, frozenset, np.ndarray, pl.Series)
 # Below it every whole number is a float of its own.
 _EXACT = 2**53
+# More do not fit polars' decimals.
+_DECIMAL_DIGITS = 38
 
 
 def to_series(name: str, values: Sequence[Any]) -> pl.Series:
-    """A column of so many values; None, NaN, pandas' NA and NaT are missing.
+    """A column of the given values; None, NaN, pandas' NA and NaT are missing.
 
     Raises:
-        UserError: a value that is no number, text, date or time, or list of them; lists beside other values.
+        UserError: a value that is not a number, text, date or time, or a list of them; lists beside other values.
     """
     given = [_plain(value) for value in values]
     known = [value for value in given if value is not None]
@@ -63,10 +65,28 @@ def _of_one_kind(name: str, values: Sequence[Any], kind: type | None) -> pl.Seri
         return pl.Series(name, np.array([np.datetime64("NaT") if value is None else value for value in values]))
     if kind is int and any(value is not None and not -(2**63) <= value < 2**63 for value in values):
         return pl.Series(name, [None if value is None else str(value) for value in values], pl.String)
+    if kind is decimal.Decimal and _digits(values) > _DECIMAL_DIGITS:
+        return pl.Series(name, [None if value is None else _decimal_text(value) for value in values], pl.String)
     try:
         return pl.Series(name, values)
-    except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"column {name} cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _digits(values: Sequence[decimal.Decimal | None]) -> int:
+    """The digits of a column that holds all of the decimals exactly, before and behind the point."""
+    before = behind = 0
+    for value in values:
+        if value is not None:
+            _, digits, exponent = value.as_tuple()
+            assert isinstance(exponent, int)
+            before, behind = max(before, len(digits) + exponent), max(behind, -exponent)
+    return before + behind
+
+
+def _decimal_text(value: decimal.Decimal) -> str:
+    text = format(value, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _of_lists(name: str, values: Sequence[Any]) -> pl.Series:
@@ -82,8 +102,14 @@ def _plain(value: Any) -> Any:
     """None for the markers of missing values; a Python object for numpy's scalars, where nothing is lost."""
     if value is None or (type(value).__name__ in ("NAType", "NaTType") and type(value).__module__.startswith("pandas")):
         return None
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, np.float16):
+        value = np.float32(value)  # as columns of them are read
     if isinstance(value, np.generic) and not isinstance(value, (np.float32, np.datetime64)):
         value = value.item()
+    if isinstance(value, decimal.Decimal) and not value.is_finite():
+        value = float("nan" if value.is_nan() else value)  # polars knows no such decimals
     return None if isinstance(value, (float, np.float32)) and np.isnan(value) else value
 
 
