@@ -12,6 +12,7 @@ from conftest import tiny
 from data_helpers import KAGGLE, content, criteo_lines, write
 from dqrm import Dataset, PrepareConfig, UserError, export_run, predict, train
 from dqrm.cli import main
+from dqrm.config import ModelConfig
 from dqrm.data.prepare import prepare
 from dqrm.export.config import PredictConfig
 
@@ -50,7 +51,9 @@ def test_a_folder_is_its_files_in_natural_order(log, tmp_path):
     plain = prepare(sorted(map(str, log.glob("dt=*/*.parquet"))), tmp_path / "plain", CONFIG)
     # A shell's glob names no hidden files, but markers.
     shell = [path for path in sorted(log.glob("*/*"), key=str) if path.name[0] != "." and path.parts[-2][0] != "_"]
-    for number, way in enumerate([log / "dt=*", log / "**", log / "dt=*" / "*", [*shell, log / "_SUCCESS"]]):
+    above = log / ".." / log.name / "*"  # .. is not a pattern that asks for hidden names
+    ways = [log / "dt=*", log / "*", above, log / "**", log / "dt=*" / "*", [*shell, log / "_SUCCESS"]]
+    for number, way in enumerate(ways):
         found = prepare(way, tmp_path / f"way {number}", CONFIG)
         assert content(found) == content(dataset) == content(plain)
         assert found.info["sources"] == dataset.info["sources"]
@@ -250,6 +253,36 @@ def test_a_dataset_folder_is_no_log(log, tmp_path):
     dataset = prepare(log, tmp_path / "out", CONFIG)
     with pytest.raises(UserError, match="is a dataset folder"):
         prepare(dataset.path, tmp_path / "again", CONFIG)
+
+
+@pytest.mark.parametrize("source", ["my log", "my log/*", "my log/**", "*"])
+def test_an_output_in_the_log_is_refused_before_the_work(log, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    output = "out" if source == "*" else "my log/out"
+    with pytest.raises(UserError, match=r"out would be in the log itself, '.*'; name an output outside of it"):
+        prepare(source, output, CONFIG)
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("out")]
+    prepare("my log", "my log/_out", CONFIG)  # such names are not read
+
+
+def test_predictions_in_the_log_are_refused_before_the_work(log, tmp_path):
+    model = ModelConfig(bottom_mlp=(8,), top_mlp=(8, 1), interaction="cat")
+    config = dataclasses.replace(tiny(max_steps=2), model=model)
+    train(prepare(log, tmp_path / "data", CONFIG), tmp_path / "run", config)
+    export_run(tmp_path / "run", tmp_path / "m.dqrm")
+    before = sorted(log.rglob("*"))
+    for source in (log, log / "*"):
+        with pytest.raises(UserError, match=r"p\.parquet would be in the log itself"):
+            predict(tmp_path / "m.dqrm", source, log / "p.parquet")
+    assert sorted(log.rglob("*")) == before
+
+
+def test_names_with_what_a_pattern_means_are_names(tmp_path):
+    names = [tmp_path / f"part[{number}].parquet" for number in (0, 1)]
+    for number, path in enumerate(names):
+        frame(str(number)).write_parquet(path)
+    config = dataclasses.replace(CONFIG, split="file", test_values=("part[1].parquet",))
+    assert tuple(prepare(names, tmp_path / "out", config).rows.values()) == (10, 0, 10)
 
 
 def test_hints_can_be_pasted(tmp_path, monkeypatch, capsys):

@@ -56,6 +56,19 @@ def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -
         )
 
 
+def reads(given: Sequence[str | Path], path: Path) -> str | None:
+    """The one of the given folders and globs that means the file or folder `path` (resolved), or what is in it."""
+    for text in map(str, given):
+        literal = os.path.lexists(text) or not glob.has_magic(text)
+        for found in [text] if literal else glob.glob(text, recursive=True):
+            real = Path(os.path.realpath(found))
+            if path == real:
+                return text
+            if real in path.parents and not any(map(_hidden, path.relative_to(real).parts)):
+                return text
+    return None
+
+
 def _listed(given: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
     """Each file, and the folder below which it is told from the others (None: a stream)."""
     return [found for item in given for found in _expand(str(item))]
@@ -76,11 +89,12 @@ def _expand(text: str) -> list[tuple[Path, Path | None]]:
         fixed = fixed.parent
     files: dict[Path, None] = {}
     for path in sorted(map(Path, glob.glob(text, recursive=True)), key=_natural):
-        if os.path.isdir(path):
-            if "**" not in text:  # which names all that is in the folders itself
-                files |= dict.fromkeys(_walk(path, ()))
-        elif not any(map(_hidden, path.relative_to(fixed).parts)) or _names_hidden(text, path):
+        if any(map(_hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
+            continue  # such as _temporary, with what failed tasks of Spark left
+        if not os.path.isdir(path):
             files[path] = None
+        elif "**" not in text:  # which names all that is in the folders itself
+            files |= dict.fromkeys(_walk(path, ()))
     if not files:
         raise UserError(f"no file matches '{text}'")
     return [(path, _base(fixed)) for path in files]
@@ -125,9 +139,9 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or _MARKERS.fullmatch(name) is not None
 
 
-def _names_hidden(pattern: str, path: Path) -> bool:
-    """Whether a pattern such as _day* or .day* asks for such names."""
-    return _MARKERS.fullmatch(path.name) is None and any(part[0] in "_." for part in Path(pattern).parts)
+def _names_hidden(pattern: Path, path: Path) -> bool:
+    """Whether a pattern (what follows the folders before it) such as _day* or .day* asks for such names."""
+    return _MARKERS.fullmatch(path.name) is None and any(part[0] in "_." for part in pattern.parts)
 
 
 def _base(folder: Path) -> Path:

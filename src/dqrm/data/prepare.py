@@ -17,7 +17,7 @@ from dqrm.data import encode, folder, ingest, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
-from dqrm.data.listing import require_same_files
+from dqrm.data.listing import reads, require_same_files
 from dqrm.data.sources import Source, total_size
 from dqrm.data.staging import Staging
 from dqrm.data.tables import TableSource, as_list, gather
@@ -71,11 +71,11 @@ def prepare(
     moved = False
     try:
         _check_output(output)  # a run that ended meanwhile may have filled it
+        named = [item for item in given if isinstance(item, (str, Path))]
+        if (text := reads(named, partial)) is not None:
+            raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
         _fill(partial, files, plan, tell)
-        require_same_files(
-            [item for item in given if isinstance(item, (str, Path))],
-            [file for file in files if not isinstance(file, TableSource)],
-        )
+        require_same_files(named, [file for file in files if not isinstance(file, TableSource)])
         os.replace(partial, target)
         moved = True
         (target / MARKER).unlink()

@@ -19,7 +19,7 @@ from dqrm.data import ingest
 from dqrm.data.batches import Batch
 from dqrm.data.columns import KeyColumn, Plan, make_plan
 from dqrm.data.config import PrepareConfig
-from dqrm.data.listing import require_same_files, resolve
+from dqrm.data.listing import reads, require_same_files, resolve
 from dqrm.data.sources import Source, total_size
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
@@ -194,6 +194,10 @@ class RawLog:
                 if advance:
                     advance((source.bytes if size is None else size) - told)
         require_same_files(self._given, self._files)
+
+    def means(self, path: Path) -> str | None:
+        """The given folder or glob that means the file `path` (resolved), too; None: no source does."""
+        return reads(self._given, path)
 
     def _count(self, block: RawBlock) -> None:
         self.rows += len(block.batch)

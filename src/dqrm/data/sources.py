@@ -95,7 +95,9 @@ class Source:
         """Whether a pattern means this file: its path below the folder or glob, a folder on it, its name, or its path
         as it was given."""
         names = (self.name, self.where, self.path.name, *map(str, PurePosixPath(self.name).parents))
-        return any(fnmatchcase(name, pattern.rstrip("/") or pattern) for name in names if name != ".")
+        wanted = pattern.rstrip("/") or pattern
+        # A name may hold what a pattern gives another meaning: part[1].csv.
+        return any(name == wanted or fnmatchcase(name, wanted) for name in names if name != ".")
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json; no folder of this machine in it."""

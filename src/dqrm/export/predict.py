@@ -58,6 +58,8 @@ def predict(
     schema = pl.Schema({**log.schema, PROBABILITY: pl.Float32()})
     busy = f"another dqrm predict is writing to {output}; wait for it, or name another output"
     with replacing(output, busy) as partial:
+        if (text := log.means(partial)) is not None:
+            raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
         sink: _Parquet | _Text = _Parquet(partial, schema)
         if output.suffix.lower() in _SEPARATORS:
             sink = _Text(partial, schema, _SEPARATORS[output.suffix.lower()])
