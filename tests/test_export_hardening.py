@@ -9,7 +9,7 @@ import torch
 import dqrm
 from conftest import tiny
 from dqrm import Artifact, Config, ExportConfig, QATConfig, UserError
-from dqrm.export import onnx_file
+from dqrm.export import artifact, onnx_file
 from dqrm.export.check import generate
 from test_export_fuzz import changed, parts, sealed, with_text
 
@@ -52,6 +52,20 @@ def test_vocabularies_beside_survive_a_failed_export(runs, tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 2
     dqrm.export_run(runs[1], output)
     assert [path.name for path in tmp_path.iterdir()] == ["m.dqrm"]
+
+
+def test_what_is_stale_is_deleted_under_the_lock(runs, tmp_path, monkeypatch):
+    """Else the next export, which may begin as soon as the lock is gone, would lose its vocabularies."""
+    companions, locked = artifact.companions, []
+
+    def looking(path):
+        locked.append((tmp_path / "m.dqrm.partial" / ".lock").exists())
+        return companions(path)
+
+    monkeypatch.setattr(artifact, "companions", looking)
+    dqrm.export_run(runs[0], tmp_path / "m.dqrm", ExportConfig(vocabulary="beside"))
+    assert locked == [True]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_external_tables_survive_a_failed_export(runs, generated, bags_data, tmp_path, monkeypatch):

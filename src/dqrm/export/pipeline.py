@@ -77,11 +77,11 @@ def export_run(
             flush(path)
         found["bytes"] = sum(path.stat().st_size for path in files)
         _move(files, output.parent)
-    # Only now: until the rename the old file needed them.
-    for stale in artifact.companions(output):
-        if stale.name not in {path.name for path in files}:
-            with suppress(OSError):
-                stale.unlink()
+        # Only now: until the rename the old file needed them. Under the lock: the next export brings its own.
+        for stale in artifact.companions(output):
+            if stale.name not in {path.name for path in files}:
+                with suppress(OSError):
+                    stale.unlink()
     return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **found}
 
 
