@@ -18,7 +18,7 @@ from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import NotVerified, UserError
 from dqrm.export.evaluation import evaluate_file
 from dqrm.info import describe
-from dqrm.training.checkpoints import save_checkpoint
+from dqrm.training.checkpoints import save_checkpoint, verify_checkpoint
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 
@@ -136,6 +136,40 @@ def test_a_damaged_checkpoint_is_not_used(copy, name):
         options = dqrm.ExportConfig(data=str(copy / "data"))
         assert str(file) in refused(dqrm.export_run, copy / "run", copy / "new.dqrm", options, config)
     assert not (copy / "new.dqrm").exists()
+
+
+def test_what_is_said_to_do_about_a_damaged_checkpoint_helps(copy):
+    """Deleting the newest leaves one to continue from; of a damaged best one, the newest can be taken instead."""
+    checkpoints = copy / "run" / "checkpoints"
+    (checkpoints / "step-000000009.partial").mkdir()
+    flip(checkpoints / "step-000000003" / "weights.safetensors")
+    assert "this run cannot be continued, and --no-verify" in refused(resume, copy / "run", copy / "data")
+    shutil.rmtree(copy / "run")
+    train(copy / "data", copy / "run", tiny(max_steps=6, checkpoint_every=3))
+    (copy / "run" / "summary.json").unlink()
+    state = json.loads((checkpoints / "step-000000006" / "state.json").read_text())
+    model, _ = Run.open(copy / "run").load_model()
+    save_checkpoint(checkpoints, 5, model, [], {**state, "step": 5}, {6})
+    flip(checkpoints / "step-000000006" / "weights.safetensors")
+    assert "leaves step-000000005 to continue from" in refused(resume, copy / "run", copy / "data")
+    flip(checkpoints / "step-000000006" / "weights.safetensors")
+    flip(checkpoints / "step-000000005" / "weights.safetensors")
+    said = refused(verify_checkpoint, checkpoints / "step-000000005")
+    assert "`--checkpoint last` of eval and export takes the newest" in said
+    Run.open(copy / "run").load_model("last")
+
+
+def test_the_file_that_was_compared_is_the_one_that_is_evaluated(copy, monkeypatch):
+    other = copy / "other.dqrm"
+    shutil.copy(copy / "m.dqrm", other)
+    validate = Dataset.validate
+
+    def replaced(self, *names):
+        other.replace(copy / "m.dqrm")
+        validate(self, *names)
+
+    monkeypatch.setattr(Dataset, "validate", replaced)
+    assert "was replaced while it was being read" in refused(evaluate_file, copy / "m.dqrm", copy / "data")
 
 
 def test_an_artifact_with_other_codes_is_not_evaluated_and_scores_nothing(copy):

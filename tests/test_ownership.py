@@ -16,7 +16,7 @@ from dqrm.data.prepare import prepare
 from dqrm.data.synthetic import generate
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
-from dqrm.files import exclusive, replacing
+from dqrm.files import exclusive, replacing, write_json
 from dqrm.studies import demo, seeds
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
@@ -106,6 +106,13 @@ def test_a_folder_with_something_of_value_is_not_taken_over(generated, tmp_path,
     file.write_text("{}")
     assert "not empty" in refused(train, generated, tmp_path / "run", tiny())
     assert list(content(tmp_path)) == [file.relative_to(tmp_path)]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file_alone(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert [(path.name, json.loads(path.read_text())) for path in tmp_path.iterdir()] == [("a.json", {"a": 1})]
 
 
 def test_two_writers_of_one_file(tmp_path):

@@ -112,6 +112,7 @@ DATASET = {
     "column": (["schema", "columns", 0], "C1"), "table": (["schema", "columns", 0, "rows"], 1.5),
     "vocabulary": (["schema", "columns", 0, "vocabulary"], None), "clicks": (["clicks", "test"], -1),
     "fingerprint": (["fingerprint"], 1), "options": (["options"], 1),
+    "share": (["options", "subsample_negatives"], "x"), "all dropped": (["options", "subsample_negatives"], 1.0),
 }  # fmt: skip
 
 

@@ -12,12 +12,13 @@ from dqrm import checksums
 from dqrm.data import folder
 from dqrm.data.batches import Batch, Split
 from dqrm.errors import UserError
-from dqrm.files import COUNT, FLAG, OBJECT, POSITIVE, TEXT, problem
+from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, Kind, problem
 from dqrm.options import did_you_mean
 
 __all__ = ["Batch", "Column", "Dataset", "Split"]
 
 _PER_SPLIT = dict.fromkeys(folder.SPLITS, COUNT)
+_SHARE = Kind("a number of 0 or more and below 1", lambda value: NUMBER.holds(value) and 0 <= value < 1)
 _SHAPE = {
     "format_version": COUNT,
     "fingerprint": TEXT,
@@ -25,7 +26,7 @@ _SHAPE = {
     "split": OBJECT,
     "rows": _PER_SPLIT,
     "clicks": _PER_SPLIT,
-    "options?": OBJECT,
+    "options?": ({"subsample_negatives?": _SHARE}, None),
     "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
 }
 # Entries looked at in one piece by `validate`.
@@ -188,8 +189,6 @@ class Dataset:
         self.rows: dict[str, int] = {name: info["rows"][name] for name in folder.SPLITS}
         self.fingerprint: str = info["fingerprint"]
         self._subsample_negatives = float((info.get("options") or {}).get("subsample_negatives", 0.0))
-        if not 0 <= self._subsample_negatives < 1:
-            raise ValueError(f"subsample_negatives is {self._subsample_negatives}")
 
     def _check_files(self) -> None:
         for name in folder.SPLITS:

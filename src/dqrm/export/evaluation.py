@@ -33,9 +33,10 @@ def evaluate_file(
     Raises:
         UserError: the file is damaged or of another kind, or was trained on other data.
     """
-    path = Path(path)
+    path, opened = Path(path), None
     if path.suffix == ".dqrm":
-        content = Artifact.open(path, verify).content
+        opened = Artifact.open(path, verify)
+        content = opened.content
     elif path.suffix == ".onnx":
         from dqrm.export.runtimes import onnx_content
 
@@ -47,8 +48,8 @@ def evaluate_file(
     if verify:
         dataset.verify(split, tell=progress)
     dataset.validate(split)
-    if path.suffix == ".dqrm":
-        return evaluate(Artifact.open(path).model(), dataset, split, batch_size, progress, False, correct_subsampling)
+    if opened is not None:  # the very file that was compared, and no other that has its name since
+        return evaluate(opened.model(), dataset, split, batch_size, progress, False, correct_subsampling)
     logits = score_split(score_file(path), dataset, split, batch_size, progress)
     if not correct_subsampling:
         logits -= np.float32(BaseRate.of(content).offset)

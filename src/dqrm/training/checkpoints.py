@@ -52,8 +52,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def latest_step(folder: Path) -> int | None:
     """The step of the newest complete checkpoint in `folder`, or None."""
+    return max(_steps(folder), default=None)
+
+
+def _steps(folder: Path) -> list[int]:
     names = (re.fullmatch(_PREFIX + r"(\d{9,})", path.name) for path in folder.glob(f"{_PREFIX}*"))
-    return max((int(name[1]) for name in names if name), default=None)
+    return [int(name[1]) for name in names if name]
 
 
 def save_checkpoint(
@@ -152,9 +156,15 @@ def verify_checkpoint(checkpoint: Path, *names: str) -> None:
         UserError: a file is missing or damaged; names it.
     """
     state = _read_state(checkpoint)
-    others = [path.name for path in checkpoint.parent.glob(f"{_PREFIX}*") if path != checkpoint and path.is_dir()]
-    then = f"deleting {checkpoint} leaves {', '.join(sorted(others))}, " if others else "this run cannot be continued, "
-    then += "and --no-verify takes it as it is"
+    newest = latest_step(checkpoint.parent)
+    others = [step for step in _steps(checkpoint.parent) if step != state["step"]]
+    if not others:
+        then = "this run cannot be continued"
+    elif state["step"] == newest:
+        then = f"deleting {checkpoint} leaves {checkpoint_path(checkpoint.parent, max(others)).name} to continue from"
+    else:  # the best one: what comes after it cannot be it
+        then = "`--checkpoint last` of eval and export takes the newest checkpoint instead"
+    then += ", and --no-verify takes it as it is"
     checksums.verify(checkpoint, state, names or state.get(checksums.FILES, ()), STATE, then)
 
 
