@@ -34,7 +34,7 @@ MODELS = {
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Inside, so many processes compute and do nothing else."""
+    """Inside, `processes` processes compute and do nothing else."""
     started = [subprocess.Popen(["yes"], stdout=subprocess.DEVNULL) for _ in range(processes)]
     try:
         yield

@@ -186,7 +186,7 @@ def test_missing_and_wrongly_sized_files(copy):
         ("01.values.i32", "<i4", 4, "column tags holds the id 4, but its table has 4 rows"),
         ("01.offsets.i64", "<i8", -1, "damaged offsets of column tags"),
         (folder.DENSE, "<f4", np.nan, "column n holds a number that is not finite"),
-        (folder.LABEL, "u1", 2, "the label 2 lies outside 0 and 1"),
+        (folder.LABEL, "u1", 2, "the label 2 is neither 0 nor 1"),
     ],
 )
 def test_validate_finds(copy, file, dtype, value, reason):

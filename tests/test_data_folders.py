@@ -235,7 +235,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
         (lambda path: (path / "gone.parquet").symlink_to("nowhere"), "is a link to nowhere"),
         (lambda path: (path / "again.parquet").symlink_to(path / "a.parquet"), "is given twice"),
         (lambda path: (path / "again.parquet").hardlink_to(path / "a.parquet"), "is given twice"),
-        (lambda path: (path / "notes").write_text("x"), "does not tell what parts its fields"),
+        (lambda path: (path / "notes").write_text("x"), "does not tell its delimiter"),
         (lambda path: (path / "empty.csv").touch(), "empty.csv is empty"),
         (lambda path: (path / "a.parquet").unlink(), "holds no file"),
     ],

@@ -162,7 +162,7 @@ def test_outputs_and_sources_that_cannot_be(tmp_path):
         with pytest.raises(UserError, match=reason):
             prepare(sources, tmp_path / "out", KAGGLE)
     (tmp_path / "log.xyz").write_text("label,c\n1,a\n")
-    with pytest.raises(UserError, match="does not tell what parts its fields"):
+    with pytest.raises(UserError, match="does not tell its delimiter"):
         prepare([tmp_path / "log.xyz"], tmp_path / "out", PrepareConfig(categorical=("c",)))
     # An empty folder, and what an earlier run left, are no obstacle.
     (tmp_path / "out").mkdir()

@@ -66,9 +66,9 @@ def test_damaged_vocabularies_are_refused(tmp_path):
         ({"key": ["a", "b"], "row": [1, 3]}, "not 1 to 2"),
         ({"key": ["a", "b"], "row": [2, 2]}, "not 1 to 2"),
         ({"key": ["a", "b"], "row": [-1, 2**31 - 1]}, "not 1 to 2"),
-        ({"key": ["a", None], "row": [1, 2]}, "no vocabulary"),
-        ({"key": [1.5, 2.5], "row": [1, 2]}, "no vocabulary"),
-        ({"key": ["a", "b"], "line": [1, 2]}, "no vocabulary"),
+        ({"key": ["a", None], "row": [1, 2]}, "not a vocabulary"),
+        ({"key": [1.5, 2.5], "row": [1, 2]}, "not a vocabulary"),
+        ({"key": ["a", "b"], "line": [1, 2]}, "not a vocabulary"),
     ],
 )
 def test_what_is_no_vocabulary(tmp_path, columns, reason):

@@ -120,19 +120,19 @@ class TrainingConfig:
     shuffle: Literal["global", "block", "none"] = "global"
     """Order of samples: a new permutation each epoch, shuffled blocks (files larger than memory), or as stored."""
     eval_every: int = 0
-    """Evaluate on validation every so many steps, besides the end of each epoch; 0: only there."""
+    """Steps between evaluations on validation, besides those at the end of each epoch; 0: only there."""
     eval_batch_size: int = 8192
     """Samples per evaluation step."""
     select_by: Literal["auc", "log_loss", "gauc"] = "auc"
     """Validation figure that chooses the best checkpoint; gauc (AUC per group) needs data prepared with --group."""
     early_stopping: int = 0
-    """Stop after so many evaluations without a better one; 0: never."""
+    """Patience: evaluations without a better one after which training stops; 0: never."""
     checkpoint_every: int = 0
-    """Save a checkpoint every so many steps, besides each evaluation; 0: only there."""
+    """Steps between checkpoints, besides the one at each evaluation; 0: only there."""
     checkpoint_minutes: float = 10.0
-    """Save a checkpoint when the last is so many minutes old; 0: no matter how old."""
+    """Minutes after which a checkpoint is saved in any case; 0: never because of time."""
     log_every: int = 1000
-    """Write the training loss to metrics.jsonl every so many steps; 0: at evaluations only."""
+    """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"
@@ -163,7 +163,7 @@ class ExchangeConfig:
     """What ranks send each other; without `torchrun` or --simulate-ranks nothing is sent."""
 
     simulate_ranks: int = 0
-    """Run so many ranks in this one process, bit for bit as torchrun would run them; 0: one rank."""
+    """Number of ranks to simulate in one process, bit for bit as torchrun would run them; 0: one rank."""
     table_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the tables' gradients are encoded."""
     table_codec_scale: Literal["table", "row"] = "table"

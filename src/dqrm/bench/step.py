@@ -44,7 +44,7 @@ def run_step(options: BenchStepConfig, progress: Progress | None = None) -> dict
     """Measure what `options` says; returns the object that --json prints.
 
     Raises:
-        UserError: the tables do not fit in memory, or a variant's loss is no number any more.
+        UserError: the tables do not fit in memory, or a variant's loss is not finite.
     """
     progress = progress or (lambda *_: None)
     device = resolve_device(options.device)

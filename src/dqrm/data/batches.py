@@ -45,7 +45,7 @@ class Batch:
         return self.labels.shape[0]
 
     def share(self, rank: int, ranks: int) -> "Batch":
-        """The rows of one of so many ranks, as `Split.batches(share=...)` gives them: views, possibly empty."""
+        """The rows of one of several ranks, as `Split.batches(share=...)` gives them: views, possibly empty."""
         rows = len(self)
         begin, end = rows * rank // ranks, rows * (rank + 1) // ranks
         bags = []

@@ -27,7 +27,8 @@ class PrepareConfig:
     """
 
     layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text."""
+    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text;
+    libsvm gives one multi-valued column and no dense ones: train with --interaction cat."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
@@ -37,7 +38,7 @@ class PrepareConfig:
     multi: tuple[str, ...] = ()
     """Those of the categorical columns whose cells hold several ids: lists in Parquet, or text to be split."""
     multi_separator: str = "|"
-    """What parts the ids of a cell in a multi column that is text."""
+    """Separator of the ids in a cell of a multi column that is text."""
     cross: tuple[str, ...] = ()
     """Crosses of two or more columns, each a categorical column of its own: user*director,movie*age."""
     weight: str | None = None
@@ -45,13 +46,13 @@ class PrepareConfig:
     group: str | None = None
     """Column of the group, as the user, within which GAUC compares rows; it need not be one of the model's."""
     delimiter: str | None = None
-    """What parts the fields of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
+    """Field separator of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
     quoting: bool = True
     """Whether fields of a text table may be quoted ("a, b"); false takes quote characters literally."""
     null_values: tuple[str, ...] = ()
     """Values that mean missing besides the empty one, joined by commas: NULL,NA (they hold for every column)."""
     dense_transform: Literal["log1p", "none"] = "log1p"
-    """What becomes of numeric columns: log1p sets negative to 0 and takes log(1 + x); missing is 0 in both."""
+    """Transformation of numeric columns: log1p sets negative to 0 and takes log(1 + x); missing is 0 in both."""
     min_count: int = 1
     """Ids seen less often than this share row 0 with unseen ones."""
     max_rows_per_table: int | None = None

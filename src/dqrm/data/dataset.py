@@ -129,7 +129,7 @@ class Dataset:
             where = f"{self.path}, split {name}"
             for piece in _pieces(arrays[folder.LABEL]):
                 if piece.max() > 1:
-                    raise UserError(f"{where}: the label {piece.max()} lies outside 0 and 1; prepare the data again")
+                    raise UserError(f"{where}: the label {piece.max()} is neither 0 nor 1; prepare the data again")
             for piece in _pieces(arrays[folder.DENSE]):
                 finite = np.isfinite(piece).all(axis=0)
                 if not finite.all():

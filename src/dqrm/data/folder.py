@@ -21,12 +21,12 @@ WEIGHT, GROUP = "weight.f32", "group.i32"
 
 
 def values_file(column: int) -> str:
-    """Where the ids of the multi-valued column number `column` (in schema order) lie."""
+    """Name of the file of the ids of the multi-valued column number `column` (in schema order)."""
     return f"{column:02d}.values.i32"
 
 
 def offsets_file(column: int) -> str:
-    """Where each row's first position in the values lies; one more entry than rows."""
+    """Name of the file of each row's first position in the values; one more entry than rows."""
     return f"{column:02d}.offsets.i64"
 
 

@@ -203,7 +203,7 @@ def _reader(source: Source, plan: Plan) -> TextReader | SparseReader:
     """Reads a text source from its first byte, once.
 
     Raises:
-        UserError: it is empty, lacks a column, or what parts its fields cannot be told.
+        UserError: it is empty, lacks a column, or its delimiter cannot be told.
     """
     if plan.sparse:
         config = plan.config
@@ -277,9 +277,9 @@ def _separator(source: Source) -> str:
     if suffixes and suffixes[-1] in _SEPARATORS:
         return _SEPARATORS[suffixes[-1]]
     if source.stream:
-        raise UserError(f"{source.where} has no name that tells what parts its fields; give it, as in --delimiter ','")
+        raise UserError(f"{source.where} has no name that tells its delimiter; give it, as in --delimiter ','")
     raise UserError(
-        f"{source.where}: the name does not tell what parts its fields, expected .csv, .tsv or .txt "
+        f"{source.where}: the name does not tell its delimiter, expected .csv, .tsv or .txt "
         "(also .gz or .zst), a Parquet file, or a delimiter, as in --delimiter ','"
     )
 

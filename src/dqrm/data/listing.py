@@ -104,7 +104,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     """The files in a folder and below, in natural order."""
     real = os.path.realpath(folder)
     if real in above:
-        raise UserError(f"{folder} is a link to a folder that it lies in, expected one without an end")
+        raise UserError(f"{folder} is a link to a folder that contains it: following it would never end")
     try:
         entries = sorted(folder.iterdir(), key=_natural)
     except OSError as error:

@@ -61,7 +61,7 @@ def prepare(
     for file in files:
         if partial in file.path.resolve().parents:
             raise UserError(
-                f"{file.path} lies in {partial}, which is emptied for the work; move it, or name another output"
+                f"{file.path} is in {partial}, which is emptied for the work; move it, or name another output"
             )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

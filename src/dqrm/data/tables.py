@@ -30,7 +30,7 @@ class Table:
     """What a caller holds.
 
     names: of its columns, as often as they are there. take: given some of them, their types and a function that gives
-    all rows, in order, as frames of at most so many.
+    all rows, in order, as frames of at most that many.
     """
 
     names: tuple[str, ...]

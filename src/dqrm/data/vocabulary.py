@@ -67,7 +67,9 @@ class Vocabulary:
         frame = _read(source, where)
         columns = dict(frame.schema)
         if columns.get("key") not in KEY_TYPES or columns.get("row") != pl.Int32 or sum(frame.null_count().row(0)):
-            raise UserError(f"{where} is no vocabulary: its columns are {columns}, expected key and row, none missing")
+            raise UserError(
+                f"{where} is not a vocabulary: its columns are {columns}, expected key and row, none missing"
+            )
         if isinstance(source, Path):
             frame = frame.sort("key")
         keys, table_rows = frame["key"].rechunk(), frame["row"].to_numpy()

@@ -240,7 +240,7 @@ def vocabulary_name(number: int) -> str:
 
 
 def vocabulary_path(path: Path, checksum: str) -> Path:
-    """Where the vocabularies of the artifact `path` lie that were exported beside it."""
+    """Path of the vocabularies that were exported beside the artifact `path`."""
     return path.with_name(f"{path.name}-vocabulary-{re.sub('[^0-9a-f]', '', checksum)[:8]}")
 
 

@@ -27,7 +27,7 @@ class BaseRate:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "BaseRate":
-        """As a header says. Files of before the correction do not: theirs are uncorrected.
+        """As a header says. Files that are older than the correction do not: theirs are uncorrected.
 
         Raises:
             ValueError, TypeError or KeyError: the header holds something else.

@@ -74,9 +74,9 @@ class PredictConfig:
     on_error: Literal["stop", "skip"] = "stop"
     """What a malformed line does: stop with its file and line number, or be left out of the output and counted."""
     delimiter: str | None = None
-    """What parts the fields of a text log; none: as in the log that the model was trained on."""
+    """Field separator of a text log; none: as in the log that the model was trained on."""
     multi_separator: str | None = None
-    """What parts the ids of a cell in a multi column that is text; none: as in that log."""
+    """Separator of the ids in a cell of a multi column that is text; none: as in that log."""
     batch_size: int = 8192
     """Rows scored at once; changes memory and speed."""
     threads: int = 0

@@ -143,12 +143,12 @@ class Container:
                 head = file.read(8)
                 length = int.from_bytes(head, "little")
                 if len(head) < 8 or length > _LONGEST_HEADER or not length >= 2:
-                    raise UserError(f"{path} is no dqrm model, {made}")
+                    raise UserError(f"{path} is not a dqrm model, {made}")
                 text = file.read(length)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from None
         if len(text) < length:
-            what = "is truncated" if text[:1] == b"{" and b'"format"' in text else "is no dqrm model"
+            what = "is truncated" if text[:1] == b"{" and b'"format"' in text else "is not a dqrm model"
             raise UserError(f"{path} {what}: it has {size:,} bytes, {made}")
         try:
             described = json.loads(text)
@@ -156,9 +156,9 @@ class Container:
             found, version = metadata["format"], metadata["format_version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             ours = b'"header_sha256"' in text
-            raise UserError(f"{path} {'has a damaged header' if ours else 'is no dqrm model'}, {made}") from None
+            raise UserError(f"{path} {'has a damaged header' if ours else 'is not a dqrm model'}, {made}") from None
         if found != kind:
-            raise UserError(f"{path} is of format {str(found)[:40]!r} and no {kind}, {made}")
+            raise UserError(f"{path} is of format {str(found)[:40]!r}, not {kind}, {made}")
         if version != str(FORMAT_VERSION):
             raise UserError(
                 f"{path} has format version {str(version)[:20]}, this dqrm reads version {FORMAT_VERSION}; "

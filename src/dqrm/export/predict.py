@@ -118,7 +118,7 @@ def check_output(output: Path, log: RawLog) -> None:
 
 
 def probabilities(score: Score, batch: Batch, size: int, before: int = 0) -> NDArray[np.float32]:
-    """The probability of a click for each row of a batch, scored in parts of so many rows: float32 [B].
+    """The probability of a click for each row of a batch, scored in parts of `size` rows: float32 [B].
 
     before: rows of the log that came before, for the message.
 

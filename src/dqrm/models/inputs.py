@@ -43,7 +43,7 @@ def checked(
         _check_matrix("dense", dense, num_dense, "one for each dense column", device)
         if len(dense) != len(ids):
             raise InputError(
-                f"dense has {len(dense)} rows and ids has {len(ids)}, expected as many of both: one per sample"
+                f"dense has {len(dense)} rows and ids has {len(ids)}, expected the same number: one per sample"
             )
     if num_dense and dense.dtype != torch.float32:
         dense = _floats(dense, bottom)

@@ -47,7 +47,7 @@ def dot_interaction(dense: Tensor | None, tables: Tensor, pairs: Tensor, self_in
         if dense.shape != (tables.shape[0], tables.shape[2]):
             raise ValueError(
                 f"got {len(dense)} dense vectors of {dense.shape[-1]} values beside ids of {len(tables)} samples with "
-                f"{tables.shape[2]}, expected as many of both"
+                f"{tables.shape[2]}, expected the same number"
             )
         dense = dense.contiguous()
     if tables.dtype == torch.float32 and kernels.fits(dense, tables):

@@ -39,7 +39,7 @@ class Clamps:
         self._warned = False
 
     def counter(self, values: int, device: torch.device) -> Tensor:
-        """A forward looks up so many weights; int64 [1], to which those that are clamped are added."""
+        """Counts `values` weights as looked up; returns int64 [1], to which those that are clamped are added."""
         self._looked_up += values
         found = self._clamped.get(device)
         if found is None:

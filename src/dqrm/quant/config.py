@@ -12,7 +12,7 @@ def refresh_rule(scale_refresh: str | None, scale_period: int | None, rescan_per
     """When scales are refreshed, and the period, after defaults: running_max, but periodic where a period is given.
 
     Raises:
-        ValueError: an unknown rule, or a period that is no whole number of 1 or more.
+        ValueError: an unknown rule, or a period that is not a whole number of 1 or more.
     """
     rule = scale_refresh or ("running_max" if scale_period is None else "periodic")
     period = PERIOD if scale_period is None else scale_period

@@ -76,7 +76,7 @@ def integers(ids: Tensor, what: str = "ids are") -> Tensor:
     """The same ids as int32 or int64.
 
     Raises:
-        TypeError: no tensor. ValueError: they are no integers.
+        TypeError: not a tensor. ValueError: not integers.
     """
     if not isinstance(ids, Tensor):
         raise TypeError(no_tensor(what.partition(" ")[0], ids))

@@ -32,7 +32,7 @@ def code_limits(bits: int) -> tuple[int, int]:
 
 
 def no_tensor(name: str, given: Any) -> str:
-    """What to say of an argument that is no tensor."""
+    """What to say of an argument that is not a tensor."""
     what = f"a {type(given).__module__}.{type(given).__name__}".replace("builtins.", "")
     how = f"torch.from_numpy({name})" if type(given).__module__ == "numpy" else f"torch.tensor({name})"
     return f"{name} is {what}, expected a torch.Tensor" + ("" if given is None else f"; use {how}")
@@ -69,7 +69,7 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes of `x` on `scale` (broadcast against x): int8, or int16 for 16 bits.
 
     Raises:
-        ValueError: `bits` is not 2, 4, 8 or 16, or x is no floating-point tensor.
+        ValueError: `bits` is not 2, 4, 8 or 16, or x is not a floating-point tensor.
     """
     check_floats("x", x)
     low, high = code_limits(bits)
@@ -105,7 +105,7 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     With 32 bits `x` itself is returned.
 
     Raises:
-        ValueError: `bits` is not 2, 4, 8, 16 or 32, or x is no floating-point tensor.
+        ValueError: `bits` is not 2, 4, 8, 16 or 32, or x is not a floating-point tensor.
     """
     check_floats("x", x)
     if bits == 32:

@@ -52,7 +52,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
         what was exported and its test metrics, 'seconds'}.
 
     Raises:
-        UserError: the folder holds something that is no demo, or another demo is running there.
+        UserError: the folder holds something that is not a demo, or another demo is running there.
     """
     started = time.monotonic()
     _require_own(folder)

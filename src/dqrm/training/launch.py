@@ -48,7 +48,7 @@ def train(
 
     Raises:
         UserError: the configuration cannot be run here or on this data, the data is damaged, another process trains
-            into `output`, or the loss is no number any more.
+            into `output`, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     config = config or Config()
