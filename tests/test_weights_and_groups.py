@@ -115,6 +115,18 @@ def test_columns_that_cannot_be_them(options, message):
         PrepareConfig(**{"categorical": ("ad",), **options})
 
 
+@pytest.mark.parametrize(("factor", "told"), [(1, False), (40, True), (0.01, True)])
+def test_a_mean_weight_far_from_1_is_told(tmp_path, factor, told):
+    log = frame().with_columns(w=1.0 * factor + pl.col("w") * 0)
+    log.write_parquet(tmp_path / "log.parquet")
+    flags = ["--categorical=user,ad", "--weight=w", "-o", str(tmp_path / "out")]
+    found = CliRunner().invoke(cli, ["prepare", str(tmp_path / "log.parquet"), *flags])
+    assert found.exit_code == 0, found.output
+    said = " ".join(found.output.split())
+    assert (f"mean weight of the training rows is {factor:.3g}, which scales" in said) == told
+    assert Dataset(tmp_path / "out").mean_weight == pytest.approx(factor)
+
+
 def test_unknown_columns_and_weights_that_are_all_zero(tmp_path):
     for field in ("weight", "group"):
         with pytest.raises(UserError, match="no column 'wright' in"):

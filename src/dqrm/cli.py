@@ -26,6 +26,8 @@ _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Opt
 ALMOST_ALL = 0.95
 # Magnitude of dense values above which `prepare` warns that training will hardly work.
 TOO_WIDE = 1e4
+# Mean weight of the rows (or one over it) above which it warns that the learning rate is not what it seems.
+FAR_FROM_1 = 5
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 _verify = click.option(
     "--verify/--no-verify",
@@ -75,6 +77,11 @@ def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_j
         messages.print(
             f"Warning: dense column {name} holds values up to {value:.3g}, with which training is likely to diverge; "
             "use --dense-transform log1p, or leave it out if it is a time or an id"
+        )
+    if (mean := dataset.mean_weight) is not None and not 1 / FAR_FROM_1 <= mean <= FAR_FROM_1:
+        messages.print(
+            f"Warning: the mean weight of the training rows is {mean:.3g}, which scales loss and gradients as much; "
+            "divide the weights by it, or choose --learning-rate for it"
         )
     if as_json:
         print_json(dataset.describe())

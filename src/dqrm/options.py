@@ -128,10 +128,12 @@ def unquoted(text: str) -> str:
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' when something close to `got` is known, else the known names."""
+    """'; did you mean X?' when something close to `got` is known, else the known names, if any."""
     known = list(known)
     close = difflib.get_close_matches(got, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known are {', '.join(known)}" if known else ""
 
 
 def build(cls: type, values: Mapping[str, Any], where: str) -> Any:

@@ -26,6 +26,7 @@ _SHAPE = {
     "split": OBJECT,
     "rows": _PER_SPLIT,
     "clicks": _PER_SPLIT,
+    "weights?": {"*": NUMBER},
     "options?": ({"subsample_negatives?": _SHARE}, None),
     "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
 }
@@ -77,6 +78,12 @@ class Dataset:
     def subsample_negatives(self) -> float:
         """Share of the rows with label 0 that were dropped at random, in all splits; 0.0: none."""
         return self._subsample_negatives
+
+    @property
+    def mean_weight(self) -> float | None:
+        """Mean weight of the training rows; None where rows have no weights."""
+        total = (self.info.get("weights") or {}).get("train")
+        return None if total is None or not self.rows["train"] else total / self.rows["train"]
 
     def vocabulary_path(self, column: str) -> Path:
         """The Parquet file of a column's vocabulary, with the columns key, row and count.

@@ -61,7 +61,10 @@ def widths(config: ModelConfig, num_dense: int, tables: int) -> tuple[tuple[int,
     else:
         width = dense_width + tables * config.embedding_dim
     if width == 0:
-        raise ValueError("one table and no dense columns make no pair; use self_interaction or interaction 'cat'")
+        raise ValueError(
+            "one table and no dense columns make no pair of vectors for interaction 'dot'; use interaction 'cat' "
+            "(--interaction cat), or self_interaction"
+        )
     return (num_dense, *config.bottom_widths) if num_dense else (), (width, *config.top_mlp)
 
 
