@@ -13,7 +13,7 @@ from data_helpers import LOG, LOG_CONFIG, criteo_lines, spoil, table, write
 from dqrm.data import lines, sources
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export import predict as module
@@ -24,7 +24,9 @@ from dqrm.options import build
 def opened(dataset, sources, **more):
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    return RawLog(sources, build(PrepareConfig, dataset.info["options"], "options"), columns, vocabularies, **more)
+    return RawLog(
+        sources, RawEncoder(build(PrepareConfig, dataset.info["options"], "options"), columns, vocabularies, **more)
+    )
 
 
 def score(batch):
@@ -172,7 +174,7 @@ def test_outputs_that_cannot_be(tmp_path, small):
     delimited = dict(dataset.info["options"], delimiter=",")
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    other = RawLog(copy, build(PrepareConfig, delimited, "options"), columns, vocabularies)
+    other = RawLog(copy, RawEncoder(build(PrepareConfig, delimited, "options"), columns, vocabularies))
     with pytest.raises(UserError, match=r"out.csv.partial is a file of the log"):
         predict(score, other, tmp_path / "out.csv")
     copy.unlink()

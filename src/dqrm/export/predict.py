@@ -1,6 +1,6 @@
 """Scores raw logs: batches of a `RawLog` go through a model, probabilities go to a file, a block at a time.
 
-    log = RawLog(["log.txt"], options, columns, vocabularies, keep=["I1"])
+    log = RawLog(["log.txt"], RawEncoder(options, columns, vocabularies, keep=["I1"]))
     predict(lambda batch: model(batch.dense, batch.ids, batch.bags), log, Path("predictions.parquet"))
 
 Memory does not grow with the log: the parts of a Parquet file wait on disk.

@@ -9,7 +9,7 @@ import torch
 
 from dqrm.data.batches import Batch
 from dqrm.data.config import PrepareConfig
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
@@ -54,7 +54,7 @@ def predict(
     given = {name: value for name, value in given.items() if value is not None}
     read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
     _require_another(Path(output), opened, config.data)
-    log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
+    log = RawLog(sources, RawEncoder(read_as, columns, vocabularies, config.keep, config.on_error))
     if config.threads:
         torch.set_num_threads(config.threads)
     found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress)
