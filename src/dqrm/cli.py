@@ -243,6 +243,12 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="CPU threads for arithmetic; 0: the fastest number now, at most torch's default.  [default: 0]",
+)
 @_verify
 @click.option(
     "--correct-subsampling/--no-correct-subsampling",
@@ -258,6 +264,7 @@ def evaluate(
     checkpoint: str | None,
     batch_size: int | None,
     device: str,
+    threads: int,
     verify: bool,
     correct_subsampling: bool,
     as_json: bool,
@@ -266,38 +273,33 @@ def evaluate(
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics
-    from dqrm.training.environment import resolve_device
-    from dqrm.training.evaluation import evaluate as measure
-    from dqrm.training.run import Run
 
-    if not Path(run).is_dir() and (Path(run).is_file() or Path(run).suffix in SUFFIXES):
-        if checkpoint is not None:
-            raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
-        from dqrm.export.evaluation import evaluate_file
-
-        with bars(quiet=as_json) as progress:
-            metrics = evaluate_file(run, data, split, batch_size or 8192, progress, verify, correct_subsampling)
-        if as_json:
-            print_json(metrics)
-        else:
-            print_metrics(f"{run} on {split}", metrics, Dataset(data).subsample_negatives)
-        return
-    opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
-    opened.require_same_data(dataset)
+    of_file = not Path(run).is_dir() and (Path(run).is_file() or Path(run).suffix in SUFFIXES)
+    if of_file and checkpoint is not None:
+        raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
+    if of_file and device not in ("auto", "cpu"):
+        raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
     with bars(quiet=as_json) as progress:
-        if verify:
-            dataset.verify(split, tell=progress)
-        dataset.validate(split)
-        checkpoint = checkpoint or "best"
-        model, _ = opened.load_model(checkpoint, verify=verify)
-        size = batch_size or opened.config.training.eval_batch_size
-        metrics = measure(model.to(where), dataset, split, size, progress, False, correct_subsampling)
+        more: dict[str, Any] = {
+            "progress": progress,
+            "verify": verify,
+            "correct_subsampling": correct_subsampling,
+            "threads": threads,
+        }
+        more["log"] = None if as_json else progress.log
+        if of_file:
+            from dqrm.export.evaluation import evaluate_file
+
+            metrics = evaluate_file(run, data, split, batch_size or 8192, **more)
+        else:
+            from dqrm.training.evaluation import evaluate_run
+
+            metrics = evaluate_run(run, data, split, checkpoint or "best", batch_size, device, **more)
     if as_json:
         print_json(metrics)
     else:
-        print_metrics(f"{run}, {checkpoint} checkpoint, on {split}", metrics, dataset.subsample_negatives)
+        title = f"{run} on {split}" if of_file else f"{run}, {checkpoint or 'best'} checkpoint, on {split}"
+        print_metrics(title, metrics, Dataset(data).subsample_negatives)
 
 
 @cli.command()

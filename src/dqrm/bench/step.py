@@ -23,6 +23,7 @@ from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.kernels import native
 from dqrm.training.environment import Progress, resolve_device
+from dqrm.training.threads import threads_set
 
 PARTS = ("data", "lookup", "scale", "forward", "backward", "update")
 _TOUCHED_ROWS = 4096
@@ -48,14 +49,8 @@ def run_step(options: BenchStepConfig, progress: Progress | None = None) -> dict
     """
     progress = progress or (lambda *_: None)
     device = resolve_device(options.device)
-    before = torch.get_num_threads()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
-        with tempfile.TemporaryDirectory(prefix="dqrm-bench-") as path:
-            return _run(options, device, Path(path), progress)
-    finally:
-        torch.set_num_threads(before)
+    with threads_set(options.threads), tempfile.TemporaryDirectory(prefix="dqrm-bench-") as path:
+        return _run(options, device, Path(path), progress)
 
 
 def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: Progress) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def predict(
         output: .parquet, .csv or .tsv: the kept columns, then `probability` (float32), for each row of the log.
 
     Returns:
-        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, output, and subsampling: which click
-        rate the probabilities are on.
+        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, threads (that it computed on;
+        torch's number is as before afterwards), output, and subsampling: which click rate the probabilities are on.
 
     Raises:
         UserError: the artifact is damaged or lacks vocabularies, a column is missing (names it), a malformed line, or
@@ -55,9 +55,7 @@ def predict(
     read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
     _require_another(Path(output), opened, config.data)
     log = RawLog(sources, RawEncoder(read_as, columns, vocabularies, config.keep, config.on_error))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress)
+    found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress, config.threads)
     return {**found, "output": str(output), "subsampling": opened.base_rate.header()}
 
 
