@@ -87,8 +87,9 @@ def test_probabilities_follow_the_kept_columns_in_the_order_of_the_log(tmp_path,
     )
     assert frame["user"].to_list() == [row["user"] for row in LOG]
     assert frame["day"].to_list() == [str(row["day"]) for row in LOG]
-    assert set(result) == {"rows", "skipped", "damaged", "unseen", "seconds", "rows_per_second"}
+    assert set(result) == {"rows", "skipped", "damaged", "unseen", "seconds", "rows_per_second", "threads"}
     assert (result["rows"], result["skipped"], result["damaged"]) == (20, 0, [])
+    assert result["threads"] == torch.get_num_threads()
     assert result["rows_per_second"] == result["rows"] / result["seconds"] > 0
     size = path.stat().st_size
     assert told[-1] == ("scoring", size, size)

@@ -1,15 +1,15 @@
 """The number of threads of a run, or of what scores: chosen by what is fast now, told, and kept to the end."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import dqrm
+from cli_helpers import command
 from conftest import tensors, tiny
-from dqrm import ExportConfig, PredictConfig, cli
+from dqrm import ExportConfig, PredictConfig
 from dqrm.export import evaluation
 from dqrm.export.evaluation import evaluate_file
 from dqrm.training import launch, threads
@@ -249,22 +249,15 @@ def test_a_loaded_model_leaves_the_threads_of_the_process_alone(shipped, generat
         assert dqrm.load(shipped / "m.dqrm").score([row] * 40).shape == (40,)
 
 
-def command(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dqrm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("model", ["run", "m.dqrm"])
-def test_eval_says_on_how_many_threads(shipped, generated, capsys, monkeypatch, model):
+def test_eval_says_on_how_many_threads(shipped, generated, capsys, model):
     wanted = ["eval", shipped / model, generated.path, "--threads", 2]
-    _, out, err = command(capsys, monkeypatch, *wanted)
+    _, out, err = command(capsys, *wanted)
     assert "auc" in out
     assert "Scoring on 2 CPU threads." in err
-    _, out, err = command(capsys, monkeypatch, *wanted, "--json")
+    _, out, err = command(capsys, *wanted, "--json")
     assert json.loads(out)["rows"]
     assert err == ""
-    code, out, err = command(capsys, monkeypatch, *wanted[:-1], 5000)
+    code, out, err = command(capsys, *wanted[:-1], 5000)
     assert code
     assert "5000" in err

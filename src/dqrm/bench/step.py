@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.bench.config import ARCHITECTURES, BASELINE, NUM_DENSE, SCHEMES, BenchStepConfig, Scheme
-from dqrm.bench.contenders import LEARNING_RATE, Contender, Ours, Plain, build_model, training_config
+from dqrm.bench.contenders import LEARNING_RATE, Contender, Ours, Plain, training_config
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import Clock, machine, median, peak_rss_mb, require_memory, rss_mb, spread
 from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.kernels import native
 from dqrm.training.environment import Progress, resolve_device
+from dqrm.training.run import build_model
 from dqrm.training.threads import threads_set
 
 PARTS = ("data", "lookup", "scale", "forward", "backward", "update")
@@ -102,7 +103,8 @@ def _contenders(
         scheme = SCHEMES.get(name, Scheme(bits=32))
         if name != BASELINE or shared is None:
             start, config = clock(), training_config(options, scheme)
-            model = build_model(config, table_rows, None if scheme.bf16_tables else shared).to(clock.device)
+            model = build_model(config, NUM_DENSE, table_rows, table_weight=None if scheme.bf16_tables else shared)
+            model.to(clock.device)
             memory.setdefault("create_seconds", round((clock() - start) / 1e3, 3))
             if shared is None and not scheme.bf16_tables:
                 shared = model.tables.weight.detach()

@@ -15,9 +15,8 @@ from dataclasses import replace
 import torch
 
 from dqrm.data.batches import Batch
-from dqrm.models.dlrm import DLRM
 from dqrm.training.environment import Log
-from dqrm.training.run import Run
+from dqrm.training.run import Run, build_model
 from dqrm.training.step import TrainStep
 
 _SECONDS = 0.3  # of each candidate
@@ -47,11 +46,7 @@ def choose_threads(run: Run) -> int:
     with torch.random.fork_rng(devices=[]), threads_set(most):
         torch.manual_seed(0)
         batch = _batch(options.batch_size, len(run.info["data"]["dense"]), rows, multi)
-        model = DLRM(
-            batch.dense.shape[1], rows, multi=multi, config=config.model, qat=config.quantization,
-            precision=options.precision,
-            table_dtype=torch.bfloat16 if options.table_dtype == "bf16" else torch.float32,
-        )  # fmt: skip
+        model = build_model(config, batch.dense.shape[1], rows, multi)
         step = TrainStep(model.train(), config)
         return fastest(lambda: step(batch, 0.0), candidates(most))
 
