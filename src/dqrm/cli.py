@@ -22,8 +22,6 @@ from dqrm.process import STOPPED, run_command
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
              "exchange": "Exchange between ranks"}  # fmt: skip
-# Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
-ALMOST_ALL = 0.95
 # Magnitude of dense values above which `prepare` warns that training will hardly work.
 TOO_WIDE = 1e4
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
@@ -207,30 +205,16 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     """Score raw logs LOG (as for prepare) with the artifact MODEL: the probability of a click for each row."""
     config = build(PredictConfig, given(flags), "predict")
 
-    from dqrm.console import bars, messages, print_json
-    from dqrm.export.base_rate import BaseRate
+    from dqrm.console import bars, print_json
     from dqrm.export.scoring import predict as run
+    from dqrm.info import print_predictions
 
     with bars(quiet=as_json) as progress:
         found = run(model, log, output, config, progress)
     if as_json:
         print_json(found)
-        return
-    for text in found["damaged"]:
-        messages.print(f"{text}; the rows before were scored")
-    for name, share in found["unseen"].items():
-        if share > ALMOST_ALL:
-            messages.print(
-                f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
-                "that it was trained on (true and not True, 7 and not 007)?"
-            )
-    told = BaseRate(**found["subsampling"]).tell()
-    if told is not None:
-        messages.print(told)
-    if not found["rows"]:
-        messages.print(f"Warning: no row of {', '.join(log)} was scored; the log holds none that is sound")
-    skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
-    messages.print(f"{output}: {found['rows']:,} rows, {found['rows_per_second']:,.0f} a second{skipped}")
+    else:
+        print_predictions(log, found)
 
 
 @cli.command("eval")

@@ -11,7 +11,8 @@ from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.pipeline import require_dataset, score_file
+from dqrm.export.origin import require_dataset
+from dqrm.export.pipeline import score_file
 from dqrm.training.environment import Log, Progress
 from dqrm.training.evaluation import evaluate, measure_on, score_split
 from dqrm.training.threads import SHORT, given_threads, tell_threads

@@ -14,7 +14,7 @@ from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.config import PredictConfig
-from dqrm.export.pipeline import require_dataset
+from dqrm.export.origin import require_dataset
 from dqrm.export.predict import predict as write_predictions
 from dqrm.models.dlrm import DLRM
 from dqrm.options import build
