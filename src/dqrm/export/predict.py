@@ -90,7 +90,11 @@ def predict(
             sink.close()
     if progress:
         progress("scoring", log.size or done, log.size or done)
-    seconds = time.perf_counter() - began
+    return _outcome(log, rows, time.perf_counter() - began, number)
+
+
+def _outcome(log: RawLog, rows: int, seconds: float, threads: int | None) -> dict[str, Any]:
+    """What `predict` returns."""
     return {
         "rows": rows,
         "skipped": log.skipped,
@@ -98,7 +102,7 @@ def predict(
         "unseen": {name: round(share, 6) for name, share in log.unseen.items()},
         "seconds": seconds,
         "rows_per_second": rows / seconds,
-        "threads": number,
+        "threads": threads,
     }
 
 
