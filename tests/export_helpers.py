@@ -1,5 +1,7 @@
 """Converted models of every kind that the writers must write, and batches for them."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -92,3 +94,13 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e
     assert found.shape == wanted.shape
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.sigmoid(), wanted.sigmoid(), rtol=0, atol=tolerance)
+
+
+def compare(model: DLRM, score: Callable[[Batch], torch.Tensor]) -> None:
+    """Whether an exported file gives what its model gives: for no rows, few and many, and for empty bags."""
+    for rows in (0, 1, 5, 300):
+        samples = batch(model, rows)
+        assert_same(score(samples), expected(model, samples))
+    if model.tables.num_single < len(model.tables.table_rows):
+        samples = batch(model, 3, empty=True)
+        assert_same(score(samples), expected(model, samples))

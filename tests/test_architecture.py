@@ -8,12 +8,12 @@ import pytest
 import dqrm
 
 SOURCE = Path(dqrm.__file__).parent
-BASE = {"errors", "options", "config", "files", "checksums", "__init__"}
+BASE = {"errors", "options", "config", "files", "identity", "checksums", "__init__"}
 # What each part may import of the others.
 ALLOWED = {
     "kernels": set(),
     "quant": {"kernels"},
-    "data": {"errors", "options", "files", "checksums", "__init__"},
+    "data": {"errors", "options", "files", "identity", "checksums", "__init__"},
     "models": {"kernels", "quant", "config", "errors"},
     "distributed": {"quant", "kernels", "config", "errors"},
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
@@ -57,4 +57,4 @@ def test_the_public_names_exist():
 
 def test_files_stay_short():
     for file in SOURCE.rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 430, file.name
+        assert len(file.read_text().splitlines()) <= 405, file.name

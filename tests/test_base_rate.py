@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 
 import numpy as np
 import polars as pl
@@ -11,9 +10,9 @@ import pytest
 import torch
 
 import dqrm
+from cli_helpers import command
 from conftest import tiny
 from dqrm import Artifact, ExportConfig, PrepareConfig, PTQConfig, Run, UserError
-from dqrm.cli import main
 from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.export.pipeline import score_file
 from dqrm.training.metrics import click_metrics
@@ -42,13 +41,11 @@ def shipped(tmp_path_factory):
     return folder
 
 
-def command(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dqrm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr()
-    assert not ended.value.code, printed.err
-    return printed.out, " ".join(printed.err.split())
+def printed(capsys, *arguments):
+    """Standard output and standard error of a command that succeeds."""
+    code, out, err = command(capsys, *arguments)
+    assert not code, err
+    return out, " ".join(err.split())
 
 
 def probabilities(shipped, name):
@@ -124,7 +121,7 @@ def test_the_correction_is_the_formula():
     assert negative_weight(0.875) == 8
 
 
-def test_the_command_line_says_which_base_rate(shipped, tmp_path, capsys, monkeypatch):
+def test_the_command_line_says_which_base_rate(shipped, tmp_path, capsys):
     run, data, log = shipped / "run", shipped / "data", shipped / "log.parquet"
     for switch, told in (
         ("--correct-subsampling", "are on the true base rate"),
@@ -132,20 +129,20 @@ def test_the_command_line_says_which_base_rate(shipped, tmp_path, capsys, monkey
     ):
         file = tmp_path / "m.dqrm"
         for out in (
-            command(capsys, monkeypatch, "export", run, "-o", file, switch)[0],
-            command(capsys, monkeypatch, "info", file)[0],
-            command(capsys, monkeypatch, "predict", file, log, "-o", tmp_path / "p.csv")[1],
+            printed(capsys, "export", run, "-o", file, switch)[0],
+            printed(capsys, "info", file)[0],
+            printed(capsys, "predict", file, log, "-o", tmp_path / "p.csv")[1],
         ):
             assert f"Probabilities {told}" in out or f"Probabilities are {told}" in out
             assert "subsample_negatives 0.9" in out
         rate = "true base rate" if switch == "--correct-subsampling" else "base rate of the sampled rows"
         for model in (run, file):
-            out, _ = command(capsys, monkeypatch, "eval", model, data, switch)
+            out, _ = printed(capsys, "eval", model, data, switch)
             assert rate in out
             assert "subsample_negatives 0.9" in out
-            found = json.loads(command(capsys, monkeypatch, "eval", model, data, switch, "--json")[0])
+            found = json.loads(printed(capsys, "eval", model, data, switch, "--json")[0])
             assert found["base_rate"] == ("true" if switch == "--correct-subsampling" else "sampled")
-    assert "sampled rows (subsample_negatives 0.9)" in command(capsys, monkeypatch, "info", run)[0]
+    assert "sampled rows (subsample_negatives 0.9)" in printed(capsys, "info", run)[0]
 
 
 def test_onnx_is_evaluated_as_the_run(shipped, tmp_path):
@@ -171,11 +168,11 @@ def rewritten(source, target, edit):
     return target
 
 
-def test_an_older_artifact_opens_and_is_said_to_be_uncorrected(shipped, tmp_path, capsys, monkeypatch):
+def test_an_older_artifact_opens_and_is_said_to_be_uncorrected(shipped, tmp_path, capsys):
     old = rewritten(shipped / "sampled.dqrm", tmp_path / "old.dqrm", lambda content: content.pop("subsampling"))
     assert dqrm.load(old).logit_offset == 0
     assert Artifact.open(old).base_rate == Artifact.open(shipped / "sampled.dqrm").base_rate
-    assert "NOT on the true base rate" in command(capsys, monkeypatch, "info", old)[0]
+    assert "NOT on the true base rate" in printed(capsys, "info", old)[0]
 
 
 def test_a_run_of_an_older_dqrm_is_corrected(shipped, tmp_path):

@@ -2,22 +2,31 @@
 
 import json
 import math
-import sys
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
+from cli_helpers import command
 from dqrm.bench import embedding, step
 from dqrm.bench.baseline import PlainDLRM, WholeTableQAT
-from dqrm.bench.config import ARCHITECTURES, EMBEDDING_VARIANTS, SCHEMES, BenchEmbeddingConfig, BenchStepConfig, Scheme
-from dqrm.bench.contenders import build_model, training_config
+from dqrm.bench.config import (
+    ARCHITECTURES,
+    EMBEDDING_VARIANTS,
+    NUM_DENSE,
+    SCHEMES,
+    BenchEmbeddingConfig,
+    BenchStepConfig,
+    Scheme,
+)
+from dqrm.bench.contenders import training_config
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import Clock, Scales, require_memory, spread
-from dqrm.cli import cli, main
+from dqrm.cli import cli
 from dqrm.errors import UserError
 from dqrm.quant.uniform import fake_quantize
+from dqrm.training.run import build_model
 
 SMALL = {"rows_scale": 0.0001, "samples": 512, "steps": 4, "warmup": 1, "threads": 1, "device": "cpu"}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -26,18 +35,6 @@ FIGURES = {
     "amortized_scale_ms", "cost_ms", "peak_rss_mb",
 }  # fmt: skip
 MACHINE = {"processor", "cores", "threads", "device", "cpu_capability", "native_kernels", "torch", "python"}
-
-
-def run(capsys, monkeypatch, *arguments):
-    """Exit code, standard output and standard error of a command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["dqrm", "bench", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as exit:
-        code = exit.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture
@@ -55,10 +52,10 @@ def order(monkeypatch):
     return steps
 
 
-def test_steps_as_json(capsys, monkeypatch, order):
+def test_steps_as_json(capsys, order):
     names = ["baseline", "fp32", "int4", "int4_periodic", "int4_bf16"]
     flags = [*FLAGS, "--batch-size=16-8", "--scale-period=5", f"--variants={','.join(names)}"]
-    code, out, err = run(capsys, monkeypatch, "step", *flags, "--json")
+    code, out, err = command(capsys, "bench", "step", *flags, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert set(found) == {"variants", "machine", "settings", "memory"}
@@ -89,9 +86,9 @@ def test_steps_as_json(capsys, monkeypatch, order):
         assert set(order[at : at + len(names)]) == set(names)
 
 
-def test_steps_as_tables(capsys, monkeypatch):
-    code, out, _ = run(
-        capsys, monkeypatch, "step", *FLAGS, "--batch-size=8", "--scale-period=1", "--variants=int8_bf16_tables,fp32",
+def test_steps_as_tables(capsys):
+    code, out, _ = command(
+        capsys, "bench", "step", *FLAGS, "--batch-size=8", "--scale-period=1", "--variants=int8_bf16_tables,fp32",
         "--arch=terabyte",
     )  # fmt: skip
     assert code == 0
@@ -117,7 +114,7 @@ def test_variants_with_fp32_tables_share_them():
 def test_the_baseline_is_the_same_model():
     options = BenchStepConfig(**SMALL)
     arch, rows = ARCHITECTURES["kaggle"], ARCHITECTURES["kaggle"].scaled(options.rows_scale)
-    ours = build_model(training_config(options, Scheme(32)), rows, None)
+    ours = build_model(training_config(options, Scheme(32)), NUM_DENSE, rows)
     plain = PlainDLRM(13, arch.bottom_mlp, arch.top_mlp, torch.split(ours.tables.weight.detach(), list(rows)))
     for part in ("bottom", "top"):
         layers = zip(getattr(plain, part), getattr(ours, part))
@@ -162,9 +159,9 @@ def test_a_loss_that_is_no_number_is_told(monkeypatch):
         step.run_step(BenchStepConfig(**SMALL, variants=("baseline",), batch_size=(8,)))
 
 
-def test_embedding_as_json(capsys, monkeypatch):
+def test_embedding_as_json(capsys):
     flags = ["--rows=300", "--batch-size=16", "--repeats=12", "--scale-period=7", "--threads=1", "--device=cpu"]
-    code, out, err = run(capsys, monkeypatch, "embedding", *flags, "--json")
+    code, out, err = command(capsys, "bench", "embedding", *flags, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert set(found) == {"variants", "machine", "settings", "skipped"}
@@ -178,9 +175,9 @@ def test_embedding_as_json(capsys, monkeypatch):
     assert found["variants"][0]["ratio_to_ours"] == 1
 
 
-def test_embedding_as_a_table_tells_what_was_skipped(capsys, monkeypatch):
-    code, out, _ = run(
-        capsys, monkeypatch, "embedding", "--rows=50", "--batch-size=4", "--repeats=2", "--bits=2", "--threads=1",
+def test_embedding_as_a_table_tells_what_was_skipped(capsys):
+    code, out, _ = command(
+        capsys, "bench", "embedding", "--rows=50", "--batch-size=4", "--repeats=2", "--bits=2", "--threads=1",
         "--variants=torch_ao,fp32", "--scale-period=1", "--device=cpu",
     )  # fmt: skip
     assert code == 0
@@ -262,8 +259,8 @@ def test_every_field_is_a_flag_with_help():
         ("embedding", "--variants=torchoa", "variants has 'torchoa'; did you mean 'torchao'?"),
     ],
 )
-def test_impossible_flags_are_refused_in_one_sentence(capsys, monkeypatch, verb, flag, message):
-    code, out, err = run(capsys, monkeypatch, verb, flag)
+def test_impossible_flags_are_refused_in_one_sentence(capsys, verb, flag, message):
+    code, out, err = command(capsys, "bench", verb, flag)
     assert (code, out) == (2, "")
     assert f"bench {verb}: {message}" in err
     assert err.count("\n") == 1

@@ -1,26 +1,18 @@
 """`dqrm bench exchange`: real ranks on loopback; that its counts are right, and what it refuses."""
 
 import json
-import sys
 
 import pytest
 
+from cli_helpers import command
 from dqrm.bench.config import BenchExchangeConfig
-from dqrm.cli import main
-
-
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dqrm", "bench", "exchange", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code, *capsys.readouterr()
 
 
 @pytest.mark.distributed
-def test_two_ranks_on_loopback(monkeypatch, capsys):
-    code, out, _ = run(
-        monkeypatch, capsys, "--ranks", "2", "--rows-scale", "0.0001", "--steps", "6", "--warmup", "1", "--batch-size",
-        "16", "--variants", "dense,fp32,int8,int4", "--dense-steps", "1", "--json",
+def test_two_ranks_on_loopback(capsys):
+    code, out, _ = command(
+        capsys, "bench", "exchange", "--ranks", "2", "--rows-scale", "0.0001", "--steps", "6", "--warmup", "1",
+        "--batch-size", "16", "--variants", "dense,fp32,int8,int4", "--dense-steps", "1", "--json",
     )  # fmt: skip
     assert not code
     found = json.loads(out)
@@ -53,8 +45,8 @@ def test_two_ranks_on_loopback(monkeypatch, capsys):
         (("--rows-scale", "2"), "rows_scale is 2.0, expected above 0 and at most 1"),
     ],
 )
-def test_what_is_refused(monkeypatch, capsys, arguments, sentence):
-    code, out, said = run(monkeypatch, capsys, *arguments)
+def test_what_is_refused(capsys, arguments, sentence):
+    code, out, said = command(capsys, "bench", "exchange", *arguments)
     assert code == 2
     assert out == ""
     assert said.startswith("dqrm: ")

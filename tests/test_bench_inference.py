@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import dqrm
+from cli_helpers import command
 from dqrm.bench import inference
 from dqrm.bench.config import ARCHITECTURES, INFERENCE_VARIANTS, BenchInferenceConfig
 from dqrm.bench.data import write_split
 from dqrm.bench.inference import fp32_model, measure, run_inference, write_artifact
-from dqrm.cli import cli, main
+from dqrm.cli import cli
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.check import compare, generate
@@ -36,18 +37,6 @@ def _short(monkeypatch):
     assert torch.get_num_threads() == before
 
 
-def run(capsys, monkeypatch, *arguments):
-    """Exit code, standard output and standard error of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["dqrm", "bench", "inference", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as exit:
-        code = exit.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 def without_processes(monkeypatch):
     """Leave out the fresh processes, each of which imports torch."""
     nothing = dict.fromkeys(("load_seconds", "libraries_mb", "loaded_mb", "scored_mb", "anonymous_mb"))
@@ -59,7 +48,7 @@ def test_onnx_is_skipped_with_a_reason_where_it_is_missing(capsys, monkeypatch, 
     without_processes(monkeypatch)
     monkeypatch.setitem(sys.modules, name, None)
     flags = [*FLAGS, "--batch-size=2", "--threads=1"]
-    code, out, err = run(capsys, monkeypatch, *flags, "--json")
+    code, out, err = command(capsys, "bench", "inference", *flags, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["skipped"] == {"onnx": f"{name} is not installed"}
@@ -67,7 +56,7 @@ def test_onnx_is_skipped_with_a_reason_where_it_is_missing(capsys, monkeypatch, 
     assert found["onnx_bytes"] is None
     assert set(found["load"]) == {"packed", "fp32"}
     assert "packed_warm" in found["memory"]["processes"]
-    code, out, _ = run(capsys, monkeypatch, *flags)
+    code, out, _ = command(capsys, "bench", "inference", *flags)
     assert code == 0
     assert f"onnx skipped: {name} is not installed" in out
     assert "packed artifact" in out
@@ -77,7 +66,7 @@ def test_figures_as_json(capsys, monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     flags = [*FLAGS, "--batch-size=3-130", "--threads=1-2", f"--folder={tmp_path}"]
-    code, out, err = run(capsys, monkeypatch, *flags, "--json")
+    code, out, err = command(capsys, "bench", "inference", *flags, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert set(found) == {
@@ -224,7 +213,7 @@ def test_every_field_is_a_flag_with_help():
     ],
 )
 def test_impossible_flags_are_refused_in_one_sentence(capsys, monkeypatch, flag, message):
-    code, out, err = run(capsys, monkeypatch, flag)
+    code, out, err = command(capsys, "bench", "inference", flag)
     assert (code, out) == (2, "")
     assert f"bench inference: {message}" in err
     assert err.count("\n") == 1

@@ -9,7 +9,7 @@ from data_helpers import KAGGLE, criteo_lines, write
 from dqrm import PrepareConfig, UserError
 from dqrm.data import ingest, listing
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 
 TABLE = PrepareConfig(categorical=("c",))
@@ -113,7 +113,7 @@ def test_scoring_refuses_a_file_that_changes(tmp_path, kind, change):
     dataset = prepare(path, tmp_path / "data", config)
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    log = RawLog(path, config, columns, vocabularies)
+    log = RawLog(path, RawEncoder(config, columns, vocabularies))
     change(path)
     with pytest.raises(UserError, match=r"changed while it was read|cannot be read as Parquet"):
         list(log.blocks())

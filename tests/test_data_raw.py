@@ -17,7 +17,7 @@ from data_helpers import KAGGLE, LOG, LOG_CONFIG, criteo_lines, spoil, table, wr
 from dqrm.data import lines, sources
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.options import build
@@ -32,7 +32,7 @@ def raw(dataset, sources, **more):
         Vocabulary.read(Vocabulary.read(dataset.vocabulary_path(column["name"])).to_bytes()) for column in columns
     ]
     options = build(PrepareConfig, {**dataset.info["options"], **more.pop("options", {})}, "options")
-    return RawLog(sources, options, columns, vocabularies, **more)
+    return RawLog(sources, RawEncoder(options, columns, vocabularies, **more))
 
 
 def joined(log):
@@ -386,11 +386,11 @@ def test_columns_and_vocabularies_must_fit_the_options(tmp_path):
     columns = dataset.info["schema"]["columns"]
     made = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
     with pytest.raises(UserError, match="the vocabulary of column user has 4 rows"):
-        RawLog(tmp_path / "a.csv", LOG_CONFIG, columns, made[::-1])
+        RawLog(tmp_path / "a.csv", RawEncoder(LOG_CONFIG, columns, made[::-1]))
     with pytest.raises(UserError, match="1 vocabularies"):
-        RawLog(tmp_path / "a.csv", LOG_CONFIG, columns, made[:1])
+        RawLog(tmp_path / "a.csv", RawEncoder(LOG_CONFIG, columns, made[:1]))
     with pytest.raises(UserError, match="its options expect user, ad"):
-        RawLog(tmp_path / "a.csv", LOG_CONFIG, columns[::-1], made)
+        RawLog(tmp_path / "a.csv", RawEncoder(LOG_CONFIG, columns[::-1], made))
     capped = dataclasses.replace(LOG_CONFIG, max_rows_per_table=4)
     with pytest.raises(UserError, match="column user of the model is"):
-        RawLog(tmp_path / "a.csv", capped, columns, made)
+        RawLog(tmp_path / "a.csv", RawEncoder(capped, columns, made))

@@ -19,7 +19,7 @@ from data_helpers import KAGGLE, content, criteo_lines, write
 from dqrm import PrepareConfig, UserError
 from dqrm.cli import main
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 
 TABLE = PrepareConfig(categorical=("c",), dense=("d",), delimiter=",")
@@ -86,7 +86,7 @@ def test_several_pipes_written_one_after_the_other(tmp_path):
 def raw_log(dataset, sources, **more):
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    return RawLog(sources, more.pop("options", KAGGLE), columns, vocabularies, **more)
+    return RawLog(sources, RawEncoder(more.pop("options", KAGGLE), columns, vocabularies, **more))
 
 
 @pytest.mark.parametrize("labelled", [True, False])

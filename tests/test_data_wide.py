@@ -13,7 +13,7 @@ from data_helpers import KAGGLE, criteo_lines, write
 from dqrm import Dataset, PrepareConfig, UserError
 from dqrm.data.batches import _MOST_MAPS
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.export.predict import predict
 from dqrm.files import why_not_written
@@ -44,7 +44,7 @@ def test_columns_need_no_files_of_their_own(tmp_path, multi):
         read = [next(iter(split.batches(64))) for split in splits]
         columns = dataset.info["schema"]["columns"]
         vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-        ((_, batch),) = RawLog(tmp_path / "log.csv", config, columns, vocabularies).blocks()
+        ((_, batch),) = RawLog(tmp_path / "log.csv", RawEncoder(config, columns, vocabularies)).blocks()
     trained = len(read[0])
     if multi:
         for (values, offsets), (raw_values, raw_offsets) in zip(read[0].bags, batch.bags):
@@ -93,7 +93,7 @@ def test_predictions_on_a_full_disk(tmp_path, small_disk, suffix):
     dataset = prepare(log, tmp_path / "data", KAGGLE)
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    opened = RawLog(log, KAGGLE, columns, vocabularies, keep=tuple(f"C{n}" for n in range(1, 27)))
+    opened = RawLog(log, RawEncoder(KAGGLE, columns, vocabularies, keep=tuple(f"C{n}" for n in range(1, 27))))
     disk = small_disk(12)
     with pytest.raises(UserError, match=r"cannot write to .*: the disk is full"):
         predict(lambda batch: torch.randn(len(batch)), opened, disk / f"p{suffix}")

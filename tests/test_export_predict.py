@@ -13,7 +13,7 @@ from data_helpers import LOG, LOG_CONFIG, criteo_lines, spoil, table, write
 from dqrm.data import lines, sources
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export import predict as module
@@ -24,7 +24,9 @@ from dqrm.options import build
 def opened(dataset, sources, **more):
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    return RawLog(sources, build(PrepareConfig, dataset.info["options"], "options"), columns, vocabularies, **more)
+    return RawLog(
+        sources, RawEncoder(build(PrepareConfig, dataset.info["options"], "options"), columns, vocabularies, **more)
+    )
 
 
 def score(batch):
@@ -85,8 +87,9 @@ def test_probabilities_follow_the_kept_columns_in_the_order_of_the_log(tmp_path,
     )
     assert frame["user"].to_list() == [row["user"] for row in LOG]
     assert frame["day"].to_list() == [str(row["day"]) for row in LOG]
-    assert set(result) == {"rows", "skipped", "damaged", "unseen", "seconds", "rows_per_second"}
+    assert set(result) == {"rows", "skipped", "damaged", "unseen", "seconds", "rows_per_second", "threads"}
     assert (result["rows"], result["skipped"], result["damaged"]) == (20, 0, [])
+    assert result["threads"] == torch.get_num_threads()
     assert result["rows_per_second"] == result["rows"] / result["seconds"] > 0
     size = path.stat().st_size
     assert told[-1] == ("scoring", size, size)
@@ -172,7 +175,7 @@ def test_outputs_that_cannot_be(tmp_path, small):
     delimited = dict(dataset.info["options"], delimiter=",")
     columns = dataset.info["schema"]["columns"]
     vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    other = RawLog(copy, build(PrepareConfig, delimited, "options"), columns, vocabularies)
+    other = RawLog(copy, RawEncoder(build(PrepareConfig, delimited, "options"), columns, vocabularies))
     with pytest.raises(UserError, match=r"out.csv.partial is a file of the log"):
         predict(score, other, tmp_path / "out.csv")
     copy.unlink()

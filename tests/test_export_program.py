@@ -47,13 +47,7 @@ def test_pte_with_a_scale_per_row(tmp_path):
 
 def _compare(model, path):
     (write_pt2 if path.suffix == ".pt2" else write_pte)(model, path)
-    score = open_runtime(path)
-    for rows in (0, 1, 5, 300):
-        samples = helpers.batch(model, rows)
-        helpers.assert_same(score(samples), helpers.expected(model, samples))
-    if model.tables.num_single < len(model.tables.table_rows):
-        samples = helpers.batch(model, 3, empty=True)
-        helpers.assert_same(score(samples), helpers.expected(model, samples))
+    helpers.compare(model, open_runtime(path))
 
 
 def test_ids_outside_are_row_0(tmp_path):

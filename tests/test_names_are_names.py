@@ -2,15 +2,14 @@
 
 import csv
 import json
-import sys
 
 import polars as pl
 import pytest
 
 import dqrm
+from cli_helpers import command
 from conftest import tiny
 from data_helpers import table
-from dqrm.cli import main
 from dqrm.data.config import PrepareConfig, cross_parts
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
@@ -25,14 +24,6 @@ def rows(names, count=40):
         {"click,": n % 2, **{name: f"{number}-{n % 5}" for number, name in enumerate(names)}, "**": n / 8, "^d$": n}
         for n in range(count)
     ]
-
-
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dqrm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr()
-    return ended.value.code or 0, printed.out, printed.err
 
 
 def quoted(*names):
@@ -50,7 +41,7 @@ def test_every_flag_of_every_verb(suffix, tmp_path, monkeypatch, capsys):
         *("--cross", '"^u$"*"","a*b"*"two\nlines",k0*"c0"', "--multi-separator", "-"),
         *("--split", "column", "--split-column", "^u$", "--validation-values", "1-3", "--test-values", "1-4"),
     ]
-    code, out, err = run(monkeypatch, capsys, "prepare", f"log.{suffix}", "-o", "data", "--json", *flags)
+    code, out, err = command(capsys, "prepare", f"log.{suffix}", "-o", "data", "--json", *flags)
     assert code == 0, err
     columns = json.loads(out)["schema"]["columns"]
     assert {column["name"] for column in columns} >= {*NAMES, *OURS}
@@ -67,12 +58,12 @@ def test_every_flag_of_every_verb(suffix, tmp_path, monkeypatch, capsys):
         ("info", "run"),
         ("info", "m.dqrm"),
     ):
-        code, _, err = run(monkeypatch, capsys, *verb)
+        code, _, err = command(capsys, *verb)
         assert code == 0, (verb, err)
     kept = [*NAMES, "^.*$", "u"]
     for output in ("p.parquet", "p.csv"):
-        code, out, err = run(
-            monkeypatch, capsys, "predict", "m.dqrm", f"log.{suffix}", "-o", output, "--keep", quoted(*kept), "--json"
+        code, out, err = command(
+            capsys, "predict", "m.dqrm", f"log.{suffix}", "-o", output, "--keep", quoted(*kept), "--json"
         )
         assert code == 0, err
         assert set(json.loads(out)["unseen"].values()) <= {0.2, 0.4}
@@ -89,7 +80,7 @@ def test_names_in_yaml_and_in_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     table(tmp_path / "log.csv", rows(NAMES))
     (tmp_path / "c.yaml").write_text('label: "click,"\ncategorical: ["a,b", "", "*"]\ncross: [\'"a,b"*"*"\']\n')
-    code, out, err = run(monkeypatch, capsys, "prepare", "log.csv", "-o", "data", "--config", "c.yaml", "--json")
+    code, out, err = command(capsys, "prepare", "log.csv", "-o", "data", "--config", "c.yaml", "--json")
     assert code == 0, err
     config = PrepareConfig(label="click,", categorical=("a,b", "", "*"), cross=('"a,b"*"*"',))
     assert prepare("log.csv", "python", config).fingerprint == json.loads(out)["fingerprint"]

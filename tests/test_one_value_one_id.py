@@ -12,7 +12,7 @@ from dqrm.data.cells import text
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.data.python_values import to_series
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.options import build
@@ -93,7 +93,7 @@ def scored(dataset, *paths, version=True):
         for column in columns:
             del column["key_version"]
     tables = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    log = RawLog(list(paths), build(PrepareConfig, dataset.info["options"], "test"), columns, tables)
+    log = RawLog(list(paths), RawEncoder(build(PrepareConfig, dataset.info["options"], "test"), columns, tables))
     ((_, batch),) = log.blocks()
     return batch.ids.tolist(), [[part.tolist() for part in bag] for bag in batch.bags]
 

@@ -1,15 +1,14 @@
 """`dqrm predict` and its neighbours as a user types them: the whole way from a log to probabilities."""
 
 import csv
-import sys
 
 import polars as pl
 import pytest
 
 import dqrm
+from cli_helpers import command
 from conftest import tiny
 from dqrm import PrepareConfig, UserError
-from dqrm.cli import main
 
 ROWS = [
     {"click": n % 2, "user": n % 7, "on": n % 3 == 0, "price": n / 4, "tags": "a|b" if n % 2 else "c"}
@@ -29,22 +28,14 @@ def shipped(tmp_path_factory):
     return folder
 
 
-def command(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["dqrm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr()
-    return ended.value.code or 0, printed.out, printed.err
-
-
-def probabilities(shipped, log, output, *options, capsys, monkeypatch):
-    code, _, err = command(capsys, monkeypatch, "predict", shipped / "m.dqrm", log, "-o", output, *options)
+def probabilities(shipped, log, output, *options, capsys):
+    code, _, err = command(capsys, "predict", shipped / "m.dqrm", log, "-o", output, *options)
     assert code == 0, err
     return pl.read_parquet(output)["probability"].to_list(), err
 
 
-def test_the_same_ids_in_floats_and_in_text(shipped, tmp_path, capsys, monkeypatch):
-    ways = {"capsys": capsys, "monkeypatch": monkeypatch}
+def test_the_same_ids_in_floats_and_in_text(shipped, tmp_path, capsys):
+    ways = {"capsys": capsys}
     wanted, _ = probabilities(shipped, shipped / "log.parquet", tmp_path / "p.parquet", **ways)
     frame = pl.DataFrame(ROWS).drop("click")
     frame.with_columns(pl.col("user").cast(pl.Float64)).write_parquet(tmp_path / "floats.parquet")
@@ -55,12 +46,12 @@ def test_the_same_ids_in_floats_and_in_text(shipped, tmp_path, capsys, monkeypat
     assert probabilities(shipped, tmp_path / "text.csv", tmp_path / "p.parquet", *options, **ways)[0] == wanted
 
 
-def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, capsys, monkeypatch):
+def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, capsys):
     with (tmp_path / "python.csv").open("w", newline="") as file:  # Python writes True where Parquet's text is true
         writer = csv.DictWriter(file, ROWS[0])
         writer.writeheader()
         writer.writerows(ROWS)
-    ways = {"capsys": capsys, "monkeypatch": monkeypatch}
+    ways = {"capsys": capsys}
     _, err = probabilities(shipped, tmp_path / "python.csv", tmp_path / "p.parquet", **ways)
     assert "100.0% of the ids in on are unknown" in err
     assert "in user" not in err
@@ -89,23 +80,23 @@ def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, caps
 )
 def test_what_is_refused(arguments, says, shipped, capsys, monkeypatch):
     monkeypatch.chdir(shipped)
-    code, out, err = command(capsys, monkeypatch, *arguments)
+    code, out, err = command(capsys, *arguments)
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
 
 
-def test_verify_reads_vocabularies_in_the_second_file_too(shipped, tmp_path, capsys, monkeypatch):
+def test_verify_reads_vocabularies_in_the_second_file_too(shipped, tmp_path, capsys):
     dqrm.export_run(shipped / "run", tmp_path / "b.dqrm", dqrm.ExportConfig(vocabulary="beside"))
-    assert command(capsys, monkeypatch, "info", tmp_path / "b.dqrm", "--verify")[0] == 0
+    assert command(capsys, "info", tmp_path / "b.dqrm", "--verify")[0] == 0
     second = next(tmp_path.glob("b.dqrm-vocabulary-*"))
     content = bytearray(second.read_bytes())
     content[-20] ^= 1
     second.write_bytes(content)
-    code, _, err = command(capsys, monkeypatch, "info", tmp_path / "b.dqrm", "--verify")
+    code, _, err = command(capsys, "info", tmp_path / "b.dqrm", "--verify")
     assert (code, second.name in err) == (2, True)
     second.unlink()
-    code, _, err = command(capsys, monkeypatch, "info", tmp_path / "b.dqrm", "--verify")
+    code, _, err = command(capsys, "info", tmp_path / "b.dqrm", "--verify")
     assert (code, "is missing" in err) == (2, True)
 
 

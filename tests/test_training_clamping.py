@@ -10,7 +10,7 @@ from conftest import tiny
 from dqrm.config import ExchangeConfig
 from dqrm.quant.config import QATConfig
 from dqrm.training.launch import resume, train
-from dqrm.training.loop import State
+from dqrm.training.state import State
 
 
 def stale(bits=4, **training):

@@ -12,7 +12,8 @@ from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
 from dqrm.training.launch import train
 from dqrm.training.run import Run
-from dqrm.training.selection import check_selection, evaluations
+from dqrm.training.selection import check_selection, choose, chosen_by, evaluations
+from dqrm.training.state import State
 
 
 def table(folder, validation=0.1, labels=(0, 1)):
@@ -86,3 +87,28 @@ def test_a_run_keeps_the_resolved_widths(generated, tmp_path):
     train(generated, tmp_path / "run", replace(tiny(max_steps=1), model=ModelConfig(embedding_dim=8, top_mlp=(8, 1))))
     assert Run.open(tmp_path / "run").info["config"]["model"]["bottom_mlp"] == [512, 256, 64, 8]
     assert Run.open(tmp_path / "run").load_model()[0].bottom[-2].out_features == 8
+
+
+@pytest.mark.parametrize(("select_by", "values", "best", "finished_at"), [
+    ("auc", [0.6, 0.7, 0.65, 0.7, 0.9], 2, 4),  # the same again is no better
+    ("log_loss", [0.6, 0.5, 0.55, 0.5, 0.4], 2, 4),
+    ("auc", [0.6, 0.5, 0.7, 0.6, 0.5], 3, 5),
+    ("auc", [None, 0.5, None, 0.4, 0.3], 4, None),  # without a figure, the last state counts
+    ("auc", [None, None], 2, None),
+])  # fmt: skip
+def test_the_best_evaluation_is_chosen(select_by, values, best, finished_at):
+    state, config = State(), replace(tiny(), optimizer=OptimizerConfig(plateau_factor=0.5, plateau_patience=2))
+    config = replace(config, training=replace(config.training, select_by=select_by, early_stopping=2))
+    better = []
+    for state.step, value in enumerate(values, start=1):
+        better.append(choose(state, {select_by: value}, 0.1, config))
+        if state.finished:
+            break
+    assert state.step == (finished_at or len(values))
+    assert state.finished == (finished_at is not None)
+    assert state.best == {"step": best, "epoch": 1, "train_loss": 0.1, "metrics": {select_by: values[best - 1]}}
+    assert state.rate_factor == (0.5 if finished_at else 1.0)
+    assert any(better) == any(value is not None for value in values)
+    assert chosen_by(state, select_by) == (
+        "last state (no validation figure)" if values[best - 1] is None else f"best validation {select_by}"
+    )

@@ -9,7 +9,7 @@ import pytest
 from data_helpers import write
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.options import build
@@ -20,7 +20,7 @@ DENSE = PrepareConfig(dense=("d",), categorical=("c",), split="time", validation
 def open_log(dataset, path, **more):
     columns = dataset.info["schema"]["columns"]
     tables = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-    return RawLog(path, build(PrepareConfig, dataset.info["options"], "test"), columns, tables, **more)
+    return RawLog(path, RawEncoder(build(PrepareConfig, dataset.info["options"], "test"), columns, tables, **more))
 
 
 @pytest.mark.parametrize("transform", ["log1p", "none"])

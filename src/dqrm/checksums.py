@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dqrm.errors import NotVerified, UserError
+from dqrm.identity import FileIdentity
 
 FILES, SEAL = "files", "sha256"
 Tell = Callable[[str, int, int | None], None]
 # Read at once: large enough that hashing is all that costs, small enough for the processor's cache.
 _BLOCK = 1 << 20
-# What was hashed in this process, by file and time of its last change; a renamed folder holds the same files.
-_hashed: dict[tuple[int, ...], str] = {}
+# What was hashed in this process, by device and inode: a renamed folder holds the same files.
+_hashed: dict[tuple[int, int], tuple[FileIdentity, str]] = {}
 _told: set[Path] = set()
 
 
@@ -126,18 +127,15 @@ def _hash_all(paths: list[Path], tell: Tell | None) -> list[str]:
 
 def _hash(path: Path, stopped: threading.Event, done: list[int]) -> str:
     with path.open("rb", buffering=0) as file:
-        key = _identity(os.fstat(file.fileno()))
-        if key in _hashed:
-            done[0] += key[2]
-            return _hashed[key]
+        opened = FileIdentity.of_open(file)
+        before, known = _hashed.get(opened.file, (None, ""))
+        if before is not None and before.unchanged(opened):
+            done[0] += opened.size
+            return known
         digest, block = hashlib.sha256(), bytearray(_BLOCK)
         while (count := file.readinto(block)) and not stopped.is_set():
             digest.update(memoryview(block)[:count])
             done[0] += count
-        if not stopped.is_set() and _identity(os.fstat(file.fileno())) == key:
-            _hashed[key] = digest.hexdigest()
+        if not stopped.is_set() and opened.unchanged(FileIdentity.of_open(file)):
+            _hashed[opened.file] = opened, digest.hexdigest()
     return digest.hexdigest()
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -22,8 +22,6 @@ from dqrm.process import STOPPED, run_command
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
              "exchange": "Exchange between ranks"}  # fmt: skip
-# Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
-ALMOST_ALL = 0.95
 # Magnitude of dense values above which `prepare` warns that training will hardly work.
 TOO_WIDE = 1e4
 # Mean weight of the rows (or one over it) above which it warns that the learning rate is not what it seems.
@@ -214,30 +212,16 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     """Score raw logs LOG (as for prepare) with the artifact MODEL: the probability of a click for each row."""
     config = build(PredictConfig, given(flags), "predict")
 
-    from dqrm.console import bars, messages, print_json
-    from dqrm.export.base_rate import BaseRate
+    from dqrm.console import bars, print_json
     from dqrm.export.scoring import predict as run
+    from dqrm.info import print_predictions
 
     with bars(quiet=as_json) as progress:
         found = run(model, log, output, config, progress)
     if as_json:
         print_json(found)
-        return
-    for text in found["damaged"]:
-        messages.print(f"{text}; the rows before were scored")
-    for name, share in found["unseen"].items():
-        if share > ALMOST_ALL:
-            messages.print(
-                f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
-                "that it was trained on (true and not True, 7 and not 007)?"
-            )
-    told = BaseRate(**found["subsampling"]).tell()
-    if told is not None:
-        messages.print(told)
-    if not found["rows"]:
-        messages.print(f"Warning: no row of {', '.join(log)} was scored; the log holds none that is sound")
-    skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
-    messages.print(f"{output}: {found['rows']:,} rows, {found['rows_per_second']:,.0f} a second{skipped}")
+    else:
+        print_predictions(log, found)
 
 
 @cli.command("eval")
@@ -249,6 +233,12 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
 @click.option("--batch-size", type=click.IntRange(1), help="Samples per step; default: the run's eval_batch_size.")
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto: CUDA where there is one."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="CPU threads for arithmetic; 0: the fastest number now, at most torch's default.  [default: 0]",
 )
 @_verify
 @click.option(
@@ -265,6 +255,7 @@ def evaluate(
     checkpoint: str | None,
     batch_size: int | None,
     device: str,
+    threads: int,
     verify: bool,
     correct_subsampling: bool,
     as_json: bool,
@@ -273,38 +264,33 @@ def evaluate(
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics
-    from dqrm.training.environment import resolve_device
-    from dqrm.training.evaluation import evaluate as measure
-    from dqrm.training.run import Run
 
-    if not Path(run).is_dir() and (Path(run).is_file() or Path(run).suffix in SUFFIXES):
-        if checkpoint is not None:
-            raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
-        from dqrm.export.evaluation import evaluate_file
-
-        with bars(quiet=as_json) as progress:
-            metrics = evaluate_file(run, data, split, batch_size or 8192, progress, verify, correct_subsampling)
-        if as_json:
-            print_json(metrics)
-        else:
-            print_metrics(f"{run} on {split}", metrics, Dataset(data).subsample_negatives)
-        return
-    opened, dataset, where = Run.open(run), Dataset(data), resolve_device(device)
-    opened.require_same_data(dataset)
+    of_file = not Path(run).is_dir() and (Path(run).is_file() or Path(run).suffix in SUFFIXES)
+    if of_file and checkpoint is not None:
+        raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
+    if of_file and device not in ("auto", "cpu"):
+        raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
     with bars(quiet=as_json) as progress:
-        if verify:
-            dataset.verify(split, tell=progress)
-        dataset.validate(split)
-        checkpoint = checkpoint or "best"
-        model, _ = opened.load_model(checkpoint, verify=verify)
-        size = batch_size or opened.config.training.eval_batch_size
-        metrics = measure(model.to(where), dataset, split, size, progress, False, correct_subsampling)
+        more: dict[str, Any] = {
+            "progress": progress,
+            "verify": verify,
+            "correct_subsampling": correct_subsampling,
+            "threads": threads,
+        }
+        more["log"] = None if as_json else progress.log
+        if of_file:
+            from dqrm.export.evaluation import evaluate_file
+
+            metrics = evaluate_file(run, data, split, batch_size or 8192, **more)
+        else:
+            from dqrm.training.evaluation import evaluate_run
+
+            metrics = evaluate_run(run, data, split, checkpoint or "best", batch_size, device, **more)
     if as_json:
         print_json(metrics)
     else:
-        print_metrics(f"{run}, {checkpoint} checkpoint, on {split}", metrics, dataset.subsample_negatives)
+        title = f"{run} on {split}" if of_file else f"{run}, {checkpoint or 'best'} checkpoint, on {split}"
+        print_metrics(title, metrics, Dataset(data).subsample_negatives)
 
 
 @cli.command()

@@ -1,10 +1,11 @@
-"""What `dqrm info` and the ends of `prepare`, `train` and `eval` print."""
+"""What `dqrm info` and the ends of `prepare`, `train`, `eval`, `export` and `predict` print."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dqrm.console import figure, print_table, results, size
+from dqrm.console import figure, messages, print_table, results, size
 from dqrm.data.dataset import Dataset
 from dqrm.data.subsampling import negative_weight
 from dqrm.errors import UserError, printable
@@ -13,6 +14,8 @@ from dqrm.training.run import Run
 _METRICS = ("rows", "auc", "log_loss", "accuracy", "ne", "calibration")
 # Only of data with a group column.
 _GROUPED = ("gauc", "gauc_coverage")
+# Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
+_ALMOST_ALL = 0.95
 
 
 def describe(path: str, verify: bool = False) -> dict[str, Any]:
@@ -104,6 +107,29 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
     return [*_METRICS, *(name for name in _GROUPED if name in metrics)]
+
+
+def print_predictions(log: Sequence[str], found: dict[str, Any]) -> None:
+    """What `dqrm predict` made of a log."""
+    from dqrm.export.base_rate import BaseRate
+
+    for text in found["damaged"]:
+        messages.print(f"{text}; the rows before were scored")
+    for name, share in found["unseen"].items():
+        if share > _ALMOST_ALL:
+            messages.print(
+                f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
+                "that it was trained on (true and not True, 7 and not 007)?"
+            )
+    told = BaseRate(**found["subsampling"]).tell()
+    if told is not None:
+        messages.print(told)
+    if not found["rows"]:
+        messages.print(f"Warning: no row of {', '.join(log)} was scored; the log holds none that is sound")
+    skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
+    threads = f" on {found['threads']} CPU thread{'s' * (found['threads'] != 1)}" if found["threads"] else ""
+    rate = f"{found['rows_per_second']:,.0f} a second{threads}"
+    messages.print(f"{found['output']}: {found['rows']:,} rows, {rate}{skipped}")
 
 
 def print_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ class BenchStepConfig:
     shuffle: Literal["global", "block"] = "global"
     """Order in which the data is read, as in training."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default."""
+    """CPU threads for arithmetic; 0: torch's default, which is told with the machine."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     seed: int = 0
@@ -132,7 +132,7 @@ class BenchEmbeddingConfig:
     """What to measure: ours (QuantEmbeddingBag), collection (a QuantEmbeddingBagCollection of one table), fp32
     (nn.EmbeddingBag), whole_table (QAT of the whole table), torch_ao, torchao (skipped where not installed)."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default."""
+    """CPU threads for arithmetic; 0: torch's default, which is told with the machine."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     seed: int = 0

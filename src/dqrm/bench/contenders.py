@@ -141,17 +141,3 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
             seed=options.seed,
         ),
     )
-
-
-def build_model(config: Config, table_rows: Sequence[int], weight: Tensor | None) -> DLRM:
-    """The model of a configuration; with `weight` it trains on these tables instead of its own."""
-    return DLRM(
-        NUM_DENSE,
-        table_rows,
-        config=config.model,
-        qat=config.quantization,
-        seed=config.training.seed,
-        precision=config.training.precision,
-        table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
-        table_weight=weight,
-    )

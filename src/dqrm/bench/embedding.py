@@ -19,6 +19,7 @@ from dqrm.bench.measure import Clock, Scales, machine, median, peak_rss_mb, spre
 from dqrm.kernels import native
 from dqrm.quant.embedding import QuantEmbeddingBag, QuantEmbeddingBagCollection
 from dqrm.training.environment import Progress, resolve_device
+from dqrm.training.threads import threads_set
 
 TITLES = {
     "ours": "active rows, ours",
@@ -38,13 +39,8 @@ class Unavailable(Exception):
 def run_embedding(options: BenchEmbeddingConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Measure what `options` says; returns the object that --json prints."""
     progress = progress or (lambda *_: None)
-    before = torch.get_num_threads()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
+    with threads_set(options.threads):
         return _run(options, resolve_device(options.device), progress)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(options: BenchEmbeddingConfig, device: torch.device, progress: Progress) -> dict[str, Any]:

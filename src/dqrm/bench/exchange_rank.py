@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchExchangeConfig
-from dqrm.bench.contenders import LEARNING_RATE, build_model
+from dqrm.bench.contenders import LEARNING_RATE
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.network import interface_bytes
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -27,6 +27,7 @@ from dqrm.data.batches import Batch
 from dqrm.distributed.world import World, join
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
+from dqrm.training.run import build_model
 from dqrm.training.step import TrainStep
 
 # Steps of one variant before the next one's turn: enough that a barrier's bytes do not count.
@@ -108,7 +109,7 @@ def _contenders(options: BenchExchangeConfig, table_rows: Sequence[int], world: 
     found: dict[str, Any] = {}
     for name in options.variants:
         config = _config(options, name)
-        model = build_model(config, table_rows, shared).train()
+        model = build_model(config, NUM_DENSE, table_rows, table_weight=shared).train()
         shared = model.tables.weight.detach()
         found[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
     return found

@@ -38,6 +38,7 @@ from dqrm.export.pipeline import TOLERANCE
 from dqrm.kernels import native
 from dqrm.models.dlrm import DLRM
 from dqrm.training.environment import Progress
+from dqrm.training.threads import threads_set
 
 Score = Callable[[Batch], Tensor]
 
@@ -89,12 +90,12 @@ def run_inference(options: BenchInferenceConfig, progress: Progress | None = Non
     Raises:
         UserError: the tables do not fit in memory, the folder is missing, or the variants' probabilities differ.
     """
-    before = torch.get_num_threads()
-    try:
-        with _folder(options.folder) as folder, tempfile.TemporaryDirectory(prefix="dqrm-bench-") as data:
-            return _run(options, folder, Path(data), progress or (lambda *_: None))
-    finally:
-        torch.set_num_threads(before)
+    with (
+        threads_set(max(options.threads)),
+        _folder(options.folder) as folder,
+        tempfile.TemporaryDirectory(prefix="dqrm-bench-") as data,
+    ):
+        return _run(options, folder, Path(data), progress or (lambda *_: None))
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def print_inference(found: dict[str, Any]) -> None:
         f"Files: {', '.join(sizes)}. "
         f"The same tables in FP32: {figure(found['memory']['fp32_tables_mb'], 0)} MB."
     )
-    _print_machine(found["machine"])
+    _print_machine({**found["machine"], "threads": " and ".join(map(str, settings["threads"]))})
 
 
 def print_exchange(found: dict[str, Any]) -> None:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.bench.config import ARCHITECTURES, BASELINE, NUM_DENSE, SCHEMES, BenchStepConfig, Scheme
-from dqrm.bench.contenders import LEARNING_RATE, Contender, Ours, Plain, build_model, training_config
+from dqrm.bench.contenders import LEARNING_RATE, Contender, Ours, Plain, training_config
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import Clock, machine, median, peak_rss_mb, require_memory, rss_mb, spread
 from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.kernels import native
 from dqrm.training.environment import Progress, resolve_device
+from dqrm.training.run import build_model
+from dqrm.training.threads import threads_set
 
 PARTS = ("data", "lookup", "scale", "forward", "backward", "update")
 _TOUCHED_ROWS = 4096
@@ -48,14 +50,8 @@ def run_step(options: BenchStepConfig, progress: Progress | None = None) -> dict
     """
     progress = progress or (lambda *_: None)
     device = resolve_device(options.device)
-    before = torch.get_num_threads()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
-        with tempfile.TemporaryDirectory(prefix="dqrm-bench-") as path:
-            return _run(options, device, Path(path), progress)
-    finally:
-        torch.set_num_threads(before)
+    with threads_set(options.threads), tempfile.TemporaryDirectory(prefix="dqrm-bench-") as path:
+        return _run(options, device, Path(path), progress)
 
 
 def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: Progress) -> dict[str, Any]:
@@ -107,7 +103,8 @@ def _contenders(
         scheme = SCHEMES.get(name, Scheme(bits=32))
         if name != BASELINE or shared is None:
             start, config = clock(), training_config(options, scheme)
-            model = build_model(config, table_rows, None if scheme.bf16_tables else shared).to(clock.device)
+            model = build_model(config, NUM_DENSE, table_rows, table_weight=None if scheme.bf16_tables else shared)
+            model.to(clock.device)
             memory.setdefault("create_seconds", round((clock() - start) / 1e3, 3))
             if shared is None and not scheme.bf16_tables:
                 shared = model.tables.weight.detach()

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dqrm.data.partitions import is_partition, partitions
-from dqrm.data.sources import Source, State, Stream, is_parquet
+from dqrm.data.sources import Source, Stream, is_parquet
 from dqrm.errors import UserError
+from dqrm.identity import FileIdentity
 
 STDIN = "-"
 _DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/(\d+))|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
@@ -33,9 +34,9 @@ def resolve(given: Sequence[str | Path]) -> list[Source]:
     seen: set[tuple[int, int]] = set()
     for source in sources:
         assert source.state is not None
-        if source.state[:2] in seen:
+        if source.state.file in seen:
             raise UserError(f"{source.where} is given twice, and its rows would count twice")
-        seen.add(source.state[:2])
+        seen.add(source.state.file)
         if source.stream:
             source.state = None  # a pipe has none of its own
     _tell_apart(sources)
@@ -159,7 +160,7 @@ def _source(path: Path, base: Path | None) -> Source:
         return _stream(path, int(found[1] or found[2] or 0) if found else None, str(path))
     if not stat.S_ISREG(mode):
         raise UserError(f"{path} is {_kind(mode)}, expected a file, a folder or a pipe")
-    state = State.of(_stat(path))
+    state = FileIdentity.of(_stat(path))
     return Source(
         path, is_parquet(path), name=path.relative_to(base).as_posix(), partitions=partitions(path), state=state
     )
@@ -176,7 +177,7 @@ def _stream(path: Path, descriptor: int | None, where: str) -> Source:
         kind = "a terminal" if descriptor is not None and os.isatty(descriptor) else _kind(found.st_mode)
         raise UserError(f"{where} is {kind}, expected a file or a pipe")
     stream, name = Stream(path, descriptor, where), path.name if descriptor is None else str(path)
-    return Source(path, False, where, name, state=State.of(found), stream=stream)
+    return Source(path, False, where, name, state=FileIdentity.of(found), stream=stream)
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -40,7 +40,7 @@ class RawEncoder:
     columns of the log that are handed on. on_error: whether a malformed line stops, or is skipped and counted.
 
     Raises:
-        UserError: columns and vocabularies that do not go together.
+        UserError: columns and vocabularies that do not go together, or kept columns that cannot be.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class RawEncoder:
         keep: Sequence[str] = (),
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
+        _check_keep(keep)
         config = dataclasses.replace(options, on_error=on_error, chunk_rows=min(options.chunk_rows, _BLOCK_ROWS))
         # What a model is trained and judged by, it does not score by.
         version = min((column.get("key_version", 1) for column in columns), default=1)
@@ -122,7 +123,7 @@ class RawLog:
     """Logs whose rows become batches; a label is not needed, nor is the column that decided the split.
 
     sources: files, folders, globs of them, or pipes (`-`: standard input), whose rows come once.
-    The other arguments are those of `RawEncoder`.
+    encoder: what makes batches of them.
 
     Attributes:
         paths: the files. size: their bytes together, None where a pipe is among them.
@@ -130,21 +131,11 @@ class RawLog:
         rows, skipped: rows handed out and malformed lines, so far. damaged: what ended early, in words.
 
     Raises:
-        UserError: a file or column that is not as it should be, or columns and vocabularies that do not go together.
+        UserError: a file or column that is not as it should be.
     """
 
-    def __init__(
-        self,
-        sources: str | Path | Sequence[str | Path],
-        options: PrepareConfig,
-        columns: Sequence[Mapping[str, Any]],
-        vocabularies: Sequence[Vocabulary],
-        keep: Sequence[str] = (),
-        on_error: Literal["stop", "skip"] = "stop",
-    ) -> None:
-        _check_keep(keep)
-        self._encoder = RawEncoder(options, columns, vocabularies, keep, on_error)
-        self._plan = self._encoder.plan
+    def __init__(self, sources: str | Path | Sequence[str | Path], encoder: RawEncoder) -> None:
+        self._encoder, self._plan = encoder, encoder.plan
         self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
         self._files = files = resolve(self._given)
         ingest.check(files, self._plan)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import zstandard
 
 from dqrm.errors import UserError
+from dqrm.identity import FileIdentity
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _OTHERS = {
@@ -29,20 +30,6 @@ _OTHERS = {
 }
 # Bytes read from the file at a time; small, since a compressed block may become a thousand times larger.
 _READ = 1 << 18
-
-
-class State(NamedTuple):
-    """By what a file is known to be the same as before."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int  # tells also of a write whose time was set back
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> "State":
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class Stream:
@@ -73,7 +60,7 @@ class Source:
     where: str = ""
     name: str = ""
     partitions: dict[str, str | None] = field(default_factory=dict)
-    state: State | None = None
+    state: FileIdentity | None = None
     stream: Stream | None = None
     used: tuple[str, ...] = ()
     rest: Iterator[bytes] | None = field(default=None, repr=False)
@@ -120,15 +107,15 @@ class Source:
         if self.state is None:
             return
         try:
-            found = State.of(now or self.path.stat())
+            found = FileIdentity.of(now or self.path.stat())
         except OSError as error:
             raise UserError(f"{self.where} changed while it was read: {error.strerror}; {_STILL}") from None
-        if found == self.state:
+        if self.state.unchanged(found):
             return
         if found.size != self.state.size:
             what = f"it had {self.state.size} bytes and has {found.size}"
         else:
-            what = "another file took its place" if found[:2] != self.state[:2] else "it was written to"
+            what = "another file took its place" if found.file != self.state.file else "it was written to"
         raise UserError(f"{self.where} changed while it was read: {what}; {_STILL}")
 
 
@@ -195,7 +182,7 @@ def finish(source: Source) -> None:
 def _raw(source: Source) -> Iterator[bytes]:
     try:
         with source.stream.open() if source.stream else source.path.open("rb") as file:
-            before = os.fstat(file.fileno())
+            opened = os.fstat(file.fileno())
             while block := file.read(_READ):
                 source.digest.update(block)
                 source.bytes += len(block)
@@ -203,8 +190,8 @@ def _raw(source: Source) -> Iterator[bytes]:
                     source.require_unchanged()  # at once: what grows might never end
                 yield block
             # Standard input may be a file without a name.
-            if stat.S_ISREG(before.st_mode):
-                replace(source, state=State.of(before)).require_unchanged(os.fstat(file.fileno()))
+            if stat.S_ISREG(opened.st_mode):
+                replace(source, state=FileIdentity.of(opened)).require_unchanged(os.fstat(file.fileno()))
     except OSError as error:
         raise UserError(f"cannot read {source.where}: {error.strerror}") from None
     source.require_unchanged()

@@ -80,7 +80,7 @@ class PredictConfig:
     batch_size: int = 8192
     """Rows scored at once; changes memory and speed."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default."""
+    """CPU threads for arithmetic; 0: the fastest number when scoring starts, at most torch's default."""
     in_memory: bool = False
     """Read the whole artifact into memory first, so that nothing that happens to the file matters."""
     verify: bool = True

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from dqrm.errors import UserError
-from dqrm.export.watch import Watch, identity
+from dqrm.export.watch import Watch
+from dqrm.identity import FileIdentity
 
 FORMAT_VERSION = 1
 _DTYPES = {
@@ -121,7 +122,7 @@ class Container:
     entries: dict[str, dict[str, Any]]
     header_bytes: int
     _checksums: dict[str, str]
-    _identity: tuple[int, ...]
+    _opened: FileIdentity
 
     @classmethod
     def open(cls, path: Path, kind: str) -> "Container":
@@ -138,8 +139,8 @@ class Container:
             )
         try:
             with path.open("rb") as file:
-                opened = identity(file)
-                size = opened[2]
+                opened = FileIdentity.of_open(file)
+                size = opened.size
                 head = file.read(8)
                 length = int.from_bytes(head, "little")
                 if len(head) < 8 or length > _LONGEST_HEADER or not length >= 2:
@@ -187,7 +188,7 @@ class Container:
             file = self.path.open("rb")
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
-        if identity(file) != self._identity:
+        if not self._opened.unchanged(FileIdentity.of_open(file)):
             file.close()
             raise UserError(f"{self.path} was replaced while it was being read; try again")
         return file

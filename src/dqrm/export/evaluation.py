@@ -1,16 +1,24 @@
 """Metrics of an exported file on a split of the dataset that it was trained on."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.pipeline import require_dataset, score_file
-from dqrm.training.environment import Progress
+from dqrm.export.origin import require_dataset
+from dqrm.export.pipeline import score_file
+from dqrm.training.environment import Log, Progress
 from dqrm.training.evaluation import evaluate, measure_on, score_split
+from dqrm.training.threads import SHORT, given_threads, tell_threads
+
+# Of each number of threads.
+_CALLS = 3
 
 
 def evaluate_file(
@@ -21,6 +29,8 @@ def evaluate_file(
     progress: Progress | None = None,
     verify: bool = True,
     correct_subsampling: bool = True,
+    threads: int = 0,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Metrics of an exported file, .dqrm or .onnx: see `training.evaluation.evaluate`.
 
@@ -29,6 +39,7 @@ def evaluate_file(
 
     Args:
         verify: compare the artifact (an .onnx file has none) and the split with their checksums first.
+        threads, log: as there; of an .onnx file, ONNX Runtime's threads.
 
     Raises:
         UserError: the file is damaged or of another kind, or was trained on other data.
@@ -49,8 +60,29 @@ def evaluate_file(
         dataset.verify(split, tell=progress)
     dataset.validate(split)
     if opened is not None:  # the very file that was compared, and no other that has its name since
-        return evaluate(opened.model(), dataset, split, batch_size, progress, False, correct_subsampling)
-    logits = score_split(score_file(path), dataset, split, batch_size, progress)
+        model = opened.model()
+        return evaluate(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
+    threads = given_threads(threads) or _runtime_threads(path, dataset.split(split), batch_size)
+    tell_threads(threads, log)
+    logits = score_split(score_file(path, threads), dataset, split, batch_size, progress)
     if not correct_subsampling:
         logits -= np.float32(BaseRate.of(content).offset)
     return measure_on(logits, dataset, split, correct_subsampling)
+
+
+def _runtime_threads(path: Path, part: Split, batch_size: int) -> int:
+    """On which number of its threads, one or torch's, ONNX Runtime scores faster now; one where that is done at once.
+
+    A session keeps its number and holds the model, so that they are measured one after the other.
+    """
+    most, seconds = torch.get_num_threads(), {}
+    for number in (1, most) if part.rows else ():
+        score, batch = score_file(path, number), next(iter(part.batches(batch_size)))
+        score(batch)  # its first call is slower
+        started = time.perf_counter()
+        for _ in range(_CALLS):
+            score(batch)
+        seconds[number] = time.perf_counter() - started
+        if seconds[1] / _CALLS * part.num_batches(batch_size) < SHORT:
+            return 1
+    return min(seconds, key=lambda number: seconds[number], default=1)

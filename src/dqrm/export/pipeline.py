@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqrm import __version__
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export import artifact
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.check import compare, looked_up, sample, sampled_split
+from dqrm.export.check import compare, looked_up, sample
 from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
 from dqrm.export.container import Entry, write
+from dqrm.export.origin import check_data, dataset_of, known_schema, provenance, require_dataset, subsample_negatives
 from dqrm.export.pack import Packing, Progress
 from dqrm.export.watch import Watch
 from dqrm.files import exclusive, flush
 from dqrm.models.dlrm import DLRM
 from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
-from dqrm.training.run import Run, versions
+from dqrm.training.run import Run
 
 _READ = 1 << 22
 _DEFAULTS = ExportConfig()
@@ -90,9 +90,9 @@ def _from_run(
 ) -> dict[str, Any]:
     run = Run.open(source)
     shipped = made.suffix == ".dqrm" and config.vocabulary != "none"
-    dataset = _dataset(run, config, shipped)
+    dataset = dataset_of(run, config, shipped)
     if dataset is not None:
-        _check_data(dataset, shipped, config, progress)
+        check_data(dataset, shipped, config, progress)
     # Memory-mapped: each table is read once, piece by piece, while it is packed.
     model, state = run.load_model(config.checkpoint, mapped=True, verify=config.verify)
     watch = _watch(run, state["step"])
@@ -104,7 +104,7 @@ def _from_run(
     packing = Packing(model, ptq, tell)
     described = artifact.describe_model(model, packing.table_bits, packing.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
-    rate = BaseRate.chosen(_subsample_negatives(run, dataset), config.correct_subsampling)
+    rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
     reference = packing.reference()
     reference.logit_offset = model.logit_offset = rate.offset
     expected = _score(reference, batch)
@@ -113,25 +113,15 @@ def _from_run(
         "quantization": {"method": "ptq", **asdict(ptq)}
         if ptq
         else {"method": "qat" if _quantized(packing) else "none"},
-        "schema": dataset.info["schema"] if dataset else _known_schema(run),
+        "schema": dataset.info["schema"] if dataset else known_schema(run),
         "options": dataset.info["options"] if dataset else None,
         "subsampling": rate.header(),
-        "provenance": _provenance(run, state, config.checkpoint),
+        "provenance": provenance(run, state, config.checkpoint),
     }
     first = made if made.suffix == ".dqrm" else made.parent / ".artifact.dqrm"
     entries = packing.entries()
-    if shipped and dataset is not None:
-        vocabularies = list(_vocabularies(dataset, made.parent, progress))
-        if config.vocabulary == "beside":
-            written = made.parent / ".vocabularies"
-            checksum = write(written, artifact.VOCABULARY_KIND, {}, vocabularies)
-            os.replace(written, artifact.vocabulary_path(made, checksum))
-            content["vocabulary"] = {"mode": "beside", "sha256": checksum}
-        else:
-            entries += vocabularies
-            content["vocabulary"] = {"mode": "embed"}
-    else:
-        content["vocabulary"] = {"mode": "none"}
+    content["vocabulary"], more = _vocabulary(dataset if shipped else None, config, made, progress)
+    entries += more
     write(first, artifact.KIND, content, entries)
     difference_from = None
     if ptq is not None:
@@ -158,7 +148,7 @@ def _from_artifact(
     dataset = None
     if config.data is not None:
         dataset = require_dataset(opened.content, config.data, source)
-        _check_data(dataset, False, config, progress)
+        check_data(dataset, False, config, progress)
     batch, where = sample(opened.content["model"], dataset, config.check_rows)
     share = opened.base_rate.subsample_negatives if dataset is None else dataset.subsample_negatives
     rate = BaseRate.chosen(share, config.correct_subsampling)
@@ -231,22 +221,6 @@ def score_file(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:
     return open_runtime(path, threads)
 
 
-def require_dataset(content: dict[str, Any], data: str | Path, source: Path) -> Dataset:
-    """The dataset folder `data`, if it is the one that the artifact was trained on.
-
-    Raises:
-        UserError: it is another one, or none.
-    """
-    dataset = Dataset(data)
-    wanted = content["provenance"]["data"]["fingerprint"]
-    if dataset.fingerprint != wanted:
-        raise UserError(
-            f"{data} is other data than {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
-            f"expected {wanted[:16]}"
-        )
-    return dataset
-
-
 def metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
     """What a file of another format carries of the artifact's header, as text."""
     import json
@@ -261,35 +235,6 @@ def _score(model: torch.nn.Module, batch: Batch) -> Tensor:
     return found
 
 
-def _dataset(run: Run, config: ExportConfig, needed: bool) -> Dataset | None:
-    path = config.data or run.info["data"]["path"]
-    if config.data is None and not Path(path).is_dir():
-        if needed:
-            raise UserError(
-                f"the dataset folder {path}, on which {run.path} was trained, is not there; name it with --data, or "
-                "leave the vocabularies out with --vocabulary none"
-            )
-        return None
-    try:
-        dataset = Dataset(path)
-        run.require_same_data(dataset)
-    except UserError:
-        if needed or config.data is not None:
-            raise
-        return None
-    return dataset
-
-
-def _check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: Progress) -> None:
-    """Raise UserError where what is read of a dataset is damaged: rows to compare by, vocabularies to be shipped."""
-    split = sampled_split(dataset)
-    used = [*([split] if split else []), *(["vocabulary"] if shipped else [])]
-    if config.verify and used:
-        dataset.verify(*used, tell=progress)
-    if split:
-        dataset.validate(split)
-
-
 def _watch(run: Run, step: int) -> Watch:
     """Of the checkpoint's file, which the tables are memory-mapped from."""
     path = checkpoint_path(run.checkpoints, step) / WEIGHTS
@@ -299,41 +244,24 @@ def _watch(run: Run, step: int) -> Watch:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _subsample_negatives(run: Run, dataset: Dataset | None) -> float | None:
-    """None where the dataset is gone and the run, of an older dqrm, does not say."""
-    found: float | None = (
-        run.info["data"].get("subsample_negatives") if dataset is None else dataset.subsample_negatives
-    )
-    return found
-
-
 def _quantized(packing: Packing) -> bool:
     return (packing.table_bits, packing.mlp_bits) != (32, 32)
 
 
-def _known_schema(run: Run) -> dict[str, Any]:
-    data = run.info["data"]
-    return {"dense": data["dense"], "columns": data["columns"]}
-
-
-def _provenance(run: Run, state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Where the model comes from; no folder of this machine in it."""
-    best, summary = state["best"], run.summary
-    at_best = best is not None and best["step"] == state["step"]
-    return {
-        "dqrm": __version__,
-        "versions": versions(),
-        "data": {key: run.info["data"].get(key) for key in ("fingerprint", "rows", "split")},
-        "run": {
-            "config": run.info["config"],
-            "checkpoint": checkpoint,
-            "step": state["step"],
-            "metrics": {
-                "validation": best["metrics"] if at_best else None,
-                "test": summary["test"] if summary and at_best else None,
-            },
-        },
-    }
+def _vocabulary(
+    dataset: Dataset | None, config: ExportConfig, made: Path, progress: Progress
+) -> tuple[dict[str, Any], list[Entry]]:
+    """What the artifact says of the vocabularies of a dataset (None: it has none), and those that go into it itself;
+    `vocabulary: beside` writes them into a file of their own."""
+    if dataset is None:
+        return {"mode": "none"}, []
+    vocabularies = list(_vocabularies(dataset, made.parent, progress))
+    if config.vocabulary != "beside":
+        return {"mode": "embed"}, vocabularies
+    written = made.parent / ".vocabularies"
+    checksum = write(written, artifact.VOCABULARY_KIND, {}, vocabularies)
+    os.replace(written, artifact.vocabulary_path(made, checksum))
+    return {"mode": "beside", "sha256": checksum}, []
 
 
 def _vocabularies(dataset: Dataset, folder: Path, progress: Progress) -> Iterator[Entry]:

@@ -1,6 +1,6 @@
 """Scores raw logs: batches of a `RawLog` go through a model, probabilities go to a file, a block at a time.
 
-    log = RawLog(["log.txt"], options, columns, vocabularies, keep=["I1"])
+    log = RawLog(["log.txt"], RawEncoder(options, columns, vocabularies, keep=["I1"]))
     predict(lambda batch: model(batch.dense, batch.ids, batch.bags), log, Path("predictions.parquet"))
 
 Memory does not grow with the log: the parts of a Parquet file wait on disk.
@@ -8,7 +8,7 @@ Memory does not grow with the log: the parts of a Parquet file wait on disk.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +22,7 @@ from dqrm.data.batches import Batch
 from dqrm.data.raw import PROBABILITY, RawLog
 from dqrm.errors import UserError
 from dqrm.files import partial_path, replacing, why_not_written
+from dqrm.training.threads import scoring_threads
 
 Score = Callable[[Batch], torch.Tensor]
 Progress = Callable[[str, int, int | None], None]
@@ -29,19 +30,27 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (".parquet", *_SEPARATORS)
 # Rows and bytes held before they become a part on disk: few enough for memory, enough that there are few parts.
 _PART_ROWS, _PART_BYTES = 1 << 20, 1 << 26
+# Rows of a block below which no other is expected.
+_SHORT_BLOCK = 1 << 15
 
 
 def predict(
-    score: Score, log: RawLog, output: Path, batch_size: int = 8192, progress: Progress | None = None
+    score: Score,
+    log: RawLog,
+    output: Path,
+    batch_size: int = 8192,
+    progress: Progress | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """Writes the kept columns of every row of the log and its `probability`, float32, in the order of the log.
 
     score: the logits [B] of a batch on the CPU. output: .parquet, .csv or .tsv; an existing file is replaced once the
-    new one is whole. progress: called with what is done, bytes of the log done, and of how many.
+    new one is whole. progress: called with what is done, bytes of the log done, and of how many. threads: CPU threads
+    for arithmetic; 0: the fastest number for the first block, at most as many as before.
 
     Returns:
         rows, skipped (malformed lines), damaged (files that ended early, in words), unseen (for each column the share
-        of ids that the model does not know), seconds and rows_per_second.
+        of ids that the model does not know), seconds, rows_per_second and threads (None without rows).
 
     Raises:
         UserError: an output that cannot be written, a log that cannot be read, or a logit that is not finite.
@@ -50,6 +59,7 @@ def predict(
         raise UserError(f"batch_size is {batch_size}, should be at least 1")
     check_output(output, log)
     began, done, rows = time.perf_counter(), 0, 0
+    number: int | None = None
 
     def advance(count: int) -> None:
         nonlocal done
@@ -57,7 +67,7 @@ def predict(
 
     schema = pl.Schema({**log.schema, PROBABILITY: pl.Float32()})
     busy = f"another dqrm predict is writing to {output}; wait for it, or name another output"
-    with replacing(output, busy) as partial:
+    with ExitStack() as held, replacing(output, busy) as partial:
         if (text := log.means(partial)) is not None:
             raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
         sink: _Parquet | _Text = _Parquet(partial, schema)
@@ -67,6 +77,8 @@ def predict(
             with _writing(output):
                 sink.begin()
             for kept, batch in ahead(log.blocks(advance)):
+                if number is None:
+                    number = held.enter_context(_fastest(score, batch, batch_size, threads))
                 found = probabilities(score, batch, batch_size, rows)
                 with _writing(output):
                     probability = pl.Series(PROBABILITY, found)
@@ -80,7 +92,11 @@ def predict(
             sink.close()
     if progress:
         progress("scoring", log.size or done, log.size or done)
-    seconds = time.perf_counter() - began
+    return _outcome(log, rows, time.perf_counter() - began, number)
+
+
+def _outcome(log: RawLog, rows: int, seconds: float, threads: int | None) -> dict[str, Any]:
+    """What `predict` returns."""
     return {
         "rows": rows,
         "skipped": log.skipped,
@@ -88,7 +104,20 @@ def predict(
         "unseen": {name: round(share, 6) for name, share in log.unseen.items()},
         "seconds": seconds,
         "rows_per_second": rows / seconds,
+        "threads": threads,
     }
+
+
+def _fastest(score: Score, block: Batch, size: int, threads: int) -> AbstractContextManager[int]:
+    """Computing on the number of threads that scores the first block of a log fastest."""
+    part = _slice(block, 0, min(size, len(block)))
+
+    def call() -> None:
+        with torch.inference_mode():
+            score(part)
+
+    # A short block is the whole log, or all that a pipe gives at once.
+    return scoring_threads(call, -(-len(block) // size) if len(block) < _SHORT_BLOCK else None, threads)
 
 
 def check_output(output: Path, log: RawLog) -> None:

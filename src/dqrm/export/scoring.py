@@ -9,12 +9,12 @@ import torch
 
 from dqrm.data.batches import Batch
 from dqrm.data.config import PrepareConfig
-from dqrm.data.raw import RawLog
+from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.config import PredictConfig
-from dqrm.export.pipeline import require_dataset
+from dqrm.export.origin import require_dataset
 from dqrm.export.predict import predict as write_predictions
 from dqrm.models.dlrm import DLRM
 from dqrm.options import build
@@ -40,8 +40,8 @@ def predict(
         output: .parquet, .csv or .tsv: the kept columns, then `probability` (float32), for each row of the log.
 
     Returns:
-        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, output, and subsampling: which click
-        rate the probabilities are on.
+        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, threads (that it computed on;
+        torch's number is as before afterwards), output, and subsampling: which click rate the probabilities are on.
 
     Raises:
         UserError: the artifact is damaged or lacks vocabularies, a column is missing (names it), a malformed line, or
@@ -54,10 +54,8 @@ def predict(
     given = {name: value for name, value in given.items() if value is not None}
     read_as = build(PrepareConfig, {**options, **given}, "predict" if given else str(model))
     _require_another(Path(output), opened, config.data)
-    log = RawLog(sources, read_as, columns, vocabularies, config.keep, config.on_error)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress)
+    log = RawLog(sources, RawEncoder(read_as, columns, vocabularies, config.keep, config.on_error))
+    found = write_predictions(scorer(packed), log, Path(output), config.batch_size, progress, config.threads)
     return {**found, "output": str(output), "subsampling": opened.base_rate.header()}
 
 

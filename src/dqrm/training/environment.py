@@ -13,6 +13,7 @@ from dqrm.config import TrainingConfig
 from dqrm.errors import UserError
 
 Progress = Callable[[str, int, int | None], None]
+Log = Callable[[str], None]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Run a model over a split and measure it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
-from dqrm.training.environment import Progress
+from dqrm.training.environment import Log, Progress, resolve_device
 from dqrm.training.metrics import click_metrics
+from dqrm.training.run import Run
+from dqrm.training.threads import scoring_threads
 
 
 def predict_logits(
@@ -32,6 +35,13 @@ def predict_logits(
     With share (rank, ranks), of the rank's part: whole batches, so that no logit depends on who computes it. `sampled`:
     without the model's `logit_offset`.
     """
+    with _evaluating(model, sampled) as score:
+        return score_split(score, dataset, split, batch_size, progress, share)
+
+
+@contextmanager
+def _evaluating(model: DLRM, sampled: bool) -> Iterator[Callable[[Batch], torch.Tensor]]:
+    """Inside, the model is in evaluation mode; yields what gives the logits of a batch."""
     device, training = model.tables.row_offsets.device, model.training
 
     def score(batch: Batch) -> torch.Tensor:
@@ -40,9 +50,10 @@ def predict_logits(
         return logits
 
     model.eval()
-    logits = score_split(score, dataset, split, batch_size, progress, share)
-    model.train(training)
-    return logits
+    try:
+        yield score
+    finally:
+        model.train(training)
 
 
 def score_split(
@@ -89,6 +100,8 @@ def evaluate(
     progress: Progress | None = None,
     verify: bool = True,
     correct_subsampling: bool = True,
+    threads: int = 0,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Metrics of `model` on a split of a dataset or dataset folder: see `metrics.click_metrics`.
 
@@ -99,6 +112,8 @@ def evaluate(
 
     Args:
         verify: compare the split with its checksums first; once in a process while it does not change.
+        threads: CPU threads for arithmetic; 0: the fastest number now, at most torch's, which is as before afterwards.
+        log: told the number.
 
     Raises:
         UserError: the split is damaged, a prediction is no finite number, or `model` is no model.
@@ -111,10 +126,50 @@ def evaluate(
         dataset = Dataset(dataset)
     if verify:
         dataset.verify(split, tell=progress)
-    logits = predict_logits(model, dataset, split, batch_size, progress, sampled=not correct_subsampling)
+    sampled, part = not correct_subsampling, dataset.split(split)
+    with ExitStack() as held:
+        if model.tables.row_offsets.device.type == "cpu" and part.rows:
+            with _evaluating(model, sampled) as score, torch.inference_mode():
+                first, batches = next(iter(part.batches(batch_size))), part.num_batches(batch_size)
+                held.enter_context(scoring_threads(lambda: score(first), batches, threads, log))
+        logits = predict_logits(model, dataset, split, batch_size, progress, sampled=sampled)
     if correct_subsampling and model.logit_offset is None and dataset.subsample_negatives:
         logits += np.float32(logit_offset(dataset.subsample_negatives))
     return measure_on(logits, dataset, split, correct_subsampling)
+
+
+def evaluate_run(
+    path: str | Path,
+    data: str | Path,
+    split: str = "test",
+    checkpoint: str = "best",
+    batch_size: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    verify: bool = True,
+    correct_subsampling: bool = True,
+    threads: int = 0,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Metrics of a checkpoint of a run folder: see `evaluate`.
+
+    Args:
+        checkpoint: 'best' on validation, or 'last'.
+        batch_size: samples per step; None: the run's eval_batch_size.
+        device: as in `TrainingConfig`.
+        verify: compare the split and the checkpoint with their checksums first.
+
+    Raises:
+        UserError: no run, other data than it was trained on, damage, or as `evaluate`.
+    """
+    run, dataset, where = Run.open(path), Dataset(data), resolve_device(device)
+    run.require_same_data(dataset)
+    if verify:
+        dataset.verify(split, tell=progress)
+    dataset.validate(split)
+    model, _ = run.load_model(checkpoint, verify=verify)
+    size = batch_size or run.config.training.eval_batch_size
+    return evaluate(model.to(where), dataset, split, size, progress, False, correct_subsampling, threads, log)
 
 
 def measure_on(logits: np.ndarray, dataset: Dataset, split: str, true_rate: bool) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.distributed.world import World, join
 from dqrm.errors import UserError
-from dqrm.training.environment import Progress, check_environment
-from dqrm.training.loop import Interrupted, Log, Trainer
+from dqrm.training.environment import Log, Progress, check_environment
+from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection
 from dqrm.training.threads import choose_threads, threads_set

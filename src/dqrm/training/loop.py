@@ -7,15 +7,12 @@ for bit on CPU: the checkpoint holds weights, scales and their clock, optimizer 
 data and what the exchange between ranks remembers.
 """
 
-import json
-import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +20,6 @@ import torch
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
-from dqrm.files import ANYTHING, require
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
@@ -37,44 +33,22 @@ from dqrm.training.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
-from dqrm.training.clamping import Clamping
 from dqrm.training.divergence import too_wide
-from dqrm.training.environment import Progress, resolve_device, stop_signals
+from dqrm.training.environment import Log, Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
 from dqrm.training.optimizers import learning_rate
+from dqrm.training.recording import Recorder
 from dqrm.training.run import Run, versions
+from dqrm.training.selection import choose, chosen_by
+from dqrm.training.state import State, check_keys
 from dqrm.training.step import TrainStep
 
-Log = Callable[[str], None]
 # What a rank can tell the others with a step: a signal told it to stop; the last checkpoint is old.
 _STOP, _SAVE = 1, 2
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM arrived; a checkpoint was saved."""
-
-
-@dataclass
-class State:
-    """Where a run stands; with the weights and optimizers, all that resuming needs."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    loss_rows: int = 0
-    best: dict[str, Any] | None = None
-    without_better: int = 0
-    rate_factor: float = 1.0
-    finished: bool = False
-    metrics_bytes: int = 0
-    train_seconds: float = 0.0
-    train_rows: int = 0
-    clamping: Clamping = field(default_factory=Clamping)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.clamping, dict):  # as JSON has it
-            self.clamping = Clamping(**self.clamping)
 
 
 class Trainer:
@@ -109,11 +83,10 @@ class Trainer:
             self._load_state(last)
         self.flags = 0  # of the last step, joined over the ranks
         self.stopped = threading.Event()
-        self.metrics: IO[bytes] | None = None
-        self.writer: Any = None
+        self.recorder: Recorder | None = None
         if self.world.first:
-            self.metrics = open_metrics(run.path / "metrics.jsonl", self.state.metrics_bytes, self.log)
-            self.writer = _tensorboard(run.path, self.state.step) if self.options.tensorboard else None
+            known = (self.state.metrics_bytes, self.state.step)
+            self.recorder = Recorder(run.path, *known, self.options.tensorboard, self.log)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.saved_at = self.clock = time.monotonic()
 
@@ -131,10 +104,8 @@ class Trainer:
                         raise Interrupted
             return self._finish()
         finally:
-            if self.metrics:
-                self.metrics.close()
-            if self.writer:
-                self.writer.close()
+            if self.recorder:
+                self.recorder.close()
 
     def _steps(self) -> Iterator[None]:
         """One yield per training step, evaluations and checkpoints done."""
@@ -249,39 +220,17 @@ class Trainer:
         metrics = evaluate_shared(
             self.model, self.dataset, "validation", options.eval_batch_size, self.world, self.progress
         )
-        value = metrics[options.select_by]
-        sign = -1 if options.select_by == "log_loss" else 1
-        better = value is not None and (
-            state.best is None or state.best["metrics"][options.select_by] is None
-            or sign * value > sign * state.best["metrics"][options.select_by]
-        )  # fmt: skip
-        # Without validation rows there is nothing to choose by: the last state is the result.
-        if better or value is None:
-            state.best = {
-                "step": state.step,
-                "epoch": state.epoch + 1,
-                "train_loss": train_loss,
-                "metrics": metrics,
-            }
-            state.without_better = 0
-        else:
-            state.without_better += 1
-            if state.without_better % self.config.optimizer.plateau_patience == 0:
-                state.rate_factor *= self.config.optimizer.plateau_factor
-            if options.early_stopping and state.without_better >= options.early_stopping:
-                state.finished = True
-        self._write(
-            {
-                "kind": "evaluation",
-                "split": "validation",
-                "epoch": state.epoch + 1,
-                "train_loss": train_loss,
-                "best": better,
-                **metrics,
-                **state.clamping.figures(),
-                **position,
-            }
-        )
+        better = choose(state, metrics, train_loss, self.config)
+        self._write({
+            "kind": "evaluation",
+            "split": "validation",
+            "epoch": state.epoch + 1,
+            "train_loss": train_loss,
+            "best": better,
+            **metrics,
+            **state.clamping.figures(),
+            **position,
+        })  # fmt: skip
         shown = ("auc", "gauc", "log_loss", "ne")
         figures = [f"{name} {metrics[name]:.4f}" for name in shown if metrics.get(name) is not None]
         self.log(
@@ -296,22 +245,15 @@ class Trainer:
         return {"step": self.state.step, "learning_rate": rate, "train_seconds": round(self.state.train_seconds, 3)}
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.metrics is None:
-            return
-        self.metrics.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self.metrics.flush()
-        if self.writer:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        if self.recorder:
+            self.recorder.write(line)
 
     def _save(self) -> None:
         state = self.state
         self._sum_loss()
         remembered = None if self.exchange is None else self.exchange.state()
-        if self.metrics is not None:
-            os.fsync(self.metrics.fileno())
-            state.metrics_bytes = self.metrics.tell()
+        if self.recorder is not None:
+            state.metrics_bytes = self.recorder.sync()
             keep = {state.best["step"]} if state.best else set()
             save_checkpoint(
                 self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep, remembered
@@ -340,14 +282,7 @@ class Trainer:
             if self.verify:
                 verify_checkpoint(folder)
             found = load_state(folder, self.optimizers)
-            known = [field.name for field in fields(State)]
-            # Runs of before clamped weights were counted lack that field.
-            required = [name for name in known if name != "clamping"]
-            require(folder / STATE, found, dict.fromkeys(required, ANYTHING))
-            if unknown := [name for name in found if name not in known]:
-                raise UserError(
-                    f"{folder / STATE} has the unknown key '{unknown[0]}': another version of dqrm wrote it"
-                )
+            check_keys(folder / STATE, found)
             return found, load_exchange(folder)
 
         state, remembered = self.world.on_first(load)
@@ -376,7 +311,6 @@ class Trainer:
         model = self.model
         if state.best and state.best["step"] != state.step:
             self._load_weights(state.best["step"])
-        chosen = state.best is not None and state.best["metrics"][self.options.select_by] is not None
         test = None
         if self.dataset.rows.get("test"):
             test = evaluate_shared(model, self.dataset, "test", self.options.eval_batch_size, self.world, self.progress)
@@ -384,7 +318,7 @@ class Trainer:
         summary = {
             "best": state.best,
             "test": test,
-            "selection": f"best validation {self.options.select_by}" if chosen else "last state (no validation figure)",
+            "selection": chosen_by(state, self.options.select_by),
             "steps": state.step,
             "epochs": state.epoch,
             "stored_bytes": stored_bytes(model),
@@ -401,26 +335,3 @@ class Trainer:
             summary["exchange"] = self.exchange.report()
         self.world.on_first(lambda: self.run.finish(summary))
         return summary
-
-
-def open_metrics(path: Path, size: int, log: Log) -> IO[bytes]:
-    """metrics.jsonl, to append to, cut to the `size` that a checkpoint knows of: lines after it are written again.
-
-    Where it is shorter, it ends after its last whole line, and `log` is told.
-    """
-    file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
-    found = file.seek(0, os.SEEK_END)
-    if found < size:
-        file.seek(0)
-        size = file.read().rfind(b"\n") + 1
-        log(f"{path} has {found} bytes where the checkpoint knew of more: what is missing of its lines is lost")
-    file.truncate(size)
-    file.seek(0, os.SEEK_END)
-    return file
-
-
-def _tensorboard(path: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What an interrupted run wrote after the checkpoint is written again.
-    return SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)

@@ -8,7 +8,7 @@ checkpoints/    see `checkpoints`
 
 import platform
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,17 +185,9 @@ class Run:
         """The run's model with its initial weights; the tables' are `table_weight` itself where that is given."""
         data, config = self.info["data"], self.config
         try:
-            return DLRM(
-                len(data["dense"]),
-                [column["rows"] for column in data["columns"]],
-                multi=[column["multi"] for column in data["columns"]],
-                config=config.model,
-                qat=config.quantization,
-                seed=config.training.seed,
-                precision=config.training.precision,
-                table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
-                table_weight=table_weight,
-            )
+            tables = [column["rows"] for column in data["columns"]]
+            multi = [column["multi"] for column in data["columns"]]
+            return build_model(config, len(data["dense"]), tables, multi, table_weight)
         except ValueError as error:
             raise UserError(f"{self.info['data']['path']}: {error}") from None
         except (RuntimeError, MemoryError) as error:
@@ -256,6 +248,34 @@ def _contents(path: Path) -> set[str]:
     if metrics.is_file() and not metrics.stat().st_size:
         found.discard(metrics.name)
     return found - ({checkpoints.name} if checkpoints.is_dir() and not any(checkpoints.iterdir()) else set())
+
+
+def build_model(
+    config: Config,
+    num_dense: int,
+    table_rows: Sequence[int],
+    multi: Sequence[bool] | None = None,
+    table_weight: torch.Tensor | None = None,
+) -> DLRM:
+    """The model of a configuration for data of these columns, with its initial weights.
+
+    Args:
+        num_dense, table_rows, multi, table_weight: as in `DLRM`.
+
+    Raises:
+        ValueError: as `DLRM`.
+    """
+    return DLRM(
+        num_dense,
+        table_rows,
+        multi=multi,
+        config=config.model,
+        qat=config.quantization,
+        seed=config.training.seed,
+        precision=config.training.precision,
+        table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
+        table_weight=table_weight,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""Choosing by validation figures: whether what was asked for can act on this data, before the first step."""
+"""Choosing by validation figures: which state of a run is its result, when it stops early and when its learning rate
+falls; and before the first step, whether what was asked for can act on this data.
+"""
+
+from typing import Any
 
 import numpy as np
 
@@ -6,6 +10,39 @@ from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.training.metrics import groups_with_both_labels
+from dqrm.training.state import State
+
+
+def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Config) -> bool:
+    """Bring an evaluation on validation into the state: the best so far, or one more without a better one, after which
+    the learning rate may fall and the run may be finished.
+
+    Without validation rows there is nothing to choose by: the last state is the result.
+
+    Returns:
+        Whether it is the best so far; no figure is none.
+    """
+    options, value = config.training, metrics[config.training.select_by]
+    sign = -1 if options.select_by == "log_loss" else 1
+    best = None if state.best is None else state.best["metrics"][options.select_by]
+    better = value is not None and (best is None or sign * value > sign * best)
+    if better or value is None:
+        state.best = {"step": state.step, "epoch": state.epoch + 1, "train_loss": train_loss, "metrics": metrics}
+        state.without_better = 0
+        return better
+    state.without_better += 1
+    if state.without_better % config.optimizer.plateau_patience == 0:
+        state.rate_factor *= config.optimizer.plateau_factor
+    if options.early_stopping and state.without_better >= options.early_stopping:
+        state.finished = True
+    return better
+
+
+def chosen_by(state: State, select_by: str) -> str:
+    """In words, by what the result of a run was chosen."""
+    if state.best is not None and state.best["metrics"][select_by] is not None:
+        return f"best validation {select_by}"
+    return "last state (no validation figure)"
 
 
 def check_selection(config: Config, dataset: Dataset) -> list[str]:

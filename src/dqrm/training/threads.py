@@ -1,9 +1,9 @@
-"""How many CPU threads a run computes on where its configuration leaves it open.
+"""How many CPU threads training and scoring compute on where their configuration leaves it open.
 
 Threads of one step wait for each other many times, so that beside a program that holds one core all of torch's threads
 are often ten times slower than one; and small models gain nothing by a second one in any case. So candidates train a
-small stand-in of the model for a moment, and the fastest is taken. The bits of a result depend on the number: it
-is written into run.json and kept for the whole run.
+small stand-in of the model for a moment, or score the first batch a few times, and the fastest is taken. The bits of a
+result depend on the number: it is kept for the whole run or file, and told (run.json, what `predict` returns).
 """
 
 import os
@@ -15,12 +15,16 @@ from dataclasses import replace
 import torch
 
 from dqrm.data.batches import Batch
-from dqrm.models.dlrm import DLRM
-from dqrm.training.run import Run
+from dqrm.training.environment import Log
+from dqrm.training.run import Run, build_model
 from dqrm.training.step import TrainStep
 
 _SECONDS = 0.3  # of each candidate
 _ROUNDS = 6
+# The same of scoring, whose calls are longer and whose jobs are shorter.
+_SCORING_SECONDS, _SCORING_ROUNDS = 0.1, 3
+# Seconds of scoring on one thread that are not worth measuring for.
+SHORT = 1.0
 _ROWS = 1000  # of a table of the stand-in, at most
 
 
@@ -31,11 +35,9 @@ def choose_threads(run: Run) -> int:
     run is not on a CPU. torch's number is the highest that is tried.
     """
     options, most = run.config.training, torch.get_num_threads()
-    if options.threads:
-        return options.threads
     on_cpu = (options.device == "auto" and not torch.cuda.is_available()) or options.device.startswith("cpu")
-    if most == 1 or not on_cpu or os.environ.get("OMP_NUM_THREADS"):
-        return most
+    if (given := given_threads(options.threads, on_cpu)) is not None:
+        return given
     columns = run.info["data"]["columns"]
     rows = [min(column["rows"], _ROWS) for column in columns]
     multi = [column["multi"] for column in columns]
@@ -44,13 +46,57 @@ def choose_threads(run: Run) -> int:
     with torch.random.fork_rng(devices=[]), threads_set(most):
         torch.manual_seed(0)
         batch = _batch(options.batch_size, len(run.info["data"]["dense"]), rows, multi)
-        model = DLRM(
-            batch.dense.shape[1], rows, multi=multi, config=config.model, qat=config.quantization,
-            precision=options.precision,
-            table_dtype=torch.bfloat16 if options.table_dtype == "bf16" else torch.float32,
-        )  # fmt: skip
+        model = build_model(config, batch.dense.shape[1], rows, multi)
         step = TrainStep(model.train(), config)
         return fastest(lambda: step(batch, 0.0), candidates(most))
+
+
+def given_threads(threads: int = 0, on_cpu: bool = True) -> int | None:
+    """The number of threads where nothing is to be measured: `threads` unless it is 0, else torch's number where it is
+    1, OMP_NUM_THREADS says so or the work is not done on a CPU. None where the fastest is to be found."""
+    if threads:
+        return threads
+    most = torch.get_num_threads()
+    return most if most == 1 or not on_cpu or os.environ.get("OMP_NUM_THREADS") else None
+
+
+def threads_to_score(score: Callable[[], object], calls: int | None = None, threads: int = 0) -> int:
+    """The number of threads on which this machine, as it is loaded now, scores fastest: at most torch's number.
+
+    Args:
+        score: scores one batch of those that are to be scored.
+        calls: how many of its size there are in all; None: many. Of a few, one thread scores all before the fastest
+            number was found, and one never waits for another.
+        threads: what the user asked for; 0: nothing.
+    """
+    if (given := given_threads(threads)) is not None:
+        return given
+    most = torch.get_num_threads()
+    with threads_set(1):
+        score()  # may compile kernels and reads pages of tables
+        started = time.perf_counter()
+        score()
+        if calls is not None and calls * (time.perf_counter() - started) < SHORT:
+            return 1
+    with threads_set(most):
+        return fastest(score, candidates(most), _SCORING_SECONDS, _SCORING_ROUNDS)
+
+
+@contextmanager
+def scoring_threads(
+    score: Callable[[], object], calls: int | None = None, threads: int = 0, log: Log | None = None
+) -> Iterator[int]:
+    """Inside, torch computes on `threads_to_score`, which `log` is told; afterwards on as many threads as before."""
+    number = threads_to_score(score, calls, threads)
+    tell_threads(number, log)
+    with threads_set(number):
+        yield number
+
+
+def tell_threads(number: int, log: Log | None) -> None:
+    """Which number it is, to whom it may concern."""
+    if log:
+        log(f"Scoring on {number} CPU thread{'s' * (number != 1)}.")
 
 
 def candidates(most: int) -> list[int]:
@@ -58,15 +104,18 @@ def candidates(most: int) -> list[int]:
     return sorted({1, most - 1, most, *(2**power for power in range(most.bit_length()))} & set(range(1, most + 1)))
 
 
-def fastest(step: Callable[[], object], numbers: list[int]) -> int:
-    """The number of threads that takes the most steps in a second; they alternate."""
+def fastest(
+    step: Callable[[], object], numbers: list[int], measured: float | None = None, rounds: int = _ROUNDS
+) -> int:
+    """The number of threads that takes the most steps in a second; they alternate. measured: seconds of each."""
     steps, seconds = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0.0)
-    for _ in range(_ROUNDS):
+    part = (_SECONDS if measured is None else measured) / rounds
+    for _ in range(rounds):
         for number in numbers:
             torch.set_num_threads(number)
             step()  # wakes the threads; not counted
             started = now = time.perf_counter()
-            while now - started < _SECONDS / _ROUNDS:
+            while now - started < part:
                 step()
                 steps[number], now = steps[number] + 1, time.perf_counter()
             seconds[number] += now - started

@@ -1,0 +1,90 @@
+"""Where an exported file comes from: the run, the dataset that it was trained on, and what the file says of both."""
+
+from pathlib import Path
+from typing import Any
+
+from dqrm import __version__
+from dqrm.data.dataset import Dataset
+from dqrm.errors import UserError
+from dqrm.export.check import sampled_split
+from dqrm.export.config import ExportConfig
+from dqrm.export.pack import Progress
+from dqrm.training.run import Run, versions
+
+
+def require_dataset(content: dict[str, Any], data: str | Path, source: Path) -> Dataset:
+    """The dataset folder `data`, if it is the one that the artifact was trained on.
+
+    Raises:
+        UserError: it is another one, or none.
+    """
+    dataset = Dataset(data)
+    wanted = content["provenance"]["data"]["fingerprint"]
+    if dataset.fingerprint != wanted:
+        raise UserError(
+            f"{data} is other data than {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
+            f"expected {wanted[:16]}"
+        )
+    return dataset
+
+
+def dataset_of(run: Run, config: ExportConfig, needed: bool) -> Dataset | None:
+    path = config.data or run.info["data"]["path"]
+    if config.data is None and not Path(path).is_dir():
+        if needed:
+            raise UserError(
+                f"the dataset folder {path}, on which {run.path} was trained, is not there; name it with --data, or "
+                "leave the vocabularies out with --vocabulary none"
+            )
+        return None
+    try:
+        dataset = Dataset(path)
+        run.require_same_data(dataset)
+    except UserError:
+        if needed or config.data is not None:
+            raise
+        return None
+    return dataset
+
+
+def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: Progress) -> None:
+    """Raise UserError where what is read of a dataset is damaged: rows to compare by, vocabularies to be shipped."""
+    split = sampled_split(dataset)
+    used = [*([split] if split else []), *(["vocabulary"] if shipped else [])]
+    if config.verify and used:
+        dataset.verify(*used, tell=progress)
+    if split:
+        dataset.validate(split)
+
+
+def subsample_negatives(run: Run, dataset: Dataset | None) -> float | None:
+    """None where the dataset is gone and the run, of an older dqrm, does not say."""
+    found: float | None = (
+        run.info["data"].get("subsample_negatives") if dataset is None else dataset.subsample_negatives
+    )
+    return found
+
+
+def known_schema(run: Run) -> dict[str, Any]:
+    data = run.info["data"]
+    return {"dense": data["dense"], "columns": data["columns"]}
+
+
+def provenance(run: Run, state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Where the model comes from; no folder of this machine in it."""
+    best, summary = state["best"], run.summary
+    at_best = best is not None and best["step"] == state["step"]
+    return {
+        "dqrm": __version__,
+        "versions": versions(),
+        "data": {key: run.info["data"].get(key) for key in ("fingerprint", "rows", "split")},
+        "run": {
+            "config": run.info["config"],
+            "checkpoint": checkpoint,
+            "step": state["step"],
+            "metrics": {
+                "validation": best["metrics"] if at_best else None,
+                "test": summary["test"] if summary and at_best else None,
+            },
+        },
+    }

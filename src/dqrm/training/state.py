@@ -1,0 +1,41 @@
+"""Where a run stands: what a checkpoint's state.json holds."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dqrm.errors import UserError
+from dqrm.files import ANYTHING, require
+from dqrm.training.clamping import Clamping
+
+
+@dataclass
+class State:
+    """Where a run stands; with the weights and optimizers, all that resuming needs."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    loss_rows: int = 0
+    best: dict[str, Any] | None = None
+    without_better: int = 0
+    rate_factor: float = 1.0
+    finished: bool = False
+    metrics_bytes: int = 0
+    train_seconds: float = 0.0
+    train_rows: int = 0
+    clamping: Clamping = field(default_factory=Clamping)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.clamping, dict):  # as JSON has it
+            self.clamping = Clamping(**self.clamping)
+
+
+def check_keys(path: Path, found: dict[str, Any]) -> None:
+    """Raise UserError unless a state.json that was read has the keys of `State`, and no others."""
+    known = [field.name for field in fields(State)]
+    # Runs of before clamped weights were counted lack that field.
+    require(path, found, dict.fromkeys((name for name in known if name != "clamping"), ANYTHING))
+    if unknown := [name for name in found if name not in known]:
+        raise UserError(f"{path} has the unknown key '{unknown[0]}': another version of dqrm wrote it")
