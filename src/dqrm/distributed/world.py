@@ -5,6 +5,7 @@ nobody started ranks, it gives a world of one, in which everything here is immed
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -133,7 +134,7 @@ class _Launched(World):
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         self._heard: str | None = None  # why the ranks end
         threading.Thread(target=self._beat, daemon=True, name="dqrm-heartbeat").start()
-        with self.guard():
+        with self.guard(), _gloo_unheard():
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore("group", store),
@@ -166,7 +167,7 @@ class _Launched(World):
 
     def set_timeout(self, seconds: float) -> None:
         if seconds != self._seconds:
-            with self.guard():
+            with self.guard(), _gloo_unheard():
                 self.group = dist.new_group(timeout=timedelta(seconds=seconds))
             self._seconds = seconds
 
@@ -269,6 +270,27 @@ class _Launched(World):
         if after[slowest][1] < entered:
             return f"rank {slowest} hangs: it is alive, but the others waited in vain for {self._seconds:.0f} seconds"
         return None
+
+
+@contextmanager
+def _gloo_unheard() -> Iterator[None]:
+    """While ranks are connected: Gloo of torch 2.9 says so in a line of its own on standard output, where a summary in
+    JSON goes. What fails is raised, not printed.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be written there
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        sys.stdout.flush()
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 _current: World | None = None

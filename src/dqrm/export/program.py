@@ -3,13 +3,14 @@
 Both take (dense, ids, values_0, offsets_0, values_1, ...), all but dense int64, and give logits float32 [B].
 """
 
+import inspect
 import io
 import os
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqrm.errors import UserError
 from dqrm.export.parts import ServedDLRM
@@ -71,16 +72,30 @@ def _exported(model: DLRM, max_batch: int | None, max_values: int | None) -> Any
     batch = torch.export.Dim("batch", min=1, max=max_batch)
     arguments: list[Tensor] = [torch.zeros(samples, model.num_dense), torch.zeros(samples, single, dtype=torch.int64)]
     dynamic: list[dict[int, Any]] = [{0: batch}, {0: batch}]
+    names = ["dense", "ids"]
     for number in range(multi):
         arguments += [torch.zeros(length, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64)]
         dynamic += [{0: torch.export.Dim(f"n_{number}", min=0, max=max_values)}, {0: batch}]
+        names += [f"values_{number}", f"offsets_{number}"]
+    _name_arguments(served, names)
     with torch.no_grad():
-        return torch.export.export(
-            served,
-            tuple(arguments),
-            dynamic_shapes=(*dynamic[:2], *([tuple(dynamic[2:])] if multi else [])),
-            strict=False,
-        )
+        return torch.export.export(served, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False)
+
+
+def _name_arguments(module: nn.Module, names: list[str]) -> None:
+    """Make the module's forward say that it takes arguments of these names.
+
+    torch.export takes its names from there. With *bags it names the arguments bags_0, bags_1, ..., but the guards on
+    their sizes speak of bags[0], bags[1], ...; torch 2.9 then cannot run the program that it loads (NameError: L).
+    """
+    forward = module.forward
+
+    def named(*given: Tensor) -> Any:
+        return forward(*given)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    module.forward = named
 
 
 class _Sink(io.BytesIO):
