@@ -27,7 +27,7 @@ _HOMES = {
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
     "UserError": "dqrm.errors",
-    "convert": "dqrm.quant.packed",
+    "convert": "dqrm.quant.convert",
     "evaluate": "dqrm.training.evaluation",
     "export_run": "dqrm.export.pipeline",
     "load": "dqrm.export.artifact",
