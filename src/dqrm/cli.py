@@ -15,10 +15,11 @@ from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.distributed import launched
 from dqrm.errors import UserError
-from dqrm.export.config import SUFFIXES, ExportConfig, PredictConfig, PTQConfig
+from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
 from dqrm.process import STOPPED, run_command
+from dqrm.serving.config import PredictConfig
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
              "exchange": "Exchange between ranks"}  # fmt: skip
@@ -209,7 +210,7 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
 
     from dqrm.console import bars, messages, print_json
     from dqrm.export.base_rate import BaseRate
-    from dqrm.export.scoring import predict as run
+    from dqrm.serving.predict import predict as run
 
     with bars(quiet=as_json) as progress:
         found = run(model, log, output, config, progress)
@@ -275,7 +276,7 @@ def evaluate(
             raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
         if device not in ("auto", "cpu"):
             raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
-        from dqrm.export.evaluation import evaluate_file
+        from dqrm.serving.evaluation import evaluate_file
 
         with bars(quiet=as_json) as progress:
             metrics = evaluate_file(run, data, split, batch_size or 8192, progress, verify, correct_subsampling)

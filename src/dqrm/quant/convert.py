@@ -21,7 +21,7 @@ _SWAPS: dict[type, type] = {nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding
 def prepare_qat(
     model: nn.Module,
     config: QATConfig | None = None,
-    filter: Callable[[str, nn.Module], bool] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
     """Make every `nn.Linear`, `nn.Embedding` and `nn.EmbeddingBag` of `model` quantization-aware, in place.
 
@@ -36,7 +36,8 @@ def prepare_qat(
     Args:
         model: any module; returned.
         config: bits, granularity and when scales are refreshed; default INT4 with scales that clamp no weight.
-        filter: called as filter(name, module); False leaves that module as it is.
+        filter_fn: called as filter_fn(module, fqn), fqn being the module's fully qualified name, as in torchao; False
+            leaves that module as it is.
 
     Raises:
         ValueError: a layer uses an option that a quantized table cannot have; names the layer. Nothing is swapped then.
@@ -45,7 +46,7 @@ def prepare_qat(
     chosen = [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) in _SWAPS and (filter is None or filter(name, module))
+        if type(module) in _SWAPS and (filter_fn is None or filter_fn(module, name))
     ]
     if not chosen and not any(isinstance(module, (QuantLinear, TableScales)) for module in model.modules()):
         warnings.warn("prepare_qat found no nn.Linear, nn.Embedding or nn.EmbeddingBag to quantize", stacklevel=2)
