@@ -9,7 +9,8 @@ from dqrm.config import ModelConfig
 from dqrm.data.batches import Batch
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
-from dqrm.quant.packed import PackedEmbeddingBagCollection, convert
+from dqrm.quant.convert import convert
+from dqrm.quant.packed import PackedEmbeddingBagCollection
 
 SIZES = (7, 1, 40, 9)
 # name -> (dense columns, tables, multi-valued ones of them, ModelConfig, QATConfig)

@@ -147,7 +147,7 @@ def test_the_command_line_says_which_base_rate(shipped, tmp_path, capsys):
 
 def test_onnx_is_evaluated_as_the_run(shipped, tmp_path):
     pytest.importorskip("onnxruntime")
-    from dqrm.export.evaluation import evaluate_file
+    from dqrm.serving.evaluation import evaluate_file
 
     dqrm.export_run(shipped / "run", tmp_path / "m.onnx")
     model = Run.open(shipped / "run").load_model()[0]

@@ -197,7 +197,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it():
 def test_what_was_never_prepared_or_was_filtered_stays():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
     assert [type(layer) for layer in convert(plain)] == [nn.Linear, nn.Embedding]
-    model = ranker(keep=lambda name, module: name != "top")
+    model = ranker(keep=lambda module, name: name != "top")
     expected = model(*INPUT)
     assert type(convert(model).top) is nn.Linear
     assert torch.equal(model(*INPUT), expected)

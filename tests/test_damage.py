@@ -16,8 +16,8 @@ from dqrm import checksums
 from dqrm.data.dataset import Dataset
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import NotVerified, UserError
-from dqrm.export.evaluation import evaluate_file
 from dqrm.info import describe
+from dqrm.serving.evaluation import evaluate_file
 from dqrm.training.checkpoints import save_checkpoint, verify_checkpoint
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run

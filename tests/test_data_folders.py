@@ -14,7 +14,7 @@ from dqrm import Dataset, PrepareConfig, UserError, export_run, predict, train
 from dqrm.cli import main
 from dqrm.config import ModelConfig
 from dqrm.data.prepare import prepare
-from dqrm.export.config import PredictConfig
+from dqrm.serving.config import PredictConfig
 
 CONFIG = PrepareConfig(categorical=("ad",), split="time")
 DAYS = [f"2026-01-{day:02d}" for day in range(1, 11)]

@@ -14,8 +14,8 @@ from dqrm.data.batches import _MOST_MAPS
 from dqrm.data.prepare import prepare
 from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
-from dqrm.export.predict import predict
 from dqrm.files import why_not_written
+from dqrm.serving.writer import predict
 
 
 @contextmanager

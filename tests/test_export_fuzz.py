@@ -16,8 +16,8 @@ import dqrm
 from conftest import tiny
 from dqrm import Artifact, UserError
 from dqrm.console import print_json
-from dqrm.export.evaluation import evaluate_file
 from dqrm.info import describe, print_description
+from dqrm.serving.evaluation import evaluate_file
 from selection import slow
 
 BLANK = "0" * 64

@@ -16,9 +16,9 @@ onnx = pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed
 runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
 
 from dqrm.export import onnx_file  # noqa: E402
-from dqrm.export.evaluation import evaluate_file  # noqa: E402
 from dqrm.export.onnx import write_onnx  # noqa: E402
 from dqrm.export.runtimes import open_runtime  # noqa: E402
+from dqrm.serving.evaluation import evaluate_file  # noqa: E402
 
 
 def write(model, path, **options):

@@ -16,9 +16,9 @@ from dqrm.data.prepare import prepare
 from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
-from dqrm.export import predict as module
-from dqrm.export.predict import predict
 from dqrm.options import build
+from dqrm.serving import writer as module
+from dqrm.serving.writer import predict
 
 
 def opened(dataset, sources, **more):

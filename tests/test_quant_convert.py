@@ -202,7 +202,7 @@ def test_prepared_modules_keep_their_bits_the_second_time():
 
 
 def test_a_filter_leaves_modules_alone_by_name_and_by_kind(model):
-    prepare_qat(model, filter=lambda name, module: name != "top" and not isinstance(module, nn.EmbeddingBag))
+    prepare_qat(model, filter_fn=lambda module, name: name != "top" and not isinstance(module, nn.EmbeddingBag))
     left_alone = {"top", "tags.0", "tags.1"}
     assert kinds(model) == {name: kind for name, kind in SWAPPED.items() if name not in left_alone}
     assert type(model.top) is nn.Linear
@@ -212,7 +212,7 @@ def test_a_filter_leaves_modules_alone_by_name_and_by_kind(model):
 def test_a_filter_sees_full_names_and_the_modules_to_swap(model):
     expected = {name: module for name, module in model.named_modules() if name in SWAPPED}
     seen = {}
-    prepare_qat(model, filter=lambda name, module: seen.setdefault(name, module) is module)
+    prepare_qat(model, filter_fn=lambda module, name: seen.setdefault(name, module) is module)
     assert {name: seen.get(name) for name in expected} == expected
 
 
@@ -230,7 +230,7 @@ def test_a_refused_layer_is_named_and_nothing_is_swapped(refused, named):
     with pytest.raises(ValueError, match=rf"odd_one.*{named}"):
         prepare_qat(model)
     assert kinds(model) == {}
-    assert set(kinds(prepare_qat(model, filter=lambda name, _: name != "odd_one"))) == {"first", "last"}
+    assert set(kinds(prepare_qat(model, filter_fn=lambda _, name: name != "odd_one"))) == {"first", "last"}
 
 
 def test_hooks_still_run():

@@ -22,8 +22,8 @@ from dqrm.data.tables import rows_source
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.pipeline import export_run
-from dqrm.export.scoring import predict
 from dqrm.options import build
+from dqrm.serving.predict import predict
 from dqrm.training.launch import train
 
 CONFIG = PrepareConfig(

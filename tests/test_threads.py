@@ -11,7 +11,7 @@ from cli_helpers import command
 from conftest import tensors, tiny
 from dqrm import ExportConfig, PredictConfig
 from dqrm.export import evaluation
-from dqrm.export.evaluation import evaluate_file
+from dqrm.serving.evaluation import evaluate_file
 from dqrm.training import launch, threads
 from dqrm.training.launch import resume, train
 

@@ -3,37 +3,87 @@
 The names below are the public API. They are imported on first use, so that `import dqrm` and `dqrm --help` stay quick.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from dqrm.config import Config as Config
+    from dqrm.config import ExchangeConfig as ExchangeConfig
+    from dqrm.config import ModelConfig as ModelConfig
+    from dqrm.config import OptimizerConfig as OptimizerConfig
+    from dqrm.config import TrainingConfig as TrainingConfig
+    from dqrm.data.batches import Batch as Batch
+    from dqrm.data.config import PrepareConfig as PrepareConfig
+    from dqrm.data.dataset import Dataset as Dataset
+    from dqrm.data.prepare import prepare as prepare
+    from dqrm.errors import UserError as UserError
+    from dqrm.export.artifact import Artifact as Artifact
+    from dqrm.export.config import ExportConfig as ExportConfig
+    from dqrm.export.config import PTQConfig as PTQConfig
+    from dqrm.export.pipeline import export_run as export_run
+    from dqrm.models.dlrm import DLRM as DLRM
+    from dqrm.quant.config import QATConfig as QATConfig
+    from dqrm.quant.convert import convert as convert
+    from dqrm.quant.convert import prepare_qat as prepare_qat
+    from dqrm.quant.embedding import QuantEmbedding as QuantEmbedding
+    from dqrm.quant.embedding import QuantEmbeddingBag as QuantEmbeddingBag
+    from dqrm.quant.embedding import QuantEmbeddingBagCollection as QuantEmbeddingBagCollection
+    from dqrm.quant.linear import QuantLinear as QuantLinear
+    from dqrm.quant.packed import PackedEmbedding as PackedEmbedding
+    from dqrm.quant.packed import PackedEmbeddingBag as PackedEmbeddingBag
+    from dqrm.quant.packed import PackedEmbeddingBagCollection as PackedEmbeddingBagCollection
+    from dqrm.quant.packed import PackedLinear as PackedLinear
+    from dqrm.quant.uniform import dequantize as dequantize
+    from dqrm.quant.uniform import fake_quantize as fake_quantize
+    from dqrm.quant.uniform import quantize as quantize
+    from dqrm.serving.config import PredictConfig as PredictConfig
+    from dqrm.serving.loaded import load as load
+    from dqrm.serving.predict import predict as predict
+    from dqrm.training.evaluation import evaluate as evaluate
+    from dqrm.training.launch import resume as resume
+    from dqrm.training.launch import train as train
+    from dqrm.training.optimizers import SparseAdagrad as SparseAdagrad
+    from dqrm.training.optimizers import SparseSGD as SparseSGD
+    from dqrm.training.run import Run as Run
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": "dqrm.export.artifact",
+    "Batch": "dqrm.data.batches",
     "Config": "dqrm.config",
-    "ExportConfig": "dqrm.export.config",
+    "DLRM": "dqrm.models.dlrm",
+    "Dataset": "dqrm.data.dataset",
     "ExchangeConfig": "dqrm.config",
+    "ExportConfig": "dqrm.export.config",
     "ModelConfig": "dqrm.config",
     "OptimizerConfig": "dqrm.config",
-    "TrainingConfig": "dqrm.config",
     "PTQConfig": "dqrm.export.config",
-    "QATConfig": "dqrm.quant.config",
-    "PredictConfig": "dqrm.export.config",
+    "PackedEmbedding": "dqrm.quant.packed",
+    "PackedEmbeddingBag": "dqrm.quant.packed",
+    "PackedEmbeddingBagCollection": "dqrm.quant.packed",
+    "PackedLinear": "dqrm.quant.packed",
+    "PredictConfig": "dqrm.serving.config",
     "PrepareConfig": "dqrm.data.config",
-    "Dataset": "dqrm.data.dataset",
-    "DLRM": "dqrm.models.dlrm",
+    "QATConfig": "dqrm.quant.config",
     "QuantEmbedding": "dqrm.quant.embedding",
     "QuantEmbeddingBag": "dqrm.quant.embedding",
     "QuantEmbeddingBagCollection": "dqrm.quant.embedding",
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
+    "SparseAdagrad": "dqrm.training.optimizers",
+    "SparseSGD": "dqrm.training.optimizers",
+    "TrainingConfig": "dqrm.config",
     "UserError": "dqrm.errors",
-    "convert": "dqrm.quant.packed",
+    "convert": "dqrm.quant.convert",
+    "dequantize": "dqrm.quant.uniform",
     "evaluate": "dqrm.training.evaluation",
     "export_run": "dqrm.export.pipeline",
-    "load": "dqrm.export.artifact",
-    "predict": "dqrm.export.scoring",
+    "fake_quantize": "dqrm.quant.uniform",
+    "load": "dqrm.serving.loaded",
+    "predict": "dqrm.serving.predict",
     "prepare": "dqrm.data.prepare",
     "prepare_qat": "dqrm.quant.convert",
+    "quantize": "dqrm.quant.uniform",
     "resume": "dqrm.training.launch",
     "train": "dqrm.training.launch",
 }

@@ -15,10 +15,11 @@ from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.distributed import launched
 from dqrm.errors import UserError
-from dqrm.export.config import SUFFIXES, ExportConfig, PredictConfig, PTQConfig
+from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
 from dqrm.flags import GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
 from dqrm.process import STOPPED, run_command
+from dqrm.serving.config import PredictConfig
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
              "exchange": "Exchange between ranks"}  # fmt: skip
@@ -213,8 +214,8 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     config = build(PredictConfig, given(flags), "predict")
 
     from dqrm.console import bars, print_json
-    from dqrm.export.scoring import predict as run
     from dqrm.info import print_predictions
+    from dqrm.serving.predict import predict as run
 
     with bars(quiet=as_json) as progress:
         found = run(model, log, output, config, progress)
@@ -279,7 +280,7 @@ def evaluate(
         }
         more["log"] = None if as_json else progress.log
         if of_file:
-            from dqrm.export.evaluation import evaluate_file
+            from dqrm.serving.evaluation import evaluate_file
 
             metrics = evaluate_file(run, data, split, batch_size or 8192, **more)
         else:

@@ -52,7 +52,7 @@ class Host:
 
 @contextmanager
 def hosts(ranks: int, rate: str | None) -> Iterator[list[Host]]:
-    """`ranks` hosts: with a rate, in network namespaces of their own with links of `rate` each way; else on loopback.
+    """`real` hosts: with a rate, in network namespaces of their own with links of `rate` each way; else on loopback.
 
     The network is removed when the block is left, by an exception too; a kill leaves it (`ip netns list` shows it).
     Processes that still run in it are not ended.

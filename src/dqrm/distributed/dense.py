@@ -3,7 +3,7 @@
 The values are cut into blocks that share a scale, and each block has an owner rank. A rank encodes its gradient and
 sends each owner its blocks (all-to-all); the owner decodes what the ranks sent, adds it up in FP32 in the order of the
 ranks, encodes the sum, and all ranks get it (all-gather). So codes cross the wire twice, as in a ring all-reduce, and
-no sum of codes can wrap around. Nothing here talks to other processes: `ranks` does, and `simulation` calls the same
+no sum of codes can wrap around. Nothing here talks to other processes: `real` does, and `simulation` calls the same
 functions.
 
 Which owner a block has, and in which bucket it travels, changes no bit of the result.

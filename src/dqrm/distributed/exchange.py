@@ -1,4 +1,4 @@
-"""One step's exchange: what is common to real ranks (`ranks`) and simulated ones (`simulation`).
+"""One step's exchange: what is common to real ranks (`real`) and simulated ones (`simulated`).
 
     exchange.begin(step)
     for rank in exchange.local:     the ranks whose share of the batch this process runs: one, or all simulated ones

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,9 +21,6 @@ from dqrm.options import build, field_types
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.uniform import check_bits
-
-if TYPE_CHECKING:
-    from dqrm.export.loaded import LoadedModel
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
 _VOCABULARY = "vocabulary."
@@ -172,31 +169,6 @@ class Artifact:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path} is damaged: {brief(error)}; export it again") from None
-
-
-def load(
-    path: str | Path, verify: bool = False, data: str | Path | None = None, in_memory: bool = False
-) -> "LoadedModel":
-    """A packed model for inference, from the file that `dqrm export` wrote.
-
-    Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The tables stay in the
-    file, memory-mapped; the rest is read. No code from the file is run. `model.score(rows)` takes raw values.
-
-    A file that is in use is replaced by renaming a new one onto it: the loaded model goes on with the old one. Scoring
-    raises UserError where the file was changed in place instead. (One cut short in the very moment between that check
-    and the lookup still ends the process with SIGBUS, as every memory-mapped file does.)
-
-    Args:
-        verify: compare every tensor's bytes with its checksum first, which reads the whole file.
-        data: the dataset folder, for `score` of a model that was exported without vocabularies.
-        in_memory: read the tables into memory too; then nothing that happens to the file matters.
-
-    Raises:
-        UserError: no such file, foreign, truncated, damaged, or of another format version.
-    """
-    from dqrm.export.loaded import LoadedModel
-
-    return LoadedModel.of(Artifact.open(path, verify), data, in_memory)
 
 
 def _check(content: Any) -> None:

@@ -12,12 +12,14 @@ from dqrm.errors import UserError
 from dqrm.export.config import PTQConfig
 from dqrm.export.container import Entry
 from dqrm.models.dlrm import DLRM
-from dqrm.quant.embedding import QuantEmbeddingBagCollection, TableLayout
+from dqrm.quant.convert import pack_linear
+from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
-from dqrm.quant.packed import PackedLinear, pack_linear, pieces
-from dqrm.quant.packing import encode, storage
+from dqrm.quant.packed import PackedLinear
+from dqrm.quant.packing import encode, pieces, storage
 from dqrm.quant.ptq import row_scales, table_scale
+from dqrm.quant.tables import TableLayout
 from dqrm.quant.uniform import fake_quantize
 
 Progress = Callable[[str, int, int | None], None]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.models.dlrm import DLRM
+from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
-from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear, pack_linear
+from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 
 
 def packed_tables(model: DLRM) -> PackedEmbeddingBagCollection:

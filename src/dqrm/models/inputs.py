@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.errors import UserError
-from dqrm.quant.embedding import INTEGERS
+from dqrm.quant.tables import INTEGERS
 from dqrm.quant.uniform import no_tensor
 
 

@@ -1,15 +1,19 @@
-"""Quantization-aware training for any module: swap the layers, train as before."""
+"""Quantization-aware training for any module: `prepare_qat` swaps the layers, `convert` packs them after training."""
 
 import warnings
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, refuse_unsupported
-from dqrm.quant.linear import QuantLinear
+from dqrm.quant.linear import QuantLinear, weight_scale
+from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
+from dqrm.quant.packing import encode, encode_table, storage
 from dqrm.quant.ranges import TableScales
+from dqrm.quant.uniform import scale_from_max
 
 _SWAPS: dict[type, type] = {nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding, nn.EmbeddingBag: QuantEmbeddingBag}
 
@@ -17,7 +21,7 @@ _SWAPS: dict[type, type] = {nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding
 def prepare_qat(
     model: nn.Module,
     config: QATConfig | None = None,
-    filter: Callable[[str, nn.Module], bool] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
     """Make every `nn.Linear`, `nn.Embedding` and `nn.EmbeddingBag` of `model` quantization-aware, in place.
 
@@ -32,7 +36,8 @@ def prepare_qat(
     Args:
         model: any module; returned.
         config: bits, granularity and when scales are refreshed; default INT4 with scales that clamp no weight.
-        filter: called as filter(name, module); False leaves that module as it is.
+        filter_fn: called as filter_fn(module, fqn), fqn being the module's fully qualified name, as in torchao; False
+            leaves that module as it is.
 
     Raises:
         ValueError: a layer uses an option that a quantized table cannot have; names the layer. Nothing is swapped then.
@@ -41,7 +46,7 @@ def prepare_qat(
     chosen = [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) in _SWAPS and (filter is None or filter(name, module))
+        if type(module) in _SWAPS and (filter_fn is None or filter_fn(module, name))
     ]
     if not chosen and not any(isinstance(module, (QuantLinear, TableScales)) for module in model.modules()):
         warnings.warn("prepare_qat found no nn.Linear, nn.Embedding or nn.EmbeddingBag to quantize", stacklevel=2)
@@ -93,3 +98,97 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
                 scales = len(module.weight_scale() if isinstance(module, QuantLinear) else module.scale)
             sizes[part] += -(-parameter.numel() * bits // 8) + 4 * scales
     return {**sizes, "total": sum(sizes.values())}
+
+
+@torch.no_grad()
+def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | None = None) -> PackedLinear:
+    """The packed form of a trained layer.
+
+    Args:
+        scale, bits: of the weight, where they are not the layer's own (quantization after training).
+
+    Raises:
+        ValueError: inputs are to be quantized, but no training step has shown their range.
+    """
+    bits = layer.bits if bits is None else bits
+    weight = layer.weight.detach().float()
+    if scale is None:
+        scale = weight.new_ones(1) if bits == 32 else weight_scale(weight, bits, layer.granularity == "channel")
+    bias, activation_scale = layer.quantized_bias(), None
+    if layer.activation_bits != 32:
+        if not layer.activation_max > 0:
+            raise ValueError(
+                "the inputs of a linear layer are to be quantized, but no training step has shown their range"
+            )
+        activation_scale = scale_from_max(layer.activation_max.detach(), layer.activation_bits)
+    return PackedLinear(
+        layer.in_features,
+        layer.out_features,
+        bits=bits,
+        codes=encode(weight, scale[:, None], bits),
+        scale=scale.clone(),
+        bias=None if bias is None else bias.detach().float().clone(),
+        activation_bits=layer.activation_bits,
+        activation_scale=activation_scale,
+    )
+
+
+def _pack(module: nn.Module) -> nn.Module | None:
+    """The packed form of a trained module; None for what is not quantized."""
+    if type(module) is QuantLinear:
+        return pack_linear(module) if module.bits != 32 else None
+    # Exactly these: a subclass may compute something else.
+    if type(module) not in (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection) or module.bits == 32:
+        return None
+    assert isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection))
+    scale = module.current_scale().clone()
+    if isinstance(module, QuantEmbeddingBagCollection):
+        dtype, width = storage(module.embedding_dim, module.bits)
+        codes = torch.empty(len(module.weight), width, dtype=dtype)
+        for number, rows in enumerate(codes.split(module.table_rows)):
+            rows.copy_(encode_table(module.table(number), scale[number : number + 1], module.bits))
+        return PackedEmbeddingBagCollection(
+            module.table_rows, module.embedding_dim, multi=module.multi, pooling=module.pooling, bits=module.bits,
+            codes=codes, scale=scale,
+        )  # fmt: skip
+    kind = PackedEmbedding if isinstance(module, QuantEmbedding) else PackedEmbeddingBag
+    packed = kind(
+        module.num_embeddings, module.embedding_dim, bits=module.bits,
+        codes=encode_table(module.weight.detach(), scale, module.bits), scale=scale,
+    )  # fmt: skip
+    packed.padding_idx, packed.dtype = module.padding_idx, module.weight.dtype
+    if isinstance(module, QuantEmbeddingBag):
+        packed.mode, packed.include_last_offset = module.mode, module.include_last_offset
+    return packed
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Turn every quantized layer of `model`, as `prepare_qat` made it, into its packed form for inference, in place.
+
+    A module keeps its identity, name, hooks and what else was set on it; its FP32 weight is gone, and its state dict
+    holds codes and scales. Layers at 32 bits stay, and so do subclasses of the layers. What the model gives in
+    evaluation does not change.
+
+    Args:
+        model: any module; returned, in eval mode.
+
+    Raises:
+        ValueError: a layer quantizes its inputs but was never trained; names it. Nothing is converted then.
+    """
+    packed: list[tuple[nn.Module, nn.Module]] = []
+    for name, module in model.named_modules():
+        try:
+            form = _pack(module)
+        except ValueError as error:
+            raise ValueError(f"module '{name}': {error}") from None
+        if form is not None:
+            device = next(module.parameters()).device
+            packed.append((module, form.to(device)))
+    for module, form in packed:
+        kept = {key: value for key, value in module.__dict__.items() if "hook" in key}
+        for key in ("_blocks", "_looked_up", "_looked_up_at"):  # of training
+            module.__dict__.pop(key, None)
+        module.__class__ = type(form)
+        module.__dict__.update({**form.__dict__, **kept})
+    return model.eval()

@@ -11,37 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm import kernels
-from dqrm.quant.embedding import (
-    QuantEmbedding,
-    QuantEmbeddingBag,
-    QuantEmbeddingBagCollection,
-    TableLayout,
-    integers,
-    pool,
-    refuse_id,
-)
-from dqrm.quant.linear import QuantLinear, weight_scale
-from dqrm.quant.packing import PACKED_BITS, decode, encode, storage
-from dqrm.quant.uniform import check_bits, check_floats, fake_quantize, scale_from_max
-
-# Weights encoded at once: a table is never held in FP32 a second time.
-_CHUNK = 1 << 22
-
-
-def pieces(table: Tensor) -> tuple[Tensor, ...]:
-    """A table [rows, dim] in views of some megabytes, at least one."""
-    return table.split(max(1, _CHUNK // max(1, table.shape[1])))
-
-
-def encode_table(table: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """A float table [rows, dim] as it is stored (see `packing.storage`), in pieces. `scale`: [1] or [rows]."""
-    dtype, width = storage(table.shape[1], bits)
-    stored, done = torch.empty(len(table), width, dtype=dtype), 0
-    for piece in pieces(table):
-        part = slice(done, done + len(piece))
-        stored[part] = encode(piece, scale[part if len(scale) > 1 else slice(None), None], bits)
-        done += len(piece)
-    return stored
+from dqrm.quant.packing import PACKED_BITS, decode, storage
+from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
+from dqrm.quant.uniform import check_bits, check_floats, fake_quantize
 
 
 class _Packed(nn.Module):
@@ -307,97 +279,3 @@ class PackedLinear(_Packed):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
-
-
-@torch.no_grad()
-def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | None = None) -> PackedLinear:
-    """The packed form of a trained layer.
-
-    Args:
-        scale, bits: of the weight, where they are not the layer's own (quantization after training).
-
-    Raises:
-        ValueError: inputs are to be quantized, but no training step has shown their range.
-    """
-    bits = layer.bits if bits is None else bits
-    weight = layer.weight.detach().float()
-    if scale is None:
-        scale = weight.new_ones(1) if bits == 32 else weight_scale(weight, bits, layer.granularity == "channel")
-    bias, activation_scale = layer.quantized_bias(), None
-    if layer.activation_bits != 32:
-        if not layer.activation_max > 0:
-            raise ValueError(
-                "the inputs of a linear layer are to be quantized, but no training step has shown their range"
-            )
-        activation_scale = scale_from_max(layer.activation_max.detach(), layer.activation_bits)
-    return PackedLinear(
-        layer.in_features,
-        layer.out_features,
-        bits=bits,
-        codes=encode(weight, scale[:, None], bits),
-        scale=scale.clone(),
-        bias=None if bias is None else bias.detach().float().clone(),
-        activation_bits=layer.activation_bits,
-        activation_scale=activation_scale,
-    )
-
-
-def _pack(module: nn.Module) -> nn.Module | None:
-    """The packed form of a trained module; None for what is not quantized."""
-    if type(module) is QuantLinear:
-        return pack_linear(module) if module.bits != 32 else None
-    # Exactly these: a subclass may compute something else.
-    if type(module) not in (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection) or module.bits == 32:
-        return None
-    assert isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection))
-    scale = module.current_scale().clone()
-    if isinstance(module, QuantEmbeddingBagCollection):
-        dtype, width = storage(module.embedding_dim, module.bits)
-        codes = torch.empty(len(module.weight), width, dtype=dtype)
-        for number, rows in enumerate(codes.split(module.table_rows)):
-            rows.copy_(encode_table(module.table(number), scale[number : number + 1], module.bits))
-        return PackedEmbeddingBagCollection(
-            module.table_rows, module.embedding_dim, multi=module.multi, pooling=module.pooling, bits=module.bits,
-            codes=codes, scale=scale,
-        )  # fmt: skip
-    kind = PackedEmbedding if isinstance(module, QuantEmbedding) else PackedEmbeddingBag
-    packed = kind(
-        module.num_embeddings, module.embedding_dim, bits=module.bits,
-        codes=encode_table(module.weight.detach(), scale, module.bits), scale=scale,
-    )  # fmt: skip
-    packed.padding_idx, packed.dtype = module.padding_idx, module.weight.dtype
-    if isinstance(module, QuantEmbeddingBag):
-        packed.mode, packed.include_last_offset = module.mode, module.include_last_offset
-    return packed
-
-
-@torch.no_grad()
-def convert(model: nn.Module) -> nn.Module:
-    """Turn every quantized layer of `model`, as `prepare_qat` made it, into its packed form for inference, in place.
-
-    A module keeps its identity, name, hooks and what else was set on it; its FP32 weight is gone, and its state dict
-    holds codes and scales. Layers at 32 bits stay, and so do subclasses of the layers. What the model gives in
-    evaluation does not change.
-
-    Args:
-        model: any module; returned, in eval mode.
-
-    Raises:
-        ValueError: a layer quantizes its inputs but was never trained; names it. Nothing is converted then.
-    """
-    packed: list[tuple[nn.Module, nn.Module]] = []
-    for name, module in model.named_modules():
-        try:
-            form = _pack(module)
-        except ValueError as error:
-            raise ValueError(f"module '{name}': {error}") from None
-        if form is not None:
-            device = next(module.parameters()).device
-            packed.append((module, form.to(device)))
-    for module, form in packed:
-        kept = {key: value for key, value in module.__dict__.items() if "hook" in key}
-        for key in ("_blocks", "_looked_up", "_looked_up_at"):  # of training
-            module.__dict__.pop(key, None)
-        module.__class__ = type(form)
-        module.__dict__.update({**form.__dict__, **kept})
-    return model.eval()

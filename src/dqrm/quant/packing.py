@@ -77,3 +77,23 @@ def decode(stored: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
         return stored
     codes = unpack(stored, bits, dim) if bits in PACKED_BITS else stored.float()
     return codes * scale
+
+
+# Weights encoded at once: a table is never held in FP32 a second time.
+_CHUNK = 1 << 22
+
+
+def pieces(table: Tensor) -> tuple[Tensor, ...]:
+    """A table [rows, dim] in views of some megabytes, at least one."""
+    return table.split(max(1, _CHUNK // max(1, table.shape[1])))
+
+
+def encode_table(table: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """A float table [rows, dim] as it is stored (see `packing.storage`), in pieces. `scale`: [1] or [rows]."""
+    dtype, width = storage(table.shape[1], bits)
+    stored, done = torch.empty(len(table), width, dtype=dtype), 0
+    for piece in pieces(table):
+        part = slice(done, done + len(piece))
+        stored[part] = encode(piece, scale[part if len(scale) > 1 else slice(None), None], bits)
+        done += len(piece)
+    return stored

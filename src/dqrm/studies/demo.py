@@ -17,10 +17,10 @@ from dqrm.data.prepare import prepare
 from dqrm.data.synthetic import generate, truth_path
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
-from dqrm.export.evaluation import evaluate_file
 from dqrm.export.pipeline import export_run
 from dqrm.files import exclusive, write_json
 from dqrm.quant.config import QATConfig
+from dqrm.serving.evaluation import evaluate_file
 from dqrm.training.launch import train
 
 LOG = GenerateConfig()

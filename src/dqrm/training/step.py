@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from dqrm.config import Config
 from dqrm.data.batches import Batch
 from dqrm.distributed.exchange import Exchange, Gradient
-from dqrm.distributed.ranks import RealRanks
-from dqrm.distributed.simulation import SimulatedRanks
+from dqrm.distributed.real import RealRanks
+from dqrm.distributed.simulated import SimulatedRanks
 from dqrm.distributed.world import World
 from dqrm.models.dlrm import DLRM
 from dqrm.training.optimizers import build_optimizers

@@ -13,11 +13,11 @@ from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
-from dqrm.export.config import PredictConfig
 from dqrm.export.origin import require_dataset
-from dqrm.export.predict import predict as write_predictions
 from dqrm.models.dlrm import DLRM
 from dqrm.options import build
+from dqrm.serving.config import PredictConfig
+from dqrm.serving.writer import predict as write_predictions
 
 _DEFAULTS = PredictConfig()
 

@@ -13,10 +13,10 @@ from dqrm.data.raw import RawEncoder
 from dqrm.data.tables import rows_source
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
-from dqrm.export.predict import probabilities
-from dqrm.export.scoring import reading, scorer
 from dqrm.models.dlrm import DLRM
 from dqrm.options import build
+from dqrm.serving.predict import reading, scorer
+from dqrm.serving.writer import probabilities
 
 # One for all models: a lock of each would keep them from being copied and pickled.
 _READING = threading.Lock()
@@ -76,3 +76,26 @@ class LoadedModel(DLRM):
                     read_as = build(PrepareConfig, options, str(self._opened.path))
                     self._encoder = RawEncoder(read_as, columns, vocabularies)
         return self._encoder
+
+
+def load(
+    path: str | Path, verify: bool = False, data: str | Path | None = None, in_memory: bool = False
+) -> LoadedModel:
+    """A packed model for inference, from the file that `dqrm export` wrote.
+
+    Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The tables stay in the
+    file, memory-mapped; the rest is read. No code from the file is run. `model.score(rows)` takes raw values.
+
+    A file that is in use is replaced by renaming a new one onto it: the loaded model goes on with the old one. Scoring
+    raises UserError where the file was changed in place instead. (One cut short in the very moment between that check
+    and the lookup still ends the process with SIGBUS, as every memory-mapped file does.)
+
+    Args:
+        verify: compare every tensor's bytes with its checksum first, which reads the whole file.
+        data: the dataset folder, for `score` of a model that was exported without vocabularies.
+        in_memory: read the tables into memory too; then nothing that happens to the file matters.
+
+    Raises:
+        UserError: no such file, foreign, truncated, damaged, or of another format version.
+    """
+    return LoadedModel.of(Artifact.open(path, verify), data, in_memory)
