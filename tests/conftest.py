@@ -1,6 +1,7 @@
 """Shared by all tests: few threads, which tests are quick, and small datasets that are made once."""
 
 import os
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,6 +61,27 @@ def bags_data(tmp_path_factory: pytest.TempPathFactory):
     )
     config = PrepareConfig(layout="table", label="label", categorical=("user", "tags"), multi=("tags",))
     return prepare([folder / "log.parquet"], folder / "data", config)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a given size."""
+    folder, mounted = tmp_path / "disk", []
+    folder.mkdir()
+
+    def mount(kilobytes):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        try:
+            if subprocess.run(command, check=False, capture_output=True).returncode:
+                pytest.skip("mounting a small file system is not permitted here")
+        except FileNotFoundError:
+            pytest.skip("there is no mount command here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 def tiny(bits: int = 4, *, optimizer: str = "sgd", period: int = 3, table_l2: float = 0.0, **training) -> Config:

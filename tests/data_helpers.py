@@ -4,13 +4,11 @@ import csv
 import math
 import random
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 KAGGLE = PrepareConfig(layout="criteo-kaggle")
 
 

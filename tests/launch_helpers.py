@@ -134,11 +134,19 @@ class Launch:
                 return
 
 
-def torchrun(folder: Path, ranks: int, *arguments: Any) -> Launch:
+def torchrun(folder: Path, ranks: int, *arguments: Any, program: Sequence[str] = _DQRM[1:]) -> Launch:
     """`torchrun -m dqrm ...` with so many ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command = [*launcher, f"--nproc-per-node={ranks}", "-m", "dqrm", *map(str, arguments)]
+    command = [*launcher, f"--nproc-per-node={ranks}", *program, *map(str, arguments)]
     return Launch(folder, [(command, {})])
+
+
+def held_at(step: int) -> list[str]:
+    """A program as `dqrm`, but its last rank, once it saved at this step or later, waits there until it is signalled.
+
+    So a signal finds the run in its middle, however fast the machine is and however late the signal.
+    """
+    return [__file__, "hold", str(step)]
 
 
 def several(folder: Path, ranks: int, *commands: Sequence[Any]) -> Launch:
@@ -334,5 +342,27 @@ def _probe(folder: Path) -> None:
         (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
+def _hold(step: int, arguments: Sequence[str]) -> None:
+    """What `held_at` starts on each rank."""
+    from dqrm.__main__ import main
+    from dqrm.training.loop import Trainer
+
+    save = Trainer._save
+
+    def held(trainer: Any) -> None:
+        save(trainer)
+        while trainer.world.rank == trainer.world.size - 1 and trainer.state.step >= step:
+            if trainer.stopped.is_set():
+                break
+            time.sleep(0.01)
+
+    Trainer._save = held  # type: ignore[method-assign]
+    sys.argv = ["dqrm", *arguments]
+    main()
+
+
 if __name__ == "__main__":
-    _probe(Path(sys.argv[1]))
+    if sys.argv[1] == "hold":
+        _hold(int(sys.argv[2]), sys.argv[3:])
+    else:
+        _probe(Path(sys.argv[1]))

@@ -5,9 +5,11 @@ import dataclasses
 import gzip
 import hashlib
 import math
+import os
 import random
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -18,7 +20,6 @@ from data_helpers import (
     KAGGLE,
     LOG,
     LOG_CONFIG,
-    SHARED,
     check_against_reference,
     content,
     criteo_lines,
@@ -50,10 +51,12 @@ def test_criteo_equals_a_plain_reference(tmp_path, monkeypatch, chunk_rows, fiel
     check_against_reference(prepare([write(tmp_path / "train.txt", rows)], tmp_path / "out", config), rows, **options)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("DQRM_REAL_LOGS"), reason="set DQRM_REAL_LOGS to a folder with criteo/train_head10000.txt"
+)
 def test_criteo_sample(tmp_path):
-    sample = SHARED / "criteo" / "train_head10000.txt"
-    if not sample.exists():
-        pytest.skip("Criteo's sample is not here")
+    """The first 10,000 lines of Criteo's Kaggle log, which may not be passed on."""
+    sample = Path(os.environ["DQRM_REAL_LOGS"]) / "criteo" / "train_head10000.txt"
     dataset = prepare([sample], tmp_path / "out", KAGGLE)
     assert dataset.rows == {"train": 8572, "test": 714, "validation": 714}
     assert dataset.info["lines_skipped"] == 0

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import subprocess
 from contextlib import contextmanager
 
 import polars as pl
@@ -54,27 +53,6 @@ def test_columns_need_no_files_of_their_own(tmp_path, multi):
     else:
         assert torch.equal(read[0].ids, batch.ids[:trained])
         assert read[0].ids.unique().numel() > 1
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a given size."""
-    folder, mounted = tmp_path / "disk", []
-    folder.mkdir()
-
-    def mount(kilobytes):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        try:
-            if subprocess.run(command, check=False, capture_output=True).returncode:
-                pytest.skip("mounting a small file system is not permitted here")
-        except FileNotFoundError:
-            pytest.skip("there is no mount command here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 # Staging, then vocabularies, then the arrays are what does not fit.

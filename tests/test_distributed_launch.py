@@ -6,6 +6,7 @@ Starting ranks costs seconds, so the tests share a few launches; the commands of
 import json
 import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from launch_helpers import (
     Launch,
     by_hand,
     flags,
+    held_at,
     lines,
     newest,
     no_traceback_of_ours,
@@ -97,13 +99,19 @@ def stopped(generated, work):
     run, said, copies = work / "stopped" / "run", [], []
     start, again = ["train", generated.path, "-o", run, *flags(**LONG)], ["train", "--resume", run]
     for launch, stop in (
-        (lambda: torchrun(work / "stopped", 2, *start), lambda started: started.signal(signal.SIGTERM)),
-        (lambda: by_hand(work / "stopped", again, again), lambda started: started.signal(signal.SIGTERM, rank=1)),
-        (lambda: by_hand(work / "stopped", again, again), Launch.kill),
+        (
+            lambda step: torchrun(work / "stopped", 2, *start, program=held_at(step)),
+            lambda started: started.signal(signal.SIGTERM),
+        ),
+        (
+            lambda step: by_hand(work / "stopped", again, again, program=[sys.executable, *held_at(step)]),
+            lambda started: started.signal(signal.SIGTERM, rank=1),
+        ),
+        (lambda step: by_hand(work / "stopped", again, again, program=[sys.executable, *held_at(step)]), Launch.kill),
     ):
-        before = (steps_saved(run) or [0])[-1]
-        with launch() as started:
-            until(lambda: (steps_saved(run) or [0])[-1] >= before + 6, started)  # noqa: B023
+        step = (steps_saved(run) or [0])[-1] + 6
+        with launch(step) as started:
+            until(lambda: (steps_saved(run) or [0])[-1] >= step, started)  # noqa: B023
             stop(started)
             said.append(started.wait())
             deadline = time.monotonic() + TIMEOUT

@@ -8,8 +8,8 @@ import reference as ref
 from dqrm.distributed.codecs import Codec
 from dqrm.distributed.sparse import RowCodec, RowResiduals, add_up, join, reduce, split
 from dqrm.quant.blocks import mix
+from kernel_helpers import NATIVE, PATHS, both, on
 from test_distributed_codecs import BITS_OF, EVERY_CODEC, ROUNDING, decoded, up_to_four
-from test_kernels import NATIVE, PATHS, both, on
 
 TABLES = (1, 2, 255, 256, 257, 65_536, 65_537, 2**24 + 1, 2**31, 3)
 WIDTHS = (1, 1, 1, 1, 2, 2, 3, 4, 4, 1)

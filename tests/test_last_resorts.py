@@ -1,36 +1,38 @@
 """What only shows on a bad day: a Ctrl-C while Python starts, a disk that fills under torch's own writer."""
 
-import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 import dqrm
+from conftest import tiny
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
-from dqrm.export import program
 from dqrm.export.watch import Watch
 
 
-def test_ctrl_c_before_the_command_line_is_there():
-    begun = "import sys; sys.argv = ['dqrm', '--help']\nimport dqrm.__main__ as m\nprint('ready', flush=True)\n"
-    # What main() does first, then a start that takes its time.
-    slow = "import signal, time\nsignal.signal(signal.SIGINT, m._stop)\nprint('set', flush=True)\ntime.sleep(600)\n"
-    process = subprocess.Popen(
-        [sys.executable, "-c", begun + slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    assert process.stdout.readline() == "set\n"
+# What Python tells of its imports shows how far the process is: reading the command line, loading torch, the trainer.
+@pytest.mark.parametrize("imported", ["click.globals", "torch._C", "torch.nn", "dqrm.training.launch"])
+def test_ctrl_c_while_the_command_starts(generated, tmp_path, imported):
+    command = [sys.executable, "-X", "importtime", "-m", "dqrm", "train", generated.path, "-o", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("import time:") and line.split("|")[-1].strip() == imported:
+            break
+    else:
+        pytest.fail(f"{imported} was never imported")
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=600)
-    assert (process.returncode, told) == (130, "dqrm: stopped; nothing half-written is left\n")
+    out, told = process.communicate(timeout=600)
+    told = [line for line in told.splitlines() if line and not line.startswith("import time:")]
+    assert (process.returncode, out, told) == (130, "", ["dqrm: stopped; nothing half-written is left"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_importing_the_command_is_next_to_nothing():
@@ -38,14 +40,39 @@ def test_importing_the_command_is_next_to_nothing():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
 
-def test_a_pt2_on_a_full_disk_is_an_error_that_can_be_caught(tmp_path):
-    class Full:
-        def write(self, data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.fixture(scope="module")
+def artifact(generated, tmp_path_factory):
+    """The packed file of a small model."""
+    folder = tmp_path_factory.mktemp("artifact")
+    dqrm.train(generated, folder / "run", tiny(max_steps=3))
+    dqrm.export_run(folder / "run", folder / "m.dqrm")
+    return folder / "m.dqrm"
 
-    sink = program._Sink(Full())
-    assert sink.write(b"abc") == 3  # torch's writer goes on
-    assert sink.failed.errno == errno.ENOSPC
+
+def cannot_write_pt2(artifact, folder, limit=resource.RLIM_INFINITY):
+    """`dqrm export` into a folder, as a process, since torch's own writer ends one that it cannot write for."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "dqrm", "export", artifact, "-o", folder / "m.pt2"],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert os.listdir(folder) == []
+    (sentence,) = ended.stderr.splitlines()
+    assert sentence.startswith(f"dqrm: cannot write {folder / 'm.pt2'}: ")
+    return sentence
+
+
+# The archive does not begin, and it begins and does not end.
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [8, 60])
+def test_a_pt2_on_a_full_disk(artifact, small_disk, kilobytes):
+    assert "No space left on device" in cannot_write_pt2(artifact, small_disk(kilobytes))
+
+
+def test_a_pt2_that_is_larger_than_a_file_may_be(artifact, tmp_path):
+    assert "File too large" in cannot_write_pt2(artifact, tmp_path, 20_000)
 
 
 def test_a_write_whose_time_was_set_back_is_seen_and_a_replacement_is_none(tmp_path):
@@ -58,9 +85,10 @@ def test_a_write_whose_time_was_set_back_is_seen_and_a_replacement_is_none(tmp_p
     os.replace(beside, path)
     watch.check()  # the old one is whole
     watch = Watch(path.open("rb"), path, "the loaded model", "load it again")
-    time.sleep(0.02)  # the clock of a file system ticks
-    with path.open("r+b") as file:
-        file.write(b"abcd")
+    opened = os.stat(path).st_ctime_ns
+    while os.stat(path).st_ctime_ns == opened:  # until the clock of the file system has ticked
+        with path.open("r+b") as file:
+            file.write(b"abcd")
     os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
     with pytest.raises(UserError, match="changed in place"):
         watch.check()

@@ -17,7 +17,7 @@ from dqrm.quant.blocks import (
 )
 from dqrm.quant.packing import pack
 from dqrm.quant.uniform import code_limits
-from test_kernels import NATIVE, ODD, PATHS, both, on, same
+from kernel_helpers import NATIVE, ODD, PATHS, both, on, same
 
 SIZE = 700
 SEEDS = [None, 0, 1, 2**31, 2**32 - 1]

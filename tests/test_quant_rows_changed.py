@@ -8,7 +8,7 @@ import reference as ref
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBagCollection
 from dqrm.quant.ranges import BlockMaxima
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
-from test_kernels import PATHS, on
+from kernel_helpers import PATHS, on
 
 ROWS, MULTI, DIM = (33, 1, 16, 250, 47), (False, False, False, False, True), 3
 STARTS = np.cumsum([0, *ROWS])

@@ -12,7 +12,7 @@ import dqrm
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection
 from dqrm.quant.uniform import scale_from_max
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
-from test_kernels import PATHS, on
+from kernel_helpers import PATHS, on
 
 ROWS, DIM = (30, 1, 17), 4
 
