@@ -301,3 +301,51 @@ def test_the_tables_of_one_model_warn_once():
                 with torch.no_grad():
                     table.weight.fill_(50.0)
     assert len(told) == 1
+
+
+# ---- under the promise that only rows looked up change, evaluation reads no table: nothing may be forgotten
+
+
+@PATHS
+def test_rows_of_very_many_forwards_before_one_update_are_covered(path):
+    """More than are remembered, as with gradients gathered over many batches."""
+    tables = QuantEmbeddingBagCollection([200], DIM)
+    tables.only_looked_up_rows_change()
+    with on(path):
+        for row in range(100):
+            tables(torch.tensor([[row]])).sum().backward()
+        with torch.no_grad():
+            tables.weight[99] += 50
+        tables(torch.tensor([[150]]))
+        tables.eval()
+        assert torch.equal(tables.current_scale(), needed(tables))
+
+
+@PATHS
+def test_a_cast_that_makes_weights_larger_raises_the_scale(path):
+    weight = torch.full((8, DIM), 1.0)
+    weight[3, 1] = 1.0 + 1.9 * 2.0**-8  # which bf16 rounds up
+    tables = QuantEmbeddingBagCollection([8], DIM, _weight=weight)
+    tables.only_looked_up_rows_change()
+    with on(path):
+        tables.refresh_scale()
+        before = tables.scale.clone()
+        tables.bfloat16().eval()
+        assert torch.equal(tables.current_scale(), needed(tables))
+        assert (tables.scale > before).all()
+
+
+@PATHS
+def test_a_refresh_after_loading_reads_the_loaded_rows(path):
+    """Of rows that no forward looked up, too: what was remembered of their blocks is of other weights."""
+    with on(path):
+        tables = QuantEmbeddingBagCollection([100], DIM, scale_refresh="periodic", scale_period=2)
+        tables.only_looked_up_rows_change()
+        for _ in range(2):
+            tables(torch.tensor([[5]]))
+        state = tables.state_dict()
+        state["weight"] = state["weight"].clone()
+        state["weight"][70] = 40
+        tables.load_state_dict(state)
+        tables(torch.tensor([[5]]))  # the third forward is a refresh
+        assert torch.equal(tables.scale, needed(tables))

@@ -5,9 +5,11 @@ import warnings
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from conftest import tiny
 from dqrm.config import ExchangeConfig
+from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.training.launch import resume, train
 from dqrm.training.loop import State
@@ -94,3 +96,14 @@ def test_a_state_without_counts_is_read():
     assert State(**content) == state
     del content["clamping"]
     assert State(**content).clamping.share is None
+
+
+@pytest.mark.parametrize(("clamped", "warned"), [(10, False), (11, True)])
+def test_one_in_a_thousand_is_not_many_yet(clamped, warned):
+    clamps = Clamps()
+    clamps.counter(10_000, torch.device("cpu")).add_(clamped)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        clamps.check()
+        clamps.check()  # once
+    assert len(told) == warned
