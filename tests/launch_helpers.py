@@ -4,7 +4,6 @@ Every process of a launch carries a mark in its environment, by which its worker
 session of its own) and killed at the end, whatever happened.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
 
 import dqrm
 from conftest import tensors
@@ -30,7 +30,10 @@ from dqrm import checksums
 TIMEOUT = 600.0
 _PACKAGE = f"{Path(dqrm.__file__).parent}{os.sep}"
 _PORTS = (20_000, 32_000)  # below those that Linux chooses from
+_PROGRAM = str(Path(__file__).with_name("launch_programs.py"))
 _MARK = "DQRM_TEST_LAUNCH"
+# Of a run that is stopped or watched: so many epochs and checkpoints.
+LONG = {"epochs": 5, "checkpoint_every": 3, "log_every": 5, "eval_every": 31}
 _DQRM = (sys.executable, "-m", "dqrm")
 
 
@@ -146,7 +149,7 @@ def held_at(step: int) -> list[str]:
 
     So a signal finds the run in its middle, however fast the machine is and however late the signal.
     """
-    return [__file__, "hold", str(step)]
+    return [_PROGRAM, "hold", str(step)]
 
 
 def several(folder: Path, ranks: int, *commands: Sequence[Any]) -> Launch:
@@ -157,7 +160,7 @@ def several(folder: Path, ranks: int, *commands: Sequence[Any]) -> Launch:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "commands.json").write_text(json.dumps([[str(word) for word in command] for command in commands]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    return Launch(folder, [([*launcher, f"--nproc-per-node={ranks}", __file__, str(folder)], {})])
+    return Launch(folder, [([*launcher, f"--nproc-per-node={ranks}", _PROGRAM, "probe", str(folder)], {})])
 
 
 def probes(folder: Path, ranks: int) -> list[list[dict[str, Any]]]:
@@ -218,6 +221,37 @@ def flags(**fields: Any) -> list[str]:
     """`small(**fields)` as flags of the command line."""
     words = {name.replace("_", "-"): value for name, value in small(**fields).items()}
     return [f"--{word}" if value is True else f"--{word}={value}" for word, value in words.items()]
+
+
+def train_words(data: Any, **fields: Any) -> list[Any]:
+    """A command for `launched` that trains a small model."""
+    return ["train", data.path, "-o", None, *flags(**fields)]
+
+
+def launched(folder: Path, ranks: int, commands: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Any], Ended]:
+    """`several`, by name: {name: (run folder, each rank's probe)}, and how the launch ended."""
+    runs = {name: Path(words[2]) if words[1] == "--resume" else folder / name for name, words in commands.items()}
+    filled = [[runs[name] if word is None else word for word in words] for name, words in commands.items()]
+    with several(folder, ranks, *filled) as launch:
+        (ended,) = launch.wait()
+    assert ended.code == 0, ended.err
+    return {name: (runs[name], probe) for name, probe in zip(commands, probes(folder, ranks))}, ended
+
+
+def here(capsys: Any, *words: Any) -> str:
+    """A command in this process; what it said on standard error."""
+    from dqrm.cli import cli
+
+    capsys.readouterr()
+    result = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stderr
+
+
+def simulated(capsys: Any, data: Any, run: Path, ranks: int, **fields: Any) -> Path:
+    """A small model trained in this process by simulated ranks: its run folder."""
+    here(capsys, "train", data.path, "-o", run, *flags(simulate_ranks=ranks, **fields))
+    return run
 
 
 def no_traceback_of_ours(*ended: Ended) -> None:
@@ -292,77 +326,3 @@ def same_run(one: Path, two: Path) -> None:
         # The checksums are of files that hold times, too; what else is in them was compared above.
         times = dict.fromkeys(("train_seconds", "metrics_bytes", checksums.FILES, checksums.SEAL))
         assert state(a) | times == state(b) | times
-
-
-def _probe(folder: Path) -> None:
-    """What `several` starts on each rank."""
-    import torch.distributed as dist
-
-    from dqrm.cli import cli
-    from dqrm.distributed.world import join
-    from dqrm.errors import UserError
-    from dqrm.training.loop import Trainer
-
-    found: list[dict[str, Any]] = []
-
-    def counted(call: Callable[..., Any], to_others: Callable[..., int]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            found[-1]["sent"].append(to_others(*arguments))
-            return call(*arguments, **named)
-
-        return wrapped
-
-    def all_to_all(_: Any, given: torch.Tensor, __: Any = None, splits: Sequence[int] | None = None) -> int:
-        own = given.nbytes // size if splits is None else splits[rank] * given[:1].nbytes
-        return int(given.nbytes - own)
-
-    def hashing(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def wrapped(trainer: Any) -> Any:
-            digest = hashlib.sha256()
-            for tensor in trainer.model.state_dict().values():
-                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            found[-1]["weights"][str(trainer.state.step)] = digest.hexdigest()
-            return call(trainer)
-
-        return wrapped
-
-    with join() as world:
-        rank, size = world.rank, world.size
-        dist.all_to_all_single = counted(dist.all_to_all_single, all_to_all)
-        for name in ("all_gather_single", "all_gather_into_tensor"):
-            if hasattr(dist, name):
-                setattr(dist, name, counted(getattr(dist, name), lambda _, given: (size - 1) * given.nbytes))
-        Trainer.fit, Trainer._save = hashing(Trainer.fit), hashing(Trainer._save)  # type: ignore[method-assign]
-        for command in json.loads((folder / "commands.json").read_text()):
-            found.append({"refused": None, "weights": {}, "sent": []})
-            try:
-                cli(command, prog_name="dqrm", standalone_mode=False)
-            except UserError as error:
-                found[-1]["refused"] = str(error)
-        (folder / f"rank{rank}.json").write_text(json.dumps(found))
-
-
-def _hold(step: int, arguments: Sequence[str]) -> None:
-    """What `held_at` starts on each rank."""
-    from dqrm.__main__ import main
-    from dqrm.training.loop import Trainer
-
-    save = Trainer._save
-
-    def held(trainer: Any) -> None:
-        save(trainer)
-        while trainer.world.rank == trainer.world.size - 1 and trainer.state.step >= step:
-            if trainer.stopped.is_set():
-                break
-            time.sleep(0.01)
-
-    Trainer._save = held  # type: ignore[method-assign]
-    sys.argv = ["dqrm", *arguments]
-    main()
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "hold":
-        _hold(int(sys.argv[2]), sys.argv[3:])
-    else:
-        _probe(Path(sys.argv[1]))

@@ -1,53 +1,40 @@
-"""torchrun on this machine: what real ranks give is what simulated ones give, bit for bit, stopped or not; and bytes.
+"""torchrun on this machine: what real ranks give is what simulated ones give, bit for bit; and bytes.
 
 Starting ranks costs seconds, so the tests share a few launches; the commands of `several` run in one.
 """
 
 import json
-import shutil
-import signal
-import sys
-import time
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from click.testing import CliRunner
 
 from conftest import tensors, tiny
-from dqrm.cli import cli
-from dqrm.config import ExchangeConfig
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.training.evaluation import evaluate
-from dqrm.training.launch import resume, train
+from dqrm.training.launch import train
 from dqrm.training.run import Run
 from launch_helpers import (
-    TIMEOUT,
-    Launch,
-    by_hand,
+    LONG,
     flags,
-    held_at,
+    here,
+    launched,
     lines,
     newest,
     no_traceback_of_ours,
-    probes,
     same_run,
     same_tensors,
-    several,
+    simulated,
     state,
-    steps_saved,
     summary,
     torchrun,
-    until,
+    train_words,
 )
 from test_distributed_data import PARTS, dense_bytes, expected
 
 pytestmark = pytest.mark.distributed
-LONG = {"epochs": 5, "checkpoint_every": 3, "log_every": 5, "eval_every": 31}
 PLAIN = {"bits": 32, "table_codec": "fp32", "mlp_codec": "fp32", "epochs": 2, "checkpoint_every": 9}
 ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:100", "codec_rounding": "stochastic",
        "table_exchange": "all_to_all", "table_compensation_rows": 500, "scale_refresh": "running_max",
@@ -58,19 +45,6 @@ ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_s
         "optimizer": "adagrad", "max_steps": 20}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
-
-
-def here(capsys, *words):
-    """A command in this process; what it said on standard error."""
-    capsys.readouterr()
-    result = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.stderr
-
-
-def simulated(capsys, data, run, ranks, **fields):
-    here(capsys, "train", data.path, "-o", run, *flags(simulate_ranks=ranks, **fields))
-    return run
 
 
 # ---- the launches
@@ -88,38 +62,6 @@ def two(generated, work):
         work / "two", 2, "train", generated.path, "-o", work / "two" / "run", *flags(**LONG), "--json"
     ) as launch:
         return launch.wait()[0], work / "two" / "run"
-
-
-@pytest.fixture(scope="module")
-def stopped(generated, work):
-    """The same run: SIGTERM to torchrun; then resumed, SIGTERM to rank 1 alone; then resumed, and all of it killed.
-
-    Returns how the processes of each launch ended, and a copy of the run folder after each.
-    """
-    run, said, copies = work / "stopped" / "run", [], []
-    start, again = ["train", generated.path, "-o", run, *flags(**LONG)], ["train", "--resume", run]
-    for launch, stop in (
-        (
-            lambda step: torchrun(work / "stopped", 2, *start, program=held_at(step)),
-            lambda started: started.signal(signal.SIGTERM),
-        ),
-        (
-            lambda step: by_hand(work / "stopped", again, again, program=[sys.executable, *held_at(step)]),
-            lambda started: started.signal(signal.SIGTERM, rank=1),
-        ),
-        (lambda step: by_hand(work / "stopped", again, again, program=[sys.executable, *held_at(step)]), Launch.kill),
-    ):
-        step = (steps_saved(run) or [0])[-1] + 6
-        with launch(step) as started:
-            until(lambda: (steps_saved(run) or [0])[-1] >= step, started)  # noqa: B023
-            stop(started)
-            said.append(started.wait())
-            deadline = time.monotonic() + TIMEOUT
-            while started.pids() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not started.pids(), "ranks that outlived their launch"
-        copies.append(shutil.copytree(run, work / f"stopped-{len(said)}"))
-    return said, copies
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +83,9 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(generated, bags_data, small, stopped, work):
+def pair(generated, bags_data, small, work):
     """Two ranks, one command after the other: {name: (run folder, each rank's probe)}, and what they said."""
-    killed = shutil.copytree(stopped[1][2], work / "killed")
     return launched(work / "pair", 2, {
-        "killed": ["train", "--resume", killed],
         "odd": train_words(generated, **ODD),
         "shared": train_words(generated, **SHARED),
         "rows": train_words(generated, **ROWS),
@@ -157,8 +97,7 @@ def pair(generated, bags_data, small, stopped, work):
         "unsplit": train_words(small["unsplit"], batch_size=51, epochs=2),
         "minutes": train_words(generated, checkpoint_minutes=1e-6, max_steps=20, early_stopping=1, eval_every=4,
                                plateau_factor=0.5, learning_rate=0.5),
-        "finished": ["train", "--resume", killed],
-        "again": ["train", "--resume", killed.parent / "nothing"],
+        "again": ["train", "--resume", work / "nothing"],
         "diverged": train_words(generated, bits=32, learning_rate=1e6),
         "both": train_words(generated, simulate_ranks=2),
         "active": train_words(generated, activation_bits=8),
@@ -167,11 +106,9 @@ def pair(generated, bags_data, small, stopped, work):
 
 
 @pytest.fixture(scope="module")
-def four(generated, bags_data, stopped, work):
-    """Likewise four ranks, one of which resumes what two had begun."""
-    grown = shutil.copytree(stopped[1][0], work / "grown")
+def four(generated, bags_data, work):
+    """Likewise four ranks."""
     return launched(work / "four", 4, {
-        "grown": ["train", "--resume", grown],
         "default": train_words(generated, epochs=2, log_every=5, checkpoint_every=7),
         "plain": train_words(generated, **PLAIN, batch_size=107),  # 1,715 rows: the last batch has 3
         "bags": train_words(bags_data, **BAGS),
@@ -185,19 +122,6 @@ def launches(request):
 
 
 RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-
-
-def train_words(data, **fields):
-    return ["train", data.path, "-o", None, *flags(**fields)]
-
-
-def launched(folder, ranks, commands):
-    runs = {name: Path(words[2]) if words[1] == "--resume" else folder / name for name, words in commands.items()}
-    filled = [[runs[name] if word is None else word for word in words] for name, words in commands.items()]
-    with several(folder, ranks, *filled) as launch:
-        (ended,) = launch.wait()
-    assert ended.code == 0, ended.err
-    return {name: (runs[name], probe) for name, probe in zip(commands, probes(folder, ranks))}, ended
 
 
 # ---- real and simulated ranks
@@ -271,7 +195,7 @@ def test_all_ranks_hold_the_same_weights_at_every_save(launches, ranks):
     for name, (_, probe) in launches(ranks)[0].items():
         assert len(probe) == ranks
         assert all(rank["weights"] == probe[0]["weights"] for rank in probe), name
-        assert probe[0]["refused"] or name == "finished" or len(probe[0]["weights"]) > 1
+        assert probe[0]["refused"] or len(probe[0]["weights"]) > 1
 
 
 @pytest.mark.slow
@@ -327,17 +251,13 @@ def test_what_ranks_cannot_run_is_refused_by_all_with_one_sentence(pair):
         assert run.exists() == (name == "diverged")
 
 
-def test_checkpoints_by_the_clock_early_stopping_and_a_finished_run(generated, pair, capsys, tmp_path):
+def test_checkpoints_by_the_clock_and_early_stopping(generated, pair, capsys, tmp_path):
     """The clock is rank 0's; the others save with it, and all stop at the same evaluation."""
     run, probe = pair[0]["minutes"]
     fields = {"max_steps": 20, "early_stopping": 1, "eval_every": 4, "plateau_factor": 0.5, "learning_rate": 0.5}
     simulated(capsys, generated, tmp_path / "run", 2, checkpoint_minutes=0, **fields)
     same_run(run, tmp_path / "run")
     assert len(probe[1]["weights"]) > len(lines(run, "evaluation")) + 1  # the clock saved besides
-    finished, killed = pair[0]["finished"], pair[0]["killed"]
-    assert [rank["weights"] for rank in finished[1]] == [{}, {}]
-    assert [rank["refused"] for rank in finished[1]] == [None, None]
-    assert finished[0] == killed[0]
 
 
 # ---- bytes
@@ -364,85 +284,3 @@ def test_the_payload_and_the_bytes_sent_follow_from_the_rows_of_the_data(generat
         assert report["sent_bytes"] == pytest.approx(sent[0, :until_now].mean() + dense[0], abs=0.051)
         assert report["waited_ms"] > 0
     assert len(lines(run, "train")) >= (name != "summed")
-
-
-# ---- stopped and resumed
-
-
-def test_sigterm_stops_all_ranks_at_one_step_and_saves(stopped):
-    """To torchrun, which passes it on; and to one rank alone, which tells the others."""
-    (to_all, to_one, killed), copies = stopped
-    assert [ended.code for ended in to_all] == [1]
-    assert [ended.code for ended in to_one] == [130, 130]
-    assert [ended.code for ended in killed] == [-signal.SIGKILL] * 2
-    for ended, copy in ((to_all, copies[0]), (to_one, copies[1])):
-        no_traceback_of_ours(*ended)
-        said = " ".join("".join(one.err for one in ended).split())
-        assert said.count(f"`dqrm train --resume {copy.parent / 'stopped' / 'run'}` continues exactly here") == 1
-        step = steps_saved(copy)[-1]
-        assert 6 <= step < 135
-        assert state(newest(copy))["step"] == step
-        assert tensors(newest(copy))["exchange.safetensors/counters"][:, 7].tolist() == [step, step]
-        assert not (copy / "summary.json").exists()
-    assert steps_saved(copies[0])[-1] < steps_saved(copies[1])[-1]
-    assert "dqrm:" not in to_one[1].err
-
-
-def test_stopped_killed_and_resumed_is_as_if_never_stopped(two, pair):
-    """SIGTERM, SIGTERM to one rank and SIGKILL behind it, against the run that nobody stopped."""
-    run, probe = pair[0]["killed"]
-    same_run(two[1], run)
-    assert 6 < min(map(int, probe[1]["weights"])) < 135  # it was resumed, and in the middle
-    sent = [tensors(newest(one))["exchange.safetensors/counters"][:, 5] for one in (two[1], run)]
-    assert torch.equal(*sent)
-
-
-@pytest.mark.slow
-def test_resumed_by_four_what_two_had_begun(stopped, four, tmp_path):
-    """What error compensation kept is dropped, which rank 0 says; the rest goes on as four simulated ranks would."""
-    run, probe = four[0]["grown"]
-    assert four[1].err.count("was saved by 2 ranks and goes on with 4: what error compensation kept is dropped") == 1
-    assert min(map(int, probe[3]["weights"])) == steps_saved(stopped[1][0])[-1]
-    assert summary(run)["exchange"]["ranks"] == 4
-    assert state(newest(run))["train_rows"] == 5 * 1715
-    other = shutil.copytree(stopped[1][0], tmp_path / "run")
-    told = (other / "run.json").read_text()
-    (other / "run.json").write_text(told.replace('"simulate_ranks": 0', '"simulate_ranks": 4'))
-    said = []
-    resume(other, log=said.append)
-    assert sum("goes on with 4" in line for line in said) == 1
-    same_run(run, other)
-
-
-def test_resumed_by_one_what_two_had_begun(generated, stopped, two, capsys, tmp_path):
-    run = shutil.copytree(stopped[1][0], tmp_path / "run")
-    said = " ".join(here(capsys, "train", "--resume", run).split())
-    assert "was saved by 2 ranks and goes on with 1: what error compensation kept is dropped" in said
-    assert "exchange" not in summary(run)
-    assert not (newest(run) / "exchange.safetensors").exists()
-    assert (state(newest(run))["step"], state(newest(run))["train_rows"]) == (135, 5 * 1715)
-    losses = [line["train_loss"] for line in lines(run, "evaluation")]
-    expected = [line["train_loss"] for line in lines(two[1], "evaluation")]
-    assert losses == pytest.approx(expected, rel=5e-3)  # one rank sends nothing: no rounding of gradients any more
-
-
-@pytest.mark.parametrize("shuffle", ["global", "none"])
-@pytest.mark.parametrize("batch_size", [64, 61])
-@pytest.mark.parametrize("ranks", [0, 3])
-def test_one_process_stopped_and_resumed_is_as_if_never_stopped(generated, tmp_path, batch_size, shuffle, ranks):
-    class Killed(Exception):
-        pass
-
-    def progress(_, done, __):
-        if done == 8 * batch_size:
-            raise Killed
-
-    exchange = ExchangeConfig(ranks, "int4", table_compensation_rows=50, table_exchange="all_to_all", mlp_codec="int4")
-    config = tiny(batch_size=batch_size, shuffle=shuffle, checkpoint_every=5, log_every=3, max_steps=30)
-    config = replace(config, exchange=exchange)
-    train(generated, tmp_path / "whole", config)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=progress)
-    assert steps_saved(tmp_path / "cut") == [5]
-    resume(tmp_path / "cut")
-    same_run(tmp_path / "whole", tmp_path / "cut")

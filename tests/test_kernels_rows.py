@@ -1,5 +1,7 @@
 """Sums and updates of rows, and maxima, in compiled code: in input order, with the bits of plain torch."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,18 @@ def test_optimizers_give_the_bits_of_plain_torch(rule, l2, dtype):
         return [weight.detach(), *(value for value in optimizer.state[weight].values())]
 
     both(run)
+
+
+@PATHS
+@pytest.mark.parametrize("row", [-1, 4, 2**40])
+@pytest.mark.parametrize("update", ["nearest", "stochastic"])
+def test_a_row_outside_the_weight_is_refused(path, row, update):
+    """The one behind the last, too: its write would be into other memory."""
+    rows, values = torch.tensor([0, row, 3]), torch.ones(3, 2)
+    target = torch.zeros(4, 2, dtype=torch.float32 if update == "nearest" else torch.bfloat16)
+    add = add_rows if update == "nearest" else partial(add_rows_stochastic, seed=0)
+    with on(path), pytest.raises((IndexError, RuntimeError), match="out"):
+        add(target, rows, values, factor=1.0)
 
 
 # ---- maxima
