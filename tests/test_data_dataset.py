@@ -82,6 +82,23 @@ def test_starting_later_gives_the_tail(dataset, monkeypatch, shuffle):
         assert tail == whole[start * 10 :]
 
 
+def test_the_order_of_blocks_is_the_documented_one(dataset):
+    """Written out: 32 blocks at a time are mixed, each time by a generator of its own, and a run may begin anywhere."""
+
+    def generator(*seeds):
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seeds)))
+
+    blocks, expected = generator(1, 2).permutation(-(-ROWS // 3)), []
+    for number, at in enumerate(range(0, len(blocks), 32)):
+        rows = [row for block in blocks[at : at + 32] for row in range(3 * block, min(3 * block + 3, ROWS))]
+        generator(1, 2, 1 + number).shuffle(rows)
+        expected += rows
+    split = dataset.split("train")
+    for start in (0, 1, 95, 96, 97, 98, 1002):
+        found = order(split.batches(1, shuffle="block", seed=1, epoch=2, block_rows=3, start_batch=start))
+        assert found == expected[start:]
+
+
 @pytest.mark.parametrize("shuffle", ["block", "global"])
 def test_the_order_depends_on_seed_and_epoch_alone(dataset, shuffle):
     split = dataset.split("train")
