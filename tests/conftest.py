@@ -22,7 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark most of a large product of parameters `slow`; run what starts ranks, and waits for them, first."""
     functions = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+        by_hand = item.get_closest_marker("slow") is not None
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not by_hand:
             functions[item.parent, item.originalname].append(item)
     for cases in functions.values():
         for case in set(cases) - set(quick(cases)):

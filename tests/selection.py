@@ -4,7 +4,7 @@ Most faults show with one value, nearly all of the rest with a pair of them. The
 marked `slow` and runs in CI.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 
 import pytest
@@ -38,6 +38,17 @@ def pairwise(cases: Sequence[tuple[Hashable, ...]]) -> list[int]:
         chosen.append(best)
         missing -= pairs[best]
     return chosen
+
+
+def slow(*values: object) -> list[object]:
+    """These values of a parameter, marked `slow`."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def some_quick(*chosen: tuple[object, ...], of: Iterable[tuple[object, ...]]) -> list[object]:
+    """A product `of` parameters of which the cases `chosen` by hand are quick and the others `slow`."""
+    others = [case for case in of if case not in chosen]
+    return [*chosen, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
 
 
 def quick(cases: Sequence[pytest.Function]) -> list[pytest.Function]:

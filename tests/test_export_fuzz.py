@@ -18,6 +18,7 @@ from dqrm import Artifact, UserError
 from dqrm.console import print_json
 from dqrm.export.evaluation import evaluate_file
 from dqrm.info import describe, print_description
+from selection import slow
 
 BLANK = "0" * 64
 HUGE = 10**18
@@ -218,13 +219,14 @@ def test_a_piece_in_the_middle_is_missing_doubled_or_zero(exported, tmp_path):
             one_sentence(error.value)
 
 
-def test_anything_at_any_place_of_the_description(exported, bags_data, tmp_path):
+@pytest.mark.parametrize("seed", [3, *slow(4, 5)])
+def test_anything_at_any_place_of_the_description(exported, bags_data, tmp_path, seed):
     _, header, body = parts(exported)
     content, path = json.loads(header["__metadata__"]["content"]), tmp_path / "model.dqrm"
-    draw = random.Random(3)
+    draw = random.Random(seed)
     for at in list(places(content)):
         values = [*VALUES, REMOVED] if at else VALUES
-        for value in draw.sample(values, 4):
+        for value in draw.sample(values, 2):
             path.write_bytes(sealed(with_text(header, "content", changed(content, at, value)), body))
             use(path, bags_data)
 

@@ -16,10 +16,11 @@ from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
 from dqrm.export.watch import Watch
+from selection import slow
 
 
 # What Python tells of its imports shows how far the process is: reading the command line, loading torch, the trainer.
-@pytest.mark.parametrize("imported", ["click.globals", "torch._C", "torch.nn", "dqrm.training.launch"])
+@pytest.mark.parametrize("imported", ["click.globals", "torch.nn", *slow("torch._C", "dqrm.training.launch")])
 def test_ctrl_c_while_the_command_starts(generated, tmp_path, imported):
     command = [sys.executable, "-X", "importtime", "-m", "dqrm", "train", generated.path, "-o", tmp_path / "run"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

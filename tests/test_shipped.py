@@ -1,6 +1,7 @@
 """What we tell people to type, run on a few generated rows: the commands and the Python of the README, and the
 commands in the header of every shipped configuration."""
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -27,9 +28,22 @@ def commands(text):
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(stand_ins, tmp_path, monkeypatch):
     """A folder with small stand-ins for every file that the commands name."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(stand_ins, ".", dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """The same, made once."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    with contextlib.chdir(folder):
+        _make_stand_ins()
+    return folder
+
+
+def _make_stand_ins():
     shutil.copytree(ROOT / "configs", "configs")
     generate("train.txt", GenerateConfig(rows=700))
     for day in range(3):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dqrm.models.dlrm import DLRM
 from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
+from selection import some_quick
 
 
 class Killed(Exception):
@@ -114,8 +116,13 @@ def test_training_learns_and_equals_a_plain_loop(generated, tmp_path):
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
-@pytest.mark.parametrize("bits", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize(
+    ("bits", "optimizer"),
+    some_quick(
+        *((bits, "sgd") for bits in (2, 4, 8, 16, 32)), (4, "adagrad"), (2, "rowwise_adagrad"),
+        of=product([2, 4, 8, 16, 32], ["sgd", "adagrad", "rowwise_adagrad"]),
+    ),
+)  # fmt: skip
 def test_all_optimizers_and_bits_train(generated, tmp_path, optimizer, bits):
     summary = train(generated, tmp_path / "run", tiny(bits, optimizer=optimizer, epochs=1, table_l2=1e-4))
     assert 0.3 < summary["best"]["metrics"]["log_loss"] < 1
@@ -130,9 +137,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(generated, tmp_p
     assert not torch.equal(*(last(tmp_path / name)["weights.safetensors/tables.weight"] for name in "ac"))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-@pytest.mark.parametrize("shuffle", ["global", "block"])
-@pytest.mark.parametrize("calls", [(1,), (4,), (30,), (2, 2, 13, 16, 15, 2)])
+@pytest.mark.parametrize(
+    ("calls", "shuffle", "optimizer"),
+    some_quick(
+        ((1,), "global", "sgd"),
+        ((4,), "block", "rowwise_adagrad"),
+        ((2, 2, 13, 16, 15, 2), "block", "sgd"),
+        ((2, 2, 13, 16, 15, 2), "global", "rowwise_adagrad"),
+        of=product([(1,), (4,), (30,), (2, 2, 13, 16, 15, 2)], ["global", "block"], ["sgd", "rowwise_adagrad"]),
+    ),
+)
 def test_killed_anywhere_and_resumed_is_as_if_never_killed(generated, tmp_path, optimizer, shuffle, calls):
     config = tiny(optimizer=optimizer, shuffle=shuffle, checkpoint_every=4, eval_every=11, log_every=5, max_steps=45)
     config = replace(config, optimizer=replace(config.optimizer, warmup_steps=9, plateau_factor=0.5))
@@ -160,12 +174,12 @@ def wait_for_checkpoint(run, process, number):
     raise AssertionError(f"no checkpoint {number}: exit {process.poll()}")
 
 
-@pytest.mark.parametrize("steps", [(20,), pytest.param((1, 44), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [(8,), pytest.param((1, 20), marks=pytest.mark.slow)])
 def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
-    config = tiny(checkpoint_every=1, epochs=3, threads=1)
+    config = tiny(checkpoint_every=1, epochs=2, max_steps=35, threads=1)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in
-             {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 3,
-              "batch_size": 64, "device": "cpu", "checkpoint_every": 1, "threads": 1}.items()]  # fmt: skip
+             {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 2,
+              "max_steps": 35, "batch_size": 64, "device": "cpu", "checkpoint_every": 1, "threads": 1}.items()]  # fmt: skip
     train(generated, tmp_path / "whole", config)
     run = tmp_path / "killed"
     arguments = ["train", generated.path, "-o", run, *flags]
@@ -179,7 +193,7 @@ def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
     assert_same_run(tmp_path / "whole", run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_says_how_to_resume(generated, tmp_path, number):
     run = tmp_path / "run"
     process = subprocess.Popen(
