@@ -98,7 +98,7 @@ def test_a_file_cut_short_kills_nobody(shipped, tmp_path):
         "except dqrm.UserError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert CHANGED in done.stdout
 

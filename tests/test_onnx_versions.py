@@ -78,6 +78,6 @@ def test_an_old_runtime_gives_the_same(kind, external, tmp_path, monkeypatch):
         feeds |= {f"values_{number}": values.numpy().astype(np.int64), f"offsets_{number}": offsets.numpy()}
     np.savez(tmp_path / "given.npz", **feeds)
     arguments = [OLD, "-c", RUN, path, tmp_path / "given.npz", tmp_path / "found.npy"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(torch.from_numpy(np.load(tmp_path / "found.npy")), expected(model, rows))

@@ -179,7 +179,8 @@ def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
     config = tiny(checkpoint_every=1, epochs=2, max_steps=35, threads=1)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in
              {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 2,
-              "max_steps": 35, "batch_size": 64, "device": "cpu", "checkpoint_every": 1, "threads": 1}.items()]  # fmt: skip
+              "max_steps": 35, "batch_size": 64, "device": "cpu", "checkpoint_every": 1,
+              "threads": 1}.items()]  # fmt: skip
     train(generated, tmp_path / "whole", config)
     run = tmp_path / "killed"
     arguments = ["train", generated.path, "-o", run, *flags]
