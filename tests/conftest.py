@@ -19,7 +19,7 @@ os.fsync = lambda file: None  # the tests kill processes, not machines, and disk
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark most of a large product of parameters `slow`; run what starts ranks, and waits for them, first."""
+    """Mark most of a large product of parameters `slow`; run what takes longest first."""
     functions = defaultdict(list)
     for item in items:
         by_hand = item.get_closest_marker("slow") is not None
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for cases in functions.values():
         for case in set(cases) - set(quick(cases)):
             case.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("distributed", "long")])
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 from selection import some_quick
 
+pytestmark = pytest.mark.long
+
 
 def refused(call, *arguments, **named) -> str:
     with pytest.raises(UserError) as error:

@@ -11,6 +11,7 @@ from dqrm.quant.ptq import CLIPS, row_scales, table_scale
 from dqrm.quant.uniform import dequantize, quantize, scale_from_max
 from selection import slow, some_quick
 
+pytestmark = pytest.mark.long
 FLOOR = 1e-8
 
 

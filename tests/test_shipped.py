@@ -17,6 +17,7 @@ from dqrm.config import Config
 from dqrm.data.synthetic import generate
 from dqrm.data.synthetic_config import GenerateConfig
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()

@@ -22,6 +22,8 @@ from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 from selection import some_quick
 
+pytestmark = pytest.mark.long
+
 
 class Killed(Exception):
     pass
