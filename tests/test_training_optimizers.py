@@ -24,10 +24,10 @@ def reference(weight, steps, rule, lr, l2, eps=1e-10):
     return weight
 
 
-def build(rule, weight, lr, l2):
+def build(rule, weight, lr, l2, eps=1e-10):
     if rule == "sgd":
         return SparseSGD([weight], lr, l2)
-    return SparseAdagrad([weight], lr, l2, rowwise=rule == "rowwise")
+    return SparseAdagrad([weight], lr, l2, eps, rowwise=rule == "rowwise")
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise"])
@@ -47,6 +47,18 @@ def test_updates_equal_the_reference(rule, l2, rows, dim, lookups):
         )
         optimizer.step()
     np.testing.assert_allclose(weight.detach(), reference(start, steps, rule, 0.1, l2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["adagrad", "rowwise"])
+def test_eps_is_added_to_the_root(rule):
+    """A large one, which shows; and where all gradients were 0 it is what keeps the update from being NaN."""
+    weight = nn.Parameter(torch.ones(3, 2))
+    optimizer = build(rule, weight, 0.5, 0.0, eps=0.25)
+    values = torch.tensor([[2.0, -2.0], [0.0, 0.0]])
+    weight.grad = torch.sparse_coo_tensor(torch.tensor([[0, 1]]), values, (3, 2), check_invariants=True)
+    optimizer.step()
+    moved = 0.5 * 2 / (2 + 0.25)
+    torch.testing.assert_close(weight.detach(), torch.tensor([[1 - moved, 1 + moved], [1, 1], [1, 1]]))
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise"])
