@@ -16,7 +16,7 @@ from dqrm import Artifact, ExportConfig, PrepareConfig, PTQConfig, Run, UserErro
 from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.export.pipeline import score_file
 from dqrm.training.metrics import click_metrics
-from test_export_fuzz import parts, sealed
+from export.test_fuzz import parts, sealed
 
 SHARE, RATE = 0.9, 0.04
 KEPT = 1 - SHARE

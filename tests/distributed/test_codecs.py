@@ -9,7 +9,7 @@ from dqrm.distributed.codecs import Codec, padded
 from dqrm.quant.blocks import Blocks, mix
 from dqrm.quant.packing import unpack
 from kernel_helpers import NATIVE, ODD, PATHS, both, on
-from test_quant_blocks import CASES, EVERY_CASE, SIZE, blocks_of, cut, nearest_bf16, numbers, ragged
+from quant.test_blocks import CASES, EVERY_CASE, SIZE, blocks_of, cut, nearest_bf16, numbers, ragged
 
 NAMES = ("fp32", "bf16", "int8", "int4")
 EVERY_CODEC = pytest.mark.parametrize("name", NAMES)

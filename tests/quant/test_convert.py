@@ -11,7 +11,7 @@ from torch import nn
 import dqrm
 from dqrm import QATConfig, QuantLinear, convert, prepare_qat
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
-from test_packing import same
+from quant.test_packing import same
 
 PACKED = (PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear)
 

@@ -11,7 +11,7 @@ from conftest import tiny
 from dqrm import Artifact, Config, ExportConfig, QATConfig, UserError
 from dqrm.export import artifact, onnx_file
 from dqrm.export.check import generate
-from test_export_fuzz import changed, parts, sealed, with_text
+from export.test_fuzz import changed, parts, sealed, with_text
 
 runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from distributed.test_failures import Nursery, sentences, training
 from dqrm.files import exclusive
-from test_distributed_failures import Nursery, sentences, training
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import dqrm
 from cli_helpers import command
 from conftest import tensors, tiny
 from dqrm import ExportConfig, PredictConfig
-from dqrm.export import evaluation
+from dqrm.serving import evaluation
 from dqrm.serving.evaluation import evaluate_file
 from dqrm.training import launch, threads
 from dqrm.training.launch import resume, train

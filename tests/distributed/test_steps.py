@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import reference as ref
+from distributed.test_codecs import BITS_OF
+from distributed.test_dense import arrives, blocks_of, slow_exchange
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.training.step import TrainStep
 from kernel_helpers import PATHS, on
-from test_distributed_codecs import BITS_OF
-from test_distributed_dense import arrives, blocks_of, slow_exchange
 
 ROWS, MULTI, DIM = (50, 400, 7, 121, 65), (False, False, False, True, True), 8
 STARTS = np.cumsum([0, *ROWS])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import tensors, tiny
+from distributed.test_data import PARTS, dense_bytes, expected
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.training.evaluation import evaluate
@@ -32,7 +33,6 @@ from launch_helpers import (
     torchrun,
     train_words,
 )
-from test_distributed_data import PARTS, dense_bytes, expected
 
 pytestmark = pytest.mark.distributed
 PLAIN = {"bits": 32, "table_codec": "fp32", "mlp_codec": "fp32", "epochs": 2, "checkpoint_every": 9}

@@ -18,8 +18,8 @@ from dqrm.config import ModelConfig
 from dqrm.kernels import build
 from dqrm.models.dlrm import DLRM
 from dqrm.training.step import TrainStep
-from test_bf16 import MODELS, error, make_batch
-from test_bf16 import build as make_model
+from training.test_bf16 import MODELS, error, make_batch
+from training.test_bf16 import build as make_model
 
 NATIVE = pytest.mark.skipif(not kernels.native(), reason="the kernels cannot be built here")
 SMALL = ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1))
@@ -74,7 +74,7 @@ def test_two_runs_are_the_same_bit_for_bit(path, options):
 TRAIN = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_fused_step import losses_of_20_steps
+from kernels.test_fused_step import losses_of_20_steps
 from dqrm import kernels
 print("native", kernels.native())
 print("losses", *losses_of_20_steps()[0])
@@ -98,7 +98,7 @@ def finish(process):
 
 @NATIVE
 def test_without_kernels_training_gives_the_same_losses():
-    code = TRAIN.format(tests=str(Path(__file__).parent))
+    code = TRAIN.format(tests=str(Path(__file__).parents[1]))
     out, errors = finish(start(code, CC="/nonexistent/cc"))
     assert "native False" in out
     assert errors.count("the CPU kernels cannot be built") == 1

@@ -10,7 +10,7 @@ from data_helpers import LOG, LOG_CONFIG, content, criteo_lines, table, write
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
-from test_score_rows import CONFIG, Arrow, arrow_dataset, arrow_table, log, pandas_frame
+from serving.test_score_rows import CONFIG, Arrow, arrow_dataset, arrow_table, log, pandas_frame
 
 HOLDERS = {
     "polars": lambda rows: rows,
