@@ -99,6 +99,8 @@ VALUES = {
     "times": ([datetime(2026, 1, day, 12) for day in range(1, 6)], ("<=2026-01-02",), 2, "dates"),
     "iso": ([f"2026-01-0{day}T12:30:00Z" for day in range(1, 6)], (">2026-01-02", "<=2026-01-04T12"), 2, "dates"),
     "text": (["week a", "week b", "week c", "week d", ""], (">=week c",), 2, "text"),
+    "both bounds in one": (["a", "c", "d", "da", "e"], (">=d, <e",), 2, "text"),
+    "dates in one": ([date(2026, 1, day) for day in range(1, 6)], (">=2026-01-02,<2026-01-04",), 2, "dates"),
     "as it is": ([">=1", "a", "b", "c", "d"], ("==>=1",), 1, None),
 }
 
@@ -121,9 +123,11 @@ def test_ranges(tmp_path, case, kind):
     [
         (["1", "2", "x"], (">=2",), "compares numbers, but a row holds 'x'"),
         ([1, 2, 20260107], (">=2026-01-07",), "compares dates, but a row holds '1'"),
-        (["2026-01-07"] * 3, (">=2026-1-7",), "compares text, but a row holds '2026-01-07'"),
+        (["2026-01-07"] * 3, (">=2026-1-7",), "is text, but a row holds '2026-01-07', expected a date"),
         (["2026-01-07"] * 3, (">=7",), "compares numbers, but a row holds '2026-01-07'"),
         (["2026-01-07T00Z", "2026-01-07T00+02:00", "2026-01-07T00Z"], (">=2026-01-07",), "several zones"),
+        ([1, 2, 3], (">=x",), "is text, but a row holds '1', expected a number"),
+        ([1, 2, 3], (">=1,<2,<3",), "should be one range"),
         ([1, 2, 3], (">=9",), "no row holds '>=9'"),
         ([1, 2, 3], (">=2", "3"), None),
         ([1, 2, 3], (">=2", ">1"), "should be one range"),

@@ -10,6 +10,8 @@ _DATE = r"[0-9]{4}-[0-9]{2}(?:-[0-9]{2}(?:[ T][0-9]{2}(?::[0-9]{2}(?::[0-9]{2}(?
 # In polars' regular expressions and in Python's.
 NUMBERS, DATES, ZONE = f"^{_NUMBER}$", f"^{_DATE}", r" ?(?:Z|[A-Z]{2,5}|[+-][0-9]{2}:?[0-9]{2})?$"
 _OPERATORS = re.compile(r"(==|>=|<=|>|<)\s*(.*)", re.DOTALL)
+# Where a range that is written as one value is two bounds.
+_BETWEEN = re.compile(r",\s*(?=[<>])")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Values:
 
 
 def parse(field: str, values: Sequence[str]) -> Values:
-    """What is meant by the values of a field: a range is one or two bounds; ==>5 is the value '>5' itself.
+    """What is meant by the values of a field: a range is one or two bounds, each a value of its own or both in one
+    (>=a,<b); ==>5 is the value '>5' itself.
 
     Raises:
         ValueError: no bound after an operator, two on one side, or bounds of two kinds.
@@ -35,6 +38,9 @@ def parse(field: str, values: Sequence[str]) -> Values:
     exact: list[str] = []
     bounds: list[tuple[str, str]] = []
     for value in values:
+        if value[:1] in (">", "<") and _BETWEEN.search(value):
+            bounds += parse(field, _BETWEEN.split(value)).bounds
+            continue
         found = _OPERATORS.fullmatch(value)
         operator, bound = (found[1], found[2].strip()) if found else ("==", value)
         if operator == "==":

@@ -1,6 +1,7 @@
 """Which split each row belongs to. 0: train, 1: validation, 2: test, as in `folder.SPLITS`."""
 
 import operator as operators
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,10 +171,17 @@ class _Meant:
         numbers, dates = keys.str.contains(NUMBERS), keys.str.contains(DATES + ZONE)
         wrong = known & {"numbers": ~numbers, "dates": ~dates, "text": numbers | dates}[compared or "text"]
         if wrong.any():
-            expected = {"numbers": "a number", "dates": "a date such as 2026-01-07", "text": "other text"}
+            held = keys.filter(wrong)[0]
+            if compared == "text":
+                kind = "a number" if re.match(NUMBERS, held) else "a date, as 2026-01-07"
+                raise UserError(
+                    f"{self._where}: the bound of '{self._values.range}' is text, but a row holds '{held}', expected "
+                    f"{kind} after the operator"
+                )
+            expected = {"numbers": "a number", "dates": "a date such as 2026-01-07"}
             raise UserError(
-                f"{self._where}: '{self._values.range}' compares {compared}, but a row holds "
-                f"'{keys.filter(wrong)[0]}', expected {expected[compared or 'text']}"
+                f"{self._where}: '{self._values.range}' compares {compared}, but a row holds '{held}', expected "
+                f"{expected[compared or 'numbers']}"
             )
         if compared == "dates":
             self._require_one_zone(keys.filter(known))
