@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -134,6 +135,24 @@ def exclusive(path: Path, message: str) -> Iterator[None]:
         yield
 
 
+def require_replaceable(output: Path) -> None:
+    """Whether a file may take the place of `output`: a rename onto a pipe or a device (/dev/null) would remove it.
+
+    Raises:
+        UserError: it is a folder, a pipe, a device or a socket; or `-`, which elsewhere means standard output.
+    """
+    if str(output) == "-":
+        raise UserError("cannot write to standard output (-), expected the name of a file")
+    try:
+        mode = output.stat().st_mode
+    except (OSError, ValueError):
+        return  # whoever writes it says what is wrong
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    kind = next((words for test, words in kinds if test(mode)), "a device")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{output} is {kind}, expected the name of a file")
+
+
 def partial_path(output: Path) -> Path:
     """The file beside `output` that `replacing` writes first."""
     target = output.resolve()  # a link to a file means the file
@@ -145,8 +164,10 @@ def replacing(output: Path, busy: str) -> Iterator[Path]:
     """A file beside `output` to write to, locked: it takes its place at the end, or is removed if anything goes wrong.
 
     Raises:
-        UserError: `busy`, where another process writes there; the disk is full, or the folder may not be written.
+        UserError: `busy`, where another process writes there; the disk is full, the folder may not be written, or
+            `output` is no file.
     """
+    require_replaceable(output)
     partial = partial_path(output)
     with _writing(output):
         partial.parent.mkdir(parents=True, exist_ok=True)

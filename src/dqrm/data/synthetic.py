@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
-from dqrm.files import replacing
+from dqrm.files import replacing, require_replaceable
 
 BLOCK = 1 << 14
 DAYS = 7
@@ -173,8 +173,7 @@ def generate(
     if chunk_rows < 1:
         raise UserError(f"chunk_rows: got {chunk_rows}, expected at least 1")
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder, expected the name of a file")
+    require_replaceable(path)
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     truth = truth_path(path)

@@ -27,7 +27,7 @@ from dqrm.export.container import Entry, write
 from dqrm.export.origin import check_data, dataset_of, known_schema, provenance, require_dataset, subsample_negatives
 from dqrm.export.pack import Packing, Progress
 from dqrm.export.watch import Watch
-from dqrm.files import exclusive, flush
+from dqrm.files import exclusive, flush, require_replaceable
 from dqrm.models.dlrm import DLRM
 from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
 from dqrm.training.run import Run
@@ -305,8 +305,7 @@ def _workshop(output: Path) -> Iterator[Path]:
     folder = output.with_name(output.name + ".partial")
     lock = folder / ".lock"
     try:
-        if output.is_dir():
-            raise UserError(f"{output} is a folder, expected the name of a file")
+        require_replaceable(output)
         if not output.parent.is_dir():
             raise UserError(f"cannot write {output}: there is no folder {output.parent}")
         if folder.exists() and not lock.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -21,7 +21,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.batches import Batch
 from dqrm.data.raw import PROBABILITY, RawLog
 from dqrm.errors import UserError
-from dqrm.files import partial_path, replacing, why_not_written
+from dqrm.files import partial_path, replacing, require_replaceable, why_not_written
 from dqrm.training.threads import scoring_threads
 
 Score = Callable[[Batch], torch.Tensor]
@@ -129,8 +129,7 @@ def check_output(output: Path, log: RawLog) -> None:
     suffix = output.suffix.lower()
     if suffix not in KINDS:
         raise UserError(f"predictions cannot be written as {output}, expected a name that ends in {', '.join(KINDS)}")
-    if output.is_dir():
-        raise UserError(f"{output} is a folder, expected the name of a file")
+    require_replaceable(output)
     for path in log.paths:
         for mine in (output, partial_path(output)):
             with suppress(OSError):
