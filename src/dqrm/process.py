@@ -17,6 +17,8 @@ from dqrm.errors import NotVerified, UserError
 
 STOPPED = 130
 """The exit code after Ctrl-C or SIGTERM."""
+# Seconds until a signal that came during an import is looked at again.
+_AGAIN = 0.02
 
 
 def run_command(command: click.Command, name: str) -> None:
@@ -25,10 +27,18 @@ def run_command(command: click.Command, name: str) -> None:
     Ctrl-C and SIGTERM raise KeyboardInterrupt where the command is, so that it removes what is half written, and then
     end it with one sentence and exit code 130. Training stops cleanly instead (`training.environment.stop_signals`).
     """
+    asked = threading.Event()
     with _short_warnings():
         try:
-            with _terminations():
-                _exit(command.main(prog_name=name, standalone_mode=False) or 0)
+            try:
+                with _terminations(asked):
+                    _exit(command.main(prog_name=name, standalone_mode=False) or 0)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException:  # polars' panics, too
+                if asked.is_set():  # what was stopped failed of it, as C code does that calls back into Python
+                    raise KeyboardInterrupt from None
+                raise
         except click.ClickException as error:
             error.show()
             _exit(error.exit_code)
@@ -52,24 +62,43 @@ def run_command(command: click.Command, name: str) -> None:
 
 
 @contextmanager
-def _terminations() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does: both raise KeyboardInterrupt.
+def _terminations(asked: threading.Event) -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does: both set `asked` and raise KeyboardInterrupt.
 
-    Not in ranks that torchrun started: one that waits for another in torch's C++ would hear of it much too late.
+    Not while a module is imported, but as soon as it is: packages swallow it there, are left half imported, or abort
+    the process. Not in ranks that torchrun started: one that waits for another in torch's C++ would hear of it much too
+    late.
     """
     if launched() or threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    alarm = getattr(signal, "SIGALRM", None)  # Windows has none
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, alarm) if number is not None]
+
     def stop(number: int, frame: Any) -> None:
+        asked.set()
+        if alarm is not None and _importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            return
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
+        if alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _importing(frame: Any) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
