@@ -130,6 +130,8 @@ def unquoted(text: str) -> str:
 def did_you_mean(got: str, known: Iterable[str]) -> str:
     """'; did you mean X?' when something close to `got` is known, else the known names, if any."""
     known = list(known)
+    if not known:
+        return "; there are none"
     close = difflib.get_close_matches(got, known, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"

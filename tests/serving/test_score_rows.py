@@ -192,7 +192,10 @@ def test_what_is_wrong_is_named(made, model):
         ([{**rows[0], "ad": ["a"]}], r"column ad of the rows holds lists, expected one number"),
         ([rows[0], {**rows[1], "ad": ["a"]}], r"column ad holds lists and '.*', expected lists in all rows or in none"),
         (made[0] / "log.parquet", r"log.parquet'.* expected rows of raw values: .*dqrm.predict scores files"),
-        ([1, 2], r"got an object of type int, expected rows of raw values"),
+        ([1, 2], r"got an object of type list that holds one of type int, expected rows of raw values"),
+        (pl.Series(["7", "a"]), r"got an object of type Series that holds one of type str, expected rows .*datasets?$"),
+        ({1: 2}, r"no columns .* in the rows; there are none"),
+        ({}, r"no columns .* in the rows; there are none"),
         (np.zeros((2, 3)), r"got an object of type ndarray, expected rows"),
         (None, r"type NoneType, expected rows"),
     ]:

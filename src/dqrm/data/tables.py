@@ -112,6 +112,7 @@ def rows_source(data: Any) -> TableSource | None:
         empty = not found.table.names and not (hasattr(data, "__len__") and len(data))
         found.hashing = False
         return None if empty else found
+    given = data
     if isinstance(data, Mapping):
         data = [data]
     if isinstance(data, Iterable) and not isinstance(data, (str, bytes, Path, np.ndarray)):
@@ -121,10 +122,13 @@ def rows_source(data: Any) -> TableSource | None:
             table = _of_dicts(rows)
             return TableSource(Path("the rows"), True, table=table, hashing=False) if rows else None
         data = odd
-    named = isinstance(data, (str, Path))
+    named = isinstance(given, (str, Path))
+    got = repr(str(given)) if named else f"an object of type {type(given).__name__}"
+    if data is not given:
+        got += f" that holds one of type {type(data).__name__}"
     raise UserError(
-        f"got {repr(str(data)) if named else 'an object of type ' + type(data).__name__}, expected rows of raw "
-        f"values: a dict, a list of dicts, {TABLES}{'; dqrm.predict scores files' * named}"
+        f"got {got}, expected rows of raw values: a dict, a list of dicts, "
+        f"{TABLES}{'; dqrm.predict scores files' * named}"
     )
 
 
@@ -232,7 +236,7 @@ def _of_pandas(name: str, column: Any) -> pl.Series:
 
 
 def _of_dicts(rows: Sequence[Mapping[str, Any]]) -> Table:
-    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    names = tuple(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
 
     def take(wanted: Sequence[str]) -> tuple[pl.Schema, Callable[[int], Iterator[pl.DataFrame]]]:
         columns = []
