@@ -1,19 +1,26 @@
-"""What may not be written over: a rename onto a pipe or a device would remove it, and `-` is no name of a file."""
+"""Pipes, devices and full disks where a file is written or read: named in one sentence, and left as they are."""
 
+import errno
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import dqrm
 from conftest import tiny
+from dqrm.data.config import PrepareConfig
+from dqrm.data.prepare import prepare
 from dqrm.data.synthetic import generate
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.export.pipeline import export_run
 from dqrm.export.scoring import predict
 from dqrm.files import replacing, require_replaceable
+from dqrm.training import checkpoints
 from dqrm.training.launch import train
+from dqrm.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +74,32 @@ def test_a_link_to_a_file_means_the_file(tmp_path):
         partial.write_text("new")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "old.txt").read_text() == "new"
+
+
+def test_a_model_in_a_pipe_is_named_and_not_read(run, tmp_path):
+    os.mkfifo(tmp_path / "m.dqrm")
+    with pytest.raises(UserError, match=r"m.dqrm is a pipe or a device, expected a .dqrm file"):
+        dqrm.load(tmp_path / "m.dqrm")
+    with pytest.raises(UserError, match="is no folder, expected a run folder"):
+        Run.open(tmp_path / "m.dqrm")
+    with pytest.raises(UserError, match="does not exist, expected a run folder"):
+        Run.open(tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_named_where_a_checkpoint_is_saved(generated, tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "write_json", full)
+    with pytest.raises(UserError, match=r"step-\d+: the disk is full \(No space left on device\); the one before it"):
+        train(generated, tmp_path / "run", tiny(max_steps=2))
+
+
+def test_what_is_called_parquet_and_is_none(tmp_path):
+    config = PrepareConfig(categorical=("c",))
+    for content in (b"", b"label,c\n1,a\n"):
+        (tmp_path / "log.parquet").write_bytes(content)
+        with pytest.raises(UserError, match=r"log\.parquet does not begin as Parquet does, expected Parquet"):
+            prepare(tmp_path / "log.parquet", tmp_path / "out", config)
+    (tmp_path / "log.parquet").write_bytes(b"label,c\n1,a\n0,b\n")
+    assert prepare(tmp_path / "log.parquet", tmp_path / "out", replace(config, delimiter=",", vocabulary="all"))

@@ -41,6 +41,7 @@ from dqrm.options import field_help, field_types
         ({"seed": -1}, "seed is -1"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
         ({"delimiter": ",,"}, "delimiter is ',,'"),
+        ({"delimiter": r"\t"}, r"in a shell a tab is \$'\\t'$"),
         ({"multi_separator": ""}, "multi_separator is empty"),
         ({"layout": "foo"}, "layout: got 'foo', expected one of criteo-kaggle, criteo-terabyte, table"),
         ({"split": "foo"}, "split: got 'foo', expected one of time, file, column, random"),

@@ -129,6 +129,7 @@ def test_what_a_pipe_cannot_give(tmp_path):
         (descriptor(b""), KAGGLE, "is empty"),
         (descriptor(b"a,b\n1,2\n"), TABLE, "no column 'label' in /dev/fd"),
         (descriptor(ROWS.encode()), PrepareConfig(categorical=("c",)), "--delimiter ','"),
+        (fifo(tmp_path / "named.parquet", parquet), PrepareConfig(categorical=("c",)), "is a pipe, expected a file"),
         (fifo(named, gzip.compress(ROWS.encode())[:100]), TABLE, "gzip data ends too early"),
     ]:
         with pytest.raises(UserError, match=said):

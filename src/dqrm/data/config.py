@@ -115,7 +115,8 @@ class PrepareConfig:
         if self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}, should be at least 1")
         if self.delimiter is not None and (len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n'):
-            raise ValueError(f"delimiter is {self.delimiter!r}, should be one ASCII character and not a quote")
+            tab = "; in a shell a tab is $'\\t'" * (self.delimiter in ("\\t", "tab"))
+            raise ValueError(f"delimiter is '{self.delimiter}', should be one ASCII character and not a quote{tab}")
 
     @property
     def split_rule(self) -> str:

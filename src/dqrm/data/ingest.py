@@ -276,6 +276,12 @@ def _separator(source: Source) -> str:
         suffixes.pop()
     if suffixes and suffixes[-1] in _SEPARATORS:
         return _SEPARATORS[suffixes[-1]]
+    if ".parquet" in suffixes:
+        raise UserError(
+            f"{source.where} is a pipe, expected a file: Parquet cannot be read from one"
+            if source.stream
+            else f"{source.where} does not begin as Parquet does, expected Parquet, or for text another name (.csv)"
+        )
     if source.stream:
         raise UserError(f"{source.where} has no name that tells its delimiter; give it, as in --delimiter ','")
     raise UserError(

@@ -137,6 +137,8 @@ class Container:
                 f"{path} is a folder, {made}; a run folder becomes one by "
                 f"`dqrm export {shlex.quote(str(path))} -o FILE.dqrm`"
             )
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is a pipe or a device, {made}: a model is read more than once")
         try:
             with path.open("rb") as file:
                 opened = FileIdentity.of_open(file)

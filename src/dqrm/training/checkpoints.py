@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from dqrm import checksums
 from dqrm.errors import UserError
-from dqrm.files import COUNT, FLAG, NUMBER, TEXT, flush, read_json, require, write_json
+from dqrm.files import COUNT, FLAG, NUMBER, TEXT, flush, read_json, require, why_not_written, write_json
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER, EXCHANGE = "weights.safetensors", "optimizer.safetensors", "exchange.safetensors"
@@ -96,7 +96,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"cannot save the checkpoint {final} ({error}); the one before it is untouched") from None
+        why = why_not_written(error)
+        raise UserError(f"cannot save the checkpoint {final}: {why}; the one before it is untouched") from None
     names = {checkpoint_path(folder, kept).name for kept in (*keep, step)}
     for path in folder.glob(f"{_PREFIX}*"):
         if path.name not in names:

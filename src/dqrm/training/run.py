@@ -131,7 +131,9 @@ class Run:
             what = f"holds no {_INFO}, expected a run folder made by `dqrm train`"
             if (path / _LOCK).exists() and not _contents(path):
                 what = f"holds no {_INFO}: its run was stopped before it began; `dqrm train DATA -o {path}` starts it"
-            raise UserError(f"{path} {what if path.is_dir() else 'does not exist, expected a run folder'}")
+            if not path.is_dir():
+                what = f"{'is no folder' if path.exists() else 'does not exist'}, expected a run folder"
+            raise UserError(f"{path} {what}")
         info = read_json(path / _INFO)
         found = info.get("format_version") if isinstance(info, dict) else None
         if found != FORMAT_VERSION:
