@@ -14,13 +14,20 @@ from dqrm.errors import UserError
 from dqrm.options import build, check_fields, did_you_mean, field_types, read_yaml
 from dqrm.quant.config import QATConfig
 
+# Fields that become a dimension of tensors.
+_SIZES = ("embedding_dim", "batch_size", "eval_batch_size")
+
 
 def _at_least(config: Any, **lowest: float) -> None:
     check_fields(config)
     for name, bound in lowest.items():
         value = getattr(config, name)
+        if isinstance(value, int) and value >= 2**63:  # what torch and the files' counters cannot hold
+            raise ValueError(f"{name} is {value}, expected below 2^63")
         if not (value >= bound and math.isfinite(value)):
             raise ValueError(f"{name} is {value}, expected {bound} or more")
+        if name in _SIZES and value >= 2**31:
+            raise ValueError(f"{name} is {value}, expected below 2^31")
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,9 @@ class ModelConfig:
             object.__setattr__(self, "bottom_mlp", (512, 256, 64, last))
         for name in ("bottom_mlp", "top_mlp"):
             widths = getattr(self, name)
-            if not widths or any(width < 1 for width in widths):
+            if not widths or any(not 1 <= width < 2**31 for width in widths):
                 raise ValueError(
-                    f"{name} is {'-'.join(map(str, widths))!r}, expected widths of 1 or more, as 512-256-16"
+                    f"{name} is {'-'.join(map(str, widths))!r}, expected widths from 1 to below 2^31, as 512-256-16"
                 )
         if self.top_mlp[-1] != 1:
             raise ValueError(f"top_mlp ends in {self.top_mlp[-1]}, expected 1 (one probability per sample)")
@@ -151,9 +158,8 @@ class TrainingConfig:
             self, epochs=1, batch_size=1, max_steps=0, eval_every=0, eval_batch_size=1, early_stopping=0,
             checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
         )  # fmt: skip
-        if self.seed >= 2**63 or self.threads > 1024:
-            name, bound = ("seed", "below 2^63") if self.seed >= 2**63 else ("threads", "1024 or fewer")
-            raise ValueError(f"{name} is {getattr(self, name)}, expected {bound}")
+        if self.threads > 1024:
+            raise ValueError(f"threads is {self.threads}, expected 1024 or fewer")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")
 

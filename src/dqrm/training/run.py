@@ -197,7 +197,11 @@ class Run:
                 raise
             rows = sum(column["rows"] for column in data["columns"])
             need = rows * config.model.embedding_dim * (2 if config.training.table_dtype == "bf16" else 4) / 1e9
-            raise UserError(f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB") from None
+            mlp = config.model
+            raise UserError(
+                f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and the MLPs "
+                f"{'-'.join(map(str, mlp.bottom_widths))} and {'-'.join(map(str, mlp.top_mlp))} come on top"
+            ) from None
 
     def load_model(self, which: str = "best", mapped: bool = False, verify: bool = True) -> tuple[DLRM, dict[str, Any]]:
         """The trained model in eval mode, and the state.json of its checkpoint.
