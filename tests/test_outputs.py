@@ -16,8 +16,8 @@ from dqrm.data.synthetic import generate
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.export.pipeline import export_run
-from dqrm.export.scoring import predict
 from dqrm.files import replacing, require_replaceable
+from dqrm.serving.predict import predict
 from dqrm.training import checkpoints
 from dqrm.training.launch import train
 from dqrm.training.run import Run
