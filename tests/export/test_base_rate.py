@@ -61,11 +61,14 @@ def test_predictions_are_at_the_click_rate_of_the_log(shipped):
     np.testing.assert_allclose(corrected, sampled / (sampled + (1 - sampled) / KEPT), rtol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", [".dqrm", ".onnx", ".pt2"])
+# What runs a file of each kind, where it is no dependency of ours.
+RUNTIMES = {".dqrm": "torch", ".onnx": "onnxruntime", ".pt2": "torch", ".pte": "executorch"}
+
+
+@pytest.mark.parametrize("suffix", RUNTIMES)
 @pytest.mark.parametrize("ptq", [None, PTQConfig(bits=8)])
 def test_every_format_adds_the_same_to_the_logit(shipped, suffix, ptq, tmp_path):
-    if suffix == ".onnx":
-        pytest.importorskip("onnxruntime")
+    pytest.importorskip(RUNTIMES[suffix], reason=f"{RUNTIMES[suffix]} is not installed")
     batch = next(iter(dqrm.Dataset(shipped / "data").split("test").batches(50)))
     logits = {}
     for correct in (True, False):
@@ -76,15 +79,16 @@ def test_every_format_adds_the_same_to_the_logit(shipped, suffix, ptq, tmp_path)
     torch.testing.assert_close(logits[True], logits[False] + math.log(KEPT), rtol=0, atol=1e-5)
 
 
-def test_an_artifact_is_written_in_other_formats_as_asked(shipped, tmp_path):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("suffix", [suffix for suffix in RUNTIMES if suffix != ".dqrm"])
+def test_an_artifact_is_written_in_other_formats_as_asked(shipped, suffix, tmp_path):
+    pytest.importorskip(RUNTIMES[suffix], reason=f"{RUNTIMES[suffix]} is not installed")
     batch = next(iter(dqrm.Dataset(shipped / "data").split("test").batches(50)))
-    wanted = score_file(shipped / "m.dqrm")(batch)
+    made, wanted = tmp_path / f"m{suffix}", score_file(shipped / "m.dqrm")(batch)
     for source in ("m.dqrm", "sampled.dqrm"):
-        dqrm.export_run(shipped / source, tmp_path / "m.onnx")
-        torch.testing.assert_close(score_file(tmp_path / "m.onnx")(batch), wanted)
-    dqrm.export_run(shipped / "m.dqrm", tmp_path / "m.onnx", SAMPLED)
-    torch.testing.assert_close(score_file(tmp_path / "m.onnx")(batch), score_file(shipped / "sampled.dqrm")(batch))
+        dqrm.export_run(shipped / source, made)
+        torch.testing.assert_close(score_file(made)(batch), wanted)
+    dqrm.export_run(shipped / "m.dqrm", made, SAMPLED)
+    torch.testing.assert_close(score_file(made)(batch), score_file(shipped / "sampled.dqrm")(batch))
 
 
 def test_checkpoint_and_files_are_evaluated_alike(shipped, tmp_path):
