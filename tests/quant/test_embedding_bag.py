@@ -20,6 +20,7 @@ LAYOUTS = {
     "no bags": ([], [], False),
     "no bags, last offset": ([], [0], True),
     "two-dimensional": ([[1, 3, 1], [3, 3, 3], [10, 0, 2]], None, False),
+    "two-dimensional, last offset": ([[1, 3, 1], [3, 3, 3], [10, 0, 2]], None, True),
     "two-dimensional, one column": ([[2], [3], [2]], None, False),
 }
 
