@@ -48,6 +48,11 @@ class Scheme:
     bf16_tables: bool = False
 
     @property
+    def own_tables(self) -> bool:
+        """Whether it cannot train the tables of other variants: their updates would outgrow its scales in each step."""
+        return self.bf16_tables or (self.bits != 32 and self.refresh != "periodic")
+
+    @property
     def reference(self) -> str:
         """The name of the unquantized variant with the same arithmetic."""
         return "fp32_bf16" if self.bf16 else "fp32"

@@ -1,7 +1,8 @@
 """`dqrm bench step`: whole training steps of several variants, alternating in one process.
 
-All variants with FP32 tables train the same tables, so that the full Kaggle model fits once and its pages are warm for
-all; each reads its own batches, so that none finds rows in the caches that another just looked up.
+Variants without scales, or with periodic ones, train the same FP32 tables, so that the full Kaggle model fits once and
+its pages are warm for all; each reads its own batches, so that none finds rows in the caches that another just looked
+up. With running_max each has tables of its own.
 """
 
 import random
@@ -58,8 +59,8 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     arch = ARCHITECTURES[options.arch]
     table_rows = arch.scaled(options.rows_scale)
     values = sum(table_rows) * arch.embedding_dim
-    own_tables = [name for name in options.variants if name in SCHEMES and SCHEMES[name].bf16_tables]
-    needed = 2 * values * len(own_tables) + 4 * values * (len(own_tables) < len(options.variants))
+    own = [SCHEMES[name] for name in options.variants if name in SCHEMES and SCHEMES[name].own_tables]
+    needed = values * (sum(2 if scheme.bf16_tables else 4 for scheme in own) + 4 * (len(own) < len(options.variants)))
     require_memory(needed, device)
     rows = max(options.samples, 16 * max(options.batch_size))
     progress("generating data", 0, None)
@@ -96,17 +97,17 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
 def _contenders(
     options: BenchStepConfig, table_rows: Sequence[int], clock: Clock, memory: dict[str, Any]
 ) -> list[Contender]:
-    """The variants in the order of `options`; all with FP32 tables share those of the first."""
+    """The variants in the order of `options`; all that can share the tables of the first."""
     shared: Tensor | None = None
     found: list[Contender] = []
     for name in options.variants:
         scheme = SCHEMES.get(name, Scheme(bits=32))
         if name != BASELINE or shared is None:
             start, config = clock(), training_config(options, scheme)
-            model = build_model(config, NUM_DENSE, table_rows, table_weight=None if scheme.bf16_tables else shared)
+            model = build_model(config, NUM_DENSE, table_rows, table_weight=None if scheme.own_tables else shared)
             model.to(clock.device)
             memory.setdefault("create_seconds", round((clock() - start) / 1e3, 3))
-            if shared is None and not scheme.bf16_tables:
+            if shared is None and not scheme.own_tables:
                 shared = model.tables.weight.detach()
         if name == BASELINE:
             assert shared is not None

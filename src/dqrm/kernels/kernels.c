@@ -33,19 +33,21 @@ static int64_t table_of(int64_t row, const int64_t *starts, int64_t tables, int6
 /* Whether a row of this magnitude may need a larger scale; rarely true, so that who asks looks closely then. */
 static int suspect(float largest, float scale, int high) { return !(largest < scale * (float)high * 0.999999f); }
 
-/* scale[t] = max(itself, the scale of max|weight[row]|) for each of the rows, t its table. */
-EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
-                              const void *weight, int half, int64_t dim, float *scale, int high, int threads) {
+/* scale[t] = max(itself, the scale of max|weight[row]|) for each of the rows, t its table; `only` (or NULL) says for which
+ * tables. Rows come table after table, sample by sample, or sorted. */
+static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables, const void *weight,
+                      int half, int64_t dim, float *scale, int high, const uint8_t *only, int threads) {
     int64_t width = dim * (half ? 2 : 4);
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
         int64_t table = 0;
 #pragma omp for
         for (int64_t i = 0; i < count; i++) {
-            if (i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
+            table = table_of(rows[i], starts, tables, table);
+            if (only && !only[table]) continue;
+            if (!only && i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
             float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
             float now;
-            table = table_of(rows[i], starts, tables, table);
             __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
             if (!suspect(largest, now, high)) continue;
 #pragma omp critical(dqrm_raise)
@@ -55,6 +57,11 @@ EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t 
             }
         }
     }
+}
+
+EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
+                              const void *weight, int half, int64_t dim, float *scale, int high, int threads) {
+    raise_for(rows, count, starts, tables, weight, half, dim, scale, high, NULL, threads);
 }
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
@@ -176,13 +183,20 @@ static inline int owner_of(int64_t row, int all) {
     return (int)((uint64_t)((uint32_t)(row >> 4) * 0x9e3779b1u) * (uint64_t)all >> 32);
 }
 
+/* Flag a table, and that there is one; NULL where there was no memory for flags: then all are looked at. */
+static inline void mark(uint8_t *grown, int64_t table, int64_t tables) {
+    if (!grown || __atomic_load_n(&grown[table], __ATOMIC_RELAXED)) return;
+    __atomic_store_n(&grown[table], 1, __ATOMIC_RELAXED);
+    __atomic_store_n(&grown[tables], 1, __ATOMIC_RELAXED);
+}
+
 /* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. `scale` (or NULL), of
  * tables whose first rows are `starts`: raised to what the new rows need, while they are at hand. */
 EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
                           float factor, const int64_t *starts, int64_t tables, float *scale, int high, int threads) {
-    int grown = 0;
+    uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL; /* tables whose scale may be too small; last: any */
     if (count * dim <= LITTLE) threads = 1;
-#pragma omp parallel num_threads(threads) reduction(| : grown)
+#pragma omp parallel num_threads(threads)
     {
         int me = 0, all = 1;
         int64_t at = 0, last = 0; /* rows come table after table, or sorted */
@@ -207,11 +221,13 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
             if (rows[i] < starts[at] || (at + 1 < tables && rows[i] >= starts[at + 1]))
                 at = table_of(rows[i], starts, tables, last);
             last = at;
-            grown |= suspect(float_of(max_bits_of(to, 0, dim)), scale[at], high);
+            if (grown && suspect(float_of(max_bits_of(to, 0, dim)), scale[at], high)) mark(grown, at, tables);
         }
     }
-    /* Again from what the rows are in the end: one that repeats may have been larger in between. */
-    if (grown) dqrm_raise_scales(rows, count, starts, tables, weight, 0, dim, scale, high, threads);
+    /* From what the rows are in the end: one that repeats may have been larger in between. */
+    if (scale && (!grown || grown[tables]))
+        raise_for(rows, count, starts, tables, weight, 0, dim, scale, high, grown, threads);
+    free(grown);
 }
 
 /* The same on bf16 weights with stochastic rounding; rows must not repeat. A number between two bf16 neighbours goes up
@@ -219,8 +235,8 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
 EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_t *rows, const float *values,
                                      int64_t count, float factor, uint32_t seed, const int64_t *starts,
                                      int64_t tables, float *scale, int high, int threads) {
-    int grown = 0;
-#pragma omp parallel num_threads(threads) reduction(| : grown) if (count * dim > LITTLE)
+    uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL;
+#pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
         int64_t table = 0;
 #pragma omp for
@@ -240,10 +256,12 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
             }
             if (!scale) continue;
             table = table_of(rows[i], starts, tables, table);
-            grown |= suspect(float_of(max_bits_of(to, 1, dim)), scale[table], high);
+            if (grown && suspect(float_of(max_bits_of(to, 1, dim)), scale[table], high)) mark(grown, table, tables);
         }
     }
-    if (grown) dqrm_raise_scales(rows, count, starts, tables, weight, 1, dim, scale, high, threads);
+    if (scale && (!grown || grown[tables]))
+        raise_for(rows, count, starts, tables, weight, 1, dim, scale, high, grown, threads);
+    free(grown);
 }
 
 /* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
