@@ -10,6 +10,7 @@ import torch
 
 from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.quant.config import QATConfig
+from kernel_helpers import NATIVE, on
 from selection import quick
 
 torch.set_num_threads(1)  # the tests run side by side
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for case in set(cases) - set(quick(cases)):
             case.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("distributed", "long")])
+
+
+@pytest.fixture(params=[pytest.param("native", marks=NATIVE), "plain"])
+def path(request: pytest.FixtureRequest):
+    """In compiled code, or as on a machine without a compiler."""
+    with on(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,23 @@ NATIVE = pytest.mark.skipif(not kernels.native(), reason="the kernels cannot be 
 PATHS = pytest.mark.parametrize("path", [pytest.param("native", marks=NATIVE), "plain"])
 ODD = [0.0, -0.0, 1e-45, 1e-30, -1e-8, 1.0, -1e30, 3.4e38, float("inf"), -float("inf"), float("nan")]
 
+ROW_GRADIENTS = {
+    "none": (torch.zeros(0, dtype=torch.int64), 3),
+    "one": (torch.tensor([4]), 16),
+    "all the same": (torch.full((129,), 7), 17),
+    "hot row": (torch.where(torch.arange(700) % 3 > 0, 5, torch.arange(700)), 3),
+    "random": (torch.randint(40, (500,), generator=torch.Generator().manual_seed(3)), 16),
+    "wide": (torch.randint(900, (600,), generator=torch.Generator().manual_seed(4)), 64),
+    "falling": (torch.arange(300).flip(0), 1),
+}
+
 
 @contextmanager
 def on(path):
     """Run in compiled code, or as on a machine without a compiler."""
-    if path == "native":
-        assert kernels.native()
+    backends = [backend for backend in kernels.BACKENDS if path == "native" or backend is kernels.plain]
+    with patch.object(kernels, "BACKENDS", backends):
         yield
-    else:
-        with patch("dqrm.kernels.library", lambda: None):
-            yield
 
 
 @contextmanager
@@ -57,8 +64,13 @@ def both(function):
     return native
 
 
+def here(tensor):
+    """On the device on which new tensors are made now."""
+    return tensor.to(torch.get_default_device())
+
+
 def random_rows(rows, dim, seed=0, dtype=torch.float32):
-    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return here(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), device="cpu").to(dtype))
 
 
 def collection(table_rows, dim, *, odd=False, dtype=torch.float32, **options):
@@ -71,5 +83,5 @@ def collection(table_rows, dim, *, odd=False, dtype=torch.float32, **options):
 
 def random_ids(table_rows, batch, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    columns = [torch.randint(rows, (batch,), generator=generator) for rows in table_rows]
-    return torch.stack(columns, 1).to(dtype)
+    columns = [torch.randint(rows, (batch,), generator=generator, device="cpu") for rows in table_rows]
+    return here(torch.stack(columns, 1).to(dtype))

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import reference as ref
-from dqrm.distributed.codecs import Codec, padded
-from dqrm.quant.blocks import Blocks, mix
+from dqrm.distributed.codecs import Codec, mix, padded
+from dqrm.kernels import Blocks
 from dqrm.quant.packing import unpack
 from kernel_helpers import NATIVE, ODD, PATHS, both, on
-from quant.test_blocks import CASES, EVERY_CASE, SIZE, blocks_of, cut, nearest_bf16, numbers, ragged
+from kernels.test_blocks import CASES, EVERY_CASE, SIZE, blocks_of, cut, nearest_bf16, numbers, ragged
 
 NAMES = ("fp32", "bf16", "int8", "int4")
 EVERY_CODEC = pytest.mark.parametrize("name", NAMES)
@@ -274,3 +274,22 @@ def test_large_messages_are_the_same_in_both_paths_and_for_two_threads():
         finally:
             torch.set_num_threads(1)
         assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+# ---- seeds
+
+
+def test_mix_gives_32_bits_that_tell_its_parts_apart():
+    seeds = [mix(1, step, part, rank) for step in range(30) for part in range(4) for rank in range(30)]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert len(set(seeds)) == len(seeds)  # of 3600 random ones two agree once in 660 times
+    assert mix(1, 2) != mix(2, 1)
+    assert mix(3, 4) == mix(3, 4)
+    assert 0 <= mix(2**63 - 1, 2**40) < 2**32
+    assert len({mix(9, number) for number in range(50_000)}) == 50_000  # a permutation of its last part
+
+
+def test_mix_spreads_over_all_bits():
+    found = np.array([mix(step, 5) for step in range(4096)])
+    for bit in range(32):
+        assert abs((found >> bit & 1).mean() - 0.5) < 5 * 0.5 / 4096**0.5, bit

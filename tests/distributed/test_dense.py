@@ -6,11 +6,10 @@ import torch
 
 import reference as ref
 from distributed.test_codecs import BITS_OF, EVERY_CODEC, NAMES, ROUNDING
-from dqrm.distributed.codecs import Codec
+from dqrm.distributed.codecs import Codec, mix
 from dqrm.distributed.dense import Bucket, MLPLayout
-from dqrm.quant.blocks import mix
 from kernel_helpers import NATIVE, PATHS, both, on
-from quant.test_blocks import nearest_bf16, noise, numbers
+from kernels.test_blocks import nearest_bf16, noise, numbers
 
 SHAPES = [torch.Size(shape) for shape in [(5, 7), (5,), (1, 5), (1,), (13, 1), (), (3, 2, 2), (31, 9), (31,), (2, 40)]]
 TOTAL = 35 + 5 + 5 + 1 + 13 + 1 + 12 + 279 + 31 + 80

@@ -6,9 +6,8 @@ import torch
 
 import reference as ref
 from distributed.test_codecs import BITS_OF, EVERY_CODEC, ROUNDING, decoded, up_to_four
-from dqrm.distributed.codecs import Codec
+from dqrm.distributed.codecs import Codec, mix
 from dqrm.distributed.sparse import RowCodec, RowResiduals, add_up, join, reduce, split
-from dqrm.quant.blocks import mix
 from kernel_helpers import NATIVE, PATHS, both, on
 
 TABLES = (1, 2, 255, 256, 257, 65_536, 65_537, 2**24 + 1, 2**31, 3)

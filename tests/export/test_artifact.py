@@ -13,9 +13,10 @@ from safetensors import safe_open
 
 import dqrm
 from conftest import tiny
-from dqrm import Artifact, Config, ExportConfig, PrepareConfig, Run, UserError, kernels
+from dqrm import Artifact, Config, ExportConfig, PrepareConfig, Run, UserError
 from dqrm.export import pipeline
 from dqrm.training.checkpoints import save_checkpoint
+from kernel_helpers import on
 from test_cli import run as command
 
 VARIANTS = {
@@ -78,11 +79,11 @@ def test_the_artifact_answers_as_the_run(data, variant, request, tmp_path):
     assert [column["name"] for column in content["schema"]["columns"]] == [column.name for column in dataset.columns]
 
 
-def test_the_artifact_answers_as_the_run_without_compiled_kernels(trained, exported, generated, monkeypatch):
+def test_the_artifact_answers_as_the_run_without_compiled_kernels(trained, exported, generated):
     native = logits(dqrm.load(exported), generated)
-    monkeypatch.setattr(kernels, "fits", lambda *tensors: False)
-    same_answers(trained, exported, generated)
-    assert torch.allclose(logits(dqrm.load(exported), generated), native, atol=1e-6)
+    with on("plain"):
+        same_answers(trained, exported, generated)
+        assert torch.allclose(logits(dqrm.load(exported), generated), native, atol=1e-6)
 
 
 def test_eval_of_the_file_is_eval_of_the_run(trained, exported, generated, capsys):

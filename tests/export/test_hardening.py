@@ -122,7 +122,7 @@ def test_an_artifact_that_is_replaced_after_it_was_opened(runs, tmp_path):
 @pytest.mark.parametrize("native", [True, False])
 def test_another_number_of_dense_rows_than_of_ids(runs, tmp_path, monkeypatch, native):
     if not native:
-        monkeypatch.setattr("dqrm.kernels.fits", lambda *tensors: False)
+        monkeypatch.setattr("dqrm.kernels.BACKENDS", [])
     dqrm.export_run(runs[0], tmp_path / "m.dqrm")
     model = dqrm.load(tmp_path / "m.dqrm")
     batch = generate(Artifact.open(tmp_path / "m.dqrm").content["model"], 7)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import reference as ref
-from dqrm import kernels
 from dqrm.models.interaction import dot_interaction, pairs
 from dqrm.quant.linear import QuantLinear, quantized_weight
 from dqrm.quant.mlp import QuantMLP
@@ -41,39 +40,6 @@ def test_linear_weights_that_are_no_numbers_show(per_channel):
     weight = torch.tensor(ODD)[:, None] * torch.tensor([1.0, 0.5, 0.25])
     found, _ = both(lambda: quantized_weight(weight, 4, per_channel, False))
     assert found[-1].isnan().all()
-
-
-@NATIVE
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize(("batch", "outputs"), [(0, 3), (1, 1), (5, 17), (129, 64), (65, 513)])
-@pytest.mark.parametrize("per_channel", [True, False], ids=["channel", "tensor"])
-def test_the_end_of_a_bf16_layer(batch, outputs, per_channel, relu):
-    y = random_rows(batch, outputs, dtype=torch.bfloat16)
-    scale = random_rows(outputs if per_channel else 1, 1, seed=2).abs()[:, 0]
-    bias = random_rows(outputs, 1, seed=3)[:, 0]
-    expected = (y.float() * scale + bias).bfloat16()
-    kernels.finish_linear(y, scale, bias, relu)
-    same(y, expected.relu() if relu else expected)
-
-
-@NATIVE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("batch", "outputs"), [(0, 3), (1, 1), (5, 17), (129, 64), (65, 513)])
-@pytest.mark.parametrize("scales", ["none", "tensor", "channel"])
-@pytest.mark.parametrize("relu", [True, False])
-def test_the_start_of_a_layers_backward(batch, outputs, dtype, scales, relu):
-    grad, y = random_rows(batch, outputs, dtype=dtype), random_rows(batch, outputs, seed=1, dtype=dtype).relu()
-    count = {"none": 0, "tensor": 1, "channel": outputs}[scales]
-    scale = random_rows(count, 1, seed=2)[:, 0] if count else None
-    masked, scaled, bias_grad = kernels.start_linear(grad, y if relu else None, scale)
-    expected = torch.where(y > 0, grad, 0) if relu else grad
-    same(masked, expected)
-    same(scaled, expected if scale is None else (expected.float() * scale).to(dtype))
-    assert bias_grad.dtype == torch.float32
-    exact = ref.array(expected).sum(0)
-    np.testing.assert_allclose(
-        bias_grad, exact, rtol=0, atol=2.0**-22 * (1 + np.abs(ref.array(expected)).sum(0).max(initial=0))
-    )
 
 
 @NATIVE

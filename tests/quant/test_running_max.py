@@ -8,19 +8,10 @@ import pytest
 import torch
 
 import reference as ref
-from dqrm import kernels
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
 
-NATIVE = pytest.mark.skipif(not kernels.native(), reason="the kernels cannot be built here")
 ROWS, MULTI, DIM = (33, 1, 16, 47), (False, False, False, True), 3
-
-
-@pytest.fixture(params=[pytest.param("native", marks=NATIVE), "plain"])
-def path(request):
-    """In compiled code, or as on a machine without a compiler."""
-    with patch("dqrm.kernels.library", kernels.library if request.param == "native" else lambda: None):
-        yield request.param
 
 
 def make(dtype=torch.float32, **options):

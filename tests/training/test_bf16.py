@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,19 +10,19 @@ from torch import nn
 
 import reference as ref
 from conftest import tensors, tiny
-from dqrm import kernels
 from dqrm.config import ModelConfig
 from dqrm.data.batches import Batch
+from dqrm.kernels import add_rows_stochastic
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
 from dqrm.training.launch import resume, train
-from dqrm.training.optimizers import SparseAdagrad, SparseSGD, add_rows_stochastic, build_optimizers
+from dqrm.training.optimizers import SparseAdagrad, SparseSGD, build_optimizers
 from dqrm.training.run import Run
 from dqrm.training.step import TrainStep
+from kernel_helpers import NATIVE, on
 
-NATIVE = pytest.mark.skipif(not kernels.native(), reason="the kernels cannot be built here")
 UNIT = 2.0**-8  # the largest relative error of one rounding to bf16, which keeps 8 binary places
 ROWS = (50, 3, 1, 70)
 
@@ -43,13 +42,6 @@ MODELS = {
     "32 bits": {"bits": 32},
     "one layer": {"top_mlp": (1,)},
 }
-
-
-@pytest.fixture(params=[pytest.param("native", marks=NATIVE), "plain"])
-def path(request):
-    """In compiled code, or as on a machine without a compiler."""
-    with patch("dqrm.kernels.library", kernels.library if request.param == "native" else lambda: None):
-        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -332,7 +324,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(generated, tmp_path, rule, pr
 def test_training_bf16_tables_is_the_same_on_both_paths(kind):
     losses, weights = {}, {}
     for path in ("native", "plain"):
-        with patch("dqrm.kernels.library", kernels.library if path == "native" else lambda: None):
+        with on(path):
             model = build("bags", precision="fp32", table_dtype=torch.bfloat16)
             step = TrainStep(model, tiny(optimizer="sgd" if kind is SparseSGD else "adagrad"))
             losses[path] = [float(step(make_batch(model, 64, seed), 0.05)) for seed in range(8)]

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dqrm.config import OptimizerConfig
-from dqrm.training.optimizers import SparseAdagrad, SparseSGD, learning_rate, sum_duplicates
+from dqrm.kernels import sum_duplicates
+from dqrm.training.optimizers import SparseAdagrad, SparseSGD, learning_rate
 
 
 def reference(weight, steps, rule, lr, l2, eps=1e-10):

@@ -9,18 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqrm.quant.blocks import (
-    Blocks,
-    block_scales,
-    cast_blocks,
-    decode_blocks,
-    pack_codes,
-    quantize_blocks,
-    unpack_codes,
-)
+from dqrm import kernels
+from dqrm.kernels import Blocks
 
 _BITS = {"int8": 8, "int4": 4}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def mix(*parts: int) -> int:
+    """A 32-bit seed of several whole numbers, for stochastic rounding."""
+    seed = 0
+    for part in parts:
+        seed = (seed ^ part ^ part >> 32) * 0x9E3779B1 & 0xFFFFFFFF
+        seed = (seed ^ seed >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+        seed ^= seed >> 13
+    return seed
 
 
 def padded(count: int) -> int:
@@ -67,7 +70,7 @@ class Codec:
 
     def scales(self, x: Tensor, blocks: Blocks, residual: Tensor | None = None) -> Tensor | None:
         """The scales on which `encode` would put x + residual: float32 [blocks]; None where the codec has none."""
-        return block_scales(x, blocks, self.bits, residual) if self.bits else None
+        return kernels.block_scales(x, blocks, self.bits, residual) if self.bits else None
 
     def encode(
         self,
@@ -102,10 +105,10 @@ class Codec:
         """The values [total] of `dtype` that `encode` writes, and the scales [blocks], None where there are none."""
         noise = seed if self.stochastic else None
         if not self.bits:
-            return cast_blocks(x, blocks, self.dtype, residual, noise, out), None
+            return kernels.cast_blocks(x, blocks, self.dtype, residual, noise, out), None
         if scales is None:
-            scales = block_scales(x, blocks, self.bits, residual)
-        return quantize_blocks(x, blocks, scales, self.bits, residual, noise, out), scales
+            scales = kernels.block_scales(x, blocks, self.bits, residual)
+        return kernels.quantize_blocks(x, blocks, scales, self.bits, residual, noise, out), scales
 
     def write(self, out: Tensor, values: Tensor, scales: Tensor | None) -> None:
         """Scales and values as bytes into `out`."""
@@ -113,15 +116,16 @@ class Codec:
         if scales is not None:
             at = scales.nbytes
             out[:at].copy_(scales.view(torch.uint8))
-        stored = pack_codes(values, self.bits) if self.bits else values.view(torch.uint8)
+        stored = kernels.pack_nibbles(values) if self.bits == 4 else values.view(torch.uint8)
         out[at : at + len(stored)].copy_(stored)
 
     def decode(self, message: Tensor, blocks: Blocks, out: Tensor, add: bool = False) -> None:
         """The inverse: values into `out` (float32, flat) where the blocks lie, or added to it."""
         scale_bytes, value_bytes = self.sizes(len(blocks), blocks.total)
         stored = message[scale_bytes : scale_bytes + value_bytes]
-        if self.bits:
-            codes = unpack_codes(stored[: -(-blocks.total * self.bits // 8)], self.bits, blocks.total)
-            decode_blocks(codes, blocks, out, message[:scale_bytes].view(torch.float32), add)
+        if self.bits == 4:
+            stored = kernels.unpack_nibbles(stored[: (blocks.total + 1) // 2], blocks.total)
         else:
-            decode_blocks(stored.view(_DTYPES[self.name])[: blocks.total], blocks, out, None, add)
+            stored = stored.view(self.dtype)[: blocks.total]
+        scales = message[:scale_bytes].view(torch.float32) if self.bits else None
+        kernels.decode_blocks(stored, blocks, out, scales, add)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dqrm.distributed.codecs import Codec
-from dqrm.quant.blocks import Blocks
+from dqrm.kernels import Blocks
 
 
 class MLPLayout:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqrm import kernels
 from dqrm.config import ExchangeConfig
-from dqrm.distributed.codecs import Codec
+from dqrm.distributed.codecs import Codec, mix
 from dqrm.distributed.dense import MLPLayout
 from dqrm.distributed.sparse import RowCodec, RowResiduals, split
-from dqrm.quant.blocks import mix
-from dqrm.quant.rows import sum_duplicates
 
 # From so many ranks on, owners sum rows before all get them; below, everybody gets everything (docs/distributed.md).
 ALL_TO_ALL_FROM = 64
@@ -171,7 +170,7 @@ class Exchange(ABC):
             return torch.empty(0, dtype=torch.int64, device=self.device), torch.empty(
                 0, self.tables.embedding_dim, device=self.device
             )
-        return sum_duplicates(grad._indices()[0].contiguous(), grad._values().float())
+        return kernels.sum_duplicates(grad._indices()[0].contiguous(), grad._values().float())
 
     def _encode_rows(self, rank: int, gradient: Gradient, scales: Tensor | None) -> tuple[list[Tensor], dict[str, int]]:
         """A rank's messages: one for all, or one for each owner; and the bytes of their parts."""

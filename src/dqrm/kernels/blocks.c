@@ -1,4 +1,4 @@
-/* Blocks: runs of values that share a scale, as they are encoded for and decoded from the wire (`quant/blocks.py`).
+/* Blocks: runs of values that share a scale, as they are encoded for and decoded from the wire (`layout.py`).
  *
  * Block b is the values x[starts[b]] ... x[starts[b] + lengths[b] - 1]; what is encoded lies block after block, that of
  * block b from offsets[b] on. `residual` (or NULL) is added before encoding; its values for block b begin at keys[b],

@@ -1,7 +1,8 @@
-"""Compiles the kernels for this machine, once, and loads them.
+"""Compiles the kernels for this machine, once, and loads them; without a compiler, loads those of the wheel.
 
-The library lies in the user's cache folder under a name that holds source, flags, compiler and processor: any change of
-these compiles again (a few seconds). Without a compiler the package works in plain torch.
+What is compiled is kept in the user's cache folder under a name that holds source, flags, compiler and processor: any
+change of these compiles again (a few seconds). A wheel has libraries for several levels of processors, of the same
+bits. With neither the package works in plain torch.
 """
 
 import ctypes
@@ -16,38 +17,61 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import torch  # noqa: F401 (its OpenMP library must be loaded first, so that the kernels share its threads)
+import torch  # its OpenMP library must be loaded first, so that the kernels share its threads
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "blocks.c"))
-HEADER = Path(__file__).with_name("common.h")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-         "-fvisibility=hidden", "-fPIC", "-shared")  # fmt: skip
+from dqrm.kernels.flags import FLAGS, LEVELS, OPENMP, SOURCES, WITHOUT_OPENMP, digest
+
+_NATIVE = ("-march=native", "-shared")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where DQRM_NATIVE=0 says so or they cannot be built (then a warning says why)."""
-    if os.environ.get("DQRM_NATIVE", "1") == "0":
+    """The compiled kernels; None, and a warning says why, where there are none.
+
+    The environment variable DQRM_NATIVE chooses: 0 for none, `wheel` for those of the wheel; otherwise they are
+    compiled for this machine, and those of the wheel are taken where that fails.
+    """
+    choice = os.environ.get("DQRM_NATIVE", "1")
+    if choice == "0":
         return None
     try:
-        return _load()
+        if choice == "wheel":
+            raise RuntimeError("DQRM_NATIVE is 'wheel', but this installation has no library for this processor")
+        return _compiled()
     except (OSError, RuntimeError) as error:
-        warnings.warn(
-            f"the CPU kernels cannot be built ({error}); training runs in plain torch, more slowly. A C compiler "
-            "(gcc or clang) makes them available, DQRM_NATIVE=0 silences this.",
-            stacklevel=2,
-        )
-        return None
+        shipped = _shipped()
+        if shipped is None:
+            warnings.warn(
+                f"the CPU kernels cannot be built ({error}); training runs in plain torch, more slowly. A C compiler "
+                "(gcc or clang) makes them available, DQRM_NATIVE=0 silences this.",
+                stacklevel=2,
+            )
+        return shipped
 
 
-def _load() -> ctypes.CDLL:
+def _shipped() -> ctypes.CDLL | None:
+    """The wheel's library for the best level that this processor has, if it was built from these sources."""
+    ability = torch.backends.cpu.get_cpu_capability().lower()
+    levels = list(LEVELS)
+    for level in reversed(levels[: levels.index(ability) + 1 if ability in levels else 1]):
+        try:
+            loaded = ctypes.CDLL(str(Path(__file__).with_name(f"_{level}.so")))
+        except OSError:
+            continue
+        loaded.dqrm_source.restype = ctypes.c_char_p
+        if loaded.dqrm_source() == digest(SOURCES).encode():
+            return loaded
+    return None
+
+
+def _compiled() -> ctypes.CDLL:
     compiler = (
         shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
     )
     if not compiler:
         raise RuntimeError("no C compiler found")
     version = _run([*compiler, "--version"])
-    identity = "\0".join([*(file.read_text() for file in (*SOURCES, HEADER)), *FLAGS, *compiler, version, _processor()])
+    identity = "\0".join([digest(SOURCES), *FLAGS, *_NATIVE, *compiler, version, _processor()])
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     cache: Path | None
     try:
@@ -65,9 +89,9 @@ def _load() -> ctypes.CDLL:
         built = folder / name
         sources = [str(file) for file in SOURCES]
         try:
-            _run([*compiler, *FLAGS, "-fopenmp", "-o", str(built), *sources, "-lm"])
-        except RuntimeError:  # Apple's clang has no OpenMP: one thread
-            _run([*compiler, *FLAGS, "-Wno-unknown-pragmas", "-o", str(built), *sources, "-lm"])
+            _run([*compiler, *FLAGS, *_NATIVE, *OPENMP, "-o", str(built), *sources, "-lm"])
+        except RuntimeError:
+            _run([*compiler, *FLAGS, *_NATIVE, *WITHOUT_OPENMP, "-o", str(built), *sources, "-lm"])
         if cache is not None:  # several processes may build at once
             built = built.replace(cache / name)
         return ctypes.CDLL(str(built))

@@ -1,13 +1,17 @@
 /* The CPU kernels of dqrm: what a training step does besides matrix products, each in one pass over its data.
  *
  * Plain C with OpenMP, no header but `common.h` and the standard ones; `build.py` compiles it, with `blocks.c`, for the
- * machine it runs on. Every function gives the same bits for any number of threads, and the quantizer gives the bits of `quant/uniform.py`:
+ * machine it runs on, and `setup.py` for wheels. Every function gives the same bits for any number of threads, and the quantizer gives the bits of `quant/uniform.py`:
  * compile without -ffast-math and with -ffp-contract=off.
  *
  * bf16 is stored as uint16_t, the upper half of a float. `half` arguments say that a void pointer is to bf16 rather
  * than float. Magnitudes are compared as bit patterns: the order is that of the numbers, and NaN is above infinity.
  */
 #include "common.h"
+
+#ifdef DQRM_SOURCE /* in wheels: what it was built from */
+EXPORT const char *dqrm_source(void) { return DQRM_SOURCE; }
+#endif
 
 /* ---- tables ---------------------------------------------------------------------------------------------------- */
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm import kernels
-from dqrm.quant.packing import PACKED_BITS, decode, storage
+from dqrm.quant.packing import decode, storage
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 from dqrm.quant.uniform import check_bits, check_floats, fake_quantize
 
@@ -72,31 +72,12 @@ class _PackedTables(_Packed):
 
     def _values(self, ids: Tensor, starts: Tensor, table_rows: Tensor, first: int) -> Tensor:
         """Values float32 [N, dim] of integer ids [..., T] of T tables, which are number first, first + 1, ..."""
-        tables, traced = len(table_rows), torch.compiler.is_compiling()
-        per_row = self.scale_per_row
-        scale = self.scale if per_row else self.scale[first : first + tables]
-        if self.bits in PACKED_BITS and kernels.fits(ids, self.codes, scale):
-            out = torch.empty(ids.numel(), self.embedding_dim)
-            wrong = kernels.lookup_packed(ids, starts, table_rows, self.codes, self.bits, scale, out)
-            if wrong >= 0:
-                number = wrong % tables
-                refuse_id(int(ids.reshape(-1)[wrong]), first + number, int(table_rows[number]))
-            return out
-        ids = ids.reshape(-1, tables)
-        outside = (ids < 0) | (ids >= table_rows)
-        if traced:  # no exported graph can raise: what is outside is as good as unseen, and that is row 0
-            ids = torch.where(outside, torch.zeros_like(ids), ids)
-        elif ids.device.type == "cpu" and outside.any():
-            sample, column = outside.nonzero()[0].tolist()
-            refuse_id(int(ids[sample, column]), first + column, int(table_rows[column]))
-        rows = (ids + starts).reshape(-1)
-        stored = self.codes.index_select(0, rows)
-        if self.bits == 32:
-            return stored
-        if per_row:
-            return decode(stored, self.scale.index_select(0, rows)[:, None], self.bits, self.embedding_dim)
-        stored = stored.view(-1, tables, stored.shape[1])
-        return decode(stored, scale[:, None], self.bits, self.embedding_dim).flatten(0, 1)
+        scale = self.scale if self.scale_per_row else self.scale[first : first + len(table_rows)]
+        values, wrong = kernels.lookup_packed(ids, starts, table_rows, self.codes, self.bits, scale, self.embedding_dim)
+        if wrong >= 0:
+            number = wrong % len(table_rows)
+            refuse_id(int(ids.reshape(-1)[wrong]), first + number, int(table_rows[number]))
+        return values
 
     @property
     def scale_per_row(self) -> bool:

@@ -10,6 +10,7 @@ every exporter and runtime knows, where shifts and masks are not always known. P
 import torch
 from torch import Tensor
 
+from dqrm.kernels import plain
 from dqrm.quant.uniform import check_dtype, quantize
 
 PACKED_BITS = (2, 4, 8)
@@ -29,14 +30,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     check_dtype("codes", codes, torch.int8)
     if bits not in PACKED_BITS:
         raise ValueError(f"bits is {bits!r}, expected 2, 4 or 8")
-    dim = codes.shape[1]
-    width, parts = packed_width(dim, bits), 8 // bits
-    # In int16, since a sum of 255 does not fit in int8; as unsigned bytes at the end.
-    shifted = torch.nn.functional.pad(codes, (0, width * parts - dim)).to(torch.int16).add_(1 << (bits - 1))
-    packed = shifted[:, :width].clone()
-    for part in range(1, parts):
-        packed.add_(shifted[:, part * width : (part + 1) * width], alpha=1 << (bits * part))
-    return packed.to(torch.uint8)
+    return plain.pack(codes, bits)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
@@ -46,14 +40,7 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
         ValueError: packed of another dtype.
     """
     check_dtype("packed", packed, torch.uint8)
-    rest, parts = packed.float(), []
-    for part in range(8 // bits - 1, 0, -1):
-        unit = float(1 << (bits * part))
-        high = (rest * (1 / unit)).floor()
-        rest = rest - high * unit
-        parts.append(high)
-    codes = torch.cat([rest, *reversed(parts)], dim=-1) if parts else rest
-    return codes[..., :dim] - float(1 << (bits - 1))
+    return plain.unpack(packed, bits, dim)
 
 
 def storage(dim: int, bits: int) -> tuple[torch.dtype, int]:

@@ -15,34 +15,6 @@ from torch.optim import Optimizer
 from dqrm import kernels
 from dqrm.config import OptimizerConfig
 from dqrm.quant.ranges import TableScales
-from dqrm.quant.rows import add_rows, native_update, sum_duplicates
-
-
-def add_rows_stochastic(
-    target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, tables: TableScales | None = None
-) -> Tensor:
-    """`add_rows` on bf16 weights with stochastic rounding; no row twice.
-
-    A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
-    far below the weight's precision arrive on average, where rounding to nearest would lose them all. The random bits
-    are a hash of (seed, row, column): the same on every device, in any order.
-    """
-    if native_update(target, torch.bfloat16, rows, values):
-        ranges = None if tables is None else tables.ranges_to_raise()
-        kernels.add_rows_stochastic(target, rows, values, factor, seed, ranges)
-        if tables is not None and ranges is not None:
-            tables.raised()
-        return target
-    dim = target.shape[1]
-    new = target.index_select(0, rows).float() + values * factor
-    mask = 0xFFFFFFFF
-    hashed = (rows[:, None] * dim + torch.arange(dim, device=rows.device)) * 0x9E3779B1 & mask ^ seed
-    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B & mask
-    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 & mask
-    random = ((hashed ^ hashed >> 16) & 0xFFFF).int()
-    rounded = ((new.view(torch.int32) + random) & -0x10000).view(torch.float32)  # the upper half of a float is bf16
-    target.index_copy_(0, rows, torch.where(new.isfinite(), rounded, new).to(target.dtype))
-    return target
 
 
 class _SparseOptimizer(Optimizer):
@@ -81,15 +53,18 @@ class _SparseOptimizer(Optimizer):
 
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
         """weight[rows] += factor * values; no row twice where the weight is bf16."""
+        ranges = None if self.tables is None else self.tables.ranges_to_raise()
         if weight.dtype == torch.float32:
-            add_rows(weight, rows, values, factor, self.tables)
+            kernels.add_rows(weight, rows, values, factor, ranges)
         elif weight.dtype == torch.bfloat16:
             steps = self.state[weight]["steps"]
             steps += 1
             seed = (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
-            add_rows_stochastic(weight, rows, values, factor, seed, self.tables)
+            kernels.add_rows_stochastic(weight, rows, values, factor, seed, ranges)
         else:
             raise ValueError(f"{type(self).__name__} got a {weight.dtype} weight, expected float32 or bfloat16")
+        if self.tables is not None and ranges is not None:
+            self.tables.raised()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -144,7 +119,7 @@ class SparseSGD(_SparseOptimizer):
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         if group["l2"] or weight.dtype != torch.float32:
-            rows, values = sum_duplicates(rows, values)
+            rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
             values.add_(weight.index_select(0, rows), alpha=group["l2"])
         self._add(weight, rows, values, -group["lr"])
@@ -182,7 +157,7 @@ class SparseAdagrad(_SparseOptimizer):
                 self.state[weight]["sum"] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        rows, values = sum_duplicates(rows, values)
+        rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
             values.add_(weight.index_select(0, rows), alpha=group["l2"])
         square = values.square()

@@ -5,19 +5,19 @@ import pytest
 import torch
 
 import reference as ref
-from dqrm.quant.blocks import (
+from dqrm.distributed.codecs import mix
+from dqrm.kernels import (
     Blocks,
     block_scales,
     cast_blocks,
     decode_blocks,
-    mix,
-    pack_codes,
+    pack_nibbles,
     quantize_blocks,
-    unpack_codes,
+    unpack_nibbles,
 )
 from dqrm.quant.packing import pack
 from dqrm.quant.uniform import code_limits
-from kernel_helpers import NATIVE, ODD, PATHS, both, on, same
+from kernel_helpers import PATHS, on, same
 
 SIZE = 700
 SEEDS = [None, 0, 1, 2**31, 2**32 - 1]
@@ -325,65 +325,14 @@ def test_decoding_writes_where_the_blocks_lie_and_nowhere_else(path, case, dtype
 
 
 @PATHS
-@BITS
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 16, 17, 255, 1000])
-def test_packed_codes_are_one_row_and_come_back(path, bits, count):
-    low, high = code_limits(bits)
-    codes = torch.from_numpy(np.random.default_rng(count).integers(low, high + 1, count)).to(torch.int8)
+def test_packed_codes_are_one_row_and_come_back(path, count):
+    codes = torch.from_numpy(np.random.default_rng(count).integers(-8, 8, count)).to(torch.int8)
     with on(path):
-        stored = pack_codes(codes, bits)
-        back = unpack_codes(stored, bits, count)
-    assert (stored.dtype, len(stored)) == (torch.uint8, -(-count * bits // 8))
+        stored = pack_nibbles(codes)
+        back = unpack_nibbles(stored, count)
+    assert (stored.dtype, len(stored)) == (torch.uint8, -(-count // 2))
     assert torch.equal(back, codes)
-    if bits == 8:
-        assert stored.tolist() == [code % 256 for code in codes.tolist()]
-    else:
-        assert torch.equal(stored, pack(codes[None], 4)[0])
-        width, shifted = len(stored), [code + 8 for code in codes.tolist()] + [8] * (count % 2)
-        assert stored.tolist() == [shifted[j] + 16 * shifted[j + width] for j in range(width)]
-
-
-# ---- two paths, and seeds
-
-
-@NATIVE
-@BITS
-@EVERY_CASE
-@pytest.mark.parametrize("odd", [False, True], ids=["numbers", "odd numbers"])
-def test_both_paths_give_the_same_bits(bits, case, odd):
-    blocks = blocks_of(case)
-    x, start = numbers(13), numbers(14)
-    if odd:
-        x = torch.tensor([*ODD, 1e-38, -1e-42, 1e30])[torch.from_numpy(np.random.default_rng(1).integers(0, 14, SIZE))]
-
-    def run(rest, seed):
-        residual = start.clone() if rest else None
-        scale = block_scales(x, blocks, bits, residual)
-        codes = quantize_blocks(x, blocks, scale, bits, residual, seed)
-        out = start.clone()
-        decode_blocks(codes, blocks, out, scale, add=rest)
-        kept = [] if residual is None else [residual.clone()]
-        halves = cast_blocks(x, blocks, torch.bfloat16, residual, seed)
-        decode_blocks(halves, blocks, out, add=not rest)
-        singles = cast_blocks(x, blocks, torch.float32, None, seed)
-        return scale, codes, out, halves, singles, *kept, *([] if residual is None else [residual])
-
-    for seed in SEEDS:
-        for rest in (False, True):
-            both(lambda seed=seed, rest=rest: run(rest, seed))
-
-
-def test_mix_gives_32_bits_that_tell_its_parts_apart():
-    seeds = [mix(1, step, part, rank) for step in range(30) for part in range(4) for rank in range(30)]
-    assert all(0 <= seed < 2**32 for seed in seeds)
-    assert len(set(seeds)) == len(seeds)  # of 3600 random ones two agree once in 660 times
-    assert mix(1, 2) != mix(2, 1)
-    assert mix(3, 4) == mix(3, 4)
-    assert 0 <= mix(2**63 - 1, 2**40) < 2**32
-    assert len({mix(9, number) for number in range(50_000)}) == 50_000  # a permutation of its last part
-
-
-def test_mix_spreads_over_all_bits():
-    found = np.array([mix(step, 5) for step in range(4096)])
-    for bit in range(32):
-        assert abs((found >> bit & 1).mean() - 0.5) < 5 * 0.5 / 4096**0.5, bit
+    assert torch.equal(stored, pack(codes[None], 4)[0])
+    width, shifted = len(stored), [code + 8 for code in codes.tolist()] + [8] * (count % 2)
+    assert stored.tolist() == [shifted[j] + 16 * shifted[j + width] for j in range(width)]

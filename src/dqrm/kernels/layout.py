@@ -1,0 +1,69 @@
+"""What operations are told about memory: blocks of values that share a scale, and the scales of tables in a weight."""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TableRanges(NamedTuple):
+    """Scales of the tables in one weight, for whoever changes its rows to raise."""
+
+    starts: Tensor
+    """int64 [tables], the first row of each."""
+    scale: Tensor
+    """float32 [tables]."""
+    highest: int
+    """The highest code."""
+
+
+class Blocks:
+    """Where blocks (runs of values that share a scale) lie in a flat tensor, in the order in which they are encoded.
+
+    A block of a gradient is a channel of a weight, a bucket of K values, a table's rows, or a row.
+
+    Args:
+        starts: int64 [N], position of each block's first value.
+        lengths: int64 [N], values of each block.
+        keys: int64 [N], position of each block's residual and in the random stream; default: `starts`.
+    """
+
+    def __init__(self, starts: Tensor, lengths: Tensor, keys: Tensor | None = None) -> None:
+        self.starts, self.lengths = starts.contiguous(), lengths.contiguous()
+        self.keys = self.starts if keys is None else keys.contiguous()
+        ends = lengths.cumsum(0)
+        self.offsets = ends - self.lengths
+        self.total = int(ends[-1]) if len(ends) else 0
+
+    @classmethod
+    def of_rows(cls, counts: Tensor, dim: int, per_row: bool) -> "Blocks":
+        """Blocks of gradients [U, dim]: each row, or the rows of each table that has some; counts: int64 [tables]."""
+        lengths = counts.new_full((int(counts.sum()),), dim) if per_row else counts[counts > 0] * dim
+        return cls(lengths.cumsum(0) - lengths, lengths)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def packed(self) -> "Blocks":
+        """The same blocks, lying one after the other in a tensor of their values; keys stay."""
+        return Blocks(self.offsets, self.lengths, self.keys)
+
+    @cached_property
+    def block(self) -> Tensor:
+        """int64 [total]: the block of each value."""
+        return torch.repeat_interleave(self.lengths)
+
+    @cached_property
+    def _within(self) -> Tensor:
+        return torch.arange(self.total, device=self.starts.device) - self.offsets[self.block]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """int64 [total]: where each value lies."""
+        return self.starts[self.block] + self._within
+
+    @cached_property
+    def key(self) -> Tensor:
+        """int64 [total]: the key of each value."""
+        return self.keys[self.block] + self._within

@@ -1,0 +1,327 @@
+"""Every operation in plain torch: on any device, of any floating-point dtype, and what a traced model records.
+
+What is documented in `kernels` is not said again. The first functions are those of `common.h`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dqrm.kernels.layout import Blocks, TableRanges
+
+SMALLEST_MAXIMUM = 1e-8
+_MASK = 0xFFFFFFFF
+# Rows read at once: torch may copy what it reduces.
+_CHUNK = 1 << 20
+
+
+def takes(operation: str, *tensors: Tensor | None) -> bool:
+    return True
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """(lowest, highest) code."""
+    return -(1 << bits - 1), (1 << bits - 1) - 1
+
+
+def scale_of(largest: Tensor, highest: int) -> Tensor:
+    return largest.float().clamp(min=SMALLEST_MAXIMUM) / highest
+
+
+def codes_of(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """As float32."""
+    return (x.float() / scale).round_().clamp_(low, high)
+
+
+def _hash(position: Tensor, seed: int) -> Tensor:
+    """murmur3's finalizer of positions and a seed: 32 bits in int64; the same on any device, in any order."""
+    hashed = position * 0x9E3779B1 & _MASK ^ seed
+    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B & _MASK
+    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 & _MASK
+    return hashed ^ hashed >> 16
+
+
+def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
+    """bf16, up with the probability of the distance to the lower neighbour: what is cut off plus 16 bits carries."""
+    rounded = (x.view(torch.int32) + random.int() & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+# ---- tables
+
+
+def lookup(
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
+    out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
+    dirty_starts: Tensor | None = None, block: int = 1,
+) -> int:  # fmt: skip
+    ids = ids.reshape(-1, len(starts)).long()
+    outside = (ids < 0) | (ids >= table_rows)
+    if ids.is_cpu and outside.any():  # elsewhere the check would stall every step
+        return int(outside.view(-1).nonzero()[0])
+    rows = (ids + starts).view(-1)
+    rows_out.copy_(rows)
+    if dirty is not None:
+        dirty[(dirty_starts + ids.div(block, rounding_mode="floor")).view(-1)] = 1
+    values = weight.detach().index_select(0, rows).float().view(*ids.shape, weight.shape[1])
+    if scale is not None and values.numel():
+        if raising:
+            torch.maximum(scale, scale_of(values.abs().amax((0, 2)), limits[1]), out=scale)
+        codes = (values / scale[:, None]).round_()
+        if clamped is not None:
+            clamped += ((codes < limits[0]) | (codes > limits[1])).sum()
+        values = codes.clamp_(*limits).mul_(scale[:, None])
+    out.copy_(values.view(out.shape))
+    return -1
+
+
+def lookup_packed(
+    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int
+) -> tuple[Tensor, int]:
+    tables = len(table_rows)
+    ids = ids.reshape(-1, tables)
+    outside = (ids < 0) | (ids >= table_rows)
+    if torch.compiler.is_compiling():  # an exported graph cannot raise: out-of-range ids give row 0 (unseen)
+        ids = torch.where(outside, torch.zeros_like(ids), ids)
+    elif ids.device.type == "cpu" and outside.any():
+        return scale.new_empty(0, dim), int(outside.view(-1).nonzero()[0])
+    rows = (ids + starts).reshape(-1)
+    stored = codes.index_select(0, rows)
+    if bits == 32:
+        return stored, -1
+    if len(scale) != tables:
+        scale = scale.index_select(0, rows)[:, None]
+        return (unpack(stored, bits, dim) if bits <= 8 else stored.float()) * scale, -1
+    stored = stored.view(-1, tables, stored.shape[1])
+    return ((unpack(stored, bits, dim) if bits <= 8 else stored.float()) * scale[:, None]).flatten(0, 1), -1
+
+
+def add_rows(
+    weight: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0, ranges: TableRanges | None = None
+) -> Tensor:
+    if factor != 1.0:
+        values = values * factor
+    if weight.is_cpu:  # 4 to 5 times faster than `index_add_`
+        weight.scatter_add_(0, rows[:, None].expand(-1, weight.shape[1]), values)
+    else:
+        weight.index_add_(0, rows, values)
+    if ranges is not None:
+        raise_scales(rows, weight, ranges)
+    return weight
+
+
+def add_rows_stochastic(
+    weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
+) -> Tensor:
+    dim = weight.shape[1]
+    new = weight.index_select(0, rows).float() + values * factor
+    random = _hash(rows[:, None] * dim + torch.arange(dim, device=rows.device), seed) & 0xFFFF
+    weight.index_copy_(0, rows, _bf16_stochastic(new, random))
+    if ranges is not None:
+        raise_scales(rows, weight, ranges)
+    return weight
+
+
+def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    unique, inverse = torch.unique(rows, return_inverse=True)
+    return unique, add_rows(values.new_zeros(len(unique), values.shape[1]), inverse, values)
+
+
+def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
+    starts, scale, highest = ranges
+    if len(rows):
+        largest = weight.detach().index_select(0, rows).abs().amax(1).float()
+        table = torch.searchsorted(starts, rows, right=True).sub_(1)
+        largest = torch.zeros_like(scale).scatter_reduce_(0, table, largest, "amax")
+        torch.maximum(scale, scale_of(largest, highest), out=scale)
+
+
+def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
+    within = torch.arange(block, device=table.device)
+    for chunk in dirty.nonzero()[:, 0].split(_CHUNK // block):
+        # The last block may be short: its last row stands for those that are not there.
+        rows = (chunk[:, None] * block + within).clamp_(max=len(table) - 1).view(-1)
+        maxima[chunk] = table.index_select(0, rows).abs().view(len(chunk), -1).amax(1).float()
+    dirty.zero_()
+    return float(maxima.amax()) if len(maxima) else 0.0
+
+
+# ---- linear layers and interaction
+
+
+def quantize_weights(
+    weights: Sequence[Tensor], formats: Sequence[tuple[bool, int, bool]]
+) -> list[tuple[Tensor, Tensor]]:
+    quantized = []
+    for weight, (per_channel, highest, codes) in zip(weights, formats):
+        magnitude = weight.detach().abs()
+        if not magnitude.numel():  # no inputs or no outputs: nothing to take a maximum of
+            largest = magnitude.new_zeros(len(weight) if per_channel else 1)
+        else:
+            largest = magnitude.amax(1) if per_channel else magnitude.amax().view(1)
+        scale = scale_of(largest, highest)
+        rounded = codes_of(weight.detach(), scale[:, None], -highest - 1, highest)
+        quantized.append((rounded.bfloat16() if codes else rounded.mul_(scale[:, None]), scale))
+    return quantized
+
+
+def finish_linear(y: Tensor, scale: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    y = torch.addcmul(bias, y.float(), scale).bfloat16()
+    return y.relu_() if relu else y
+
+
+def start_linear(grad: Tensor, y: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    masked = grad if y is None else torch.where(y > 0, grad, 0)
+    scaled = masked if scale is None else (masked * scale).to(grad.dtype)
+    return masked, scaled, masked.float().sum(0)
+
+
+def interact(dense: Tensor | None, tables: Tensor, pairs: Tensor, self_interaction: bool) -> Tensor:
+    vectors = tables if dense is None else torch.cat([dense[:, None], tables.to(dense.dtype)], dim=1)
+    products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, pairs)
+    return products if dense is None else torch.cat([dense, products], dim=1)
+
+
+# ---- blocks and packing
+
+
+def _z(x: Tensor, blocks: Blocks, residual: Tensor | None) -> Tensor:
+    z = x[blocks.position]
+    return z if residual is None else z + residual[blocks.key]
+
+
+def block_scales(x: Tensor, blocks: Blocks, bits: int, residual: Tensor | None = None) -> Tensor:
+    largest = x.new_zeros(len(blocks))
+    largest.scatter_reduce_(0, blocks.block, _z(x, blocks, residual).abs(), "amax")
+    return scale_of(largest, limits(bits)[1])
+
+
+def quantize_blocks(
+    x: Tensor, blocks: Blocks, scale: Tensor, bits: int, residual: Tensor | None = None, seed: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    z, spread, (low, high) = _z(x, blocks, residual), scale[blocks.block], limits(bits)
+    if seed is None:
+        codes = codes_of(z, spread, low, high).to(torch.int8)
+    else:
+        random = ((_hash(blocks.key, seed) >> 16).float() + 0.5) * 2**-16
+        codes = (z / spread + random).floor_().clamp_(low, high).to(torch.int8)
+    if residual is not None:
+        residual[blocks.key] = z - codes.float() * spread
+    return codes if out is None else out.copy_(codes)
+
+
+def cast_blocks(
+    x: Tensor, blocks: Blocks, dtype: torch.dtype, residual: Tensor | None = None, seed: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    z = _z(x, blocks, residual)
+    stochastic = seed is not None and dtype == torch.bfloat16
+    cast = _bf16_stochastic(z, _hash(blocks.key, seed or 0) >> 16) if stochastic else z.to(dtype)
+    if residual is not None:
+        residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - cast.float()  # not inf - inf
+    return cast if out is None else out.copy_(cast)
+
+
+def decode_blocks(stored: Tensor, blocks: Blocks, out: Tensor, scale: Tensor | None = None, add: bool = False) -> None:
+    values = stored.float() if scale is None else stored.float() * scale[blocks.block]
+    if add:
+        values += out[blocks.position]
+    out[blocks.position] = values
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8 [rows, dim] of 2, 4 or 8 bits as uint8 [rows, ceil(dim * bits / 8)]; see `quant.packing`."""
+    dim = codes.shape[1]
+    width, parts = -(-dim * bits // 8), 8 // bits
+    # In int16, since a sum of 255 does not fit in int8; as unsigned bytes at the end.
+    shifted = torch.nn.functional.pad(codes, (0, width * parts - dim)).to(torch.int16).add_(1 << (bits - 1))
+    packed = shifted[:, :width].clone()
+    for part in range(1, parts):
+        packed.add_(shifted[:, part * width : (part + 1) * width], alpha=1 << (bits * part))
+    return packed.to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """The inverse: float32 [..., dim]. Arithmetic only: not every exporter and runtime knows shifts."""
+    rest, parts = packed.float(), []
+    for part in range(8 // bits - 1, 0, -1):
+        unit = float(1 << (bits * part))
+        high = (rest * (1 / unit)).floor()
+        rest = rest - high * unit
+        parts.append(high)
+    codes = torch.cat([rest, *reversed(parts)], dim=-1) if parts else rest
+    return codes[..., :dim] - float(1 << (bits - 1))
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    return pack(codes[None], 4)[0]
+
+
+def unpack_nibbles(stored: Tensor, count: int) -> Tensor:
+    return unpack(stored, 4, count).to(torch.int8)
+
+
+# ---- messages of rows
+
+
+def _padded(part: Tensor) -> Tensor:
+    return torch.nn.functional.pad(part, (0, -len(part) % 4))
+
+
+def _count_dtype(rows: int) -> torch.dtype:
+    return torch.uint16 if rows < 1 << 16 else torch.int32
+
+
+def _kept(widths: Tensor) -> Tensor:
+    """Which of the four bytes of an id are sent: bool [tables, 4]."""
+    return torch.arange(4, device=widths.device) < widths[:, None]
+
+
+def encode_rows(
+    rows: Tensor, values: Tensor, bounds: Tensor, widths: Tensor, per_row: bool, dtype: torch.dtype, bits: int,
+    given: Tensor | None, seed: int | None,
+) -> tuple[Tensor, list[int]]:  # fmt: skip
+    count, dim = values.shape
+    head = torch.tensor([count], dtype=torch.int32).view(torch.uint8).to(rows.device)
+    if count == 0:
+        return head, [4, 0, 4]
+    counts = torch.searchsorted(rows, bounds).diff()
+    table = torch.repeat_interleave(counts, output_size=count)
+    ids = (rows - bounds[table]).to(torch.int32).view(torch.uint8).view(count, 4)[_kept(widths)[table]]
+    parts = [_padded(torch.cat([head, counts.to(_count_dtype(count)).view(torch.uint8), ids]))]
+    flat, blocks = values.reshape(-1), Blocks.of_rows(counts, dim, per_row)
+    if bits:
+        scale = block_scales(flat, blocks, bits) if given is None else given[counts > 0]
+        codes = quantize_blocks(flat, blocks, scale, bits, None, seed)
+        parts += [scale.view(torch.uint8), _padded(pack_nibbles(codes) if bits == 4 else codes.view(torch.uint8))]
+    else:
+        parts.append(_padded(cast_blocks(flat, blocks, dtype, None, seed).view(torch.uint8)))
+    return torch.cat(parts), [len(parts[0]), len(parts[1]) if bits else 0, sum(map(len, parts))]
+
+
+def decode_rows(
+    message: Tensor, bounds: Tensor, widths: Tensor, dim: int, per_row: bool, dtype: torch.dtype, bits: int
+) -> tuple[Tensor, Tensor]:
+    count, device = int(message[:4].view(torch.int32)), message.device
+    values = torch.empty(count, dim, device=device)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=device), values
+    number = _count_dtype(count)
+    at = 4 + len(widths) * number.itemsize
+    counts = message[4:at].view(number).to(torch.int64)
+    table = torch.repeat_interleave(counts, output_size=count)
+    ids = torch.zeros(count, 4, dtype=torch.uint8, device=device)
+    end = at + int((counts * widths).sum())
+    ids[_kept(widths)[table]] = message[at:end]
+    rows = (ids.view(torch.int32)[:, 0].to(torch.int64) & _MASK) + bounds[table]
+    blocks, scale, stored = Blocks.of_rows(counts, dim, per_row), None, message[end + -end % 4 :]
+    if bits:
+        scale, stored = stored[: 4 * len(blocks)].view(torch.float32), stored[4 * len(blocks) :]
+    if bits == 4:
+        stored = unpack_nibbles(stored[: (blocks.total + 1) // 2], blocks.total)
+    else:
+        stored = stored[: blocks.total * dtype.itemsize].view(dtype)
+    decode_blocks(stored, blocks, values.view(-1), scale)
+    return rows, values
