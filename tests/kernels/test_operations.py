@@ -166,7 +166,8 @@ def quantize_weights(bits, per_channel, numbers):
 SHAPES = [(0, 3), (1, 1), (5, 17), (129, 64), (65, 513)]
 
 
-@case(*product(SHAPES, [False, True], [False, True], [random_rows, odd]))
+# torch fuses the product into the sum, or not: one rounding to bf16.
+@case(*product(SHAPES, [False, True], [False, True], [random_rows, odd]), rtol=2**-7, atol=1e-30)
 def finish_linear(shape, per_channel, relu, numbers):
     outputs = shape[1]
     scale = random_rows(outputs if per_channel else 1, 1, seed=2).abs()[:, 0]
@@ -201,10 +202,10 @@ BLOCKS = {
     "none": ([], [], []),
     "empty": ([0, 5, 5, 9, 2], [1, 0, 1, 0, 1], [8, 0, 1, 1, 30]),
     "long": ([17], [617], [60]),
-    "ragged": ([20, 0, 40, 11], [7, 11, 2, 9], [60, 3, 2, 90]),
+    "ragged": ([20, 0, 40, 11], [7, 11, 2, 9], [60, 4, 2, 90]),
     "many": (list(range(0, 4500, 3)), [3, 1, 2] * 500, list(range(0, 4500, 3))),
 }
-BLOCK_CASES = [*product(BLOCKS, [False, True], [random_rows, odd])]
+BLOCK_CASES = (BLOCKS, [False, True], [random_rows, odd])
 
 
 def blocks_and_values(name, with_residual, numbers):
@@ -212,22 +213,22 @@ def blocks_and_values(name, with_residual, numbers):
     return numbers(4500, 1)[:, 0], blocks, random_rows(4500, 1, seed=5)[:, 0] if with_residual else None
 
 
-@case(*product(BLOCK_CASES, [4, 8]))
-def block_scales(blocks_case, bits):
-    x, blocks, residual = blocks_and_values(*blocks_case)
+@case(*product(*BLOCK_CASES, [4, 8]))
+def block_scales(name, with_residual, numbers, bits):
+    x, blocks, residual = blocks_and_values(name, with_residual, numbers)
     return (kernels.block_scales(x, blocks, bits, residual),)
 
 
-@case(*product(BLOCK_CASES, [4, 8], [None, 7, 2**32 - 1], [False, True]))
-def quantize_blocks(blocks_case, bits, seed, with_out):
-    x, blocks, residual = blocks_and_values(*blocks_case)
+@case(*product(*BLOCK_CASES, [4, 8], [None, 7, 2**32 - 1], [False, True]))
+def quantize_blocks(name, with_residual, numbers, bits, seed, with_out):
+    x, blocks, residual = blocks_and_values(name, with_residual, numbers)
     out = torch.zeros(blocks.total, dtype=torch.int8) if with_out else None
     return kernels.quantize_blocks(x, blocks, torch.full((len(blocks),), 0.1), bits, residual, seed, out), residual
 
 
-@case(*product(BLOCK_CASES, [FP32, BF16], [None, 7, 2**32 - 1]))
-def cast_blocks(blocks_case, dtype, seed):
-    x, blocks, residual = blocks_and_values(*blocks_case)
+@case(*product(*BLOCK_CASES, [FP32, BF16], [None, 7, 2**32 - 1]))
+def cast_blocks(name, with_residual, numbers, dtype, seed):
+    x, blocks, residual = blocks_and_values(name, with_residual, numbers)
     return kernels.cast_blocks(x, blocks, dtype, residual, seed), residual
 
 
@@ -288,7 +289,7 @@ def close(one, two, tolerance):
     if one is None or tolerance == (0, 0):
         same(one, two)
     else:
-        torch.testing.assert_close(one.float(), two.float(), rtol=tolerance[0], atol=tolerance[1])
+        torch.testing.assert_close(one, two, rtol=tolerance[0], atol=tolerance[1], equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in kernels.BACKENDS if backend is not plain], ids=name_of)

@@ -62,7 +62,7 @@ def lookup(
         return int(outside.view(-1).nonzero()[0])
     rows = (ids + starts).view(-1)
     rows_out.copy_(rows)
-    if dirty is not None:
+    if dirty is not None and dirty_starts is not None:
         dirty[(dirty_starts + ids.div(block, rounding_mode="floor")).view(-1)] = 1
     values = weight.detach().index_select(0, rows).float().view(*ids.shape, weight.shape[1])
     if scale is not None and values.numel():
@@ -131,10 +131,9 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
     starts, scale, highest = ranges
     if len(rows):
-        largest = weight.detach().index_select(0, rows).abs().amax(1).float()
+        largest = weight.detach().index_select(0, rows).abs().amax(1)
         table = torch.searchsorted(starts, rows, right=True).sub_(1)
-        largest = torch.zeros_like(scale).scatter_reduce_(0, table, largest, "amax")
-        torch.maximum(scale, scale_of(largest, highest), out=scale)
+        scale.scatter_reduce_(0, table, scale_of(largest, highest), "amax")
 
 
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
