@@ -8,7 +8,7 @@ from torch import Tensor
 from dqrm import kernels
 
 if TYPE_CHECKING:
-    from dqrm.quant.ranges import TableScales
+    from dqrm.quant.quantizer import WeightFakeQuantizer
 
 
 def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,24 +36,52 @@ def native_update(target: Tensor, dtype: torch.dtype, rows: Tensor, values: Tens
 
 
 def add_rows(
-    target: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0, tables: "TableScales | None" = None
+    target: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0, quantizer: "WeightFakeQuantizer | None" = None
 ) -> Tensor:
     """target[rows[i]] += factor * values[i] in place, rows repeated or not; in the order of the rows on CPU.
 
     In plain torch on CPU, `scatter_add_` with an expanded index is 4 to 5 times faster than `index_add_`.
 
     Args:
-        tables: whose weight `target` is: the kernels raise its scales with the rows, plain torch leaves it to the next
+        quantizer: of the weight `target`: the kernels raise its scales with the rows, plain torch leaves it to the next
             forward.
     """
     if native_update(target, torch.float32, rows, values):
-        ranges = None if tables is None else tables.ranges_to_raise()
+        ranges = None if quantizer is None else quantizer.ranges_to_raise(target)
         kernels.add_rows(target, rows, values, factor, ranges)
-        if tables is not None and ranges is not None:
-            tables.raised()
+        if quantizer is not None and ranges is not None:
+            quantizer.raised(target)
         return target
     if factor != 1.0:
         values = values * factor
     if target.device.type == "cpu":
         return target.scatter_add_(0, rows[:, None].expand(-1, target.shape[1]), values)
     return target.index_add_(0, rows, values)
+
+
+def add_rows_stochastic(
+    target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int,
+    quantizer: "WeightFakeQuantizer | None" = None,
+) -> Tensor:  # fmt: skip
+    """`add_rows` on bf16 weights with stochastic rounding; no row twice.
+
+    A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
+    far below the weight's precision arrive on average, where rounding to nearest would lose them all. The random bits
+    are a hash of (seed, row, column): the same on every device, in any order.
+    """
+    if native_update(target, torch.bfloat16, rows, values):
+        ranges = None if quantizer is None else quantizer.ranges_to_raise(target)
+        kernels.add_rows_stochastic(target, rows, values, factor, seed, ranges)
+        if quantizer is not None and ranges is not None:
+            quantizer.raised(target)
+        return target
+    dim = target.shape[1]
+    new = target.index_select(0, rows).float() + values * factor
+    mask = 0xFFFFFFFF
+    hashed = (rows[:, None] * dim + torch.arange(dim, device=rows.device)) * 0x9E3779B1 & mask ^ seed
+    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B & mask
+    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 & mask
+    random = ((hashed ^ hashed >> 16) & 0xFFFF).int()
+    rounded = ((new.view(torch.int32) + random) & -0x10000).view(torch.float32)  # the upper half of a float is bf16
+    target.index_copy_(0, rows, torch.where(new.isfinite(), rounded, new).to(target.dtype))
+    return target

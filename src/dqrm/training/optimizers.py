@@ -12,37 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dqrm import kernels
 from dqrm.config import OptimizerConfig
-from dqrm.quant.ranges import TableScales
-from dqrm.quant.rows import add_rows, native_update, sum_duplicates
-
-
-def add_rows_stochastic(
-    target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, tables: TableScales | None = None
-) -> Tensor:
-    """`add_rows` on bf16 weights with stochastic rounding; no row twice.
-
-    A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
-    far below the weight's precision arrive on average, where rounding to nearest would lose them all. The random bits
-    are a hash of (seed, row, column): the same on every device, in any order.
-    """
-    if native_update(target, torch.bfloat16, rows, values):
-        ranges = None if tables is None else tables.ranges_to_raise()
-        kernels.add_rows_stochastic(target, rows, values, factor, seed, ranges)
-        if tables is not None and ranges is not None:
-            tables.raised()
-        return target
-    dim = target.shape[1]
-    new = target.index_select(0, rows).float() + values * factor
-    mask = 0xFFFFFFFF
-    hashed = (rows[:, None] * dim + torch.arange(dim, device=rows.device)) * 0x9E3779B1 & mask ^ seed
-    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B & mask
-    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 & mask
-    random = ((hashed ^ hashed >> 16) & 0xFFFF).int()
-    rounded = ((new.view(torch.int32) + random) & -0x10000).view(torch.float32)  # the upper half of a float is bf16
-    target.index_copy_(0, rows, torch.where(new.isfinite(), rounded, new).to(target.dtype))
-    return target
+from dqrm.quant.embedding import QuantizedTables
+from dqrm.quant.rows import sum_duplicates
+from dqrm.quant.storage import Storage, storage_of
 
 
 class _SparseOptimizer(Optimizer):
@@ -53,7 +26,7 @@ class _SparseOptimizer(Optimizer):
             with the rows, which saves reading them once more in the next forward.
     """
 
-    tables: TableScales | None = None
+    tables: QuantizedTables | None = None
 
     def __init__(self, params: Iterable[Any], lr: float, l2: float, seed: int, **defaults: float) -> None:
         if not lr >= 0:
@@ -62,10 +35,18 @@ class _SparseOptimizer(Optimizer):
             raise ValueError(f"l2 is {l2}, expected 0 or more")
         super().__init__(params, {"lr": lr, "l2": l2, **defaults})
         self.seed = seed
+        self._storages: dict[torch.dtype, type[Storage]] = {}
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.dtype == torch.bfloat16:  # the random bits of a step depend on how many there were
+                if self._storage(weight).rounds:  # the random bits of a step depend on how many there were
                     self.state[weight]["steps"] = torch.zeros((), dtype=torch.int64)
+
+    def _storage(self, weight: Tensor) -> type[Storage]:
+        try:
+            return self._storages[weight.dtype]
+        except KeyError:
+            storage = self._storages[weight.dtype] = storage_of(weight.dtype)
+            return storage
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, but the state keeps its dtypes: torch would cast it to that of a bf16 weight."""
@@ -80,16 +61,14 @@ class _SparseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
-        """weight[rows] += factor * values; no row twice where the weight is bf16."""
-        if weight.dtype == torch.float32:
-            add_rows(weight, rows, values, factor, self.tables)
-        elif weight.dtype == torch.bfloat16:
+        """weight[rows] += factor * values; no row twice where the storage rounds."""
+        storage, seed = self._storage(weight), 0
+        if storage.rounds:
             steps = self.state[weight]["steps"]
             steps += 1
             seed = (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
-            add_rows_stochastic(weight, rows, values, factor, seed, self.tables)
-        else:
-            raise ValueError(f"{type(self).__name__} got a {weight.dtype} weight, expected float32 or bfloat16")
+        quantizer = None if self.tables is None else self.tables.weight_fake_quantizer
+        storage.add(weight, rows, values, factor, seed, quantizer)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -143,10 +122,10 @@ class SparseSGD(_SparseOptimizer):
         super().__init__(params, lr, l2, seed)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        if group["l2"] or weight.dtype != torch.float32:
+        if group["l2"] or self._storage(weight).rounds:
             rows, values = sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(weight.index_select(0, rows), alpha=group["l2"])
+            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
         self._add(weight, rows, values, -group["lr"])
 
 
@@ -184,7 +163,7 @@ class SparseAdagrad(_SparseOptimizer):
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(weight.index_select(0, rows), alpha=group["l2"])
+            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
         square = values.square()
         if self.rowwise:
             square = square.mean(1, keepdim=True)
