@@ -1,14 +1,9 @@
 """Sparse gradients as rows and values: what optimizers and the exchange between ranks do with them."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dqrm import kernels
-
-if TYPE_CHECKING:
-    from dqrm.quant.quantizer import WeightFakeQuantizer
 
 
 def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,22 +30,13 @@ def native_update(target: Tensor, dtype: torch.dtype, rows: Tensor, values: Tens
     return right and len(rows) > 0 and kernels.fits(target, rows, values)
 
 
-def add_rows(
-    target: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0, quantizer: "WeightFakeQuantizer | None" = None
-) -> Tensor:
+def add_rows(target: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0) -> Tensor:
     """target[rows[i]] += factor * values[i] in place, rows repeated or not; in the order of the rows on CPU.
 
     In plain torch on CPU, `scatter_add_` with an expanded index is 4 to 5 times faster than `index_add_`.
-
-    Args:
-        quantizer: of the weight `target`: the kernels raise its scales with the rows, plain torch leaves it to the next
-            forward.
     """
     if native_update(target, torch.float32, rows, values):
-        ranges = None if quantizer is None else quantizer.ranges_to_raise(target)
-        kernels.add_rows(target, rows, values, factor, ranges)
-        if quantizer is not None and ranges is not None:
-            quantizer.raised(target)
+        kernels.add_rows(target, rows, values, factor)
         return target
     if factor != 1.0:
         values = values * factor
@@ -59,10 +45,7 @@ def add_rows(
     return target.index_add_(0, rows, values)
 
 
-def add_rows_stochastic(
-    target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int,
-    quantizer: "WeightFakeQuantizer | None" = None,
-) -> Tensor:  # fmt: skip
+def add_rows_stochastic(target: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int) -> Tensor:
     """`add_rows` on bf16 weights with stochastic rounding; no row twice.
 
     A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
@@ -70,10 +53,7 @@ def add_rows_stochastic(
     are a hash of (seed, row, column): the same on every device, in any order.
     """
     if native_update(target, torch.bfloat16, rows, values):
-        ranges = None if quantizer is None else quantizer.ranges_to_raise(target)
-        kernels.add_rows_stochastic(target, rows, values, factor, seed, ranges)
-        if quantizer is not None and ranges is not None:
-            quantizer.raised(target)
+        kernels.add_rows_stochastic(target, rows, values, factor, seed)
         return target
     dim = target.shape[1]
     new = target.index_select(0, rows).float() + values * factor

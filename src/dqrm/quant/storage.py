@@ -4,17 +4,14 @@ A storage is a dtype with these operations. To add one: subclass `Storage` and e
 is then a `table_dtype`, and modules and optimizers take weights of its dtype.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqrm import kernels
+from dqrm.kernels import TableRanges
 from dqrm.quant.config import STORAGES, registered
-from dqrm.quant.rows import add_rows, add_rows_stochastic
-
-if TYPE_CHECKING:
-    from dqrm.quant.quantizer import WeightFakeQuantizer
+from dqrm.quant.rows import add_rows, add_rows_stochastic, native_update
 
 # Rows read at once: torch may copy what it reduces.
 _CHUNK = 1 << 20
@@ -49,14 +46,15 @@ class Storage:
     largest = staticmethod(max_abs)
 
     @staticmethod
-    def add(
-        weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, quantizer: "WeightFakeQuantizer | None"
-    ) -> None:
+    def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
         """weight[rows[i]] += factor * values[i] in place.
 
         Args:
             rows: int64 [N]. values: float32 [N, dim]. seed: of random rounding, below 2**32.
-            quantizer: of this weight; told where its scales were raised meanwhile.
+            ranges: scales of the tables in the weight, which it may raise to what the rows then need.
+
+        Returns:
+            Whether it has raised them.
 
         Raises:
             ValueError: this dtype has no such update.
@@ -71,11 +69,13 @@ class FP32(Storage):
     dtype = torch.float32
 
     @staticmethod
-    def add(
-        weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, quantizer: "WeightFakeQuantizer | None"
-    ) -> None:
+    def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
         """Rows may repeat; they are added in their order."""
-        add_rows(weight, rows, values, factor, quantizer)
+        if native_update(weight, torch.float32, rows, values):
+            kernels.add_rows(weight, rows, values, factor, ranges)
+            return ranges is not None
+        add_rows(weight, rows, values, factor)
+        return False
 
 
 class BF16(Storage):
@@ -85,11 +85,13 @@ class BF16(Storage):
     rounds = True
 
     @staticmethod
-    def add(
-        weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, quantizer: "WeightFakeQuantizer | None"
-    ) -> None:
+    def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
         """Each sum goes up or down with the probability of its distance (`add_rows_stochastic`)."""
-        add_rows_stochastic(weight, rows, values, factor, seed, quantizer)
+        if native_update(weight, torch.bfloat16, rows, values):
+            kernels.add_rows_stochastic(weight, rows, values, factor, seed, ranges)
+            return ranges is not None
+        add_rows_stochastic(weight, rows, values, factor, seed)
+        return False
 
 
 def storage_of(dtype: torch.dtype) -> type[Storage]:

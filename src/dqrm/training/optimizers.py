@@ -68,7 +68,9 @@ class _SparseOptimizer(Optimizer):
             steps += 1
             seed = (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
         quantizer = None if self.tables is None else self.tables.weight_fake_quantizer
-        storage.add(weight, rows, values, factor, seed, quantizer)
+        ranges = None if quantizer is None else quantizer.ranges_to_raise(weight)
+        if storage.add(weight, rows, values, factor, seed, ranges) and quantizer is not None:
+            quantizer.raised(weight)
 
     @overload
     def step(self, closure: None = None) -> None: ...
