@@ -12,6 +12,7 @@ from dqrm.quant.config import STORAGES
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.storage import BF16, FP32, Storage, max_abs, storage_of
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
+from dqrm.training.run import table_dtype
 
 
 class Half(Storage):
@@ -107,7 +108,7 @@ def test_a_run_names_it_trains_resumes_and_exports(generated, half, tmp_path):
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     assert dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")["largest_difference"] == 0
     other = replace(config, training=replace(config.training, table_dtype="fp32"))
-    assert dqrm.training.run.table_dtype(other) == torch.float32
+    assert table_dtype(other) == torch.float32
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():

@@ -162,7 +162,7 @@ class WeightFakeQuantizer(nn.Module):
             self.scale.detach().zero_()
 
     def _look_at_scale(self) -> None:
-        self._scale_known = hasattr(self, "scale") and bool((self.scale > 0).all())
+        self._scale_known = hasattr(self, "scale") and bool((self.scale.abs() > 0).all())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves but never casts: in FP16 the scale of small weights would be 0."""

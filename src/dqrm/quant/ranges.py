@@ -87,6 +87,7 @@ class TableMax(WeightFakeQuantizer):
         super().__init__(qat, bits, groups)
         self.register_buffer("scale", torch.zeros(groups.count, dtype=torch.float32))
         self._running = qat.scale_refresh == "running_max" and bits != 32
+        assert qat.scale_period is not None  # after QATConfig's defaults
         self._period = qat.scale_period if qat.scale_refresh == "periodic" else qat.rescan_period
         self._starts = groups.starts(self.scale.device)
         self._step_goes_on = False
