@@ -8,8 +8,8 @@ import torch
 
 from dqrm import kernels
 from dqrm.quant.linear import quantized_weight
+from dqrm.quant.rows import add_rows, add_rows_stochastic, sum_duplicates
 from dqrm.quant.uniform import scale_from_max
-from dqrm.training.optimizers import add_rows, add_rows_stochastic, sum_duplicates
 from kernel_helpers import NATIVE, collection, random_rows, threads
 
 
@@ -27,7 +27,7 @@ def test_what_the_kernels_cannot_take_is_refused_and_never_crashes():
     code = """
 import torch
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
-from dqrm.training.optimizers import add_rows
+from dqrm.quant.rows import add_rows
 collection = QuantEmbeddingBagCollection([6], 3, bits=32)
 calls = {
     "bf16 values": lambda: add_rows(torch.zeros(4, 2), torch.tensor([0, 1]), torch.ones(2, 2, dtype=torch.bfloat16)),

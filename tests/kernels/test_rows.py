@@ -8,9 +8,10 @@ import torch
 
 import reference as ref
 from dqrm import kernels
-from dqrm.quant.ranges import max_abs
+from dqrm.quant.rows import add_rows, add_rows_stochastic, sum_duplicates
+from dqrm.quant.storage import max_abs
 from dqrm.quant.uniform import scale_from_max
-from dqrm.training.optimizers import SparseAdagrad, SparseSGD, add_rows, add_rows_stochastic, sum_duplicates
+from dqrm.training.optimizers import SparseAdagrad, SparseSGD
 from kernel_helpers import NATIVE, ODD, PATHS, both, collection, on, random_rows, same
 
 # ---- sums and updates of rows
