@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dqrm.errors import UserError
 from dqrm.options import build, check_fields, did_you_mean, field_types, read_yaml
-from dqrm.quant.config import QATConfig
+from dqrm.quant.config import STORAGES, QATConfig, check_registered
 
 # Fields that become a dimension of tensors.
 _SIZES = ("embedding_dim", "batch_size", "eval_batch_size")
@@ -148,8 +148,8 @@ class TrainingConfig:
     """CPU threads for arithmetic; 0: the fastest number at the start of the run, at most torch's default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of MLP and interaction in training; bf16 keeps FP32 weights and evaluates in FP32."""
-    table_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Master weights of the tables; bf16 (stochastic rounding) needs half the memory."""
+    table_dtype: str = "fp32"
+    """Master weights of the tables: fp32, or bf16 (stochastic rounding), which needs half the memory."""
     seed: int = 0
     """Decides initial weights and order of samples."""
 
@@ -160,6 +160,7 @@ class TrainingConfig:
         )  # fmt: skip
         if self.threads > 1024:
             raise ValueError(f"threads is {self.threads}, expected 1024 or fewer")
+        check_registered("table_dtype", self.table_dtype, STORAGES)
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")
 

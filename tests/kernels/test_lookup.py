@@ -53,7 +53,7 @@ def test_odd_weights_and_scales_give_what_plain_torch_gives(bits, dtype):
 
     def run(scale):
         if scale is not None:
-            tables.load_state_dict({**tables.state_dict(), "scale": torch.full((2,), scale)})
+            tables.load_state_dict({**tables.state_dict(), "weight_fake_quantizer.scale": torch.full((2,), scale)})
         return tables(ids).detach(), tables.scale.clone()
 
     for scale in (None, 0.25, 1e-30, 1e30, 1e-45, float("inf"), float("nan")):

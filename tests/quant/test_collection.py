@@ -90,7 +90,7 @@ def test_all_tables_are_one_contiguous_parameter():
     assert module.weight.is_contiguous()
     assert module.scale.shape == (len(rows),)
     assert module.scale.dtype == torch.float32
-    assert "scale" in dict(module.named_buffers())
+    assert "weight_fake_quantizer.scale" in dict(module.named_buffers())
 
 
 def test_table_is_a_view():

@@ -8,6 +8,7 @@ from dqrm.quant.config import QATConfig
 
 DEFAULTS = {
     "bits": 4,
+    "quantizer": "max",
     "scale_period": 200,
     "scale_refresh": "running_max",
     "rescan_period": 10_000,

@@ -76,10 +76,10 @@ def fake_quantized(weight, bits, *, per_row=False):
 
 
 def test_swaps_at_any_depth_and_in_place(model):
-    names = [name for name, _ in model.named_modules()]
+    names = set(dict(model.named_modules()))
     assert prepare_qat(model) is model
     assert kinds(model) == SWAPPED
-    assert [name for name, _ in model.named_modules()] == names
+    assert set(dict(model.named_modules())) == names | {f"{name}.weight_fake_quantizer" for name in SWAPPED}
     assert type(model.norm) is nn.LayerNorm
 
 
@@ -119,7 +119,9 @@ def test_the_training_flag_is_kept(model, training):
     model.top.train(not training)
     before = {name: module.training for name, module in model.named_modules()}
     prepare_qat(model)
-    assert {name: module.training for name, module in model.named_modules()} == before
+    after = {name: module.training for name, module in model.named_modules()}
+    assert {name: after[name] for name in before} == before
+    assert all(after[f"{name}.weight_fake_quantizer"] == before[name] for name in SWAPPED)
 
 
 def test_frozen_parameters_stay_frozen(model, batch):

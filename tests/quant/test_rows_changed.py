@@ -215,7 +215,7 @@ def test_several_forwards_of_one_step_are_one_tick(path, forwards, period, refre
             changed = change(module, optimizer, step, rows)
             if refresh == "running_max":
                 expected = np.maximum(expected, maxima(module, changed))
-        assert int(module.state_dict()["scale_ticks"]) == 8
+        assert int(module.state_dict()["weight_fake_quantizer.scale_ticks"]) == 8
 
 
 @PATHS
@@ -249,7 +249,7 @@ def test_weights_that_are_replaced_in_the_middle_of_a_step_get_scales(path):
         look_up(module, 0)
         module.same_step()
         state = module.state_dict()
-        del state["scale"], state["scale_ticks"]  # an unquantized model's
+        del state["weight_fake_quantizer.scale"], state["weight_fake_quantizer.scale_ticks"]  # an unquantized model's
         module.load_state_dict(state)
         look_up(module, 1)
     ref.assert_scale(module.scale, maxima(module), 4)

@@ -46,13 +46,17 @@ def update(optimizer, out, step):
     optimizer.step()
 
 
+def tables_of(module):
+    return module.weight_fake_quantizer.groups.tables(module.weight)
+
+
 def table_maxima(module):
-    return np.array([np.abs(ref.array(table)).max() for table in module._tables()])
+    return np.array([np.abs(ref.array(table)).max() for table in tables_of(module)])
 
 
 def row_maxima(module, looked_up):
     """Of each table, the largest magnitude in the rows that were looked up."""
-    tables = [ref.array(table) for table in module._tables()]
+    tables = [ref.array(table) for table in tables_of(module)]
     return np.array([np.abs(table[rows]).max(initial=0) for table, rows in zip(tables, looked_up)])
 
 
@@ -112,7 +116,7 @@ def grown(**options):
 
 def test_a_state_dict_holds_the_raised_scale(path):
     module, largest = grown()
-    ref.assert_scale(module.state_dict()["scale"], largest, 4)
+    ref.assert_scale(module.state_dict()["weight_fake_quantizer.scale"], largest, 4)
 
 
 def evaluated(module):
@@ -197,7 +201,7 @@ def test_a_restored_state_continues_with_the_same_scales(path, cut):
         optimizer, scales = optimizer_of(module, "sgd"), []
         for step in steps:
             update(optimizer, module(*make_batch(step)[0]), step)
-            scales.append(module.state_dict()["scale"].clone())
+            scales.append(module.state_dict()["weight_fake_quantizer.scale"].clone())
         return scales
 
     options = {"scale_refresh": "running_max", "rescan_period": 7}
@@ -217,7 +221,7 @@ def test_forwards_without_updates_do_not_pile_up(path):
     module = make(scale_refresh="running_max").requires_grad_(False)
     for step in range(200):
         module(*make_batch(step, batch=50)[0])
-    held = sum(rows.numel() for rows, *_ in module._looked_up)
+    held = sum(rows.numel() for rows, *_ in module.weight_fake_quantizer._looked_up)
     assert held <= 2 * sum(ROWS) + 4 * 200, f"{held} row numbers are kept"
 
 

@@ -59,7 +59,7 @@ def make(kind, sparse, dtype=torch.float32):
 
 
 def tables(module):
-    return [table.detach().float() for table in module._tables()]
+    return [table.detach().float() for table in module.weight_fake_quantizer.groups.tables(module.weight)]
 
 
 def needed(module, ids=None):
@@ -101,7 +101,7 @@ def test_every_forward_has_scales_that_its_rows_need(path, kind, sparse, rule):
                 with torch.no_grad():
                     module.weight[random.integers(len(module.weight))] *= 3
             if random.random() < 0.2:
-                assert (module.state_dict()["scale"] >= needed(module)).all()
+                assert (module.state_dict()["weight_fake_quantizer.scale"] >= needed(module)).all()
                 assert (copy.deepcopy(module).current_scale() >= needed(module)).all()
 
 
@@ -192,8 +192,8 @@ def test_an_optimizer_that_knows_the_tables_raises_the_same_bits_itself(optimize
             out = module(draw(module, random, 40))
             (out * torch.from_numpy(random.normal(size=out.shape).astype(np.float32))).sum().backward()
             each.step()
-        assert known._looked_up == []  # nothing is left for the next forward
-        assert unknown._looked_up
+        assert known.weight_fake_quantizer._looked_up == []  # nothing is left for the next forward
+        assert unknown.weight_fake_quantizer._looked_up
         for table, scale in enumerate(known.scale):
             assert scale >= scale_from_max(known.table(table).abs().amax().float(), 4)
         unknown.current_scale()
@@ -224,7 +224,7 @@ def test_a_row_that_was_larger_in_the_middle_of_an_update_raises_nothing():
     lambda: dqrm.prepare_qat(nn.Sequential(nn.Embedding(5, 3)))[0],
 ])  # fmt: skip
 def test_it_is_the_default_everywhere(make_module):
-    assert make_module().scale_refresh == "running_max"
+    assert make_module().qat.scale_refresh == "running_max"
 
 
 @PATHS

@@ -162,7 +162,7 @@ def test_quantized_weights_lose_nothing_in_bf16(path, bits, granularity):
     layer = QuantLinear(40, 30, bits=bits, granularity=granularity)
     nn.init.zeros_(layer.bias)
     found = in_bf16(layer, torch.eye(40)) - in_bf16(layer, -torch.eye(40))
-    scale = layer.weight_scale()
+    scale = layer.current_scale()
     codes = torch.from_numpy(ref.codes(ref.array(layer.weight), ref.array(scale)[:, None], bits))
     assert torch.equal(found, (codes.float() * scale[:, None]).t().bfloat16())
 
@@ -172,7 +172,7 @@ def test_a_layer_sums_in_fp32(path, bits):
     """Two roundings of the result, however many products: 4096 bf16 additions would be off by far more."""
     layer = QuantLinear(4096, 5, bits=bits)
     x = torch.rand(7, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
-    values = ref.fake_quantize(ref.array(layer.weight), ref.array(layer.weight_scale())[:, None], bits)
+    values = ref.fake_quantize(ref.array(layer.weight), ref.array(layer.current_scale())[:, None], bits)
     product, bias = ref.array(x) @ values.T, ref.array(layer.bias)
     exact = product + bias
     bound = UNIT * np.abs(product) + UNIT * np.abs(exact) + 2.0**-20 * (ref.array(x) @ np.abs(values).T) + UNIT**2
@@ -313,7 +313,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(generated, tmp_path, rule, pr
         assert one[name].dtype == two[name].dtype, name
         assert torch.equal(one[name], two[name]), name
     assert one["weights.safetensors/tables.weight"].dtype == torch.bfloat16
-    assert one["weights.safetensors/tables.scale"].dtype == torch.float32
+    assert one["weights.safetensors/tables.weight_fake_quantizer.scale"].dtype == torch.float32
     assert one["weights.safetensors/top.0.weight"].dtype == torch.float32
     model, _ = Run.open(tmp_path / "cut").load_model("last")
     assert model.tables.weight.dtype == torch.bfloat16

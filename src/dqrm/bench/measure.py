@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dqrm.errors import UserError
 
@@ -38,22 +39,21 @@ class Scales:
         self.tables, self.timed = tables, False
         self.refreshes: list[float] = []
         self.all_ms: list[float] = []
-        refresh, tick = tables._refresh, tables._tick
+        quantizer = tables.weight_fake_quantizer
+        refresh, begin = quantizer.refresh, quantizer.before_forward
 
-        def timed_refresh() -> None:
+        def timed_refresh(weight: Tensor) -> None:
             start = clock()
-            refresh()
+            refresh(weight)
             self.refreshes.append(clock() - start)
 
-        def timed_tick() -> Any:
-            if not self.timed:
-                return tick()
-            start = clock()
-            scale = tick()
-            self.all_ms.append(clock() - start)
-            return scale
+        def timed_begin(weight: Tensor, sparse: bool) -> None:
+            start = clock() if self.timed else 0.0
+            begin(weight, sparse)
+            if self.timed:
+                self.all_ms.append(clock() - start)
 
-        tables._refresh, tables._tick = timed_refresh, timed_tick
+        quantizer.refresh, quantizer.before_forward = timed_refresh, timed_begin
 
     def full_refresh_ms(self, repeats: int = 5) -> float:
         """Median time of a refresh that reads every row."""

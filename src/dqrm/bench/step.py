@@ -216,9 +216,9 @@ def _refresh_ms(
     if contender.scales is None:
         return 0.0, 0.0
     scales, tables = contender.scales, contender.scales.tables
-    if tables.scale_refresh == "running_max":
+    if tables.qat.scale_refresh == "running_max":
         full = scales.full_refresh_ms()
-        return full, full / tables.rescan_period
+        return full, full / tables.qat.rescan_period
     if options.scale_period == 1 or options.scale_period > _LONGEST_PERIOD:
         full = scales.full_refresh_ms()
         # With period 1 every measured step has one in it.

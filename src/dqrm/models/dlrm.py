@@ -32,16 +32,7 @@ def mlp(widths: Sequence[int], qat: QATConfig, last_relu: bool) -> QuantMLP:
     """Linear layers widths[0] -> widths[1] -> ..., each but possibly the last followed by ReLU."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
-        layers.append(
-            QuantLinear(
-                inputs,
-                outputs,
-                bits=qat.effective_mlp_bits,
-                granularity=qat.linear_granularity,
-                bias_bits=qat.bias_bits,
-                activation_bits=qat.activation_bits,
-            )
-        )
+        layers.append(QuantLinear(inputs, outputs, qat=qat))
         if number < len(widths) - 1 or last_relu:
             layers.append(nn.ReLU())
     return QuantMLP(*layers)
@@ -114,10 +105,7 @@ class DLRM(nn.Module):
             config.embedding_dim,
             multi=multi,
             pooling=config.pooling,
-            bits=qat.effective_table_bits,
-            scale_period=qat.scale_period,
-            scale_refresh=qat.scale_refresh,
-            rescan_period=qat.rescan_period,
+            qat=qat,
             _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=table_dtype)
             if table_weight is None
             else table_weight,

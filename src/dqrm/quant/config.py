@@ -1,27 +1,32 @@
 """What is quantized, and to how many bits. Importing this module imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 BITS = (2, 4, 8, 16, 32)
 REFRESHES = ("periodic", "running_max")
 PERIOD, RESCAN_PERIOD = 200, 10_000  # the first is the DQRM paper's on Kaggle
+QUANTIZERS: dict[str, Any] = {"max": "dqrm.quant.ranges.max_quantizer"}
+"""What a QATConfig can name as `quantizer`: a subclass of `quant.quantizer.WeightFakeQuantizer`, or where it is."""
+
+STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
+"""What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
 
 
-def refresh_rule(scale_refresh: str | None, scale_period: int | None, rescan_period: int) -> tuple[str, int]:
-    """When scales are refreshed, and the period, after defaults: running_max, but periodic where a period is given.
+def check_registered(field: str, name: str, register: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the field, unless the register has an entry of that name."""
+    if name not in register:
+        raise ValueError(f"{field} is {name!r}, expected {' or '.join(map(repr, register))}")
 
-    Raises:
-        ValueError: an unknown rule, or a period that is not a whole number of 1 or more.
-    """
-    rule = scale_refresh or ("running_max" if scale_period is None else "periodic")
-    period = PERIOD if scale_period is None else scale_period
-    for name, value in (("scale_period", period), ("rescan_period", rescan_period)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
-    if rule not in REFRESHES:
-        raise ValueError(f"scale_refresh is {scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
-    return rule, period
+
+def registered(name: str, register: dict[str, Any]) -> Any:
+    """The entry of a register; one that is given as its import path is imported now, and not before it is used."""
+    if isinstance(register[name], str):
+        module, _, attribute = register[name].rpartition(".")
+        register[name] = getattr(import_module(module), attribute)
+    return register[name]
 
 
 class BitsOfParts:
@@ -44,10 +49,11 @@ class BitsOfParts:
 
 @dataclass(frozen=True)
 class QATConfig(BitsOfParts):
-    """Quantization-aware training: bits, granularity and scale period, separately for tables and MLP.
+    """Quantization-aware training: bits, granularity and where scales come from, separately for tables and MLP.
 
     Raises:
-        ValueError: a number of bits that is not 2, 4, 8, 16 or 32 (32: not quantized), or a scale period below 1.
+        ValueError: a number of bits that is not 2, 4, 8, 16 or 32 (32: not quantized), a scale period below 1, or a
+            quantizer that is not registered.
     """
 
     bits: int = 4
@@ -56,6 +62,8 @@ class QATConfig(BitsOfParts):
     """Bits of the embedding tables; none: as --bits."""
     mlp_bits: int | None = None
     """Bits of the MLP weights; none: as --bits."""
+    quantizer: str = "max"
+    """Where scales come from; max: from the largest magnitude."""
     scale_refresh: Literal["periodic", "running_max"] | None = None
     """Scale of a table: raised each step by the rows just updated, or from all rows every scale_period steps (clips
     weights that grow in between); none: running_max, but periodic where a scale_period is given."""
@@ -79,9 +87,30 @@ class QATConfig(BitsOfParts):
             raise ValueError(
                 f"bias_bits is {self.bias_bits}, but the MLP is not quantized, and a bias has no scale but its weight's"
             )
+        check_registered("quantizer", self.quantizer, QUANTIZERS)
         # Resolved at once: what is stored says which rule it was.
-        rule, period = refresh_rule(self.scale_refresh, self.scale_period, self.rescan_period)
-        object.__setattr__(self, "scale_refresh", rule)
-        object.__setattr__(self, "scale_period", period)
+        if self.scale_refresh is None:
+            object.__setattr__(self, "scale_refresh", "running_max" if self.scale_period is None else "periodic")
+        if self.scale_period is None:
+            object.__setattr__(self, "scale_period", PERIOD)
+        for name in ("scale_period", "rescan_period"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
+        if self.scale_refresh not in REFRESHES:
+            raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
+
+
+def take_qat(options: dict[str, Any]) -> QATConfig:
+    """Remove `qat`, a QATConfig, or fields of one from the keyword arguments of a layer.
+
+    Raises:
+        ValueError: both are given; or as `QATConfig`.
+    """
+    values = {name: options.pop(name) for name in QATConfig.__dataclass_fields__ if name in options}
+    qat: QATConfig | None = options.pop("qat", None)
+    if qat is not None and values:
+        raise ValueError(f"got qat and also {', '.join(values)}: expected one or the other")
+    return qat or QATConfig(**values)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, refuse_unsupported
-from dqrm.quant.linear import QuantLinear, weight_scale
+from dqrm.quant.linear import QuantLinear
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import encode, encode_table, storage
-from dqrm.quant.ranges import TableScales
+from dqrm.quant.quantizer import FakeQuantized, WeightFakeQuantizer
 from dqrm.quant.uniform import scale_from_max
 
 _SWAPS: dict[type, type] = {nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding, nn.EmbeddingBag: QuantEmbeddingBag}
@@ -48,7 +48,7 @@ def prepare_qat(
         for name, module in model.named_modules()
         if type(module) in _SWAPS and (filter_fn is None or filter_fn(module, name))
     ]
-    if not chosen and not any(isinstance(module, (QuantLinear, TableScales)) for module in model.modules()):
+    if not chosen and not any(isinstance(module, FakeQuantized) for module in model.modules()):
         warnings.warn("prepare_qat found no nn.Linear, nn.Embedding or nn.EmbeddingBag to quantize", stacklevel=2)
     for name, module in chosen:  # refuse before anything is changed
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -62,15 +62,9 @@ def prepare_qat(
     clamps = Clamps()
     for _, module in chosen:
         module.__class__ = _SWAPS[type(module)]
-        if isinstance(module, QuantLinear):
-            module._init_quantization(
-                config.effective_mlp_bits, config.linear_granularity, config.bias_bits, config.activation_bits
-            )
-        elif isinstance(module, (QuantEmbedding, QuantEmbeddingBag)):
-            module._init_quantization(
-                config.effective_table_bits, config.scale_period, config.scale_refresh, config.rescan_period
-            )
-            module.clamps = clamps  # one warning for all of them
+        assert isinstance(module, (QuantLinear, QuantEmbedding, QuantEmbeddingBag))
+        module._init_quantization(config)
+        module.weight_fake_quantizer.clamps = clamps  # one warning for all of them
     return model
 
 
@@ -86,16 +80,15 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in seen or isinstance(module, WeightFakeQuantizer):  # scales: counted with their weight
                 continue
             seen.add(id(parameter))
             part = (
                 "tables" if isinstance(module, (nn.Embedding, nn.EmbeddingBag, QuantEmbeddingBagCollection)) else "mlp"
             )
             bits, scales = 8 * parameter.element_size(), 0
-            if name == "weight" and isinstance(module, (QuantLinear, TableScales)) and module.bits != 32:
-                bits = module.bits
-                scales = len(module.weight_scale() if isinstance(module, QuantLinear) else module.scale)
+            if name == "weight" and isinstance(module, FakeQuantized) and module.bits != 32:
+                bits, scales = module.bits, module.weight_fake_quantizer.groups.count
             sizes[part] += -(-parameter.numel() * bits // 8) + 4 * scales
     return {**sizes, "total": sum(sizes.values())}
 
@@ -113,7 +106,7 @@ def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | Non
     bits = layer.bits if bits is None else bits
     weight = layer.weight.detach().float()
     if scale is None:
-        scale = weight.new_ones(1) if bits == 32 else weight_scale(weight, bits, layer.granularity == "channel")
+        scale = weight.new_ones(1) if bits == 32 else layer.current_scale()
     bias, activation_scale = layer.quantized_bias(), None
     if layer.activation_bits != 32:
         if not layer.activation_max > 0:
@@ -187,8 +180,6 @@ def convert(model: nn.Module) -> nn.Module:
             packed.append((module, form.to(device)))
     for module, form in packed:
         kept = {key: value for key, value in module.__dict__.items() if "hook" in key}
-        for key in ("_blocks", "_looked_up", "_looked_up_at"):  # of training
-            module.__dict__.pop(key, None)
         module.__class__ = type(form)
         module.__dict__.update({**form.__dict__, **kept})
     return model.eval()

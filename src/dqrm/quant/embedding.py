@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dqrm import kernels
-from dqrm.quant.config import RESCAN_PERIOD
-from dqrm.quant.ranges import BlockMaxima, TableScales
+from dqrm.quant.clamping import Clamps
+from dqrm.quant.config import QATConfig, take_qat
+from dqrm.quant.quantizer import FakeQuantized, Groups
+from dqrm.quant.storage import storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
-from dqrm.quant.uniform import fake_quantize
 
 
 class _Lookup(NamedTuple):
@@ -35,7 +36,7 @@ class _ActiveRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: tuple[int, int], blocks: BlockMaxima | None,
+        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: tuple[int, int], blocks: Any,
         clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = sum(lookup.ids.numel() for lookup in lookups)
@@ -76,55 +77,95 @@ def refuse_unsupported(module: Any) -> None:
         raise ValueError("mode is 'max', expected 'sum' or 'mean'")
 
 
-class _OneTable(TableScales):
+class QuantizedTables(FakeQuantized):
+    """Mixin: tables that lie in `self.weight`, whose rows are fake-quantized as they are looked up."""
+
+    sparse: bool
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of each table as of the last forward: float32 [tables]; 0 until it is first set."""
+        return self.weight_fake_quantizer.scale
+
+    @property
+    def clamps(self) -> Clamps:
+        """Counts of the weights that were looked up and of those that were clamped."""
+        return self.weight_fake_quantizer.clamps
+
+    @property
+    def scale_ticks(self) -> int:
+        """How many training steps the scales have seen."""
+        return self.weight_fake_quantizer.scale_ticks
+
+    def refresh_scale(self) -> None:
+        """Compute every table's scale from all of its rows; of tables of 32 bits, which have none, nothing."""
+        self.weight_fake_quantizer.refresh_scale(self.weight)
+
+    def only_looked_up_rows_change(self) -> None:
+        """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.
+
+        And that an update follows each training forward; where one follows several, say `same_step` between them.
+        True of plain SGD and Adagrad on sparse gradients, not of momentum or dense weight decay. A periodic refresh of
+        the scale then reads the rows looked up since the last one, and is as exact as before; with running_max an
+        evaluation reads none. Loading a state dict and moving the module are noticed; after any other change call
+        `refresh_scale`.
+        """
+        self.weight_fake_quantizer.only_looked_up_rows_change(self.weight)
+
+    def same_step(self) -> None:
+        """The next training forward belongs to the last one's step: one tick of the clock, and no other refresh."""
+        self.weight_fake_quantizer.same_step()
+
+    def rows_changed(self, rows: Tensor) -> None:
+        """An optimizer has changed these rows (int64 [U] of the weight), whichever process looked them up."""
+        self.weight_fake_quantizer.rows_changed(rows, self.weight)
+
+    def weights_replaced(self, ticks: int) -> None:
+        """Weights and scales are others now, and so many training steps old."""
+        self.weight_fake_quantizer.weights_replaced(self.weight, ticks)
+
+
+class _OneTable(QuantizedTables):
     """What `QuantEmbedding` and `QuantEmbeddingBag` share: bits and scale of the one table in `weight`."""
 
-    def __init__(
-        self,
-        *args: Any,
-        bits: int = 4,
-        scale_period: int | None = None,
-        scale_refresh: str | None = None,
-        rescan_period: int = RESCAN_PERIOD,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        qat = take_qat(kwargs)
         super().__init__(*args, **kwargs)
-        self._init_quantization(bits, scale_period, scale_refresh, rescan_period)
+        self._init_quantization(qat)
 
-    def _init_quantization(self, bits: int, *scales: Any) -> None:
+    def _init_quantization(self, qat: QATConfig) -> None:
         refuse_unsupported(self)
-        self._init_scales(1, bits, *scales)
+        self._add_quantizer(qat, qat.effective_table_bits, Groups(1, (len(self.weight),)))
 
     padding_idx: int | None
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
+        weight, quantizer = self.weight, self.weight_fake_quantizer
         if self.bits == 32:
-            return F.embedding(ids, self.weight, self.padding_idx, sparse=self.sparse)
-        ids, scale = integers(ids), self._tick()
-        plain = self.padding_idx is not None or self.weight.dtype != torch.float32
-        if self.sparse and not plain and kernels.fits(ids, self.weight, scale):
-            table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(self.weight)]), scale)
-            found, rows = _ActiveRows.apply(self.weight, [table], *self._watched(len(ids)))
+            return F.embedding(ids, weight, self.padding_idx, sparse=self.sparse)
+        ids = integers(ids)
+        quantizer.before_forward(weight, self.sparse)
+        plain = self.padding_idx is not None or weight.dtype != torch.float32 or not quantizer.fusible
+        if self.sparse and not plain and kernels.fits(ids, weight, scale := quantizer.scale):
+            table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(weight)]), scale)
+            values, rows = _ActiveRows.apply(weight, [table], *quantizer.lookup_arguments(weight, ids.numel()))
         else:
             rows = ids.long()
-            self._mark(rows)
-            found = F.embedding(rows, self.weight, self.padding_idx, sparse=self.sparse)
-            self._meet(found[:, None])
-            found = fake_quantize(found, scale, self.bits)
-        self._note_rows(rows)
-        return found
+            quantizer.mark_rows(rows, 0, 1)
+            values = quantizer.fake_quantize(F.embedding(rows, weight, self.padding_idx, sparse=self.sparse))
+        quantizer.note_rows(rows, weight, self.sparse)
+        return values
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}, {self._rule()}"
+        return f"{super().extra_repr()}, bits={self.bits}"
 
 
 class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
-        bits: 2, 4, 8, 16, or 32 for no quantization.
-        scale_refresh, scale_period, rescan_period: as in `QATConfig`; default: running_max, which clamps no weight.
+        qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
         ValueError: max_norm or scale_grad_by_freq is asked for, or another number of bits.
@@ -139,8 +180,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
-        bits: 2, 4, 8, 16, or 32 for no quantization.
-        scale_refresh, scale_period, rescan_period: as in `QATConfig`; default: running_max, which clamps no weight.
+        qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
         ValueError: mode 'max', max_norm or scale_grad_by_freq is asked for, or another number of bits.
@@ -153,7 +193,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
         return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
 
 
-class QuantEmbeddingBagCollection(TableLayout, TableScales):
+class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
     """All tables of a model in one contiguous weight, looked up together and fake-quantized on one scale per table.
 
     One gather instead of one per table, and one sparse gradient for the whole collection: `weight.grad` is a COO tensor
@@ -164,8 +204,7 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         embedding_dim: values per row.
         multi: for each table, whether a sample has a bag of ids there instead of one; default: none has.
         pooling: 'sum' or 'mean' over the rows of a bag; an empty bag gives zeros.
-        bits: 2, 4, 8, 16, or 32 for no quantization.
-        scale_refresh, scale_period, rescan_period: as in `QATConfig`; default: running_max, which clamps no weight.
+        qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
         sparse: whether `weight.grad` is sparse; a dense one costs a second copy of all tables.
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
 
@@ -180,18 +219,18 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         *,
         multi: Sequence[bool] | None = None,
         pooling: str = "sum",
-        bits: int = 4,
-        scale_period: int | None = None,
-        scale_refresh: str | None = None,
-        rescan_period: int = RESCAN_PERIOD,
         sparse: bool = True,
         _weight: Tensor | None = None,
+        **options: Any,
     ) -> None:
+        qat = take_qat(options)
+        if options:
+            raise TypeError(f"QuantEmbeddingBagCollection got an unexpected keyword argument '{next(iter(options))}'")
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self.sparse = sparse
         self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
-        self._init_scales(len(self.table_rows), bits, scale_period, scale_refresh, rescan_period)
+        self._add_quantizer(qat, qat.effective_table_bits, Groups(len(self.table_rows), self.table_rows))
         if _weight is None:
             self.reset_parameters()
 
@@ -205,12 +244,6 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
         """The weights of one table, [rows, embedding_dim]: a view, without a gradient."""
         return self.weight.detach()[self._starts[number] : self._starts[number + 1]]
 
-    def _tables(self) -> list[Tensor]:
-        return [self.table(number) for number in range(len(self.table_rows))]
-
-    def _first_rows(self) -> Tensor:
-        return self.row_offsets
-
     def forward(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """One pooled vector per sample and table: float32 [B, T, embedding_dim].
 
@@ -223,47 +256,46 @@ class QuantEmbeddingBagCollection(TableLayout, TableScales):
             ValueError: the number of columns or of bags is not that of the tables.
         """
         groups = self._groups(ids, bags)
-        scale = None if self.bits == 32 else self._tick()
-        if self.sparse and kernels.fits(self.weight, scale, *(found for found, _, _ in groups)):
+        weight, quantizer, scale = self.weight, self.weight_fake_quantizer, None
+        if self.bits != 32:
+            quantizer.before_forward(weight, self.sparse)
+            scale = quantizer.scale
+        if self.sparse and quantizer.fusible and kernels.fits(weight, scale, *[part for part, _, _ in groups]):
+            starts, table_rows = self.row_offsets, self.rows_per_table
             lookups = [
                 _Lookup(
-                    found,
+                    part,
                     first,
-                    self.row_offsets[first : first + tables],
-                    self.rows_per_table[first : first + tables],
+                    starts[first : first + tables],
+                    table_rows[first : first + tables],
                     None if scale is None else scale[first : first + tables],
                 )
-                for found, first, tables in groups
+                for part, first, tables in groups
             ]
-            found, rows = _ActiveRows.apply(
-                self.weight, lookups, *self._watched(sum(found.numel() for found, _, _ in groups))
-            )
+            count = sum([part.numel() for part, _, _ in groups])
+            values, rows = _ActiveRows.apply(weight, lookups, *quantizer.lookup_arguments(weight, count))
         else:
-            found, rows = self._plain_rows(groups, scale)
+            values, rows = self._plain_rows(groups, weight)
+        quantizer.note_rows(rows, weight, self.sparse)
         lengths = [part.numel() for part, _, _ in groups]
-        self._note_rows(rows)
-        return self._pooled(list(found.split(lengths)) if bags else [found], len(ids), bags)
+        return self._pooled(list(values.split(lengths)) if bags else [values], len(ids), bags)
 
-    def _plain_rows(self, groups: list[tuple[Tensor, int, int]], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _plain_rows(self, groups: list[tuple[Tensor, int, int]], weight: Tensor) -> tuple[Tensor, Tensor]:
         """The same rows [N, dim] and their numbers in plain torch."""
-        pieces = []
+        quantizer, pieces = self.weight_fake_quantizer, []
         for ids, first, tables in groups:
             self._refuse_outside(ids, first, tables)
             pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
-            self._mark(pieces[-1], first, tables)
+            quantizer.mark_rows(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
-        found = F.embedding(rows, self.weight, sparse=self.sparse).float()
-        if scale is None:
-            return found, rows
+        values = storage_of(weight.dtype).lookup(weight, rows, self.sparse)
+        if self.bits == 32:
+            return values, rows
         quantized = []
-        for part, (_, first, tables) in zip(found.split([len(piece) for piece in pieces]), groups):
-            values = part.view(-1, tables, self.embedding_dim)
-            self._meet(values, first)
-            quantized.append(fake_quantize(values, scale[first : first + tables, None], self.bits).flatten(0, 1))
+        for part, (_, first, tables) in zip(values.split([len(piece) for piece in pieces]), groups):
+            vectors = part.view(-1, tables, self.embedding_dim)
+            quantized.append(quantizer.fake_quantize(vectors, slice(first, first + tables)).flatten(0, 1))
         return torch.cat(quantized) if len(quantized) > 1 else quantized[0], rows
 
     def extra_repr(self) -> str:
-        return (
-            f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, "
-            f"bits={self.bits}, {self._rule()}"
-        )
+        return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, bits={self.bits}"

@@ -8,23 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm import kernels
-from dqrm.quant.uniform import (
-    check_bits,
-    check_floats,
-    code_limits,
-    dequantize,
-    fake_quantize,
-    quantize,
-    scale_from_max,
-)
+from dqrm.quant.config import QATConfig, take_qat
+from dqrm.quant.quantizer import FakeQuantized, Groups, WeightFakeQuantizer
+from dqrm.quant.uniform import check_floats, code_limits, dequantize, fake_quantize, quantize, scale_from_max
 
 
 def weight_scale(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
     """Scale of a linear layer's weight [outputs, inputs]: float32 [outputs], or [1] per tensor."""
-    magnitude = weight.detach().abs()
-    if magnitude.numel() == 0:  # no inputs or no outputs: nothing to take a maximum of
-        return scale_from_max(magnitude.new_zeros(len(weight) if per_channel else 1), bits)
-    return scale_from_max(magnitude.amax(1) if per_channel else magnitude.amax().view(1), bits)
+    return scale_from_max(Groups(len(weight) if per_channel else 1).largest(weight), bits)
 
 
 def fusible(*weights: Tensor) -> bool:
@@ -68,7 +59,30 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         return grads[0], None, None
 
 
-class QuantLinear(nn.Linear):
+class LinearMax(WeightFakeQuantizer):
+    """The scales of the largest magnitudes, computed at each forward (a linear layer's weight is small); no state."""
+
+    fusible = True
+
+    def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
+        super().__init__(qat, bits, groups)
+        self.per_channel = qat.linear_granularity == "channel"
+
+    def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
+        pass
+
+    def refresh(self, weight: Tensor) -> None:
+        pass
+
+    def current_scale(self, weight: Tensor) -> Tensor:
+        return weight_scale(weight, self.bits, self.per_channel)
+
+    def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
+        quantized: Tensor = _FakeQuantizeWeight.apply(values, self.bits, self.per_channel)
+        return quantized
+
+
+class QuantLinear(FakeQuantized, nn.Linear):
     """`nn.Linear` on a fake-quantized weight: one scale per output channel, recomputed each forward (it is small).
 
     forward: float [..., in_features] -> float [..., out_features]. From the DQRM paper. The bias stays FP32 by
@@ -76,10 +90,8 @@ class QuantLinear(nn.Linear):
     saturates.
 
     Args:
-        bits: 2, 4, 8, 16, or 32 for no quantization of the weight.
-        granularity: 'channel' (one scale per output row) or 'tensor' (one for the whole weight).
-        bias_bits: below 32, the bias is quantized on its weight row's scale.
-        activation_bits: below 32, the input is quantized on the largest magnitude that training has shown so far.
+        qat: a `QATConfig`; or, one by one, `bits`, `quantizer`, `bias_bits` and `activation_bits` as there, and
+            granularity: 'channel' (one scale per output row) or 'tensor' (one for the whole weight).
 
     Raises:
         ValueError: another number of bits or another granularity.
@@ -88,46 +100,31 @@ class QuantLinear(nn.Linear):
     bits: int
     activation_max: Tensor
 
-    def __init__(
-        self,
-        *args: Any,
-        bits: int = 4,
-        granularity: str = "channel",
-        bias_bits: int = 32,
-        activation_bits: int = 32,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "granularity" in kwargs:
+            kwargs["linear_granularity"] = kwargs.pop("granularity")
+        qat = take_qat(kwargs)
         super().__init__(*args, **kwargs)
-        self._init_quantization(bits, granularity, bias_bits, activation_bits)
+        self._init_quantization(qat)
 
-    def _init_quantization(self, bits: int, granularity: str, bias_bits: int, activation_bits: int) -> None:
-        if granularity not in ("channel", "tensor"):
-            raise ValueError(f"granularity is {granularity!r}, expected 'channel' or 'tensor'")
-        for name, width in (("bits", bits), ("bias_bits", bias_bits), ("activation_bits", activation_bits)):
-            check_bits(name, width)
-        if bias_bits != 32 and bits == 32:
-            raise ValueError(
-                f"bias_bits is {bias_bits}, but a bias has a scale only where the weight has one (bits is 32)"
-            )
-        self.bits, self.granularity, self.bias_bits, self.activation_bits = (
-            bits,
-            granularity,
-            bias_bits,
-            activation_bits,
+    def _init_quantization(self, qat: QATConfig) -> None:
+        self.granularity, self.bias_bits, self.activation_bits = (
+            qat.linear_granularity,
+            qat.bias_bits,
+            qat.activation_bits,
         )
-        if activation_bits != 32:
+        groups = Groups(self.out_features if self.granularity == "channel" else 1)
+        self._add_quantizer(qat, qat.effective_mlp_bits, groups)
+        if self.activation_bits != 32:
             self.register_buffer("activation_max", torch.zeros((), device=self.weight.device))
-
-    def weight_scale(self) -> Tensor:
-        """Scale of the weight: float32 [out_features], or [1] per tensor."""
-        return weight_scale(self.weight, self.bits, self.granularity == "channel")
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.bits != 32:
+            self.weight_fake_quantizer.before_forward(weight)
             bias = self.quantized_bias()
-            weight = _FakeQuantizeWeight.apply(weight, self.bits, self.granularity == "channel")
+            weight = self.weight_fake_quantizer.fake_quantize(weight)
         return F.linear(self.quantized_input(input), weight, bias)
 
     def quantized_bias(self) -> Tensor | None:
@@ -135,7 +132,7 @@ class QuantLinear(nn.Linear):
         bias: Tensor | None = self.bias
         if bias is None or self.bias_bits == 32:
             return bias
-        return fake_quantize(bias, self.weight_scale(), self.bias_bits)
+        return fake_quantize(bias, self.current_scale(), self.bias_bits)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as it is multiplied; in training, its range widens the running maximum."""

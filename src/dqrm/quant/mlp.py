@@ -106,7 +106,8 @@ class QuantMLP(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """float [B, inputs] -> [B, outputs]; not differentiable twice.
 
-        Layers that were put in place of others, have hooks or are no longer float32 run one by one, as they are.
+        Layers that were put in place of others, have hooks, are no longer float32 or have a quantizer that is not
+        `fusible` run one by one, as they are.
         """
         check_floats("x", x)
         modules = list(self)
@@ -150,7 +151,13 @@ class QuantMLP(nn.Sequential):
 def _fusible(module: nn.Module) -> bool:
     if _hooked(module):
         return False
-    return type(module) is nn.ReLU or (type(module) is QuantLinear and module.weight.dtype == torch.float32)
+    if type(module) is not QuantLinear:
+        return type(module) is nn.ReLU
+    # Not by attribute: nn.Module.__getattr__ is called so often in a step that it shows in its time.
+    weight: Any = module._parameters["weight"]
+    quantizer: Any = module._modules["weight_fake_quantizer"]
+    fusible: bool = weight.dtype == torch.float32 and quantizer.fusible
+    return fusible
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dqrm.quant.ranges import max_abs
+from dqrm.quant.storage import max_abs
 from dqrm.quant.uniform import SMALLEST_MAXIMUM, code_limits, dequantize, quantize, scale_from_max
 
 CLIPS = ("none", "mse")

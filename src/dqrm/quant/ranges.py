@@ -1,4 +1,4 @@
-"""When a table's scale is refreshed, and from which rows.
+"""Scales from the largest magnitude: of tables, when they are refreshed and from which rows; of linear layers, at once.
 
 A scale comes from the whole table, and reading a table of ten million rows costs more than the rest of a training step.
 With `running_max` (ours, the default) the rows just updated raise it, and an exact refresh is rare: no forward clamps a
@@ -10,28 +10,19 @@ the loss that its codes give.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqrm import kernels
-from dqrm.quant.clamping import Clamps
-from dqrm.quant.config import RESCAN_PERIOD, refresh_rule
-from dqrm.quant.uniform import check_bits, code_limits, scale_from_max
+from dqrm.quant.config import QATConfig
+from dqrm.quant.linear import LinearMax
+from dqrm.quant.quantizer import Groups, LookupArguments, WeightFakeQuantizer
+from dqrm.quant.storage import storage_of
+from dqrm.quant.uniform import fake_quantize, scale_from_max
 
-# Rows read at once where the kernels cannot be used: torch may copy what it reduces.
-_CHUNK = 1 << 20
 # Rows per block whose maximum is remembered: small enough that a period dirties few of them.
 _BLOCK = 16
 # Forwards whose rows running_max keeps while no optimizer changes the weight; with more, it rescans.
 _FORWARDS_KEPT = 64
-
-
-def max_abs(weight: Tensor) -> Tensor:
-    """max|weight| as a float32 scalar tensor, in one pass and without a copy of `weight`."""
-    if weight.numel() == 0:
-        return torch.zeros((), device=weight.device)
-    pieces = [torch.stack(torch.aminmax(piece)) for piece in weight.split(_CHUNK)]
-    low, high = pieces[0] if len(pieces) == 1 else torch.stack(pieces).unbind(1)
-    return torch.maximum(-low.amin(), high.amax()).float()
 
 
 def raise_to(scale: Tensor, largest: Tensor, bits: int) -> None:
@@ -82,37 +73,26 @@ class BlockMaxima:
         return kernels.blocks_max(table, self.block, self.dirty[part], self.maxima[part])
 
 
-class TableScales(nn.Module):
-    """Mixin: scales of the tables in `self.weight`, and the clock that says when to refresh them.
+class TableMax(WeightFakeQuantizer):
+    """Scales of tables in one weight from their largest magnitudes, and the clock that says when to refresh them.
 
-    Adds the buffer `scale` (float32 [tables]; 0 until it is first computed) and, to the state dict, `scale_ticks`
-    (int64 scalar): how many training forwards there were, so that a resumed run refreshes at the same steps. A state
-    dict without them (an unquantized model's) loads too; the scale is then computed at the next forward.
-    Activation checkpointing runs a forward twice and so ticks twice.
+    Its state is the buffer `scale` (float32 [tables]; 0 until it is first computed) and `scale_ticks` (int64 scalar):
+    how many training forwards there were, so that a resumed run refreshes at the same steps. Activation checkpointing
+    runs a forward twice and so ticks twice.
     """
 
-    weight: Any
-    bits: int
-    scale: Tensor
-    sparse: bool
+    fusible = True
 
-    def _init_scales(
-        self,
-        tables: int,
-        bits: int,
-        scale_period: int | None = None,
-        scale_refresh: str | None = None,
-        rescan_period: int = RESCAN_PERIOD,
-    ) -> None:
-        self.scale_refresh, self.scale_period = refresh_rule(scale_refresh, scale_period, rescan_period)
-        check_bits("bits", bits)
-        self.bits, self.rescan_period = bits, rescan_period
-        self.register_buffer("scale", torch.zeros(tables, dtype=torch.float32, device=self.weight.device))
-        self.scale_ticks = 0
-        self.clamps = Clamps()
+    def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
+        super().__init__(qat, bits, groups)
+        self.register_buffer("scale", torch.zeros(groups.count, dtype=torch.float32))
+        self._running = qat.scale_refresh == "running_max" and bits != 32
+        assert qat.scale_period is not None  # after QATConfig's defaults
+        self._period = qat.scale_period if qat.scale_refresh == "periodic" else qat.rescan_period
+        self._starts = groups.starts(self.scale.device)
         self._step_goes_on = False
-        self._scale_known = False
         self._promised = False
+        self._raising = False  # whether this forward raises scales to what its rows need
         self._blocks: BlockMaxima | None = None
         # Rows that training forwards looked up, and the weight's version at that time.
         self._looked_up: list[Tensor] = []
@@ -122,254 +102,204 @@ class TableScales(nn.Module):
         # an update through `.data` changes no version.
         self._covered_at, self._trained_since = -1, False
 
-    @property
-    def _running(self) -> bool:
-        return self.scale_refresh == "running_max" and self.bits != 32
-
-    @property
-    def _learning(self) -> bool:
-        """Whether an update may follow this forward: in training, or while gradients are recorded in evaluation."""
-        return self.training or (torch.is_grad_enabled() and self.weight.requires_grad)
-
-    def _weight_version(self) -> int:
-        return -2 if self.weight.is_inference() else int(self.weight._version)
-
-    def _tables(self) -> list[Tensor]:
-        return [self.weight.detach()]
-
-    def _first_rows(self) -> Tensor:
-        """int64 [tables]."""
-        return torch.zeros(1, dtype=torch.int64, device=self.weight.device)
-
-    def only_looked_up_rows_change(self) -> None:
-        """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.
-
-        And that an update follows each training forward; where one follows several, say `same_step` between them.
-        True of plain SGD and Adagrad on sparse gradients, not of momentum or dense weight decay. A periodic refresh of
-        the scale then reads the rows looked up since the last one, and is as exact as before; with running_max an
-        evaluation reads none. Loading a state dict and moving the module are noticed; after any other change call
-        `refresh_scale`.
-        """
+    def only_looked_up_rows_change(self, weight: Tensor) -> None:
         self._promised = True
-        if self.bits != 32 and not self._running and kernels.fits(self.weight) and self._blocks is None:
-            self._blocks = BlockMaxima(tuple(len(table) for table in self._tables()))
+        if self.bits != 32 and not self._running and kernels.fits(weight) and self._blocks is None:
+            self._blocks = BlockMaxima(tuple(len(table) for table in self.groups.tables(weight)))
 
-    @torch.no_grad()
-    def refresh_scale(self) -> None:
+    def refresh_scale(self, weight: Tensor) -> None:
         """Compute every table's scale from all of its rows; of tables of 32 bits, which have none, nothing."""
         if self._blocks is not None:
             self._blocks.all_changed()
-        self._refresh()
+        self.refresh(weight)
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def refresh(self, weight: Tensor) -> None:
         if self.bits == 32:
             return
-        if len(self.scale):
-            self.scale.copy_(scale_from_max(self._largest(), self.bits))
+        self.scale.copy_(scale_from_max(self._largest(weight), self.bits))
         self._scale_known = True
         self._looked_up.clear()
-        self._covered()
+        self._covered(weight)
 
-    def _largest(self) -> Tensor:
+    def _largest(self, weight: Tensor) -> Tensor:
         """max|w| of each table, from all of its rows: float32 [tables]."""
-        if self._blocks is not None:
-            found = [self._blocks.table_max(number, table) for number, table in enumerate(self._tables())]
-            return torch.tensor(found)
-        return torch.stack([max_abs(table) for table in self._tables()])
+        if self._blocks is None:
+            return self.groups.largest(weight)
+        tables = enumerate(self.groups.tables(weight))
+        return torch.tensor([self._blocks.table_max(number, table) for number, table in tables])
 
-    def _covered(self) -> None:
-        self._covered_at, self._trained_since = self._weight_version(), False
+    def _covered(self, weight: Tensor) -> None:
+        self._covered_at, self._trained_since = _version(weight), False
 
     @torch.no_grad()
-    def _raise_scale(self) -> None:
+    def _raise_scale(self, weight: Tensor) -> None:
         """Raise scales to what the rows of the last training forwards need, once an optimizer has changed them."""
-        if not self._looked_up or self.weight._version == self._looked_up_at:
+        if not self._looked_up or weight._version == self._looked_up_at:
             return
         if len(self._looked_up) > _FORWARDS_KEPT:
-            return self.refresh_scale()
+            return self.refresh_scale(weight)
         for rows in self._looked_up:
-            self._raise_for(rows)
+            self._raise_for(rows, weight)
         self._looked_up.clear()
 
-    def _raise_for(self, rows: Tensor) -> None:
+    def _ranges(self) -> kernels.TableRanges:
+        return kernels.TableRanges(self._starts, self.scale, self._limits[1])
+
+    def _raise_for(self, rows: Tensor, weight: Tensor) -> None:
         """Raise scales to what these rows need: int64 [N] of the weight."""
-        starts = self._first_rows()
-        if kernels.fits(rows, self.weight, self.scale, starts):
-            ranges = kernels.TableRanges(starts, self.scale, code_limits(self.bits)[1])
-            kernels.raise_scales(rows, self.weight, ranges)
+        ranges = self._ranges()
+        if kernels.fits(rows, weight, ranges.scale, ranges.starts):
+            kernels.raise_scales(rows, weight, ranges)
         elif len(rows):
-            largest = self.weight.detach().index_select(0, rows).abs().amax(1).float()
-            table = torch.searchsorted(starts, rows, right=True).sub_(1)
-            raise_to(self.scale, torch.zeros_like(self.scale).scatter_reduce_(0, table, largest, "amax"), self.bits)
+            largest = storage_of(weight.dtype).gather(weight, rows).abs().amax(1)
+            table = torch.searchsorted(ranges.starts, rows, right=True).sub_(1)
+            needed = torch.zeros_like(ranges.scale).scatter_reduce_(0, table, largest, "amax")
+            raise_to(ranges.scale, needed, self.bits)
 
-    def ranges_to_raise(self) -> kernels.TableRanges | None:
-        """For an optimizer that raises scales while it updates rows, and then says so (`raised`); None: need not."""
-        if not (self._running and self._scale_known and kernels.fits(self.weight, self.scale)):
+    def ranges_to_raise(self, weight: Tensor) -> kernels.TableRanges | None:
+        if not (self._running and self._scale_known):
             return None
-        return kernels.TableRanges(self._first_rows(), self.scale, code_limits(self.bits)[1])
+        ranges = self._ranges()
+        return ranges if kernels.fits(weight, ranges.scale) else None
 
-    def raised(self) -> None:
-        """All rows that have changed since the last forward fit their scales."""
+    def raised(self, weight: Tensor) -> None:
         self._looked_up.clear()
-        self._raised_at = self._weight_version()
+        self._raised_at = _version(weight)
 
     @torch.no_grad()
-    def _cover_all(self) -> None:
+    def synchronize(self, weight: Tensor) -> None:
         """With running_max: raise scales to what every row needs, whatever has changed it.
 
         Reads all rows unless it is known that nothing but rows looked up has changed. Evaluation, copies and state
         dicts ask for it, and each training step whose gradients are dense: it goes over the whole table anyway.
         """
-        self._raise_scale()
+        self._raise_scale(weight)
         if not self._running or not self._scale_known or self._promised:
             return
-        if self._trained_since or self._weight_version() != self._covered_at:
-            if len(self.scale):
-                raise_to(self.scale, self._largest(), self.bits)
-            self._covered()
+        if self._trained_since or _version(weight) != self._covered_at:
+            raise_to(self.scale, self._largest(weight), self.bits)
+            self._covered(weight)
 
-    def _note_rows(self, rows: Tensor) -> None:
-        """This forward looks up `rows` (int64 [N])."""
-        if self._running and self._learning and self.weight.requires_grad and self.sparse:
+    def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:
+        if self._raising and sparse and weight.requires_grad:
             if len(self._looked_up) <= _FORWARDS_KEPT:
                 self._looked_up.append(rows)
-            self._looked_up_at = self.weight._version
+            self._looked_up_at = weight._version
 
-    def _watched(self, rows: int) -> tuple[tuple[int, int], BlockMaxima | None, Tensor | None, bool]:
-        """For a lookup of so many rows by the kernels: code limits, blocks to mark, where clamped weights are counted
-        and whether scales are raised to what the rows need."""
+    def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
         counting = self.training and self.bits != 32
-        counter = self.clamps.counter(rows * self.weight.shape[1], self.weight.device) if counting else None
-        return self._limits(), self._blocks, counter, self._running and self._learning
+        counter = self.clamps.counter(rows * weight.shape[1], weight.device) if counting else None
+        return self._limits, self._blocks, counter, self._raising
 
-    def _meet(self, found: Tensor, first: int = 0) -> None:
-        """Before a forward of training quantizes `found` [N, tables, dim] (tables from `first` on), not by the kernels:
-        raise their scales to what these rows need (running_max), or count what their scales clamp (periodic)."""
-        if found.numel() == 0 or torch.compiler.is_compiling():
-            return
-        found, scale = found.detach(), self.scale[first : first + found.shape[1]]
-        if self._running and self._learning:  # which asks whether gradients are recorded
-            raise_to(scale, found.abs().amax((0, 2)).float(), self.bits)
-        if not self.training:
-            return
-        counter = self.clamps.counter(found.numel(), found.device)
-        if not self._running:
-            low, high = code_limits(self.bits)
-            codes = (found.float() / scale[:, None]).round_()
-            counter += ((codes < low) | (codes > high)).sum()
-
-    def _mark(self, rows: Tensor, first: int = 0, tables: int = 1) -> None:
-        """For exact refreshes, where the kernels have not done it: this forward looks up `rows` (int64 [N]; position i
-        is of table first + i % tables)."""
+    def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
         if self._blocks is not None:
             self._blocks.mark(rows, first, tables)
 
+    def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
+        """Also raise the scales to what these values need (running_max), or count what they clamp (periodic)."""
+        scale = self.scale[group]
+        if values.numel() and not torch.compiler.is_compiling():
+            self._meet(values.detach().view(-1, len(scale), values.shape[-1]), scale)
+        return fake_quantize(values, scale[:, None], self.bits)
+
+    def _meet(self, values: Tensor, scale: Tensor) -> None:
+        if self._raising:
+            raise_to(scale, values.abs().amax((0, 2)).float(), self.bits)
+        if not self.training:
+            return
+        counter = self.clamps.counter(values.numel(), values.device)
+        if not self._running:
+            low, high = self._limits
+            codes = (values.float() / scale[:, None]).round_()
+            counter += ((codes < low) | (codes > high)).sum()
+
     def same_step(self) -> None:
-        """The next training forward belongs to the last one's step: one tick of the clock, and no other refresh."""
         self._step_goes_on = True
 
     @torch.no_grad()
-    def rows_changed(self, rows: Tensor) -> None:
-        """An optimizer has changed these rows (int64 [U] of the weight), whichever process looked them up."""
+    def rows_changed(self, rows: Tensor, weight: Tensor) -> None:
         if self.bits == 32 or len(rows) == 0:
             return
         if self._blocks is not None:
             self._blocks.mark_any(rows)
-        if self._running and self._scale_known and self._raised_at != self._weight_version():
-            self._raise_for(rows)
+        if self._running and self._scale_known and self._raised_at != _version(weight):
+            self._raise_for(rows, weight)
         self._looked_up.clear()
 
-    def weights_replaced(self, ticks: int) -> None:
-        """Weights and scales are others now, and so many training forwards old."""
+    def weights_replaced(self, weight: Tensor, ticks: int) -> None:
+        super().weights_replaced(weight, ticks)
         self._looked_up.clear()
         self._step_goes_on = False
         if self._blocks is not None:
             self._blocks.all_changed()
-        self.scale_ticks = ticks
-        self._scale_known = bool((self.scale > 0).all())
-        self._covered()  # the scales that came with weights are theirs: what was saved is what is evaluated
+        self._covered(weight)  # the scales that came with weights are theirs: what was saved is what is evaluated
 
-    def current_scale(self) -> Tensor:
+    def current_scale(self, weight: Tensor) -> Tensor:
         """The scales that a forward in evaluation uses: float32 [tables]. The clock does not tick."""
-        self._cover_all()
+        self.synchronize(weight)
         if not self._scale_known:
-            self._refresh()
+            self.refresh(weight)
         self.clamps.check()
         return self.scale
 
-    def _tick(self) -> Tensor:
-        """The scales that this forward uses [tables]; in training, one tick of the clock."""
-        if not self._learning:
-            return self.current_scale()
-        if self.sparse or self._weight_version() == self._covered_at:
-            self._raise_scale()
+    def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
+        """In training, one tick of the clock."""
+        # An update may follow in training, or while gradients are recorded in evaluation.
+        learning = self.training or (torch.is_grad_enabled() and weight.requires_grad)
+        self._raising = learning and self._running
+        if not learning:
+            self.current_scale(weight)
+            return
+        if sparse or _version(weight) == self._covered_at:
+            self._raise_scale(weight)
         else:
-            self._cover_all()
-        if not self.training:
-            if not self._scale_known:
-                self._refresh()
-            self._trained_since = True
-            return self.scale
+            self.synchronize(weight)
+        due = not self._scale_known
+        if self.training:
+            self.clamps.forward_begins()
+            if self._step_goes_on and not due:
+                self._step_goes_on = False
+            else:
+                due = due or self.scale_ticks % self._period == 0
+                self.scale_ticks += 1
+        if due:
+            self.refresh(weight)
         self._trained_since = True
-        self.clamps.forward_begins()
-        if self._step_goes_on and self._scale_known:
-            self._step_goes_on = False
-            return self.scale
-        period = self.scale_period if self.scale_refresh == "periodic" else self.rescan_period
-        if not self._scale_known or self.scale_ticks % period == 0:
-            self._refresh()
-            self._trained_since = True
-        self.scale_ticks += 1
-        return self.scale
 
-    def _rule(self) -> str:
-        period = "" if self._running else f", scale_period={self.scale_period}"
-        return f"scale_refresh={self.scale_refresh!r}{period}"
-
-    def _limits(self) -> tuple[int, int]:
-        return (0, 0) if self.bits == 32 else code_limits(self.bits)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves the scale with the module, but never casts it: in FP16 the scale of small weights would be 0."""
-        self._cover_all()
-        scale, dtype = self.scale, self.weight.dtype
-        super()._apply(fn, recurse)
-        self.scale = self.scale.float() if scale.is_meta else scale.to(self.scale.device)
+    def weight_moved(self, weight: Tensor, cast: bool) -> None:
+        self._starts = self.groups.starts(weight.device)
         self._looked_up.clear()
         self._covered_at = -1
-        if self._running and self._scale_known and self.weight.dtype != dtype and len(self.scale):
+        if self._running and self._scale_known and cast:
             with torch.no_grad():  # rounding to another type makes some weights larger
-                raise_to(self.scale, self._largest(), self.bits)
+                raise_to(self.scale, self._largest(weight), self.bits)
         if self._blocks is not None:
             self._blocks = None
-            self.only_looked_up_rows_change()
-        return self
+            self.only_looked_up_rows_change(weight)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: their weight counts its versions anew."""
-        self._cover_all()
-        return {
-            **self.__dict__,
-            "_looked_up": list(self._looked_up),
-            "_looked_up_at": -1,
-            "_raised_at": -1,
-            "_covered_at": -1,
-        }
+        versions = {"_looked_up_at": -1, "_raised_at": -1, "_covered_at": -1}
+        return {**self.__dict__, "_looked_up": list(self._looked_up), **versions}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._cover_all()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "scale_ticks"] = torch.tensor(self.scale_ticks, dtype=torch.int64)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        missing = rest[2]  # (local_metadata, strict, missing_keys, ...)
-        ticks = state_dict.pop(prefix + "scale_ticks", None)
+        self.scale_ticks = int(state_dict.pop(prefix + "scale_ticks", 0))
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "scale" in missing:
-            missing.remove(prefix + "scale")
-            if prefix + "weight" in missing:  # a partial state dict that is not about this module
-                ticks = self.scale_ticks
-            else:
-                self.scale.zero_()
-        self.weights_replaced(0 if ticks is None else int(ticks))
+
+    def extra_repr(self) -> str:
+        period = "" if self._running else f", scale_period={self.qat.scale_period}"
+        return f"scale_refresh={self.qat.scale_refresh!r}{period}"
+
+
+def _version(weight: Tensor) -> int:
+    return -2 if weight.is_inference() else int(weight._version)
+
+
+def max_quantizer(qat: QATConfig, bits: int, groups: Groups) -> WeightFakeQuantizer:
+    """The largest magnitude's scale for tables or for a linear layer."""
+    return (LinearMax if groups.table_rows is None else TableMax)(qat, bits, groups)

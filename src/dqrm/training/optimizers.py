@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from dqrm import kernels
 from dqrm.config import OptimizerConfig
-from dqrm.quant.ranges import TableScales
+from dqrm.quant.embedding import QuantizedTables
+from dqrm.quant.storage import Storage, storage_of
 
 
 class _SparseOptimizer(Optimizer):
@@ -25,7 +26,7 @@ class _SparseOptimizer(Optimizer):
             with the rows, which saves reading them once more in the next forward.
     """
 
-    tables: TableScales | None = None
+    tables: QuantizedTables | None = None
 
     def __init__(self, params: Iterable[Any], lr: float, l2: float, seed: int, **defaults: float) -> None:
         if not lr >= 0:
@@ -34,10 +35,18 @@ class _SparseOptimizer(Optimizer):
             raise ValueError(f"l2 is {l2}, expected 0 or more")
         super().__init__(params, {"lr": lr, "l2": l2, **defaults})
         self.seed = seed
+        self._storages: dict[torch.dtype, type[Storage]] = {}
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.dtype == torch.bfloat16:  # the random bits of a step depend on how many there were
+                if self._storage(weight).rounds:  # the random bits of a step depend on how many there were
                     self.state[weight]["steps"] = torch.zeros((), dtype=torch.int64)
+
+    def _storage(self, weight: Tensor) -> type[Storage]:
+        try:
+            return self._storages[weight.dtype]
+        except KeyError:
+            storage = self._storages[weight.dtype] = storage_of(weight.dtype)
+            return storage
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, but the state keeps its dtypes: torch would cast it to that of a bf16 weight."""
@@ -52,19 +61,16 @@ class _SparseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
-        """weight[rows] += factor * values; no row twice where the weight is bf16."""
-        ranges = None if self.tables is None else self.tables.ranges_to_raise()
-        if weight.dtype == torch.float32:
-            kernels.add_rows(weight, rows, values, factor, ranges)
-        elif weight.dtype == torch.bfloat16:
+        """weight[rows] += factor * values; no row twice where the storage rounds."""
+        storage, seed = self._storage(weight), 0
+        if storage.rounds:
             steps = self.state[weight]["steps"]
             steps += 1
             seed = (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
-            kernels.add_rows_stochastic(weight, rows, values, factor, seed, ranges)
-        else:
-            raise ValueError(f"{type(self).__name__} got a {weight.dtype} weight, expected float32 or bfloat16")
-        if self.tables is not None and ranges is not None:
-            self.tables.raised()
+        quantizer = None if self.tables is None else self.tables.weight_fake_quantizer
+        ranges = None if quantizer is None else quantizer.ranges_to_raise(weight)
+        if storage.add(weight, rows, values, factor, seed, ranges) and quantizer is not None:
+            quantizer.raised(weight)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -118,10 +124,10 @@ class SparseSGD(_SparseOptimizer):
         super().__init__(params, lr, l2, seed)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        if group["l2"] or weight.dtype != torch.float32:
+        if group["l2"] or self._storage(weight).rounds:
             rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(weight.index_select(0, rows), alpha=group["l2"])
+            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
         self._add(weight, rows, values, -group["lr"])
 
 
@@ -159,7 +165,7 @@ class SparseAdagrad(_SparseOptimizer):
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(weight.index_select(0, rows), alpha=group["l2"])
+            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
         square = values.square()
         if self.rowwise:
             square = square.mean(1, keepdim=True)

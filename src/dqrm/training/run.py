@@ -22,6 +22,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
 from dqrm.models.dlrm import DLRM
+from dqrm.quant.config import STORAGES, registered
 from dqrm.training.checkpoints import (
     BEST,
     METRICS,
@@ -196,7 +197,7 @@ class Run:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             rows = sum(column["rows"] for column in data["columns"])
-            need = rows * config.model.embedding_dim * (2 if config.training.table_dtype == "bf16" else 4) / 1e9
+            need = rows * config.model.embedding_dim * table_dtype(config).itemsize / 1e9
             mlp = config.model
             raise UserError(
                 f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and the MLPs "
@@ -279,9 +280,15 @@ def build_model(
         qat=config.quantization,
         seed=config.training.seed,
         precision=config.training.precision,
-        table_dtype=torch.bfloat16 if config.training.table_dtype == "bf16" else torch.float32,
+        table_dtype=table_dtype(config),
         table_weight=table_weight,
     )
+
+
+def table_dtype(config: Config) -> torch.dtype:
+    """The dtype of the tables' master weights."""
+    dtype: torch.dtype = registered(config.training.table_dtype, STORAGES).dtype
+    return dtype
 
 
 def versions() -> dict[str, str]:

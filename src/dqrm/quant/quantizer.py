@@ -1,0 +1,230 @@
+"""What gives a layer's weight its scales and its values on them: a child module, `weight_fake_quantizer`.
+
+The layer says which rows of its weight it uses; its quantizer owns the scales, turns those rows into the values that
+their codes stand for, and is told what happens to the weight. To add one: subclass `WeightFakeQuantizer` and enter it
+in `config.QUANTIZERS`; `QATConfig.quantizer` then names it. A scale may be learned: a parameter instead of a buffer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.kernels import TableRanges
+from dqrm.quant.clamping import Clamps
+from dqrm.quant.config import QUANTIZERS, QATConfig, registered
+from dqrm.quant.storage import storage_of
+from dqrm.quant.uniform import code_limits, fake_quantize, scale_from_max
+
+_NAME = "weight_fake_quantizer"
+# Code limits; blocks to mark (`ranges.BlockMaxima`) or None; where clamped weights are counted, or None; whether scales
+# are raised to what the rows need.
+LookupArguments = tuple[tuple[int, int], Any, Tensor | None, bool]
+# Where state dicts of before there was such a child had the same values.
+_MOVED = ("scale", "scale_ticks")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The parts of a weight [rows, dim] that have a scale each."""
+
+    count: int
+    table_rows: tuple[int, ...] | None = None
+    """Rows of each table that lies in the weight; None: of a linear layer, with one group per row, or one in all."""
+
+    def tables(self, weight: Tensor) -> Sequence[Tensor]:
+        """Each table's rows of the weight: views without a gradient."""
+        weight = weight.detach()
+        return [weight] if self.count == 1 else weight.split(self.table_rows or ())
+
+    def starts(self, device: torch.device) -> Tensor:
+        """The first row of each table: int64 [count]."""
+        return torch.tensor([0, *(self.table_rows or ())][:-1], dtype=torch.int64, device=device).cumsum(0)
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """max|weight| of each group, from all of its rows: [count], without a gradient."""
+        if self.count == 0 or weight.numel() == 0:
+            return weight.new_zeros(self.count)
+        if self.table_rows is not None:
+            largest = storage_of(weight.dtype).largest
+            return torch.stack([largest(table) for table in self.tables(weight)])
+        magnitude = weight.detach().abs()
+        return magnitude.amax(1) if self.count == len(weight) else magnitude.amax().view(1)
+
+
+class WeightFakeQuantizer(nn.Module):
+    """Scales of one weight, one for each of its groups, and the values that they give.
+
+    A subclass registers `scale` in its constructor, float32 zeros [groups], as a buffer or a parameter; it is set from
+    the weight before it is first used. Packed layers and artifacts hold the codes of `quant.uniform` on that scale:
+    `fake_quantize` must give the values of those codes.
+
+    Args:
+        qat: what is quantized and how.
+        bits: of this weight: 2, 4, 8 or 16 (`max` only: or 32, not quantized).
+        groups: what has a scale of its own.
+
+    Attributes:
+        clamps: counts of weights that were clamped, for those who keep them.
+        scale_ticks: how many training steps there were, for those whose scales depend on it.
+    """
+
+    scale: Tensor
+    fusible = False
+    """Whether compiled code may take the place of `fake_quantize`: for tables, rows on `scale`, which gets no gradient;
+    for linear layers, a weight on the scale of its largest magnitudes."""
+
+    def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
+        super().__init__()
+        self.qat, self.bits, self.groups = qat, bits, groups
+        self.clamps = Clamps()
+        self.scale_ticks = 0
+        self._limits = (0, 0) if bits == 32 else code_limits(bits)
+        self._scale_known = False
+
+    # What a forward asks for.
+
+    def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
+        """A forward begins, whose gradient for the weight is sparse or dense: make `scale` what it uses."""
+        if not self._scale_known:
+            self.refresh(weight)
+
+    def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
+        """Values [..., groups, dim] of the groups `group` as their codes give them; same shape and dtype.
+
+        Differentiable: by default the gradient passes unchanged to the values, and the scale gets none.
+        """
+        return fake_quantize(values, self.scale[group, None], self.bits)
+
+    def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
+        """What compiled code needs to know that looks up so many rows in place of `fake_quantize`."""
+        return self._limits, None, None, False
+
+    def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
+        """This forward, not by compiled code, looks up rows int64 [N]; position i is of table first + i % tables."""
+
+    def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:
+        """This forward has looked up rows int64 [N] of the weight."""
+
+    # What evaluation, state dicts and packing ask for.
+
+    def current_scale(self, weight: Tensor) -> Tensor:
+        """The scales that a forward in evaluation uses: float32 [groups], without a gradient."""
+        if not self._scale_known:
+            self.refresh(weight)
+        return self.scale.detach()
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Set the scales from the weight; by default to those of its largest magnitudes."""
+        self.scale.copy_(scale_from_max(self.groups.largest(weight), self.bits))
+        self._scale_known = True
+
+    def refresh_scale(self, weight: Tensor) -> None:
+        """The same when anything may have changed the weight."""
+        self.refresh(weight)
+
+    def synchronize(self, weight: Tensor) -> None:
+        """A state dict, a copy or a move comes next: bring the scales up to date."""
+
+    # What happens to the weight.
+
+    def rows_changed(self, rows: Tensor, weight: Tensor) -> None:
+        """An optimizer has changed these rows (int64 [U]), whichever process looked them up."""
+
+    def ranges_to_raise(self, weight: Tensor) -> TableRanges | None:
+        """For an optimizer that raises scales while it updates rows, and then says so (`raised`); None: need not."""
+        return None
+
+    def raised(self, weight: Tensor) -> None:
+        """All rows that have changed since the last forward fit their scales."""
+
+    def only_looked_up_rows_change(self, weight: Tensor) -> None:
+        """See `QuantizedTables.only_looked_up_rows_change`."""
+
+    def same_step(self) -> None:
+        """The next training forward belongs to the last one's step."""
+
+    def weights_replaced(self, weight: Tensor, ticks: int) -> None:
+        """Weights and scales are others now, and so many training steps old."""
+        self.scale_ticks = ticks
+        self._look_at_scale()
+
+    def weight_moved(self, weight: Tensor, cast: bool) -> None:
+        """The weight is on another device or, where `cast`, of another dtype."""
+
+    def reset(self) -> None:
+        """Weights without scales are loaded: start anew."""
+        self.scale_ticks = 0
+        if hasattr(self, "scale"):
+            self.scale.detach().zero_()
+
+    def _look_at_scale(self) -> None:
+        self._scale_known = hasattr(self, "scale") and bool((self.scale.abs() > 0).all())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves but never casts: in FP16 the scale of small weights would be 0."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new: Tensor = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._look_at_scale()
+
+
+def new_quantizer(qat: QATConfig, bits: int, groups: Groups) -> WeightFakeQuantizer:
+    """The quantizer that a configuration names, for a weight of `bits` bits."""
+    quantizer: WeightFakeQuantizer = registered("max" if bits == 32 else qat.quantizer, QUANTIZERS)(qat, bits, groups)
+    return quantizer
+
+
+class FakeQuantized(nn.Module):
+    """Mixin of layers: their `weight` has a `weight_fake_quantizer`.
+
+    A state dict without the quantizer's values (an unquantized model's) loads too: the next forward then sets scales.
+    """
+
+    weight: Any
+    weight_fake_quantizer: WeightFakeQuantizer
+
+    def _add_quantizer(self, qat: QATConfig, bits: int, groups: Groups) -> None:
+        self.qat, self.bits = qat, bits
+        with self.weight.device:
+            self.weight_fake_quantizer = new_quantizer(qat, bits, groups).train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        quantizer, dtype = self.weight_fake_quantizer, self.weight.dtype
+        quantizer.synchronize(self.weight)
+        super()._apply(fn, recurse)
+        quantizer.weight_moved(self.weight, self.weight.dtype != dtype)
+        return self
+
+    def current_scale(self) -> Tensor:
+        """The scales that a forward in evaluation uses: float32 [groups], without a gradient."""
+        return self.weight_fake_quantizer.current_scale(self.weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.weight_fake_quantizer.synchronize(self.weight)
+        return {**self.__dict__}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.weight_fake_quantizer.synchronize(self.weight)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        quantizer, inside = self.weight_fake_quantizer, f"{prefix}{_NAME}."
+        for name in _MOVED:
+            if prefix + name in state_dict:
+                state_dict[inside + name] = state_dict.pop(prefix + name)
+        if not any(key.startswith(inside) for key in state_dict):
+            if prefix + "weight" in state_dict:  # else it is a partial state dict, which is not about this layer
+                quantizer.reset()
+            state_dict.update({inside + name: value for name, value in quantizer.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        quantizer.weights_replaced(self.weight, quantizer.scale_ticks)  # its own values come next

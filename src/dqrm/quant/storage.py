@@ -1,0 +1,96 @@
+"""How the master weights of tables are kept in memory: read rows as float32, add to rows, their largest magnitude.
+
+A storage is a dtype with these operations. To add one: subclass `Storage` and enter it in `config.STORAGES`; its name
+is then a `table_dtype`, and modules and optimizers take weights of its dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqrm import kernels
+from dqrm.kernels import TableRanges
+from dqrm.quant.config import STORAGES, registered
+
+# Rows read at once: torch may copy what it reduces.
+_CHUNK = 1 << 20
+
+
+def max_abs(weight: Tensor) -> Tensor:
+    """max|weight| as a float32 scalar tensor, in one pass and without a copy of `weight`."""
+    if weight.numel() == 0:
+        return torch.zeros((), device=weight.device)
+    pieces = [torch.stack(torch.aminmax(piece)) for piece in weight.split(_CHUNK)]
+    low, high = pieces[0] if len(pieces) == 1 else torch.stack(pieces).unbind(1)
+    return torch.maximum(-low.amin(), high.amax()).float()
+
+
+class Storage:
+    """Weights [rows, dim] of any floating-point dtype: they can be read, but have no sparse updates."""
+
+    dtype: torch.dtype
+    rounds = False
+    """Whether adding rounds at random: rows must not repeat then, and each update needs another seed."""
+
+    @staticmethod
+    def gather(weight: Tensor, rows: Tensor) -> Tensor:
+        """Rows int64 [N] of a weight as float32 [N, dim], without a gradient."""
+        return weight.detach().index_select(0, rows).float()
+
+    @staticmethod
+    def lookup(weight: Tensor, rows: Tensor, sparse: bool) -> Tensor:
+        """The same with a gradient for the weight, sparse or dense."""
+        return F.embedding(rows, weight, sparse=sparse).float()
+
+    largest = staticmethod(max_abs)
+
+    @staticmethod
+    def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
+        """weight[rows[i]] += factor * values[i] in place.
+
+        Args:
+            rows: int64 [N]. values: float32 [N, dim]. seed: of random rounding, below 2**32.
+            ranges: scales of the tables in the weight, which it may raise to what the rows then need.
+
+        Returns:
+            Whether it has raised them.
+
+        Raises:
+            ValueError: this dtype has no such update.
+        """
+        known = [str(registered(name, STORAGES).dtype) for name in STORAGES]
+        raise ValueError(f"the weight is {weight.dtype}, expected {' or '.join(known)} for sparse updates")
+
+
+class FP32(Storage):
+    """float32."""
+
+    dtype = torch.float32
+
+    @staticmethod
+    def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
+        """Rows may repeat; they are added in their order."""
+        kernels.add_rows(weight, rows, values, factor, ranges)
+        return ranges is not None
+
+
+class BF16(Storage):
+    """bfloat16 with stochastic rounding: half the memory."""
+
+    dtype = torch.bfloat16
+    rounds = True
+
+    @staticmethod
+    def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
+        """Each sum goes up or down with the probability of its distance (`add_rows_stochastic`)."""
+        kernels.add_rows_stochastic(weight, rows, values, factor, seed, ranges)
+        return ranges is not None
+
+
+def storage_of(dtype: torch.dtype) -> type[Storage]:
+    """The registered storage of a dtype; of one that is not registered, the base, which can only be read."""
+    for name in STORAGES:
+        storage: type[Storage] = registered(name, STORAGES)
+        if storage.dtype == dtype:
+            return storage
+    return Storage
