@@ -10,7 +10,8 @@ from dqrm.distributed.exchange import Exchange, Gradient
 from dqrm.distributed.real import RealRanks
 from dqrm.distributed.simulated import SimulatedRanks
 from dqrm.distributed.world import World
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
+from dqrm.quant.blocks import mix
 from dqrm.training.optimizers import build_optimizers
 
 
@@ -25,10 +26,11 @@ class TrainStep:
         exchange: None with one rank.
     """
 
-    def __init__(self, model: DLRM, config: Config, world: World | None = None) -> None:
+    def __init__(self, model: ClickModel, config: Config, world: World | None = None) -> None:
         self.model = model
         tables = [model.tables.weight]
         self._parameters = list(model.parameters())
+        self._drops = any(isinstance(module, nn.Dropout) for module in model.modules())
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         self.optimizers = build_optimizers(tables, others, config.optimizer, config.training.seed)
         model.tables.only_looked_up_rows_change()  # true of all our optimizers of tables
@@ -67,6 +69,8 @@ class TrainStep:
         losses = []
         for rank in exchange.local:
             share = batch if len(exchange.local) == 1 else batch.share(rank, exchange.size)
+            if self._drops:  # masks of the rank's own, whichever process it is and whether or not the run was resumed
+                torch.manual_seed(mix(exchange.seed, step, rank))
             loss = F.binary_cross_entropy_with_logits(
                 self._module(share.dense, share.ids, share.bags), share.labels, share.weights, reduction="sum"
             )
