@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.export.config import PTQConfig as PTQConfig
     from dqrm.export.pipeline import export_run as export_run
     from dqrm.models.base import ClickModel as ClickModel
+    from dqrm.models.dcn import DCN as DCN
     from dqrm.models.dlrm import DLRM as DLRM
     from dqrm.models.registry import MODELS as MODELS
     from dqrm.quant.config import QATConfig as QATConfig
@@ -54,6 +55,7 @@ _HOMES = {
     "Batch": "dqrm.data.batches",
     "ClickModel": "dqrm.models.base",
     "Config": "dqrm.config",
+    "DCN": "dqrm.models.dcn",
     "DLRM": "dqrm.models.dlrm",
     "Dataset": "dqrm.data.dataset",
     "ExchangeConfig": "dqrm.config",

@@ -30,8 +30,14 @@ def _at_least(config: Any, **lowest: float) -> None:
             raise ValueError(f"{name} is {value}, expected below 2^31")
 
 
-_OWNERS = dict.fromkeys(("bottom_mlp", "top_mlp", "interaction", "self_interaction"), "dlrm")
+_OWNERS = {
+    "bottom_mlp": "dlrm", "top_mlp": "dlrm", "interaction": "dlrm", "self_interaction": "dlrm",
+    "cross_layers": "dcn", "cross_rank": "dcn", "deep_mlp": "dcn", "structure": "dcn", "dropout": "dcn",
+    "batch_norm": "dcn",
+}  # fmt: skip
 """Fields of `ModelConfig` that belong to one of our models; models from outside may read any."""
+MOST_CROSS_LAYERS = 100
+"""An artifact's header could ask for more layers than there is memory for."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,33 @@ class ModelConfig:
     pooling: Literal["sum", "mean"] = "sum"
     """How the rows of a multi-valued column are pooled."""
     model: str = "dlrm"
-    """The architecture: dlrm (arXiv 1906.00091), or one that is registered."""
+    """The architecture: dlrm (arXiv 1906.00091) or dcn (DCNv2, arXiv 2008.13535)."""
+    cross_layers: int = 3
+    """dcn: layers of the cross network."""
+    cross_rank: int = 0
+    """dcn: rank of the cross layers' weights, each then a product of two matrices; 0: full matrices."""
+    deep_mlp: tuple[int, ...] = (512, 256)
+    """dcn: widths of the deep network, with ReLU after each layer."""
+    structure: Literal["parallel", "stacked"] = "parallel"
+    """dcn: the deep network runs beside the cross network, or on its output."""
+    dropout: float = 0.0
+    """dcn: probability with which training zeroes an activation of the deep network."""
+    batch_norm: bool = False
+    """dcn: batch normalization in the deep network, before each ReLU; export folds it into the linear layers."""
 
     def __post_init__(self) -> None:
-        _at_least(self, embedding_dim=1)
+        _at_least(self, embedding_dim=1, cross_layers=1, cross_rank=0, dropout=0)
         defaults = {field.name: field.default for field in fields(self)}
         for name in self._fields_of_others():
             value = getattr(self, name)
             if value != defaults[name]:
                 shown = "-".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ValueError(f"{name} is {shown}: a field of model '{_OWNERS[name]}', but model is '{self.model}'")
+        if self.cross_layers > MOST_CROSS_LAYERS:
+            raise ValueError(f"cross_layers is {self.cross_layers}, expected at most {MOST_CROSS_LAYERS}")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout is {self.dropout}, expected at least 0 and below 1")
+        _check_widths("deep_mlp", self.deep_mlp)
         if self.model == "dlrm":
             self._check_dlrm()
 

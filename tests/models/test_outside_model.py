@@ -65,7 +65,7 @@ def test_it_is_quantized_after_training_exported_and_refused_by_name_where_no_gr
     assert found["largest_difference"] < 1e-6
     dqrm.export_run(tmp_path / "m.dqrm", tmp_path / "m.pt2")
     pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")
-    with pytest.raises(UserError, match=r"no ONNX graph of model 'sums', only of dlrm"):
+    with pytest.raises(UserError, match=r"no ONNX graph of model 'sums', only of dlrm, dcn"):
         dqrm.export_run(tmp_path / "m.dqrm", tmp_path / "m.onnx")
 
 
@@ -106,7 +106,7 @@ def test_unknown_names_are_refused(generated, tmp_path):
     with pytest.raises(UserError, match="model is 'sum'; did you mean 'sums'"):
         dqrm.train(generated, tmp_path / "run", wrong)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="model is 'x'; known are dlrm"):
+    with pytest.raises(ValueError, match="model is 'x'; known are dlrm, dcn"):
         model_class(ModelConfig(model="x"))
 
 

@@ -22,6 +22,7 @@ from dqrm.export.onnx_file import write_model
 from dqrm.export.onnx_graph import Graph, concat, look_up_tables, run_stack
 from dqrm.export.parts import packed_tables
 from dqrm.models.base import ClickModel
+from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
 
 OPSET, OPSET_WITH_BAGS = 13, 16
@@ -100,6 +101,17 @@ def _products(graph: Graph, vectors: str, pairs: Tensor) -> str:
     return graph.node("Gather", graph.node("Flatten", products), chosen, axis=1)
 
 
-GRAPHS: dict[str, Callable[[Graph, Any, str, str], str]] = {"dlrm": _dlrm}
+def _dcn(graph: Graph, model: DCN, dense: str, vectors: str) -> str:
+    x0 = x = concat(graph, [part for part in (dense, graph.flat(vectors)) if part], 1)
+    for number, layer in enumerate(model.cross):
+        x = graph.node("Add", graph.node("Mul", x0, run_stack(graph, f"cross.{number}", x, layer)), x)
+    if model.config.deep_mlp:
+        stacked = model.config.structure == "stacked"
+        deep = run_stack(graph, "deep", x if stacked else x0, model.deep)
+        x = deep if stacked else concat(graph, [x, deep], 1)
+    return run_stack(graph, "head", x, model.head)
+
+
+GRAPHS: dict[str, Callable[[Graph, Any, str, str], str]] = {"dlrm": _dlrm, "dcn": _dcn}
 """The graph of each model by its name in `MODELS`, as a function (graph, model, dense, vectors) -> logit [B, 1]: of the
 dense columns [B, D] and the table vectors [B, T, dim], '' where there are none."""

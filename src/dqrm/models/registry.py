@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from dqrm.config import Config, ModelConfig
 from dqrm.models.base import ClickModel, Layer, Plan, build_tables
+from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
 from dqrm.options import build, did_you_mean
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 
-MODELS: dict[str, type[ClickModel]] = {"dlrm": DLRM}
+MODELS: dict[str, type[ClickModel]] = {"dlrm": DLRM, "dcn": DCN}
 
 
 def model_class(config: ModelConfig) -> type[ClickModel]:

@@ -77,6 +77,8 @@ class TrainStep:
             losses.append(loss.detach())
             self.backward(loss / samples)
             exchange.collect(rank)
+        if self._drops:  # the state that is saved does not depend on who runs which ranks
+            torch.manual_seed(mix(exchange.seed, step))
         self.update(rate, exchange.finish())
         return torch.stack(losses)
 
