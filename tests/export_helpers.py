@@ -7,12 +7,15 @@ import torch
 
 from dqrm.config import ModelConfig
 from dqrm.data.batches import Batch
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
+from dqrm.models.registry import model_class
 from dqrm.quant.config import QATConfig
 from dqrm.quant.convert import convert
 from dqrm.quant.packed import PackedEmbeddingBagCollection
 
 SIZES = (7, 1, 40, 9)
+DCN = {"model": "dcn", "cross_layers": 2, "deep_mlp": (11, 6)}
+NORM = {"batch_norm": True, "dropout": 0.3}
 # name -> (dense columns, tables, multi-valued ones of them, ModelConfig, QATConfig)
 KINDS = {
     **{f"{bits} bits": (3, 4, 0, {}, {"bits": bits}) for bits in (2, 4, 8, 16, 32)},
@@ -32,27 +35,42 @@ KINDS = {
     "8-bit activations": (3, 4, 1, {}, {"activation_bits": 8}),
     "32-bit MLP, 8-bit activations": (3, 4, 0, {}, {"mlp_bits": 32, "activation_bits": 8}),
     "scale per tensor": (3, 4, 0, {}, {"linear_granularity": "tensor", "bias_bits": 8}),
+    "dcn": (3, 4, 0, DCN, {}),
+    "dcn, stacked, low rank, norm, bags": (3, 4, 2, DCN | {"structure": "stacked", "cross_rank": 2} | NORM, {}),
+    "dcn, norm, scale per tensor": (3, 4, 0, DCN | NORM, {"linear_granularity": "tensor", "bias_bits": 8}),
+    "dcn, norm, 32-bit MLP": (0, 4, 0, DCN | NORM, {"mlp_bits": 32}),
+    "dcn, no deep, no tables": (3, 0, 0, DCN | {"deep_mlp": ()}, {}),
 }
 
 
-def made(kind: str) -> DLRM:
+def made(kind: str) -> ClickModel:
     """A converted model with values well away from 0."""
     dense, tables, bags, config, qat = KINDS[kind]
     dim = config.get("embedding_dim", 4)
-    model = DLRM(
-        dense,
-        SIZES[:tables],
-        multi=[number >= tables - bags for number in range(tables)],
-        config=ModelConfig(**{"embedding_dim": dim, "bottom_mlp": (9, dim), "top_mlp": (11, 1), **config}),
-        qat=QATConfig(**qat),
-    )
+    widths = {} if "model" in config else {"bottom_mlp": (9, dim), "top_mlp": (11, 1)}
+    architecture = ModelConfig(**{"embedding_dim": dim, **widths, **config})
+    multi = [number >= tables - bags for number in range(tables)]
+    model = model_class(architecture)(dense, SIZES[:tables], multi=multi, config=architecture, qat=QATConfig(**qat))
+    torch.manual_seed(0)
     for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            train_norm(module)
         if hasattr(module, "activation_max"):
             module.activation_max.fill_(1.5)
     return convert(model.eval())
 
 
-def with_row_scales(model: DLRM) -> DLRM:
+def train_norm(norm: torch.nn.BatchNorm1d) -> None:
+    """Statistics and weights as training may leave them: one scale is negative and one is 0."""
+    with torch.no_grad():
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.3, 3)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.weight[0], norm.weight[1] = -0.7, 0
+        norm.bias.uniform_(-1, 1)
+
+
+def with_row_scales(model: ClickModel) -> ClickModel:
     """The same model with another scale for each row."""
     tables = model.tables
     model.tables = PackedEmbeddingBagCollection(
@@ -67,7 +85,7 @@ def with_row_scales(model: DLRM) -> DLRM:
     return model
 
 
-def batch(model: DLRM, rows: int, seed: int = 0, empty: bool = False) -> Batch:
+def batch(model: ClickModel, rows: int, seed: int = 0, empty: bool = False) -> Batch:
     """Random samples; bags of 0 to 3 ids, the last one empty (`empty`: all of them)."""
     random, tables = np.random.default_rng(seed), model.tables
     single, bags = [], []
@@ -84,7 +102,7 @@ def batch(model: DLRM, rows: int, seed: int = 0, empty: bool = False) -> Batch:
     return Batch(dense, ids, tuple(bags), torch.zeros(rows))
 
 
-def expected(model: DLRM, rows: Batch) -> torch.Tensor:
+def expected(model: ClickModel, rows: Batch) -> torch.Tensor:
     """Logits of the model itself."""
     with torch.no_grad():
         return model(rows.dense, rows.ids, rows.bags)
@@ -97,7 +115,7 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e
     torch.testing.assert_close(found.sigmoid(), wanted.sigmoid(), rtol=0, atol=tolerance)
 
 
-def compare(model: DLRM, score: Callable[[Batch], torch.Tensor]) -> None:
+def compare(model: ClickModel, score: Callable[[Batch], torch.Tensor]) -> None:
     """Whether an exported file gives what its model gives: for no rows, few and many, and for empty bags."""
     for rows in (0, 1, 5, 300):
         samples = batch(model, rows)

@@ -214,7 +214,7 @@ def small(**fields: Any) -> dict[str, Any]:
     """Fields of a small model's configuration, trained on one thread, with these besides."""
     known = {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "batch_size": 64, "scale_period": 3,
              "threads": 1, "device": "cpu", "eval_batch_size": 50}  # fmt: skip
-    return known | fields
+    return {name: value for name, value in (known | fields).items() if value is not None}
 
 
 def flags(**fields: Any) -> list[str]:

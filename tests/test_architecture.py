@@ -14,7 +14,7 @@ ALLOWED = {
     "kernels": set(),
     "quant": {"kernels"},
     "data": {"errors", "options", "files", "identity", "checksums", "__init__"},
-    "models": {"kernels", "quant", "config", "errors"},
+    "models": {"kernels", "quant", "config", "options", "errors"},
     "distributed": {"quant", "kernels", "config", "errors"},
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
     "export": {"training", "models", "quant", "data"} | BASE,

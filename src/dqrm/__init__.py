@@ -20,7 +20,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.export.config import ExportConfig as ExportConfig
     from dqrm.export.config import PTQConfig as PTQConfig
     from dqrm.export.pipeline import export_run as export_run
+    from dqrm.models.base import ClickModel as ClickModel
+    from dqrm.models.dcn import DCN as DCN
     from dqrm.models.dlrm import DLRM as DLRM
+    from dqrm.models.registry import MODELS as MODELS
     from dqrm.quant.config import QATConfig as QATConfig
     from dqrm.quant.convert import convert as convert
     from dqrm.quant.convert import prepare_qat as prepare_qat
@@ -50,11 +53,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Artifact": "dqrm.export.artifact",
     "Batch": "dqrm.data.batches",
+    "ClickModel": "dqrm.models.base",
     "Config": "dqrm.config",
+    "DCN": "dqrm.models.dcn",
     "DLRM": "dqrm.models.dlrm",
     "Dataset": "dqrm.data.dataset",
     "ExchangeConfig": "dqrm.config",
     "ExportConfig": "dqrm.export.config",
+    "MODELS": "dqrm.models.registry",
     "ModelConfig": "dqrm.config",
     "OptimizerConfig": "dqrm.config",
     "PTQConfig": "dqrm.export.config",

@@ -39,7 +39,7 @@ _verify = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, message="dqrm %(version)s")
 def cli() -> None:
-    """Train click models (DLRM) in INT4: prepare a log, train, evaluate, export, predict."""
+    """Train click models (DLRM, DCNv2) in INT4: prepare a log, train, evaluate, export, predict."""
 
 
 @cli.command(cls=GroupedCommand)

@@ -160,6 +160,8 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
 
 def print_artifact(found: dict[str, Any]) -> None:
     """Columns and tables, sizes, and where the model comes from."""
+    from dqrm.models.registry import described_config, model_class
+
     model, schema, provenance = found["model"], found["schema"], found["provenance"]
     sizes, run = found["sizes"], provenance["run"]
     columns = [(column["name"], column["multi"]) for column in schema["columns"]]
@@ -175,10 +177,9 @@ def print_artifact(found: dict[str, Any]) -> None:
     if schema["dense"]:
         _say(f"Dense columns: {', '.join(schema['dense'])}")
     _print_parts(sizes, found["bits_per_weight"])
-    config = model["config"]
-    shapes = [f"{name} MLP {'-'.join(map(str, config[f'{name}_mlp']))}" for name in ("bottom", "top")]
+    config = described_config(model)
     _say(
-        f"DLRM of embedding dim {config['embedding_dim']}, {', '.join(shapes)}, interaction {config['interaction']}; "
+        f"{model_class(config).describe(config)}; "
         f"tables {model['table_bits']} bits, MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
     )
     print_base_rate(found["subsampling"])

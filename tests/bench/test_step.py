@@ -25,8 +25,8 @@ from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import Clock, Scales, require_memory, spread
 from dqrm.cli import cli
 from dqrm.errors import UserError
+from dqrm.models.registry import build_model
 from dqrm.quant.uniform import fake_quantize
-from dqrm.training.run import build_model
 
 SMALL = {"rows_scale": 0.0001, "samples": 512, "steps": 4, "warmup": 1, "threads": 1, "device": "cpu"}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]

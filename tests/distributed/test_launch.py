@@ -43,6 +43,9 @@ SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "
           "mlp_codec": "bf16", "bits": 8, "max_steps": 20}  # fmt: skip
 ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_size": 37, "table_l2": 0.1,
         "optimizer": "adagrad", "max_steps": 20}  # fmt: skip
+DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
+       "dropout": 0.4, "optimizer": "rowwise_adagrad", "learning_rate": 0.01, "max_steps": 20, "log_every": 5,
+       "checkpoint_every": 8}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 
@@ -93,6 +96,7 @@ def pair(generated, bags_data, small, work):
         "gathered": train_words(generated, max_steps=27, log_every=9),
         "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
         "bags": train_words(bags_data, **BAGS),
+        "dcn": train_words(generated, **DCN),
         "dense": train_words(small["dense"], batch_size=51, epochs=2),
         "unsplit": train_words(small["unsplit"], batch_size=51, epochs=2),
         "minutes": train_words(generated, checkpoint_minutes=1e-6, max_steps=20, early_stopping=1, eval_every=4,
@@ -101,6 +105,7 @@ def pair(generated, bags_data, small, work):
         "diverged": train_words(generated, bits=32, learning_rate=1e6),
         "both": train_words(generated, simulate_ranks=2),
         "active": train_words(generated, activation_bits=8),
+        "norm": train_words(generated, **DCN, batch_norm=True),
         "crowd": train_words(generated, batch_size=1),
     })  # fmt: skip
 
@@ -139,10 +144,10 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
     same_run(four[0]["default"][0], run)
 
 
-@pytest.mark.parametrize("name", ["odd", "shared", "rows", "gathered", "summed"])
+@pytest.mark.parametrize("name", ["odd", "shared", "rows", "gathered", "summed", "dcn"])
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
     fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "gathered": {"max_steps": 27, "log_every": 9},
-              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}}[name]  # fmt: skip
+              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN}[name]  # fmt: skip
     same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
 
 
@@ -243,6 +248,7 @@ def test_what_ranks_cannot_run_is_refused_by_all_with_one_sentence(pair):
         "diverged": "training diverged: the loss is",
         "both": "simulate_ranks is 2, but 2 real ranks were started",
         "active": "activation_bits is 8",
+        "norm": "batch_norm is true",
         "crowd": "2 ranks share a batch of 1 samples (batch_size)",
     }.items():
         run, probe = pair[0][name]

@@ -18,6 +18,7 @@ from conftest import tiny
 from dqrm import DLRM, Artifact, Config, ExportConfig, ModelConfig, QATConfig, UserError
 from dqrm.config import TrainingConfig
 from dqrm.export import pipeline
+from dqrm.models.base import build_tables
 from dqrm.training.checkpoints import save_checkpoint
 from dqrm.training.run import FORMAT_VERSION
 
@@ -51,7 +52,8 @@ def crafted(folder, rows, dim, bottom, top, weights=None):
     folder.mkdir()
     info = {"format_version": FORMAT_VERSION, "versions": {}, "config": config.to_dict(), "data": data}
     (folder / "run.json").write_text(json.dumps(info))
-    model = DLRM(bottom[0], rows, config=config.model, qat=config.quantization, table_weight=weights)
+    tables = rows if weights is None else build_tables(rows, config.model, config.quantization, weight=weights)
+    model = DLRM(bottom[0], tables, config=config.model, qat=config.quantization)
     save_checkpoint(folder / "checkpoints", 1, model, [], {"step": 1, "best": None}, set())
     return folder
 

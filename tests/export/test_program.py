@@ -13,7 +13,8 @@ from dqrm.export.runtimes import open_runtime
 from selection import slow
 
 KINDS = ["2 bits", "4 bits", "32 bits", "dim 5", "cat", "no dense, cat, bags alone", "no tables", "one table",
-         "bags, mean", "8-bit activations", "32-bit MLP, 8-bit activations"]  # fmt: skip
+         "bags, mean", "8-bit activations", "32-bit MLP, 8-bit activations", "dcn",
+         "dcn, stacked, low rank, norm, bags", "dcn, norm, 32-bit MLP"]  # fmt: skip
 
 
 def test_pt2_keeps_the_codes_packed(tmp_path):
@@ -25,7 +26,9 @@ def test_pt2_keeps_the_codes_packed(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "m.pt2"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS[1:4:2], *KINDS[5:10:2], *slow(*KINDS[:1], *KINDS[2:10:2], KINDS[10])])
+@pytest.mark.parametrize(
+    "kind", [*KINDS[1:4:2], *KINDS[5:10:2], *slow(*KINDS[:1], *KINDS[2:10:2], KINDS[10]), *KINDS[11:]]
+)
 def test_pt2(tmp_path, kind):
     _compare(helpers.made(kind), tmp_path / "m.pt2")
 

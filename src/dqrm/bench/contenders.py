@@ -13,7 +13,7 @@ from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, SCHEMES, Architecture, B
 from dqrm.bench.measure import Clock, Scales
 from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.quant.config import QATConfig
 from dqrm.training.step import TrainStep
 
@@ -62,9 +62,9 @@ class Contender(ABC):
 
 
 class Ours(Contender):
-    """A DLRM of this package, trained as `dqrm train` trains it."""
+    """A model of this package, trained as `dqrm train` trains it."""
 
-    def __init__(self, name: str, config: Config, model: DLRM, clock: Clock) -> None:
+    def __init__(self, name: str, config: Config, model: ClickModel, clock: Clock) -> None:
         super().__init__(name, model.tables)
         self.device, self.model = clock.device, model.train()
         model.tables.clamps.quiet = True  # figures of speed, not of accuracy

@@ -25,9 +25,9 @@ from dqrm.bench.network import interface_bytes
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.distributed.world import World, join
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
+from dqrm.models.registry import build_model
 from dqrm.quant.config import QATConfig
-from dqrm.training.run import build_model
 from dqrm.training.step import TrainStep
 
 # Steps of one variant before the next one's turn: enough that a barrier's bytes do not count.
@@ -45,7 +45,7 @@ _TITLES = {
 class _Ours:
     """Our exchange with one codec for tables and MLP."""
 
-    def __init__(self, model: DLRM, config: Config, world: World) -> None:
+    def __init__(self, model: ClickModel, config: Config, world: World) -> None:
         self._step = TrainStep(model, config, world)
         self._count, self._ranks = 0, world.size
 
@@ -68,7 +68,7 @@ class _Torch:
     Sparse ones it takes from nn.EmbeddingBag only.
     """
 
-    def __init__(self, model: DLRM, world: World) -> None:
+    def __init__(self, model: ClickModel, world: World) -> None:
         self._model = model
         model.tables.sparse = False
         self._module = DistributedDataParallel(model, process_group=world.group)

@@ -36,7 +36,7 @@ from dqrm.export.artifact import Artifact
 from dqrm.export.check import compare, generate
 from dqrm.export.pipeline import TOLERANCE
 from dqrm.kernels import native
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.training.environment import Progress
 from dqrm.training.threads import threads_set
 
@@ -177,7 +177,7 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
     }
 
 
-def _models(packed: DLRM, names: Sequence[str]) -> dict[str, DLRM]:
+def _models(packed: ClickModel, names: Sequence[str]) -> dict[str, ClickModel]:
     """Our own variants; every page of their tables has been touched."""
     tables: Any = packed.tables
     tables.codes.view(-1)[::1024].sum()
@@ -186,9 +186,9 @@ def _models(packed: DLRM, names: Sequence[str]) -> dict[str, DLRM]:
 
 
 def _scores(
-    models: Mapping[str, DLRM], names: Sequence[str], files: Mapping[str, Path], threads: int
+    models: Mapping[str, ClickModel], names: Sequence[str], files: Mapping[str, Path], threads: int
 ) -> dict[str, Score]:
-    def ours(model: DLRM) -> Score:
+    def ours(model: ClickModel) -> Score:
         def score(batch: Batch) -> Tensor:
             with torch.inference_mode():
                 found: Tensor = model(batch.dense, batch.ids, batch.bags)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from dqrm import __version__
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchInferenceConfig
 from dqrm.config import ModelConfig
-from dqrm.export.artifact import KIND, describe_model
+from dqrm.export.artifact import KIND
 from dqrm.export.container import Entry, write
 from dqrm.export.pack import Packing
+from dqrm.models.base import ClickModel, build_tables
 from dqrm.models.dlrm import DLRM
+from dqrm.models.registry import describe_model
 from dqrm.quant.config import QATConfig
 from dqrm.quant.packed import PackedLinear
 from dqrm.quant.packing import decode, packed_width
@@ -66,7 +68,7 @@ def write_artifact(path: Path, options: BenchInferenceConfig, table_rows: Sequen
 
 
 @torch.no_grad()
-def fp32_model(packed: DLRM) -> DLRM:
+def fp32_model(packed: ClickModel) -> ClickModel:
     """The model with the same values in FP32, tables included."""
     tables: Any = packed.tables
     weight = torch.empty(len(tables.codes), tables.embedding_dim)
@@ -75,9 +77,9 @@ def fp32_model(packed: DLRM) -> DLRM:
     ):
         for stored, piece in zip(codes.split(_PIECE), values.split(_PIECE)):
             piece.copy_(decode(stored, scale, tables.bits, tables.embedding_dim))
-    model = DLRM(
-        packed.num_dense, tables.table_rows, config=packed.config, qat=QATConfig(bits=32), table_weight=weight
-    ).eval()
+    qat = QATConfig(bits=32)
+    given = build_tables(tables.table_rows, packed.config, qat, weight=weight)
+    model = type(packed)(packed.num_dense, given, config=packed.config, qat=qat).eval()
     for theirs, mine in zip(_linear(packed), _linear(model)):
         assert isinstance(theirs, PackedLinear)
         mine.weight.copy_(theirs.weight())
@@ -85,6 +87,6 @@ def fp32_model(packed: DLRM) -> DLRM:
     return model
 
 
-def _linear(model: Any) -> list[Any]:
-    layers = [layer for part in (model.bottom, model.top) for layer in part]
+def _linear(model: ClickModel) -> list[Any]:
+    layers = [layer for stack in model.stacks().values() for layer in stack.children()]
     return [layer for layer in layers if not isinstance(layer, nn.ReLU)]

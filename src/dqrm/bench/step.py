@@ -23,8 +23,8 @@ from dqrm.bench.measure import Clock, machine, median, peak_rss_mb, require_memo
 from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.kernels import native
+from dqrm.models.registry import build_model
 from dqrm.training.environment import Progress, resolve_device
-from dqrm.training.run import build_model
 from dqrm.training.threads import threads_set
 
 PARTS = ("data", "lookup", "scale", "forward", "backward", "update")

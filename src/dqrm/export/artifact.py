@@ -4,22 +4,15 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from dqrm.config import ModelConfig
 from dqrm.errors import UserError
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.container import FORMAT_VERSION, Container, brief
-from dqrm.models.dlrm import DLRM, widths
-from dqrm.options import build, field_types
-from dqrm.quant.mlp import QuantMLP
-from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
+from dqrm.models.base import ClickModel
+from dqrm.models.registry import described_plan, packed_model, weight_count
 from dqrm.quant.uniform import check_bits
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
@@ -63,7 +56,7 @@ class Artifact:
         found: dict[str, Any] = self.container.content
         return found
 
-    def model(self, in_memory: bool = False) -> DLRM:
+    def model(self, in_memory: bool = False) -> ClickModel:
         """The model in eval mode, on memory-mapped tables: no row is read before it is used. The rest is in memory.
 
         Scoring raises UserError once the file was changed in place; one that was renamed onto it does not matter.
@@ -79,7 +72,7 @@ class Artifact:
                 lambda name: not name.startswith(_VOCABULARY),
                 mapped=lambda name: not in_memory and name in self._large(),
             )
-            model = _build(self.content["model"], tensors)
+            model = packed_model(self.content["model"], tensors)
             model.logit_offset, model.tables.source = self.base_rate.offset, watch
             return model
         except UserError:
@@ -182,8 +175,6 @@ def _check(content: Any) -> None:
         raise ValueError("columns that are not those of its tables")
     if len(content["schema"]["dense"]) != described["num_dense"]:
         raise ValueError("dense columns that are not those of its model")
-    layer_widths(described)
-    _ = [described["config"][name] for name in field_types(ModelConfig)]
     for key in ("table_bits", "mlp_bits", "activation_bits"):
         check_bits(key, described[key])
     numbers = [described[key] for key in ("table_bits", "mlp_bits", "activation_bits", "num_dense")]
@@ -191,6 +182,7 @@ def _check(content: Any) -> None:
         raise ValueError("a size that is no whole number")
     if len(rows) > MOST_TABLES:
         raise ValueError(f"{len(rows)} tables, more than {MOST_TABLES}")
+    described_plan(described)
     for name, found, known in (
         ("quantization", content["quantization"]["method"], ("qat", "ptq", "none")),
         ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),
@@ -223,12 +215,6 @@ def companions(path: Path) -> list[Path]:
     return [found for found in path.parent.iterdir() if re.fullmatch(pattern, found.name) and found.is_file()]
 
 
-def layer_widths(described: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Layer widths of bottom and top MLP of the model that a header describes."""
-    config: ModelConfig = build(ModelConfig, described["config"], "model")
-    return widths(config, described["num_dense"], len(described["table_rows"]))
-
-
 def _part(name: str) -> str:
     if name.startswith(_VOCABULARY):
         return "vocabularies"
@@ -236,70 +222,3 @@ def _part(name: str) -> str:
     if last == "bias":
         return "biases"
     return f"{'table' if owner == 'tables' else 'MLP'} {'codes' if last == 'codes' else 'scales'}"
-
-
-def _build(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> DLRM:
-    """The model that a header describes, of the given tensors."""
-    config: ModelConfig = build(ModelConfig, described["config"], "model")
-    bottom, top = layer_widths(described)
-    tables = PackedEmbeddingBagCollection(
-        described["table_rows"],
-        config.embedding_dim,
-        multi=described["multi"],
-        pooling=config.pooling,
-        bits=described["table_bits"],
-        codes=tensors.pop("tables.codes"),
-        scale=tensors.pop("tables.scale"),
-    )
-    parts = {}
-    for name, sizes, last_relu in (("bottom", bottom, True), ("top", top, False)):
-        parts[name] = _mlp(name, sizes, last_relu, described, tensors) if sizes else None
-    if tensors:
-        raise ValueError(f"'{next(iter(tensors))}' is no part of its model")
-    assert parts["top"] is not None
-    return DLRM.from_parts(config, described["num_dense"], parts["bottom"], tables, parts["top"])
-
-
-def _mlp(
-    name: str, sizes: Sequence[int], last_relu: bool, described: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> QuantMLP:
-    layers: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
-        prefix = f"{name}.{len(layers)}."
-        layers.append(
-            PackedLinear(
-                inputs,
-                outputs,
-                bits=described["mlp_bits"],
-                codes=tensors.pop(prefix + "codes"),
-                scale=tensors.pop(prefix + "scale"),
-                bias=tensors.pop(prefix + "bias", None),
-                activation_bits=described["activation_bits"],
-                activation_scale=tensors.pop(prefix + "activation_scale", None),
-            )
-        )
-        if number < len(sizes) - 1 or last_relu:
-            layers.append(nn.ReLU())
-    return QuantMLP(*layers)
-
-
-def describe_model(model: DLRM, table_bits: int, mlp_bits: int) -> dict[str, Any]:
-    """What `_build` needs of a trained model besides its tensors, which are of the given bits."""
-    config = vars(model.config)
-    return {
-        "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
-        "num_dense": model.num_dense,
-        "table_rows": list(model.tables.table_rows),
-        "multi": model.tables.multi,
-        "table_bits": table_bits,
-        "mlp_bits": mlp_bits,
-        "activation_bits": model.top[0].activation_bits,
-    }
-
-
-def weight_count(described: Mapping[str, Any]) -> int:
-    """How many numbers were trained: rows of tables, weights and biases."""
-    count: int = sum(described["table_rows"]) * described["config"]["embedding_dim"]
-    for mlp in layer_widths(described):
-        count += sum((inputs + 1) * outputs for inputs, outputs in pairwise(mlp))
-    return count

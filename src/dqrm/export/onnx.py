@@ -1,15 +1,15 @@
-"""A DLRM as an ONNX file of standard operators, on packed codes: an INT4 table takes half a byte per weight.
+"""A click model as an ONNX file of standard operators, on packed codes: an INT4 table takes half a byte per weight.
 
-The graph is written directly. Rows are gathered as bytes and become floats by arithmetic alone, so any runtime gives
-the trained values; no pattern is left that a runtime would fuse into a quantized product.
+The graph is written directly (`onnx_graph`): the tables' part is the same for all models, the rest is a function of
+each.
 
-    dense ------------------------------- Gemm, Relu ... --+
-                                                           +-- interaction -- Gemm, Relu ... -- logit -- Sigmoid
-    ids -- + first rows -- Gather -- unpack -- * scale ----+
-    values, offsets ---- the same ------ ScatterElements --+
+    dense --------------------------------------------------+
+                                                            +-- graph of the model -- logit -- Sigmoid
+    ids -- + first rows -- Gather -- unpack -- * scale -----+
+    values, offsets ---- the same ------ ScatterElements ---+
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from dqrm.errors import UserError
 from dqrm.export.onnx_file import write_model
-from dqrm.export.parts import packed_mlp, packed_tables
+from dqrm.export.onnx_graph import Graph, concat, look_up_tables, run_stack
+from dqrm.export.parts import packed_tables
+from dqrm.models.base import ClickModel
+from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
-from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
-from dqrm.quant.packing import PACKED_BITS
-from dqrm.quant.uniform import code_limits
 
 OPSET, OPSET_WITH_BAGS = 13, 16
 """The oldest that have all operators: ScatterElements adds from 16 on. The IR version is the least that they need."""
 
 
-def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> None:
-    """Write a converted DLRM as ONNX; from 2 GB on, with its tables in `<name>.data` beside it.
+def write_onnx(model: ClickModel, path: Path, metadata: Mapping[str, str] = {}) -> None:
+    """Write a converted model as ONNX; from 2 GB on, with its tables in `<name>.data` beside it.
 
     Inputs: dense float32 [batch, D], ids int64 [batch, S], and for each multi-valued table k (in the schema's order)
     values_<k> int64 [n_<k>] and offsets_<k> int64 [batch], as `nn.EmbeddingBag` takes them; what the model does not
@@ -41,7 +41,7 @@ def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> Non
         metadata: stored as the file's metadata properties.
 
     Raises:
-        UserError: the package `onnx` is missing.
+        UserError: the package `onnx` is missing, or nobody has written a graph of this model.
         ValueError: the model is not converted.
         OSError: the file cannot be written; what was there before is as it was.
     """
@@ -50,12 +50,12 @@ def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> Non
     except ImportError:
         raise UserError("writing .onnx needs the extra dqrm[onnx]: pip install 'dqrm[onnx]'") from None
 
-    graph = _Graph()
+    graph = Graph()
     with torch.no_grad():
         _build(graph, model)
     opsets = [helper.make_opsetid("", OPSET_WITH_BAGS if any(model.tables.multi) else OPSET)]
     made = helper.make_model(
-        helper.make_graph(graph.nodes, "dlrm", graph.inputs, graph.outputs, graph.initializers),
+        helper.make_graph(graph.nodes, model.config.model, graph.inputs, graph.outputs, graph.initializers),
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets),
         producer_name="dqrm",
@@ -64,74 +64,14 @@ def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> Non
     write_model(made, graph.streamed, path)
 
 
-class _Graph:
-    """Nodes and initializers as they are added; every value has a name."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self.initializers: list[Any] = []
-        self.streamed: dict[str, Tensor] = {}
-        self._constants: dict[tuple[Any, ...], str] = {}
-
-    def input(self, name: str, dtype: type, shape: Sequence[Any]) -> str:
-        from onnx import helper
-
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
-        return name
-
-    def output(self, name: str, shape: Sequence[Any]) -> None:
-        from onnx import TensorProto, helper
-
-        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-
-    def node(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Add a node; its output's name."""
-        from onnx import helper
-
-        name = name or f"{operator.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def constant(self, value: Any, dtype: Any = None, name: str = "") -> str:
-        """A small initializer; equal unnamed ones are stored once."""
-        from onnx import numpy_helper
-
-        array = np.ascontiguousarray(value, dtype) if np.ndim(value) else np.array(value, dtype)
-        key = (name, array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = name or f"constant_{len(self._constants)}"
-            self.initializers.append(numpy_helper.from_array(array, self._constants[key]))
-        return self._constants[key]
-
-    def ints(self, *values: int) -> str:
-        """An int64 initializer of one dimension."""
-        return self.constant(values, np.int64)
-
-    def float(self, value: Any, name: str = "") -> str:
-        """A float32 initializer."""
-        return self.constant(value, np.float32, name)
-
-    def cast_float(self, x: str) -> str:
-        return self.node("Cast", x, to=1)  # TensorProto.FLOAT
-
-
-def _build(graph: _Graph, model: DLRM) -> None:
-    tables, config = packed_tables(model), model.config
-    bottom = None
-    if model.bottom is not None:
-        bottom = _mlp(graph, "bottom", graph.input("dense", np.float32, ["batch", model.num_dense]), model.bottom)
-    vectors = _tables(graph, tables)
-    if config.interaction == "cat":
-        parts = [] if bottom is None else [bottom]
-        x = _concat(graph, [*parts, *([graph.node("Flatten", vectors)] if vectors else [])], 1)
-    else:
-        parts = [] if bottom is None else [graph.node("Unsqueeze", bottom, graph.ints(1))]
-        x = _products(graph, _concat(graph, [*parts, *([vectors] if vectors else [])], 1), model.pairs)
-        x = _concat(graph, [part for part in (bottom, x) if part], 1)
-    logit = _mlp(graph, "top", x, model.top)
+def _build(graph: Graph, model: ClickModel) -> None:
+    name = model.config.model
+    if name not in GRAPHS:
+        raise UserError(
+            f"there is no ONNX graph of model '{name}', only of {', '.join(GRAPHS)}; export a .pt2 file instead"
+        )
+    dense = graph.input("dense", np.float32, ["batch", model.num_dense]) if model.num_dense else ""
+    logit = GRAPHS[name](graph, model, dense, look_up_tables(graph, packed_tables(model)))
     if model.logit_offset:
         graph.node("Add", graph.node("Reshape", logit, graph.ints(-1)), graph.float(model.logit_offset), name="logit")
     else:
@@ -141,11 +81,18 @@ def _build(graph: _Graph, model: DLRM) -> None:
     graph.output("logit", ["batch"])
 
 
-def _concat(graph: _Graph, parts: list[str], axis: int) -> str:
-    return parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=axis)
+def _dlrm(graph: Graph, model: DLRM, dense: str, vectors: str) -> str:
+    below = run_stack(graph, "bottom", dense, model.bottom) if dense else ""
+    if model.config.interaction == "cat":
+        x = concat(graph, [part for part in (below, graph.flat(vectors)) if part], 1)
+    else:
+        parts = [graph.node("Unsqueeze", below, graph.ints(1)) if below else "", vectors]
+        x = _products(graph, concat(graph, [part for part in parts if part], 1), model.pairs)
+        x = concat(graph, [part for part in (below, x) if part], 1)
+    return run_stack(graph, "top", x, model.top)
 
 
-def _products(graph: _Graph, vectors: str, pairs: Tensor) -> str:
+def _products(graph: Graph, vectors: str, pairs: Tensor) -> str:
     """The pairs' dot products [B, P] of vectors [B, V, dim]; '' where there is no pair."""
     if not len(pairs):
         return ""
@@ -154,104 +101,17 @@ def _products(graph: _Graph, vectors: str, pairs: Tensor) -> str:
     return graph.node("Gather", graph.node("Flatten", products), chosen, axis=1)
 
 
-def _mlp(graph: _Graph, name: str, x: str, layers: Any) -> str:
-    for number, (layer, relu) in enumerate(packed_mlp(layers)):
-        x = _linear(graph, f"{name}.{number}", x, layer)
-        x = graph.node("Relu", x) if relu else x
-    return x
+def _dcn(graph: Graph, model: DCN, dense: str, vectors: str) -> str:
+    x0 = x = concat(graph, [part for part in (dense, graph.flat(vectors)) if part], 1)
+    for number, layer in enumerate(model.cross):
+        x = graph.node("Add", graph.node("Mul", x0, run_stack(graph, f"cross.{number}", x, layer)), x)
+    if model.config.deep_mlp:
+        stacked = model.config.structure == "stacked"
+        deep = run_stack(graph, "deep", x if stacked else x0, model.deep)
+        x = deep if stacked else concat(graph, [x, deep], 1)
+    return run_stack(graph, "head", x, model.head)
 
 
-def _linear(graph: _Graph, name: str, x: str, layer: PackedLinear) -> str:
-    if layer.activation_scale is not None:
-        low, high = code_limits(layer.activation_bits)
-        scale = graph.float(layer.activation_scale.numpy(), f"{name}.activation_scale")
-        x = graph.node("Round", graph.node("Div", x, scale))
-        x = graph.node("Mul", graph.node("Clip", x, graph.float(low), graph.float(high)), scale)
-    weight = graph.constant(layer.codes.numpy(), None, f"{name}.weight")
-    if layer.bits != 32:  # runtimes compute this once, when they load the file
-        scale_name = graph.float(layer.scale.numpy()[:, None], f"{name}.scale")
-        weight = _decode(graph, weight, layer.bits, layer.in_features, 1, scale_name)
-    bias = [] if layer.bias is None else [graph.float(layer.bias.numpy(), f"{name}.bias")]
-    return graph.node("Gemm", x, weight, *bias, transB=1)
-
-
-def _decode(graph: _Graph, stored: str, bits: int, dim: int, axis: int, scale: str) -> str:
-    """Stored rows as their values in float32, along the last axis: the arithmetic of `packing.decode`, bit for bit."""
-    codes = graph.cast_float(stored)
-    if bits in PACKED_BITS:
-        parts: list[str] = []
-        for part in range(8 // bits - 1, 0, -1):
-            unit = float(1 << (bits * part))
-            parts.insert(0, graph.node("Floor", graph.node("Mul", codes, graph.float(1 / unit))))
-            codes = graph.node("Sub", codes, graph.node("Mul", parts[0], graph.float(unit)))
-        codes = _concat(graph, [codes, *parts], axis)
-        if dim * bits % 8:
-            codes = graph.node("Slice", codes, *(graph.ints(number) for number in (0, dim, axis)))
-        codes = graph.node("Sub", codes, graph.float(1 << (bits - 1)))
-    return graph.node("Mul", codes, scale)
-
-
-def _tables(graph: _Graph, tables: PackedEmbeddingBagCollection) -> str:
-    """One vector per sample and table: [B, T, dim]; '' without tables."""
-    if not tables.table_rows:
-        return ""
-    graph.streamed["tables.codes"] = tables.codes
-    if tables.scale_per_row:
-        graph.streamed["tables.scale"] = tables.scale[:, None]
-    single, found = tables.num_single, []
-    if single:
-        ids = graph.input("ids", np.int64, ["batch", single])
-        found.append(_look_up(graph, tables, ids, slice(0, single), axis=2))
-    for number in range(single, len(tables.table_rows)):
-        name = number - single
-        values = graph.input(f"values_{name}", np.int64, [f"n_{name}"])
-        offsets = graph.input(f"offsets_{name}", np.int64, ["batch"])
-        rows = _look_up(graph, tables, values, slice(number, number + 1), axis=1)
-        pooled = _pool(graph, rows, values, offsets, tables.embedding_dim, tables.pooling)
-        found.append(graph.node("Unsqueeze", pooled, graph.ints(1)))
-    return _concat(graph, found, 1)
-
-
-def _look_up(graph: _Graph, tables: PackedEmbeddingBagCollection, ids: str, of: slice, axis: int) -> str:
-    """Values of ids [..., T] of the T tables `of`: ids' dimensions, then dim, which is number `axis`."""
-    zero, count = graph.constant(0, np.int64), graph.constant(tables.rows_per_table[of].numpy())
-    ids = graph.node("Max", graph.node("Where", graph.node("Less", ids, count), ids, zero), zero)
-    rows = graph.node("Add", ids, graph.constant(tables.row_offsets[of].numpy()))
-    stored = graph.node("Gather", "tables.codes", rows)
-    if tables.bits == 32:
-        return stored
-    if tables.scale_per_row:
-        scale = graph.node("Gather", "tables.scale", rows)
-    else:
-        scale = graph.float(tables.scale[of].numpy()[:, None])
-    return _decode(graph, stored, tables.bits, tables.embedding_dim, axis, scale)
-
-
-def _pool(graph: _Graph, rows: str, values: str, offsets: str, dim: int, pooling: str) -> str:
-    """Rows [n, dim] as one vector per bag [B, dim]; `nn.EmbeddingBag` in operators that add in order."""
-    count, bags = graph.node("Shape", values), graph.node("Shape", offsets)
-    begun = _add_at(graph, graph.node("Add", count, graph.ints(1)), offsets, _filled(graph, bags, 1))
-    # The bag of each value counts the offsets up to it. Bag 0 is of values before the first offset: there are none.
-    bag = graph.node("CumSum", begun, graph.constant(0, np.int64))
-    bag = graph.node("Slice", bag, graph.ints(0), graph.ints(-1), graph.ints(0))
-    index = graph.node("Unsqueeze", bag, graph.ints(1))
-    more = graph.node("Add", bags, graph.ints(1))
-    shape = graph.node("Concat", more, graph.ints(dim), axis=0)
-    summed = _add_at(graph, shape, graph.node("Expand", index, graph.node("Shape", rows)), rows, np.float32)
-    if pooling == "mean":
-        counts = _add_at(graph, more, bag, _filled(graph, count, 1))
-        counts = graph.node("Unsqueeze", graph.node("Max", counts, graph.constant(1, np.int64)), graph.ints(1))
-        summed = graph.node("Div", summed, graph.cast_float(counts))
-    return graph.node("Slice", summed, graph.ints(1), graph.ints(2**62), graph.ints(0))
-
-
-def _filled(graph: _Graph, shape: str, value: int, dtype: type = np.int64) -> str:
-    from onnx import numpy_helper
-
-    return graph.node("ConstantOfShape", shape, value=numpy_helper.from_array(np.array([value], dtype)))
-
-
-def _add_at(graph: _Graph, shape: str, index: str, values: str, dtype: type = np.int64) -> str:
-    """Zeros of `shape` with each of `values` added at its index along the first axis."""
-    zeros = _filled(graph, shape, 0, dtype)
-    return graph.node("ScatterElements", zeros, index, values, axis=0, reduction="add")
+GRAPHS: dict[str, Callable[[Graph, Any, str, str], str]] = {"dlrm": _dlrm, "dcn": _dcn}
+"""The graph of each model by its name in `MODELS`, as a function (graph, model, dense, vectors) -> logit [B, 1]: of the
+dense columns [B, D] and the table vectors [B, T, dim], '' where there are none."""

@@ -6,16 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqrm.errors import UserError
 from dqrm.export.config import PTQConfig
 from dqrm.export.container import Entry
-from dqrm.models.dlrm import DLRM
+from dqrm.export.parts import packed_stack
+from dqrm.models.base import ClickModel
 from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
-from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedLinear
 from dqrm.quant.packing import encode, pieces, storage
 from dqrm.quant.ptq import row_scales, table_scale
@@ -36,10 +36,15 @@ class Packing:
         UserError: quantization after training of a model that is quantized already; weights that are not finite.
     """
 
-    def __init__(self, model: DLRM, ptq: PTQConfig | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, model: ClickModel, ptq: PTQConfig | None = None, progress: Progress | None = None) -> None:
         self._model, self._tell = model, progress or (lambda what, done, total: None)
-        layers = [layer for part in (model.bottom, model.top) if part is not None for layer in part]
-        linear = [layer for layer in layers if isinstance(layer, QuantLinear)]
+        self._layers = {
+            f"{path}.{number}": layer
+            for path, stack in model.stacks().items()
+            for number, layer in enumerate(stack.children())
+            if isinstance(layer, QuantLinear)
+        }
+        linear = list(self._layers.values())
         if ptq is not None:
             found = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
             if found:
@@ -47,16 +52,18 @@ class Packing:
                     f"the run was trained in {min(found)} bits; `dqrm export` packs it as it is, and quantization "
                     "after training needs a run in FP32 (--bits 32)"
                 )
+        self._trained_bits = (model.tables.bits, linear[0].bits)
         self.table_bits = model.tables.bits if ptq is None else ptq.effective_table_bits
         self.mlp_bits = linear[0].bits if ptq is None else ptq.effective_mlp_bits
         try:
             self.scale = self._table_scales(ptq)
-            self.packed = {
-                f"{name}.{number}": self._pack_layer(layer, ptq)
-                for name, part in (("bottom", model.bottom), ("top", model.top))
-                for number, layer in enumerate(part or ())
-                if isinstance(layer, QuantLinear)
-            }
+            scales = {id(layer): self._layer_scale(layer, ptq) for layer in linear}
+            self._scales = {path: scales[id(layer)] for path, layer in self._layers.items()}
+
+            def pack(layer: QuantLinear) -> PackedLinear:
+                return pack_linear(layer, scales[id(layer)], self.mlp_bits)
+
+            self.packed = {path: packed_stack(stack, pack) for path, stack in model.stacks().items()}
         except ValueError as error:
             raise UserError(f"the model cannot be packed: {error}") from None
 
@@ -66,35 +73,31 @@ class Packing:
         dtype, width = storage(tables.embedding_dim, self.table_bits)
         found = [Entry("tables.codes", dtype, (len(tables.weight), width), self._codes)]
         found.append(Entry.of("tables.scale", self.scale))
-        for name, layer in self.packed.items():
-            found += [Entry.of(f"{name}.{key}", tensor) for key, tensor in layer.state_dict().items()]
+        for path, stack in self.packed.items():
+            found += [Entry.of(f"{path}.{key}", tensor) for key, tensor in stack.state_dict().items()]
         return sorted(found, key=lambda entry: -entry.dtype.itemsize)
 
-    def reference(self) -> DLRM:
+    def reference(self) -> ClickModel:
         """What the packed model must give: the trained model itself, or with weights quantized by the plain formula."""
         model = self._model
-        if (self.table_bits, self.mlp_bits) == (model.tables.bits, model.top[0].bits):
+        if (self.table_bits, self.mlp_bits) == self._trained_bits:
             return model
-        parts: dict[str, nn.Module | None] = {"bottom": None, "top": None}
-        for name in parts:
-            part = getattr(model, name)
-            if part is not None:
-                layers = [deepcopy(layer) for layer in part]
-                for number, layer in enumerate(layers):
-                    if f"{name}.{number}" in self.packed:
-                        scale = self.packed[f"{name}.{number}"].scale[:, None]
-                        layer.weight.data = fake_quantize(layer.weight.data, scale, self.mlp_bits)
-                parts[name] = QuantMLP(*layers)
+        stacks = {path: deepcopy(stack) for path, stack in model.stacks().items()}
+        for path, scale in self._scales.items():
+            if scale is not None:
+                owner, _, number = path.rpartition(".")
+                layer: Any = stacks[owner].get_submodule(number)
+                layer.weight.data = fake_quantize(layer.weight.data, scale[:, None], self.mlp_bits)
         tables = _Requantized(model.tables, self.scale, self.table_bits)
-        assert parts["top"] is not None
-        return DLRM.from_parts(model.config, model.num_dense, parts["bottom"], tables, parts["top"])
+        return type(model).from_parts(model.config, model.num_dense, tables, stacks)
 
-    def _pack_layer(self, layer: QuantLinear, ptq: PTQConfig | None) -> PackedLinear:
+    def _layer_scale(self, layer: QuantLinear, ptq: PTQConfig | None) -> Tensor | None:
+        """Of a layer that is quantized after training; None: its own."""
         if not layer.weight.isfinite().all() or not (layer.bias is None or layer.bias.isfinite().all()):
             raise ValueError("a layer of the MLP holds weights that are NaN or infinite: its training diverged")
         if ptq is None or self.mlp_bits == 32:
-            return pack_linear(layer)
-        return pack_linear(layer, row_scales(layer.weight.detach().float(), self.mlp_bits, ptq.clip), self.mlp_bits)
+            return None
+        return row_scales(layer.weight.detach().float(), self.mlp_bits, ptq.clip)
 
     def _table_scales(self, ptq: PTQConfig | None) -> Tensor:
         tables: QuantEmbeddingBagCollection = self._model.tables

@@ -1,18 +1,21 @@
-"""A DLRM's tables and linear layers as packed modules, whatever is converted already: what the writers start from."""
+"""A model's tables and stacks as packed modules, whatever is converted already: what the writers start from."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
+from dqrm.quant.folding import fold_batch_norm
 from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 
 
-def packed_tables(model: DLRM) -> PackedEmbeddingBagCollection:
+def packed_tables(model: ClickModel) -> PackedEmbeddingBagCollection:
     """The model's tables. Unquantized ones are wrapped, not copied.
 
     Raises:
@@ -34,72 +37,82 @@ def packed_tables(model: DLRM) -> PackedEmbeddingBagCollection:
     )
 
 
-def packed_mlp(layers: nn.Module) -> list[tuple[PackedLinear, bool]]:
-    """Each linear layer of an MLP, and whether a ReLU follows it.
+def _unquantized(layer: QuantLinear) -> PackedLinear:
+    if layer.bits != 32:
+        raise ValueError("a linear layer is quantized in training, but not packed: convert the model first")
+    return pack_linear(layer)
+
+
+def packed_stack(stack: nn.Module, pack: Callable[[QuantLinear], PackedLinear] = _unquantized) -> QuantMLP:
+    """A stack of linear layers as it serves: packed, with ReLU; batch normalization is folded, dropout left out.
+
+    Args:
+        pack: the packed form of a layer that is not packed yet; default: of those that are not quantized.
 
     Raises:
-        ValueError: a module that is neither linear nor ReLU, or is quantized but not converted.
+        ValueError: a module of another kind, or as `pack`.
     """
-    found: list[tuple[PackedLinear, bool]] = []
-    for module in layers.children():
-        if isinstance(module, nn.ReLU) and found and not found[-1][1]:
-            found[-1] = (found[-1][0], True)
-        elif isinstance(module, PackedLinear):
-            found.append((module, False))
-        elif isinstance(module, QuantLinear) and module.bits == 32:
-            found.append((pack_linear(module), False))
-        else:
+    modules: list[nn.Module] = []
+    for module in stack.children():
+        last = modules[-1] if modules else None
+        if isinstance(module, PackedLinear):
+            modules.append(module)
+        elif isinstance(module, QuantLinear):
+            modules.append(pack(module))
+        elif isinstance(module, nn.BatchNorm1d) and isinstance(last, PackedLinear):
+            modules[-1] = fold_batch_norm(last, module)
+        elif isinstance(module, nn.ReLU) and isinstance(last, PackedLinear):
+            modules.append(nn.ReLU())
+        elif not isinstance(module, nn.Dropout):
             raise ValueError(
-                f"the MLP holds {type(module).__name__}, expected packed linear layers with ReLU after them"
+                f"the MLP holds {type(module).__name__} after {type(last).__name__}, expected linear "
+                "layers, each with batch normalization, ReLU and dropout after it or without"
             )
-    return found
+    return QuantMLP(*modules)
 
 
-class ServedDLRM(nn.Module):
-    """The same model as one function of tensors alone, of operators that every runtime knows: dense, ids, then values
+def flat_model(model: ClickModel) -> ClickModel:
+    """The same model of operators that every runtime knows, as one function of tensors alone: dense, ids, then values
     and offsets of each multi-valued table. An id outside its table is looked up as row 0.
+
+    Raises:
+        ValueError: the model is not converted.
     """
+    stacks = {path: nn.Sequential(*packed_stack(stack)) for path, stack in model.stacks().items()}
+    flat = type(model).from_parts(model.config, model.num_dense, packed_tables(model), stacks)
+    offset = model.logit_offset or 0.0
 
-    def __init__(self, model: DLRM) -> None:
-        super().__init__()
-        self.tables = packed_tables(model)
-        self.bottom = None if model.bottom is None else _mlp(model.bottom)
-        self.top = _mlp(model.top)
-        self._interact, self._offset = model.interact, model.logit_offset or 0.0
-        self.eval()
+    def forward(dense: Tensor, ids: Tensor, *bags: Tensor) -> Tensor:
+        logits = flat.logits(dense, _vectors(flat.tables, dense, ids, bags))
+        return logits + offset if offset else logits
 
-    def forward(self, dense: Tensor, ids: Tensor, *bags: Tensor) -> Tensor:
-        """The logit of a click for each sample: float32 [B]."""
-        tables, samples, vectors = self.tables, dense.shape[0], []
-        single = tables.num_single
-        if single:
-            found = tables._values(ids, tables.row_offsets[:single], tables.rows_per_table[:single], 0)
-            vectors.append(found.view(samples, single, tables.embedding_dim))
-        for number, (values, offsets) in enumerate(zip(bags[::2], bags[1::2]), start=single):
-            starts = tables.row_offsets[number : number + 1]
-            rows = tables._values(values, starts, tables.rows_per_table[number : number + 1], number)
-            vectors.append(self._pool(rows, values, offsets)[:, None])
-        together = torch.cat(vectors, dim=1) if vectors else dense.new_empty(samples, 0, tables.embedding_dim)
-        bottom = None if self.bottom is None else self.bottom(dense)
-        logits: Tensor = self.top(self._interact(bottom, together)).squeeze(1)
-        return logits + self._offset if self._offset else logits
-
-    def _pool(self, rows: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
-        """Rows [L, dim] as one vector per bag [B, dim]; no runtime but torch knows embedding_bag."""
-        begun = torch.zeros(values.shape[0] + 1, dtype=torch.int64)
-        begun = begun.scatter_add(0, offsets, torch.ones_like(offsets))
-        # The bag of each value counts the offsets up to it. Bag 0 is of values before the first offset: there are none.
-        bag = begun.cumsum(0)[:-1]
-        summed = rows.new_zeros(offsets.shape[0] + 1, rows.shape[1])
-        summed = summed.scatter_add(0, bag[:, None].expand(-1, rows.shape[1]), rows)
-        if self.tables.pooling == "mean":
-            counts = torch.zeros(offsets.shape[0] + 1, dtype=torch.int64)
-            counts = counts.scatter_add(0, bag, torch.ones_like(values)).clamp(min=1)
-            summed = summed / counts.float()[:, None]
-        return summed[1:]
+    flat.forward = forward  # type: ignore[method-assign,assignment]
+    return flat
 
 
-def _mlp(layers: nn.Module) -> nn.Sequential:
-    return nn.Sequential(
-        *(part for layer, relu in packed_mlp(layers) for part in ([layer, nn.ReLU()] if relu else [layer]))
-    )
+def _vectors(tables: PackedEmbeddingBagCollection, dense: Tensor, ids: Tensor, bags: Sequence[Tensor]) -> Tensor:
+    """One vector per sample and table: float32 [B, T, dim]."""
+    samples, single, vectors = dense.shape[0], tables.num_single, []
+    if single:
+        rows = tables._values(ids, tables.row_offsets[:single], tables.rows_per_table[:single], 0)
+        vectors.append(rows.view(samples, single, tables.embedding_dim))
+    for number, (values, offsets) in enumerate(zip(bags[::2], bags[1::2]), start=single):
+        starts = tables.row_offsets[number : number + 1]
+        rows = tables._values(values, starts, tables.rows_per_table[number : number + 1], number)
+        vectors.append(_pool(rows, values, offsets, tables.pooling)[:, None])
+    return torch.cat(vectors, dim=1) if vectors else dense.new_empty(samples, 0, tables.embedding_dim)
+
+
+def _pool(rows: Tensor, values: Tensor, offsets: Tensor, pooling: str) -> Tensor:
+    """Rows [L, dim] as one vector per bag [B, dim]; no runtime but torch knows embedding_bag."""
+    begun = torch.zeros(values.shape[0] + 1, dtype=torch.int64)
+    begun = begun.scatter_add(0, offsets, torch.ones_like(offsets))
+    # The bag of each value counts the offsets up to it. Bag 0 is of values before the first offset: there are none.
+    bag = begun.cumsum(0)[:-1]
+    summed = rows.new_zeros(offsets.shape[0] + 1, rows.shape[1])
+    summed = summed.scatter_add(0, bag[:, None].expand(-1, rows.shape[1]), rows)
+    if pooling == "mean":
+        counts = torch.zeros(offsets.shape[0] + 1, dtype=torch.int64)
+        counts = counts.scatter_add(0, bag, torch.ones_like(values)).clamp(min=1)
+        summed = summed / counts.float()[:, None]
+    return summed[1:]

@@ -28,7 +28,8 @@ from dqrm.export.origin import check_data, dataset_of, known_schema, provenance,
 from dqrm.export.pack import Packing, Progress
 from dqrm.export.watch import Watch
 from dqrm.files import exclusive, flush, require_replaceable
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
+from dqrm.models.registry import describe_model, weight_count
 from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
 from dqrm.training.run import Run
 
@@ -102,7 +103,7 @@ def _from_run(
         progress(what, done, total)
 
     packing = Packing(model, ptq, tell)
-    described = artifact.describe_model(model, packing.table_bits, packing.mlp_bits)
+    described = describe_model(model, packing.table_bits, packing.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
     rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
     reference = packing.reference()
@@ -155,7 +156,7 @@ def _from_artifact(
     return _finish(opened, rate, made, batch, _score(_model(opened, rate), batch), where)
 
 
-def _model(opened: Artifact, rate: BaseRate) -> DLRM:
+def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
     model = opened.model()
     model.logit_offset = rate.offset
     return model
@@ -194,7 +195,7 @@ def _finish(opened: Artifact, rate: BaseRate, made: Path, batch: Batch, expected
     return {
         "parts": parts,
         "bits_per_weight": round(opened.bits_per_weight(), 4),
-        "fp32_bytes": 4 * artifact.weight_count(opened.content["model"]),
+        "fp32_bytes": 4 * weight_count(opened.content["model"]),
         "largest_difference": difference,
         "compared": {"rows": len(batch), "of": where},
         "subsampling": rate.header(),

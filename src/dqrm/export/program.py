@@ -1,4 +1,4 @@
-"""A DLRM as a program of torch.export (.pt2) or ExecuTorch (.pte), on packed codes.
+"""A click model as a program of torch.export (.pt2) or ExecuTorch (.pte), on packed codes.
 
 Both take (dense, ids, values_0, offsets_0, values_1, ...), all but dense int64, and give logits float32 [B].
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.errors import UserError
-from dqrm.export.parts import ServedDLRM
-from dqrm.models.dlrm import DLRM
+from dqrm.export.parts import flat_model
+from dqrm.models.base import ClickModel
 
 MAX_BATCH = 8192
 """Samples that a .pte takes at once: ExecuTorch plans its memory for the largest batch."""
@@ -22,8 +22,8 @@ MAX_VALUES = 65_536
 """Ids of a multi-valued table that a .pte takes at once."""
 
 
-def write_pt2(model: DLRM, path: Path) -> None:
-    """Write a converted DLRM as a torch.export program; any number of samples and ids.
+def write_pt2(model: ClickModel, path: Path) -> None:
+    """Write a converted model as a torch.export program; any number of samples and ids.
 
     Raises:
         ValueError: the model is not converted.
@@ -42,8 +42,8 @@ def write_pt2(model: DLRM, path: Path) -> None:
     _commit(save, partial, path)
 
 
-def write_pte(model: DLRM, path: Path) -> None:
-    """Write a converted DLRM as an ExecuTorch program on portable kernels, for 1 to MAX_BATCH samples.
+def write_pte(model: ClickModel, path: Path) -> None:
+    """Write a converted model as an ExecuTorch program on portable kernels, for 1 to MAX_BATCH samples.
 
     Raises:
         UserError: ExecuTorch is missing.
@@ -65,8 +65,8 @@ def write_pte(model: DLRM, path: Path) -> None:
     _commit(write, partial, path)
 
 
-def _exported(model: DLRM, max_batch: int | None, max_values: int | None) -> Any:
-    served = ServedDLRM(model)
+def _exported(model: ClickModel, max_batch: int | None, max_values: int | None) -> Any:
+    served = flat_model(model)
     single, samples, length = served.tables.num_single, 4, 7
     multi = len(served.tables.table_rows) - single
     batch = torch.export.Dim("batch", min=1, max=max_batch)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqrm.errors import UserError
 from dqrm.quant.tables import INTEGERS
@@ -16,21 +16,22 @@ class InputError(UserError, ValueError):
 
 
 def checked(
-    dense: Any, ids: Any, bags: Any, num_dense: int, tables: Any, bottom: nn.Module | None
+    dense: Any, ids: Any, bags: Any, model: Any, tables: Any
 ) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, Tensor]]]:
-    """The arguments of a `DLRM`, dense as it is multiplied: float32, or what the model's own parameters are cast to.
+    """The arguments of a `ClickModel`, dense as it is multiplied: float32, or what the model's parameters are cast to.
 
     Other floating types are converted. Integers are not: they are not what a log's numeric columns were made into, and
     more often ids in the wrong place. It looks at types and shapes only: the lookup finds ids outside their table.
 
     Args:
-        tables: the model's. bottom: its bottom MLP.
+        tables: the model's.
 
     Raises:
         InputError: no tensors, or of another dtype, shape, number of rows or device.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return dense, ids, bags
+    num_dense = model.num_dense
     device = tables._buffers[
         "row_offsets"
     ].device  # around nn.Module's lookup of attributes, which takes longer than all
@@ -46,7 +47,7 @@ def checked(
                 f"dense has {len(dense)} rows and ids has {len(ids)}, expected the same number: one per sample"
             )
     if num_dense and dense.dtype != torch.float32:
-        dense = _floats(dense, bottom)
+        dense = _floats(dense, model)
     _check_bags(bags, len(tables.table_rows) - tables.num_single, len(ids), device)
     return dense, ids, bags
 
@@ -89,12 +90,12 @@ def _check_integers(name: str, given: Tensor) -> None:
         raise InputError(f"{name} is {given.dtype}, expected integers: torch.int64 or torch.int32")
 
 
-def _floats(dense: Tensor, bottom: nn.Module | None) -> Tensor:
+def _floats(dense: Tensor, model: Any) -> Tensor:
     if not dense.is_floating_point():
         raise InputError(
             f"dense is {dense.dtype}, expected torch.float32; use dense.float() if these are the numbers meant"
         )
-    own = None if bottom is None else next(bottom.parameters(), None)
+    own = next((weight for stack in model.stacks().values() for weight in stack.parameters()), None)
     return dense.to(torch.float32 if own is None else own.dtype)
 
 

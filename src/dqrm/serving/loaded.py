@@ -1,6 +1,7 @@
-"""The model that `dqrm.load` gives: a packed DLRM that scores rows of raw values, too."""
+"""The model that `dqrm.load` gives: a packed one that scores rows of raw values, too."""
 
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dqrm.data.raw import RawEncoder
 from dqrm.data.tables import rows_source
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.options import build
 from dqrm.serving.predict import reading, scorer
 from dqrm.serving.writer import probabilities
@@ -22,8 +23,11 @@ from dqrm.serving.writer import probabilities
 _READING = threading.Lock()
 
 
-class LoadedModel(DLRM):
-    """A `DLRM` of packed layers: model(dense, ids, bags) -> logits, model.score(rows) -> probabilities."""
+class LoadedModel(ClickModel):
+    """A model of packed layers: model(dense, ids, bags) -> logits, model.score(rows) -> probabilities.
+
+    It is of the class that was trained, too: `load` gives a DLRM that is also a LoadedModel.
+    """
 
     _opened: Artifact
     _data: str | Path | None
@@ -33,11 +37,14 @@ class LoadedModel(DLRM):
     def of(cls, opened: Artifact, data: str | Path | None = None, in_memory: bool = False) -> "LoadedModel":
         """The model of an artifact. data: the dataset folder, where the artifact has no vocabularies."""
         packed = opened.model(in_memory)
-        model = cls.from_parts(packed.config, packed.num_dense, packed.bottom, packed.tables, packed.top)
-        assert isinstance(model, cls)
+        model: Any = packed
+        model.__class__ = _loaded(type(packed))
         model._opened, model._data, model._encoder = opened, data, None
-        model.logit_offset = packed.logit_offset
-        return model
+        loaded: LoadedModel = model
+        return loaded
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles find the class by the one that was trained
+        return _empty, (type(self).__bases__[1],), self.__dict__
 
     def score(self, rows: Any, batch_size: int = 8192) -> NDArray[np.float32]:
         """The probability of a click for each row of raw values, as they stand in the log: float32 [N], in order.
@@ -78,13 +85,23 @@ class LoadedModel(DLRM):
         return self._encoder
 
 
+@cache
+def _loaded(kind: type[ClickModel]) -> type[LoadedModel]:
+    return type(f"Loaded{kind.__name__}", (LoadedModel, kind), {"__doc__": LoadedModel.__doc__})
+
+
+def _empty(kind: type[ClickModel]) -> LoadedModel:
+    made = _loaded(kind)
+    return made.__new__(made)
+
+
 def load(
     path: str | Path, verify: bool = False, data: str | Path | None = None, in_memory: bool = False
 ) -> LoadedModel:
     """A packed model for inference, from the file that `dqrm export` wrote.
 
-    Called like a `DLRM`: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The tables stay in the
-    file, memory-mapped; the rest is read. No code from the file is run. `model.score(rows)` takes raw values.
+    Called like the trained model: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The tables stay
+    in the file, memory-mapped; the rest is read. No code from the file is run. `model.score(rows)` takes raw values.
 
     A file that is in use is replaced by renaming a new one onto it: the loaded model goes on with the old one. Scoring
     raises UserError where the file was changed in place instead. (One cut short in the very moment between that check

@@ -14,7 +14,7 @@ from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.origin import require_dataset
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.options import build
 from dqrm.serving.config import PredictConfig
 from dqrm.serving.writer import predict as write_predictions
@@ -59,7 +59,7 @@ def predict(
     return {**found, "output": str(output), "subsampling": opened.base_rate.header()}
 
 
-def scorer(model: DLRM) -> Callable[[Batch], torch.Tensor]:
+def scorer(model: ClickModel) -> Callable[[Batch], torch.Tensor]:
     """A function from a batch to the model's logits [B]."""
 
     def score(batch: Batch) -> torch.Tensor:

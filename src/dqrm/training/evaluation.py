@@ -14,7 +14,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.training.environment import Log, Progress, resolve_device
 from dqrm.training.metrics import click_metrics
 from dqrm.training.run import Run
@@ -22,7 +22,7 @@ from dqrm.training.threads import scoring_threads
 
 
 def predict_logits(
-    model: DLRM,
+    model: ClickModel,
     dataset: Dataset,
     split: str,
     batch_size: int,
@@ -40,7 +40,7 @@ def predict_logits(
 
 
 @contextmanager
-def _evaluating(model: DLRM, sampled: bool) -> Iterator[Callable[[Batch], torch.Tensor]]:
+def _evaluating(model: ClickModel, sampled: bool) -> Iterator[Callable[[Batch], torch.Tensor]]:
     """Inside, the model is in evaluation mode; yields what gives the logits of a batch."""
     device, training = model.tables.row_offsets.device, model.training
 
@@ -80,7 +80,7 @@ def score_split(
 
 
 def evaluate_shared(
-    model: DLRM, dataset: Dataset, split: str, batch_size: int, world: World, progress: Progress | None = None
+    model: ClickModel, dataset: Dataset, split: str, batch_size: int, world: World, progress: Progress | None = None
 ) -> dict[str, Any]:
     """`evaluate` with the split's batches shared out among the ranks; all get the figures, which are the same as alone.
 
@@ -93,7 +93,7 @@ def evaluate_shared(
 
 
 def evaluate(
-    model: DLRM,
+    model: ClickModel,
     dataset: Dataset | str | Path,
     split: str,
     batch_size: int = 8192,
@@ -120,7 +120,8 @@ def evaluate(
     """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "tables"):
         raise UserError(
-            f"model is a {type(model).__name__}, expected a DLRM: dqrm.load(FILE) or dqrm.Run.open(RUN).load_model()[0]"
+            f"model is a {type(model).__name__}, expected a click model: dqrm.load(FILE) or "
+            "dqrm.Run.open(RUN).load_model()[0]"
         )
     if not isinstance(dataset, Dataset):
         dataset = Dataset(dataset)

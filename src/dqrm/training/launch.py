@@ -32,7 +32,7 @@ def train(
     log: Log | None = None,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Train a DLRM on `dataset` and leave a run folder at `output`.
+    """Train a model on `dataset` and leave a run folder at `output`.
 
     Args:
         dataset: a prepared dataset folder.
@@ -143,6 +143,11 @@ def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
     if size > 1 and config.training.device.startswith("cuda:"):
         raise UserError(
             f"device is '{config.training.device}', one GPU for {size} ranks; 'cuda' gives each rank its own"
+        )
+    if max(size, simulated) > 1 and config.model.batch_norm:
+        raise UserError(
+            "batch_norm is true, but ranks do not exchange the statistics of their activations; use false with several "
+            "ranks"
         )
     if max(size, simulated) > 1 and config.quantization.activation_bits != 32:
         raise UserError(

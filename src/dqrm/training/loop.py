@@ -20,7 +20,7 @@ import torch
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.quant.convert import stored_bytes
 from dqrm.training.checkpoints import (
     STATE,
@@ -57,7 +57,7 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        model: DLRM,
+        model: ClickModel,
         dataset: Dataset,
         progress: Progress | None = None,
         log: Log | None = None,

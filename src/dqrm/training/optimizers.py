@@ -1,6 +1,6 @@
 """Update rules for sparse gradients: what a step reads and writes is the rows of the batch, never a whole table.
 
-They are ordinary `torch.optim.Optimizer`s on parameters whose `.grad` is a sparse COO tensor, as the tables of `DLRM`
+They are ordinary `torch.optim.Optimizer`s on parameters whose `.grad` is a sparse COO tensor, as tables of click models
 and `QuantEmbeddingBag(sparse=True)` have. torch's own SGD and Adagrad refuse weight decay on such gradients, and a
 row-wise Adagrad it does not have.
 """

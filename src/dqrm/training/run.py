@@ -8,7 +8,7 @@ checkpoints/    see `checkpoints`
 
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
-from dqrm.models.dlrm import DLRM
-from dqrm.quant.config import STORAGES, registered
+from dqrm.models.base import ClickModel
+from dqrm.models.registry import MODELS, build_model, table_dtype
 from dqrm.training.checkpoints import (
     BEST,
     METRICS,
@@ -184,7 +184,7 @@ class Run:
                 f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
             )
 
-    def new_model(self, table_weight: torch.Tensor | None = None) -> DLRM:
+    def new_model(self, table_weight: torch.Tensor | None = None) -> ClickModel:
         """The run's model with its initial weights; the tables' are `table_weight` itself where that is given."""
         data, config = self.info["data"], self.config
         try:
@@ -198,13 +198,14 @@ class Run:
                 raise
             rows = sum(column["rows"] for column in data["columns"])
             need = rows * config.model.embedding_dim * table_dtype(config).itemsize / 1e9
-            mlp = config.model
             raise UserError(
-                f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and the MLPs "
-                f"{'-'.join(map(str, mlp.bottom_widths))} and {'-'.join(map(str, mlp.top_mlp))} come on top"
+                f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and its other layers "
+                f"come on top ({MODELS[config.model.model].describe(config.model)})"
             ) from None
 
-    def load_model(self, which: str = "best", mapped: bool = False, verify: bool = True) -> tuple[DLRM, dict[str, Any]]:
+    def load_model(
+        self, which: str = "best", mapped: bool = False, verify: bool = True
+    ) -> tuple[ClickModel, dict[str, Any]]:
         """The trained model in eval mode, and the state.json of its checkpoint.
 
         Args:
@@ -255,40 +256,6 @@ def _contents(path: Path) -> set[str]:
     if metrics.is_file() and not metrics.stat().st_size:
         found.discard(metrics.name)
     return found - ({checkpoints.name} if checkpoints.is_dir() and not any(checkpoints.iterdir()) else set())
-
-
-def build_model(
-    config: Config,
-    num_dense: int,
-    table_rows: Sequence[int],
-    multi: Sequence[bool] | None = None,
-    table_weight: torch.Tensor | None = None,
-) -> DLRM:
-    """The model of a configuration for data of these columns, with its initial weights.
-
-    Args:
-        num_dense, table_rows, multi, table_weight: as in `DLRM`.
-
-    Raises:
-        ValueError: as `DLRM`.
-    """
-    return DLRM(
-        num_dense,
-        table_rows,
-        multi=multi,
-        config=config.model,
-        qat=config.quantization,
-        seed=config.training.seed,
-        precision=config.training.precision,
-        table_dtype=table_dtype(config),
-        table_weight=table_weight,
-    )
-
-
-def table_dtype(config: Config) -> torch.dtype:
-    """The dtype of the tables' master weights."""
-    dtype: torch.dtype = registered(config.training.table_dtype, STORAGES).dtype
-    return dtype
 
 
 def versions() -> dict[str, str]:

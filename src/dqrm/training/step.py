@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from dqrm.config import Config
 from dqrm.data.batches import Batch
+from dqrm.distributed.codecs import mix
 from dqrm.distributed.exchange import Exchange, Gradient
 from dqrm.distributed.real import RealRanks
 from dqrm.distributed.simulated import SimulatedRanks
 from dqrm.distributed.world import World
-from dqrm.models.dlrm import DLRM
+from dqrm.models.base import ClickModel
 from dqrm.training.optimizers import build_optimizers
 
 
@@ -25,10 +26,11 @@ class TrainStep:
         exchange: None with one rank.
     """
 
-    def __init__(self, model: DLRM, config: Config, world: World | None = None) -> None:
+    def __init__(self, model: ClickModel, config: Config, world: World | None = None) -> None:
         self.model = model
         tables = [model.tables.weight]
         self._parameters = list(model.parameters())
+        self._drops = any(isinstance(module, nn.Dropout) for module in model.modules())
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         self.optimizers = build_optimizers(tables, others, config.optimizer, config.training.seed)
         model.tables.only_looked_up_rows_change()  # true of all our optimizers of tables
@@ -67,12 +69,16 @@ class TrainStep:
         losses = []
         for rank in exchange.local:
             share = batch if len(exchange.local) == 1 else batch.share(rank, exchange.size)
+            if self._drops:  # masks of the rank's own, whichever process it is and whether or not the run was resumed
+                torch.manual_seed(mix(exchange.seed, step, rank))
             loss = F.binary_cross_entropy_with_logits(
                 self._module(share.dense, share.ids, share.bags), share.labels, share.weights, reduction="sum"
             )
             losses.append(loss.detach())
             self.backward(loss / samples)
             exchange.collect(rank)
+        if self._drops:  # the state that is saved does not depend on who runs which ranks
+            torch.manual_seed(mix(exchange.seed, step))
         self.update(rate, exchange.finish())
         return torch.stack(losses)
 

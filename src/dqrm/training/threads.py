@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 
 from dqrm.data.batches import Batch
+from dqrm.models.registry import build_model
 from dqrm.training.environment import Log
-from dqrm.training.run import Run, build_model
+from dqrm.training.run import Run
 from dqrm.training.step import TrainStep
 
 _SECONDS = 0.3  # of each candidate

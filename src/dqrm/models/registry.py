@@ -1,0 +1,165 @@
+"""Which models there are, and how one is built: from a configuration, or from the packed tensors of an artifact.
+
+A model of your own: a subclass of `ClickModel`, and `MODELS["its name"] = ItsClass` before it is trained or loaded.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqrm.config import Config, ModelConfig
+from dqrm.models.base import ClickModel, Layer, Plan, build_tables
+from dqrm.models.dcn import DCN
+from dqrm.models.dlrm import DLRM
+from dqrm.options import build, did_you_mean
+from dqrm.quant.config import STORAGES, registered
+from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mlp import QuantMLP
+from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
+
+MODELS: dict[str, type[ClickModel]] = {"dlrm": DLRM, "dcn": DCN}
+
+
+def model_class(config: ModelConfig) -> type[ClickModel]:
+    """The class that a configuration names.
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    if config.model not in MODELS:
+        raise ValueError(f"model is {config.model!r}{did_you_mean(config.model, MODELS)}")
+    return MODELS[config.model]
+
+
+def build_model(
+    config: Config,
+    num_dense: int,
+    table_rows: Sequence[int],
+    multi: Sequence[bool] | None = None,
+    table_weight: Tensor | None = None,
+) -> ClickModel:
+    """The model of a configuration for data of these columns, with its initial weights.
+
+    Args:
+        num_dense, table_rows, multi: as of `ClickModel`.
+        table_weight: the tables' initial weights [sum(table_rows), embedding_dim], used as they are and not copied.
+
+    Raises:
+        ValueError: as `model_class` and `ClickModel`.
+    """
+    training, kind = config.training, model_class(config.model)
+    given: Any = table_rows
+    if table_weight is not None:
+        given, multi = build_tables(table_rows, config.model, config.quantization, multi, weight=table_weight), None
+    return kind(
+        num_dense, given, multi=multi, config=config.model, qat=config.quantization, seed=training.seed,
+        precision=training.precision, table_dtype=table_dtype(config),
+    )  # fmt: skip
+
+
+def table_dtype(config: Config) -> torch.dtype:
+    """The dtype of the tables' master weights."""
+    dtype: torch.dtype = registered(config.training.table_dtype, STORAGES).dtype
+    return dtype
+
+
+# Models as the header of an artifact describes them.
+
+
+def describe_model(model: ClickModel, table_bits: int, mlp_bits: int) -> dict[str, Any]:
+    """What `packed_model` needs of a trained model besides its tensors, which are of the given bits.
+
+    Raises:
+        ValueError: the model is not of the class that its configuration names, so that the artifact would be another's.
+    """
+    if not isinstance(model, model_class(model.config)):
+        raise ValueError(f"model is '{model.config.model}' in the configuration of a {type(model).__name__}")
+    layers = (layer for stack in model.stacks().values() for layer in stack.children())
+    return {
+        "config": model.config.header(),
+        "num_dense": model.num_dense,
+        "table_rows": list(model.tables.table_rows),
+        "multi": model.tables.multi,
+        "table_bits": table_bits,
+        "mlp_bits": mlp_bits,
+        "activation_bits": next(layer.activation_bits for layer in layers if isinstance(layer, QuantLinear)),
+    }
+
+
+def described_config(described: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a described model.
+
+    Raises:
+        KeyError: a field of its model is missing. UserError, ValueError: an unknown one, or an impossible value.
+    """
+    config: ModelConfig = build(ModelConfig, described["config"], "model")
+    _ = [described["config"][name] for name in config.header()]
+    return config
+
+
+def described_plan(described: Mapping[str, Any]) -> Plan:
+    """The stacks of a described model.
+
+    Raises:
+        KeyError, UserError, ValueError: as `described_config`, `model_class` and `ClickModel.plan`.
+    """
+    config = described_config(described)
+    return model_class(config).plan(config, described["num_dense"], len(described["table_rows"]))
+
+
+def weight_count(described: Mapping[str, Any]) -> int:
+    """How many numbers a described model has: rows of tables, weights and biases."""
+    count: int = sum(described["table_rows"]) * described["config"]["embedding_dim"]
+    layers = (layer for stack in described_plan(described).values() for layer in stack)
+    return count + sum((layer.inputs + (layer.bias or layer.batch_norm)) * layer.outputs for layer in layers)
+
+
+def packed_model(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> ClickModel:
+    """The described model, in eval mode, of packed tensors by module path: those of `tables`, and for each linear layer
+    of a stack those of `PackedLinear`.
+
+    Raises:
+        KeyError: a tensor is missing. ValueError: one is of another shape, or belongs to no module. Or as
+            `described_plan`.
+    """
+    config, tensors = described_config(described), dict(tensors)
+    stacks = {
+        path: _packed_stack(path, layers, described, tensors) for path, layers in described_plan(described).items()
+    }
+    tables = PackedEmbeddingBagCollection(
+        described["table_rows"],
+        config.embedding_dim,
+        multi=described["multi"],
+        pooling=config.pooling,
+        bits=described["table_bits"],
+        codes=tensors.pop("tables.codes"),
+        scale=tensors.pop("tables.scale"),
+    )
+    if tensors:
+        raise ValueError(f"'{next(iter(tensors))}' is no part of its model")
+    return model_class(config).from_parts(config, described["num_dense"], tables, stacks)
+
+
+def _packed_stack(
+    path: str, layers: Sequence[Layer], described: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> QuantMLP:
+    modules: list[nn.Module] = []
+    for layer in layers:
+        prefix = f"{path}.{len(modules)}."
+        modules.append(
+            PackedLinear(
+                layer.inputs,
+                layer.outputs,
+                bits=described["mlp_bits"],
+                codes=tensors.pop(prefix + "codes"),
+                scale=tensors.pop(prefix + "scale"),
+                bias=tensors.pop(prefix + "bias", None),
+                activation_bits=described["activation_bits"],
+                activation_scale=tensors.pop(prefix + "activation_scale", None),
+            )
+        )
+        if layer.relu:
+            modules.append(nn.ReLU())
+    return QuantMLP(*modules)
