@@ -158,9 +158,7 @@ class DLRM(nn.Module):
         depend on which other tables there are. `tables` False leaves the tables as they are.
         """
         if tables:
-            # The generator lets go of the interpreter's lock, so tables are drawn side by side.
-            with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
-                list(threads.map(self._draw_table, range(len(self.tables.table_rows)), repeat(seed)))
+            self._draw_tables(range(len(self.tables.table_rows)), seed)
         linear = (layer for part in (self.bottom, self.top) if part is not None for layer in part)
         for number, layer in enumerate(layer for layer in linear if isinstance(layer, nn.Linear)):
             random = np.random.default_rng([seed, 1, number])
@@ -169,9 +167,22 @@ class DLRM(nn.Module):
             layer.weight.copy_(torch.from_numpy(weight))
             layer.bias.copy_(torch.from_numpy(random.standard_normal(outputs, np.float32) * np.float32(outputs**-0.5)))
 
-    def _draw_table(self, number: int, seed: int) -> None:
+    @torch.no_grad()
+    def redraw_tables(self, seed: int, epoch: int = 0, tables: Sequence[int] | None = None) -> None:
+        """Draw these tables (default: all) as `reset_parameters` does, in epochs above 0 with other values, and compute
+        scales of all tables. Optimizer state is the caller's."""
+        self._draw_tables(range(len(self.tables.table_rows)) if tables is None else tables, seed, epoch)
+        self.tables.refresh_scale()
+
+    def _draw_tables(self, numbers: Sequence[int], seed: int, epoch: int = 0) -> None:
+        # The generator releases the GIL, so tables are drawn side by side.
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
+            list(threads.map(self._draw_table, numbers, repeat(seed), repeat(epoch)))
+
+    def _draw_table(self, number: int, seed: int, epoch: int) -> None:
         """In place and in pieces, since a second copy of a table may not fit."""
-        table, random = self.tables.table(number), np.random.default_rng([seed, 0, number])
+        table = self.tables.table(number)
+        random = np.random.default_rng([seed, 0, number, epoch] if epoch else [seed, 0, number])
         factor = 2 / np.sqrt(self.tables.table_rows[number])
         for piece in table.split(max(1, _PIECE // table.shape[1])):
             in_place = piece.device.type == "cpu" and piece.dtype == torch.float32
