@@ -82,7 +82,7 @@ def dense(arch: Architecture, codec: Codec, ranks: int) -> dict[str, float]:
     )
     parameters = [p for name, p in model.named_parameters() if not name.startswith("tables")]
     layout = MLPLayout([p.shape for p in parameters], 512 if codec.name == "int4" else 0)
-    bucket = Bucket(layout, list(enumerate(layout.starts)), ranks, codec, torch.device("cpu"))
+    bucket = Bucket(layout, ranks, codec, torch.device("cpu"))
     flat, residual = torch.randn(layout.total), None if codec.lossless else torch.zeros(layout.total)
     sent = bucket.encode(flat, residual, 0)
     mine = sent[: bucket.sizes[0]]

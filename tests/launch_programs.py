@@ -16,7 +16,7 @@ def probe(folder: Path) -> None:
     import torch.distributed as dist
 
     from dqrm.cli import cli
-    from dqrm.distributed.world import join
+    from dqrm.distributed.processes import join
     from dqrm.errors import UserError
     from dqrm.training.loop import Trainer
 

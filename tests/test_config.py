@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from dqrm.config import SECTIONS, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.config import SECTIONS, Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
@@ -139,7 +139,7 @@ def test_coerce(value, kind, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimizerConfig(optimizer="adam"), "optimizer: got 'adam', expected one of sgd"),
+        (lambda: ExchangeConfig(mlp_codec="fp8"), "mlp_codec: got 'fp8', expected one of fp32"),
         (lambda: TrainingConfig(shuffle="foo"), "shuffle: got 'foo'"),
         (lambda: TrainingConfig(epochs=1.5), "epochs: got 1.5, expected a whole number"),
         (lambda: ModelConfig(embedding_dim="wide"), "embedding_dim: got 'wide'"),

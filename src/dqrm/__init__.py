@@ -41,10 +41,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.serving.config import PredictConfig as PredictConfig
     from dqrm.serving.loaded import load as load
     from dqrm.serving.predict import predict as predict
+    from dqrm.training.callbacks import Callback as Callback
     from dqrm.training.evaluation import evaluate as evaluate
     from dqrm.training.launch import resume as resume
     from dqrm.training.launch import train as train
+    from dqrm.training.metrics import Metric as Metric
     from dqrm.training.optimizers import SparseAdagrad as SparseAdagrad
+    from dqrm.training.optimizers import SparseOptimizer as SparseOptimizer
     from dqrm.training.optimizers import SparseSGD as SparseSGD
     from dqrm.training.run import Run as Run
 
@@ -54,6 +57,7 @@ _HOMES = {
     "Artifact": "dqrm.export.artifact",
     "Batch": "dqrm.data.batches",
     "ClickModel": "dqrm.models.base",
+    "Callback": "dqrm.training.callbacks",
     "Config": "dqrm.config",
     "DCN": "dqrm.models.dcn",
     "DLRM": "dqrm.models.dlrm",
@@ -61,6 +65,7 @@ _HOMES = {
     "ExchangeConfig": "dqrm.config",
     "ExportConfig": "dqrm.export.config",
     "MODELS": "dqrm.models.registry",
+    "Metric": "dqrm.training.metrics",
     "ModelConfig": "dqrm.config",
     "OptimizerConfig": "dqrm.config",
     "PTQConfig": "dqrm.export.config",
@@ -77,6 +82,7 @@ _HOMES = {
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
     "SparseAdagrad": "dqrm.training.optimizers",
+    "SparseOptimizer": "dqrm.training.optimizers",
     "SparseSGD": "dqrm.training.optimizers",
     "TrainingConfig": "dqrm.config",
     "UserError": "dqrm.errors",

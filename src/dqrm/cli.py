@@ -134,7 +134,7 @@ def train(
 
     from dqrm.console import bars, messages, print_json
     from dqrm.data.dataset import Dataset
-    from dqrm.distributed.world import join
+    from dqrm.distributed.processes import join
     from dqrm.info import print_summary
     from dqrm.training.launch import Interrupted
     from dqrm.training.launch import resume as continue_run

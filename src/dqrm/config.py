@@ -130,8 +130,9 @@ def _check_widths(name: str, widths: tuple[int, ...], least: int = 0) -> None:
 class OptimizerConfig:
     """How weights are updated, and how the learning rate moves."""
 
-    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
-    """Update rule; rowwise_adagrad keeps one accumulator per table row (and plain Adagrad for the MLP)."""
+    optimizer: str = "sgd"
+    """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), or another
+    that is registered."""
     learning_rate: float = 0.1
     """Step size."""
     adagrad_eps: float = 1e-10
@@ -147,9 +148,9 @@ class OptimizerConfig:
     decay_steps: int = 0
     """Steps over which the learning rate decays quadratically to (almost) 0; 0: no decay."""
     plateau_factor: float = 1.0
-    """Multiply the learning rate by this when the validation figure of --select-by gets no better; 1: never."""
+    """Multiply the learning rate by this when the validation metric of --select-by gets no better; 1: never."""
     plateau_patience: int = 1
-    """Evaluations without a better validation figure before the learning rate drops."""
+    """Evaluations without a better validation metric before the learning rate drops."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -180,8 +181,9 @@ class TrainingConfig:
     """Steps between evaluations on validation, besides those at the end of each epoch; 0: only there."""
     eval_batch_size: int = 8192
     """Samples per evaluation step."""
-    select_by: Literal["auc", "log_loss", "gauc"] = "auc"
-    """Validation figure that chooses the best checkpoint; gauc (AUC per group) needs data prepared with --group."""
+    select_by: str = "auc"
+    """Validation metric that chooses the best checkpoint: auc, log_loss, accuracy, ne, gauc (AUC per group; needs data
+    prepared with --group), or another that is registered."""
     early_stopping: int = 0
     """Patience: evaluations without a better one after which training stops; 0: never."""
     checkpoint_every: int = 0
@@ -190,6 +192,8 @@ class TrainingConfig:
     """Minutes after which a checkpoint is saved in any case; 0: never because of time."""
     log_every: int = 1000
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
+    callbacks: tuple[str, ...] = ()
+    """Callbacks by name, each with options as redraw_tables:min_rows=100000 (draws large tables anew at each epoch)."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"
@@ -225,8 +229,6 @@ class ExchangeConfig:
     """How the tables' gradients are encoded."""
     table_codec_scale: Literal["table", "row"] = "table"
     """What shares a scale in the tables' gradients (int8 and int4); with int4, 'table' costs accuracy."""
-    table_compensation_rows: int = 0
-    """Rows of the tables for which a rank keeps what encoding lost, to add it the next time; 0: none."""
     table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
     """Every rank gets all gradients, or each row's owner sums them first; auto: by the number of ranks."""
     mlp_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
@@ -244,7 +246,7 @@ class ExchangeConfig:
     takes to save, since rank 0 does that alone."""
 
     def __post_init__(self) -> None:
-        _at_least(self, simulate_ranks=0, table_compensation_rows=0, exchange_timeout=1)
+        _at_least(self, simulate_ranks=0, exchange_timeout=1)
         self.bucket_values  # noqa: B018 (refuses what it cannot read)
         if self.simulate_ranks > 4096:
             raise ValueError(f"simulate_ranks is {self.simulate_ranks}, expected 4096 or fewer")

@@ -9,11 +9,9 @@ from dqrm.console import figure, messages, print_table, results, size
 from dqrm.data.dataset import Dataset
 from dqrm.data.subsampling import negative_weight
 from dqrm.errors import UserError, printable
+from dqrm.training.metrics import legend
 from dqrm.training.run import Run
 
-_METRICS = ("rows", "auc", "log_loss", "accuracy", "ne", "calibration")
-# Only of data with a group column.
-_GROUPED = ("gauc", "gauc_coverage")
 # Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
 _ALMOST_ALL = 0.95
 
@@ -95,6 +93,7 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
         title = f"{title}, {on}"
     names = _measured(metrics)
     print_table(title, names, [[figure(metrics[name], 6) for name in names]])
+    results.print(legend(names))
     if subsample_negatives:
         share, weight = f"{subsample_negatives:g}", f"{negative_weight(subsample_negatives):.6g}"
         _say(
@@ -106,7 +105,8 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
 
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
-    return [*_METRICS, *(name for name in _GROUPED if name in metrics)]
+    """What was measured, of metrics that are not registered here too."""
+    return [name for name, value in metrics.items() if not isinstance(value, str)]
 
 
 def print_predictions(log: Sequence[str], found: dict[str, Any]) -> None:
@@ -140,6 +140,7 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
     if summary["test"]:
         rows.append(["test", *(figure(summary["test"].get(name), 5) for name in names)])
     print_table(f"{path}: step {best['step']}, {summary['selection']}", ["split", *names], rows)
+    results.print(legend(names))
     if share := Run.open(path).info["data"].get("subsample_negatives"):
         results.print(
             f"These are figures on the sampled rows (subsample_negatives {share:g}); `dqrm eval` gives those on the "
@@ -196,6 +197,7 @@ def print_artifact(found: dict[str, Any]) -> None:
         before = " before quantization, in FP32" if found["quantization"]["method"] == "ptq" else ""
         before += ", on the sampled rows" if found["subsampling"]["subsample_negatives"] else ""
         print_table(f"The run's metrics{before}", ["split", *names], rows)
+        results.print(legend(names))
 
 
 def print_export(found: dict[str, Any]) -> None:

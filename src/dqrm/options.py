@@ -18,10 +18,11 @@ from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 from dqrm.errors import UserError
 
+T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -136,6 +137,17 @@ def did_you_mean(got: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known are {', '.join(known)}" if known else ""
+
+
+def registered(field: str, name: str, register: Mapping[str, T]) -> T:
+    """The entry of a register that the field names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in register:
+        raise UserError(f"{field}: got {name!r}, expected one of {', '.join(register)}")
+    return register[name]
 
 
 def build(cls: type, values: Mapping[str, Any], where: str) -> Any:

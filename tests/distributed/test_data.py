@@ -243,7 +243,7 @@ def dense_bytes(model, ranks):
     the other owners, once the codes of its sums to all others."""
     shapes = [tensor.shape for name, tensor in model.named_parameters() if name != "tables.weight"]
     layout = MLPLayout(shapes)
-    sizes = Bucket(layout, list(enumerate(layout.starts)), ranks, Codec("int8"), torch.device("cpu")).sizes
+    sizes = Bucket(layout, ranks, Codec("int8"), torch.device("cpu")).sizes
     blocks = sum(shape[0] if len(shape) > 1 else 1 for shape in shapes)
     values = sum(shape.numel() for shape in shapes)
     assert 4 * blocks + values <= sum(sizes) < 4 * blocks + values + 4 * ranks

@@ -37,7 +37,7 @@ from launch_helpers import (
 pytestmark = pytest.mark.distributed
 PLAIN = {"bits": 32, "table_codec": "fp32", "mlp_codec": "fp32", "epochs": 2, "checkpoint_every": 9}
 ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:100", "codec_rounding": "stochastic",
-       "table_exchange": "all_to_all", "table_compensation_rows": 500, "scale_refresh": "running_max",
+       "table_exchange": "all_to_all", "scale_refresh": "running_max",
        "rescan_period": 17, "optimizer": "rowwise_adagrad", "batch_size": 61, "log_every": 7, "seed": 5}  # fmt: skip
 SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
           "mlp_codec": "bf16", "bits": 8, "max_steps": 20}  # fmt: skip
@@ -46,6 +46,7 @@ ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_s
 DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
        "dropout": 0.4, "optimizer": "rowwise_adagrad", "learning_rate": 0.01, "max_steps": 20, "log_every": 5,
        "checkpoint_every": 8}  # fmt: skip
+REDRAWN = {"callbacks": "redraw_tables:min_rows=30", "optimizer": "rowwise_adagrad", "epochs": 2, "max_steps": 40}
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 
@@ -92,6 +93,7 @@ def pair(generated, bags_data, small, work):
         "odd": train_words(generated, **ODD),
         "shared": train_words(generated, **SHARED),
         "rows": train_words(generated, **ROWS),
+        "redrawn": train_words(generated, **REDRAWN),
         "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
         "gathered": train_words(generated, max_steps=27, log_every=9),
         "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
@@ -144,9 +146,10 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
     same_run(four[0]["default"][0], run)
 
 
-@pytest.mark.parametrize("name", ["odd", "shared", "rows", "gathered", "summed", "dcn"])
+@pytest.mark.parametrize("name", ["odd", "shared", "rows", "redrawn", "gathered", "summed", "dcn"])
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
-    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "gathered": {"max_steps": 27, "log_every": 9},
+    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN,
+              "gathered": {"max_steps": 27, "log_every": 9},
               "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN}[name]  # fmt: skip
     same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dqrm.distributed.world import _gloo_unheard
+from dqrm.distributed.processes import _gloo_unheard
 
 
 def test_what_connecting_prints_is_not_in_standard_output(capfd):
@@ -22,7 +22,7 @@ def test_what_connecting_prints_is_not_in_standard_output(capfd):
 
 def test_connecting_without_standard_output():
     code = (
-        "import os, sys; from dqrm.distributed.world import _gloo_unheard\n"
+        "import os, sys; from dqrm.distributed.processes import _gloo_unheard\n"
         "os.close(1)\n"
         "with _gloo_unheard():\n    print(2, file=sys.stderr)"
     )

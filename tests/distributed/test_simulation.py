@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import tiny
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
+from dqrm.distributed.local import LocalExchange
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
@@ -64,12 +65,10 @@ def run(step, rate=0.1, steps=STEPS, first=0, **of_batch):
     losses = []
     for number in range(first, first + steps):
         batch = batch_of(number, **of_batch)
-        if step.exchange is None:
-            losses.append(step(batch, rate))
-        else:
-            sums = step.exchanged(batch, rate, len(batch), number)
-            assert (sums.shape, sums.dtype, sums.requires_grad) == ((step.exchange.size,), torch.float32, False)
-            losses.append(sums.sum() / len(batch))
+        each = step(batch, rate, len(batch), number)
+        many = step.exchange.size > 1
+        assert (each.shape, each.dtype, each.requires_grad) == ((step.exchange.size,) * many, torch.float32, False)
+        losses.append(each.sum() / len(batch) if many else each)
     return torch.stack(losses)
 
 
@@ -102,7 +101,7 @@ def test_fp32_codecs_give_what_one_rank_gives(ranks, optimizer, table_exchange):
     """In FP32: INT4 weights next to a rounding boundary would take another code for the last bit of a sum."""
     one = make(0, optimizer=optimizer)
     many = make(ranks, optimizer=optimizer, table_exchange=table_exchange, **PLAIN)
-    assert one.exchange is None
+    assert isinstance(one.exchange, LocalExchange)
     torch.testing.assert_close(run(many), run(one), rtol=1e-5, atol=1e-6)
     assert_same(one, many, (1e-4, 1e-5))
     before = make(0, optimizer=optimizer)
@@ -131,7 +130,7 @@ def test_without_dense_columns_and_with_l2(ranks, pooling):
 
 def test_simulating_one_rank_is_one_rank():
     one, same = make(0, bits=4), make(1, bits=4)
-    assert same.exchange is None
+    assert isinstance(same.exchange, LocalExchange)
     run(one)
     run(same)
     assert_same(one, same)
@@ -185,7 +184,7 @@ def gradients(step, batch, number):
     """What the exchange gives, before any update: {name: gradient}, tables dense."""
     given = []
     step.update = lambda _, of_tables=None: given.append(of_tables)  # type: ignore[method-assign]
-    step.exchanged(batch, 0.0, len(batch), number)
+    step(batch, 0.0, len(batch), number)
     ((rows, values),) = given
     assert (rows.dtype, values.dtype) == (torch.int64, torch.float32)
     assert len(rows.unique()) == len(rows)
@@ -269,23 +268,6 @@ def test_error_compensation_keeps_the_sum_of_many_steps_within_one_steps_roundin
     assert totals[False] > 4 * totals[True]
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_rows_kept_keep_the_sum_of_many_steps(codec):
-    """As error compensation of the MLP, for rows that have a slot: here all have one."""
-    errors = {}
-    for slots in (400, 0):
-        step = make(2, table_codec=codec, table_compensation_rows=slots)
-        parts = [part["tables.weight"] for part in by_hand(step, batch_of(2), 2)]
-        total = sum(gradients(step, batch_of(2), number)["tables.weight"] for number in range(STEPS))
-        limits = bounds("tables.weight", parts, codec, False, carried=True)
-        away = [float((got - STEPS * true).abs().max()) for got, true in
-                zip(total.split(TABLES), sum(parts).split(TABLES))]  # fmt: skip
-        errors[slots] = max(away)
-        if slots:
-            assert all(error <= bound + 1e-5 for error, bound in zip(away, limits))
-    assert errors[0] > 4 * errors[400]
-
-
 @pytest.mark.parametrize("codec", ["int8", "int4", "bf16"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_training_with_codecs_stays_close(codec, rounding):
@@ -306,7 +288,7 @@ def test_training_with_codecs_stays_close(codec, rounding):
 
 
 ALL = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:10", "codec_rounding": "stochastic",
-       "table_exchange": "all_to_all", "table_compensation_rows": 50}  # fmt: skip
+       "table_exchange": "all_to_all"}  # fmt: skip
 
 
 @pytest.mark.parametrize("exchange", [{}, ALL, {"shared_scales": True}], ids=["default", "all", "shared"])
@@ -381,8 +363,8 @@ def test_what_cannot_be_simulated_is_refused(generated, tmp_path):
     for codec in ("int8", "int4"):
         with pytest.raises(ValueError, match="shared_scales is true but table_codec_scale is 'row'"):
             ExchangeConfig(shared_scales=True, table_codec_scale="row", table_codec=codec)
-    for fields in ({"simulate_ranks": -1}, {"simulate_ranks": 10**6}, {"table_compensation_rows": -1},
-                   {"table_codec": "int2"}, {"mlp_codec": "fp16"}, {"exchange_timeout": 0}):  # fmt: skip
+    for fields in ({"simulate_ranks": -1}, {"simulate_ranks": 10**6}, {"table_codec": "int2"}, {"mlp_codec": "fp16"},
+                   {"exchange_timeout": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(fields))):
             ExchangeConfig(**fields)
     config = tiny()

@@ -7,7 +7,7 @@ import torch
 import reference as ref
 from distributed.test_codecs import BITS_OF, EVERY_CODEC, ROUNDING, decoded, up_to_four
 from dqrm.distributed.codecs import Codec, mix
-from dqrm.distributed.sparse import RowCodec, RowResiduals, add_up, join, reduce, split
+from dqrm.distributed.sparse import RowCodec, add_up, join, reduce, split
 from kernel_helpers import NATIVE, PATHS, both, on
 
 TABLES = (1, 2, 255, 256, 257, 65_536, 65_537, 2**24 + 1, 2**31, 3)
@@ -320,67 +320,3 @@ def test_owners_are_off_by_no_more_than_two_roundings(path, kind, name, per_row,
 def test_both_paths_give_the_same_messages_and_sums(kind, name, per_row, stochastic):
     codec, gradients = codec_of(name, per_row=per_row, stochastic=stochastic), ranks_of(kind)
     both(lambda: (codec.encode(*gradients[0])[0], *all_gather(codec, gradients), *all_to_all(codec, gradients, 3)))
-
-
-# ---- residuals
-
-
-@pytest.mark.parametrize("slots", [1, 7, 64, 1000])
-def test_residuals_are_those_of_the_last_rows_of_their_slots(slots):
-    kept, slow, random = RowResiduals(slots, 3), {}, np.random.default_rng(slots)
-    for step in range(40):
-        count = int(random.integers(0, 30))
-        rows = torch.from_numpy(np.sort(random.choice(200, count, replace=False)))
-        values, lost = torch.from_numpy(random.normal(size=(2, count, 3)).astype("f4"))
-        before = values.clone()
-        found = kept.added(rows, values)
-        for row, value, one in zip(rows.tolist(), values.numpy(), found.numpy()):
-            known, residual = slow.get(row % slots, (-1, None))
-            np.testing.assert_array_equal(one, value + residual if known == row else value)
-        assert torch.equal(values, before)
-        kept.keep(rows, lost)
-        candidates = {}
-        for row, residual in zip(rows.tolist(), lost.numpy()):
-            candidates.setdefault(row % slots, {})[row] = residual
-        for slot, by_row in candidates.items():  # of rows with one slot, any may stay
-            row = int(kept.rows[slot])
-            slow[slot] = row, by_row[row]
-        empty = -1, np.zeros(3)
-        assert kept.rows.tolist() == [slow.get(slot, empty)[0] for slot in range(slots)], f"step {step}"
-        np.testing.assert_array_equal(kept.values, [slow.get(slot, empty)[1] for slot in range(slots)])
-    assert kept.rows.shape == (slots,)
-    assert kept.values.shape == (slots, 3)
-
-
-@PATHS
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
-@SCALES
-def test_what_was_sent_and_kept_is_the_sum_of_a_rows_gradients(path, name, per_row):
-    """For rows that have a slot of their own."""
-    tables, slots, random = (40, 24), 64, np.random.default_rng(1)
-    codec, kept = codec_of(name, 3, per_row, tables=tables), RowResiduals(slots, 3)
-    sent, total = np.zeros((64, 3)), np.zeros((64, 3))
-    for step in range(60):
-        rows = torch.from_numpy(np.sort(random.choice(64, int(random.integers(0, 20)), replace=False)))
-        values = torch.from_numpy(random.normal(size=(len(rows), 3)).astype("f4"))
-        with on(path):
-            whole = kept.added(rows, values)
-            back = codec.decode(codec.encode(rows, whole, mix(step))[0])[1]
-            kept.keep(rows, whole - back)
-        np.add.at(sent, rows.numpy(), ref.array(back))
-        np.add.at(total, rows.numpy(), ref.array(values))
-    difference = sent + ref.array(kept.values) - total  # row r lies in slot r
-    assert np.abs(difference).max() <= 60 * 2**-23 * 8
-    assert kept.values.abs().max() <= 8 * {"bf16": 2**-9, "int8": 0.5 / 126, "int4": 0.5 / 6}[name]
-
-
-def test_the_last_of_many_rows_with_one_slot_is_kept_whatever_the_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        kept, rows = RowResiduals(1000, 1), torch.arange(80_000)
-        kept.keep(rows, rows[:, None].float())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(kept.rows, torch.arange(79_000, 80_000))
-    assert torch.equal(kept.values[:, 0], kept.rows.float())

@@ -58,10 +58,8 @@ def train(step, sizes=SIZES, rate=0.05, bags=True):
     losses = []
     for number, samples in enumerate(sizes):
         batch = make_batch(number, samples, bags)
-        if step.exchange is None:
-            losses.append(float(step(batch, rate)))
-        else:
-            losses.append(float(step.exchanged(batch, rate, samples, number).sum()) / samples)
+        each = step(batch, rate, samples, number)
+        losses.append(float(each.sum()) / (samples if step.exchange.size > 1 else 1))
     return losses
 
 
@@ -127,7 +125,7 @@ def test_scales_are_exact_at_the_steps_of_a_refresh(ranks, refresh):
         before = np.split(ref.array(model.tables.weight), STARTS[1:-1])
         if number % period == 0:
             expected = np.array([np.abs(table).max() for table in before])
-        step.exchanged(make_batch(number, samples, True), 0.5, samples, number)
+        step(make_batch(number, samples, True), 0.5, samples, number)
         if refresh == "running_max":
             after = np.split(ref.array(model.tables.weight), STARTS[1:-1])
             changed = [np.abs(new[(new != old).any(1)]).max(initial=0) for new, old in zip(after, before)]
@@ -160,7 +158,7 @@ def test_codecs_stay_close_to_fp32(ranks, way, codec, rounding):
 VARIANTS = {
     "defaults": {},
     "int4 stochastic": {"mlp_codec": "int4", "table_codec": "int4", "codec_rounding": "stochastic"},
-    "owners": {"table_exchange": "all_to_all", "table_compensation_rows": 40},
+    "owners": {"table_exchange": "all_to_all"},
     "shared": {"shared_scales": True, "mlp_codec_scale": "bucket:32"},
     "rows": {"table_codec_scale": "row", "codec_rounding": "stochastic"},
     "bf16": {"mlp_codec": "bf16", "table_codec": "bf16", "codec_rounding": "stochastic"},
@@ -202,14 +200,14 @@ def summed(parts):
 
 
 def slow_rows(gradients, name, per_row, owners, scales):
-    """(rows, sum of the ranks), and of each rank what arrived of its rows."""
+    """(rows, sum of the ranks)."""
     shares = [[(rows[rows % owners == owner], values[rows % owners == owner]) for owner in range(owners)]
               for rows, values in gradients]  # fmt: skip
     sent = [[(rows, encoded(rows, values, name, per_row, scales)) for rows, values in share] for share in shares]
     totals = [summed([share[owner] for share in sent]) for owner in range(owners)]
     if owners > 1:
         totals = [(rows, encoded(rows, values, name, per_row)) for rows, values in totals]
-    return summed(totals), [summed(share) for share in sent]
+    return summed(totals)
 
 
 def rank_gradients(model, batch, ranks):
@@ -236,15 +234,14 @@ OPTIONS = {
     "owners": {"table_exchange": "all_to_all", "mlp_codec_scale": "bucket:20"},
     "shared": {"shared_scales": True},
     "rows": {"table_codec_scale": "row", "mlp_compensation": False},
-    "compensated": {"table_compensation_rows": 10_000},
-    "all": {"table_compensation_rows": 10_000, "table_exchange": "all_to_all", "shared_scales": True},
+    "all": {"table_exchange": "all_to_all", "shared_scales": True},
 }
 
 
 @PATHS
 @pytest.mark.parametrize(
     ("name", "ranks", "chosen"),
-    [("fp32", 2, "all"), ("fp32", 4, "rows"), ("bf16", 3, "owners"), ("bf16", 2, "compensated"),
+    [("fp32", 2, "all"), ("fp32", 4, "rows"), ("bf16", 3, "owners"), 
      ("int4", 2, "defaults"), ("int4", 4, "owners"), ("int4", 3, "all"), *(("int8", 3, chosen) for chosen in OPTIONS)],
 )  # fmt: skip
 def test_each_step_is_the_exchange_written_out(path, name, ranks, chosen):
@@ -258,26 +255,20 @@ def test_each_step_is_the_exchange_written_out(path, name, ranks, chosen):
     if "mlp_compensation" not in options:
         owned = np.zeros(len(flat(mlp_of(model))), "f4")
         lost = np.stack([owned] * ranks)
-    kept = [np.zeros((STARTS[-1], DIM), "f4") for _ in range(ranks)] if "table_compensation_rows" in options else None
     for number, samples in enumerate([24, 2, 11]):
         batch = make_batch(number, samples, True)
         expected, mlp = model.tables.weight.detach().numpy().copy(), flat(mlp_of(model))
         with on(path):
             tables, dense = rank_gradients(model, batch, ranks)
-            step.exchanged(batch, rate, samples, number)
+            step(batch, rate, samples, number)
         total = slow_exchange(name, False, blocks, dense, lost, owned, number, shared)
         np.testing.assert_allclose(flat(mlp_of(model)), mlp - rate * total, rtol=1e-6, atol=1e-7)
-        if kept:
-            tables = [(rows, values + kept[rank][rows]) for rank, (rows, values) in enumerate(tables)]
         scales = None
         if shared:
             maxima = [[np.abs(values[(rows >= begin) & (rows < begin + count)]).max(initial=0)
                        for begin, count in zip(STARTS, ROWS)] for rows, values in tables]  # fmt: skip
             scales = ref.scale_from_max(np.max(maxima, 0), BITS_OF[name])
-        (rows, values), sent = slow_rows(tables, name, per_row, owners, scales)
-        if kept:
-            for rank, ((own, whole), (_, arrived)) in enumerate(zip(tables, sent)):
-                kept[rank][own] = whole - arrived
+        rows, values = slow_rows(tables, name, per_row, owners, scales)
         expected[rows] -= np.float32(rate) * values
         np.testing.assert_allclose(model.tables.weight.detach(), expected, rtol=1e-6, atol=1e-7)
 
@@ -287,7 +278,7 @@ def test_the_report_counts_the_bytes_of_one_rank():
     model, step = make({"simulate_ranks": 2, "mlp_codec": "int4", "table_codec": "int8"})
     (rows, _), _ = rank_gradients(model, batch, 2)[0]
     for _ in range(3):
-        step.exchanged(batch, 0.1, 24, 0)
+        step(batch, 0.1, 24, 0)
     report, counts = step.exchange.report(), np.histogram(rows, STARTS)[0]
     ids = 4 + 2 * len(ROWS) + (counts * [1, 2, 1, 1, 1]).sum()
     assert report["ranks"] == 2

@@ -160,7 +160,7 @@ def test_one_process_stopped_and_resumed_is_as_if_never_stopped(generated, tmp_p
         if done == 8 * batch_size:
             raise Killed
 
-    exchange = ExchangeConfig(ranks, "int4", table_compensation_rows=50, table_exchange="all_to_all", mlp_codec="int4")
+    exchange = ExchangeConfig(ranks, "int4", table_exchange="all_to_all", mlp_codec="int4")
     config = tiny(batch_size=batch_size, shuffle=shuffle, checkpoint_every=5, log_every=3, max_steps=30)
     config = replace(config, exchange=exchange)
     train(generated, tmp_path / "whole", config)

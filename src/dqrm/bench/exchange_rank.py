@@ -24,7 +24,9 @@ from dqrm.bench.data import endless, write_split
 from dqrm.bench.network import interface_bytes
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
-from dqrm.distributed.world import World, join
+from dqrm.distributed.exchange import RankExchange
+from dqrm.distributed.processes import join
+from dqrm.distributed.world import World
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import build_model
 from dqrm.quant.config import QATConfig
@@ -50,13 +52,13 @@ class _Ours:
         self._count, self._ranks = 0, world.size
 
     def step(self, batch: Batch) -> None:
-        self._step.exchanged(batch, LEARNING_RATE, len(batch) * self._ranks, self._count)
+        self._step(batch, LEARNING_RATE, len(batch) * self._ranks, self._count)
         self._count += 1
 
     def totals(self) -> dict[str, Any]:
         """Everything so far."""
         exchange = self._step.exchange
-        assert exchange is not None
+        assert isinstance(exchange, RankExchange)
         return {
             "payload": dict(exchange.payload), "counted": exchange.sent, "waited": exchange.waited,
         }  # fmt: skip

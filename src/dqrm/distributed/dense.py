@@ -3,10 +3,10 @@
 The values are cut into blocks that share a scale, and each block has an owner rank. A rank encodes its gradient and
 sends each owner its blocks (all-to-all); the owner decodes what the ranks sent, adds it up in FP32 in the order of the
 ranks, encodes the sum, and all ranks get it (all-gather). So codes cross the wire twice, as in a ring all-reduce, and
-no sum of codes can wrap around. Nothing here talks to other processes: `real` does, and `simulation` calls the same
+no sum of codes can wrap around. Nothing here talks to other processes: `real` does, and `simulated` calls the same
 functions.
 
-Which owner a block has, and in which bucket it travels, changes no bit of the result.
+Which owner a block has changes no bit of the result.
 """
 
 from collections.abc import Sequence
@@ -51,11 +51,10 @@ class MLPLayout:
 
 
 class Bucket:
-    """Parameters that travel together.
+    """The parameters' gradients in one flat tensor, as messages to the owners of its blocks.
 
     Args:
-        layout: of all parameters.
-        places: (parameter, position in the buffer) of those that are in it.
+        layout: of the parameters.
         owners: how many ranks share the summing.
         codec: how values are encoded.
         device: where the gradients are.
@@ -65,23 +64,19 @@ class Bucket:
             counted.
     """
 
-    def __init__(
-        self, layout: MLPLayout, places: Sequence[tuple[int, int]], owners: int, codec: Codec, device: torch.device
-    ) -> None:
+    def __init__(self, layout: MLPLayout, owners: int, codec: Codec, device: torch.device) -> None:
         self.codec = codec
-        self._blocks: list[Blocks] = []
-        everything: list[tuple[Tensor, Tensor, Tensor]] = []
-        shares = [(layout.starts[number], place, layout.owned(number, owners)) for number, place in places]
-        for owner in range(owners):
-            found = [(start, place, *share[owner]) for start, place, share in shares]
-            starts = [place + begins for _, place, begins, _ in found]
-            keys = [start + begins for start, _, begins, _ in found]
-            lengths = [length for *_, length in found]
-            nothing = torch.zeros(0, dtype=torch.int64)
-            tensors = [torch.cat([nothing, *parts]).to(device) for parts in (starts, lengths, keys)]
-            everything.append((tensors[0], tensors[1], tensors[2]))
-            self._blocks.append(Blocks(*tensors))
-        self._all = Blocks(*(torch.cat(parts) for parts in zip(*everything)))  # encoded in one go
+        owned = [layout.owned(number, owners) for number in range(len(layout.starts))]
+        nothing = torch.zeros(0, dtype=torch.int64)
+        each = [
+            (
+                torch.cat([nothing, *(start + part[owner][0] for start, part in zip(layout.starts, owned))]).to(device),
+                torch.cat([nothing, *(part[owner][1] for part in owned)]).to(device),
+            )
+            for owner in range(owners)
+        ]
+        self._blocks = [Blocks(starts, lengths) for starts, lengths in each]
+        self._all = Blocks(*(torch.cat(parts) for parts in zip(*each)))  # encoded in one go
         self._values: Tensor | None = None
         self._total: Tensor | None = None
         self._packed = [blocks.packed() for blocks in self._blocks]

@@ -1,16 +1,20 @@
-"""One step's exchange: what is common to real ranks (`real`) and simulated ones (`simulated`).
+"""One step's exchange: the interface, and what real ranks (`real`) and simulated ones (`simulated`) share. One rank
+alone is `local`.
 
     exchange.begin(step)
-    for rank in exchange.local:     the ranks whose share of the batch this process runs: one, or all simulated ones
-        ... forward and backward of its share; the loss is the sum over its samples / samples of the whole batch ...
+    for rank in exchange.local:     the ranks whose shard of the batch this process runs: one, or all simulated ones
+        loss = ... forward of its shard, with exchange.reduction ...
+        exchange.objective(loss, samples of the whole batch).backward()
         exchange.collect(rank)
-    rows, values = exchange.finish()
+    gradient = exchange.finish()
 
-Afterwards the MLP's parameters have the sum of the ranks' gradients in `.grad`, and (rows, values) is the tables'.
+Afterwards the MLP's parameters have the sum of the ranks' gradients in `.grad`; the tables' is `gradient`, or in
+`.grad` too.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,8 +23,8 @@ from torch import Tensor, nn
 from dqrm import kernels
 from dqrm.config import ExchangeConfig
 from dqrm.distributed.codecs import Codec, mix
-from dqrm.distributed.dense import MLPLayout
-from dqrm.distributed.sparse import RowCodec, RowResiduals, split
+from dqrm.distributed.dense import Bucket, MLPLayout
+from dqrm.distributed.sparse import RowCodec, split
 
 # From so many ranks on, owners sum rows before all get them; below, everybody gets everything (docs/distributed.md).
 ALL_TO_ALL_FROM = 64
@@ -33,24 +37,80 @@ MLP, TABLES, MLP_OWNER, TABLES_OWNER = range(4)
 
 
 class Exchange(ABC):
-    """The gradients of N ranks, summed.
+    """The gradients of the ranks of a step, summed.
+
+    Args:
+        size: world size. local: the ranks that run in this process.
+        device: of `loss_sums`.
+
+    Attributes:
+        reduction: how the loss of a shard is reduced over its samples: 'mean', or 'sum' where other ranks have more.
+        flags: bits that any rank set for this step, joined over the ranks when it has ended.
+        loss_sums: sum over the epoch's samples so far of each local rank's loss, float64 [local ranks].
+    """
+
+    reduction = "sum"
+
+    def __init__(self, size: int, local: range, device: torch.device | str = "cpu") -> None:
+        self.size, self.local = size, local
+        self.step, self.flags = 0, 0
+        self.loss_sums = torch.zeros(len(local), dtype=torch.float64, device=device)
+
+    def begin(self, step: int, flags: int = 0) -> None:
+        """A step begins; `flags` (bits) are joined over the ranks by the time it ends."""
+        self.step, self.flags = step, flags
+
+    @abstractmethod
+    def objective(self, loss: Tensor, samples: int) -> Tensor:
+        """What to differentiate: this shard's part of the mean loss over the `samples` of the whole batch."""
+
+    @abstractmethod
+    def add_losses(self, losses: Tensor, samples: int) -> None:
+        """Add a step's losses, one of each local rank as `reduction` gives it, to `loss_sums`."""
+
+    @abstractmethod
+    def collect(self, rank: int) -> None:
+        """Take the gradients that the backward pass of this rank's shard has left."""
+
+    @abstractmethod
+    def finish(self) -> Gradient | None:
+        """Exchange. Returns the tables' gradient as rows int64 [U], none twice, and values float32 [U, dim]; None where
+        it is in `.grad`, as the MLP's is."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything of all ranks that a resumed run needs; on rank 0, and empty on the others."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (nothing, where there is no state)
+        """Restore what `state` gave on rank 0; each rank finds its own in it.
+
+        Raises:
+            ValueError: it is of another world size; nothing is restored.
+        """
+
+    def report(self) -> dict[str, Any]:
+        """Averages per step: payload bytes in all and by part, bytes sent to other ranks, milliseconds waited; empty
+        where nothing is sent."""
+        return {}
+
+
+class RankExchange(Exchange):
+    """Several ranks, whose gradients are encoded.
 
     Args:
         tables: the model's `QuantEmbeddingBagCollection`.
         parameters: all others that are trained, in an order that is the same on all ranks.
         config: codecs and strategies.
-        size: how many ranks there are.
-        local: those that run in this process.
+        size: world size.
+        local: the ranks that run in this process.
+        owners: how many ranks share the summing of the MLP's gradients.
         seed: of stochastic rounding.
 
     Attributes:
-        module: what to call for a forward pass.
         payload: bytes of one rank's encoded gradients so far, by part (`PARTS`), each counted once: of the first local
             rank. sent: bytes that this process has given to collectives for other ranks. waited: seconds that it stood
             still for them. steps: exchanges so far.
     """
-
-    module: nn.Module
 
     def __init__(
         self,
@@ -59,15 +119,18 @@ class Exchange(ABC):
         config: ExchangeConfig,
         size: int,
         local: range,
+        owners: int,
         seed: int,
     ) -> None:
-        self.tables, self.config, self.size, self.local, self.seed = tables, config, size, local, seed
+        super().__init__(size, local)
+        self.tables, self.config, self.seed = tables, config, seed
         self.parameters = list(parameters)
         stochastic = config.codec_rounding == "stochastic"
         self.mlp_codec = Codec(config.mlp_codec, stochastic)
         device = tables.weight.device
         self.device = device
         self.layout = MLPLayout([parameter.shape for parameter in self.parameters], config.bucket_values)
+        self.bucket = Bucket(self.layout, owners, self.mlp_codec, device)
         self.row_codec = RowCodec(
             tables.table_rows, tables.embedding_dim, Codec(config.table_codec, stochastic),
             config.table_codec_scale == "row", device,
@@ -79,28 +142,48 @@ class Exchange(ABC):
         # What ranks lose, and what the owners of sums lose; the latter by value, whoever owns it.
         self.residuals = torch.zeros(len(local), self.layout.total, device=device) if compensate else None
         self.owner_residual = torch.zeros(self.layout.total, device=device) if compensate else None
-        slots = config.table_compensation_rows if not self.row_codec.codec.lossless else 0
-        self.row_residuals = [RowResiduals(slots, tables.embedding_dim, device) for _ in local] if slots else []
+        # The MLP's gradients of each local rank, flat; the reduced ones take the place of the first.
+        self.gradients = torch.zeros(len(local), self.layout.total, device=device)
+        bounds = list(pairwise([*self.layout.starts, self.layout.total]))
+        self._views = [
+            [flat[begin:end].view_as(parameter) for parameter, (begin, end) in zip(self.parameters, bounds)]
+            for flat in self.gradients
+        ]
+        self.rows: list[Gradient] = []  # the tables' gradients of each local rank
         self.payload = dict.fromkeys(PARTS, 0.0)
-        self.sent, self.waited, self.steps, self.step = 0, 0.0, 0, 0
-        self.flags = 0
-        # The trainer's, kept here because each rank has its own: the loss of its samples in this epoch.
-        self.loss_sums = torch.zeros(len(local), dtype=torch.float64)
+        self.sent, self.waited, self.steps = 0, 0.0, 0
 
     def begin(self, step: int, flags: int = 0) -> None:
-        """A step begins; `flags` (bits) are joined over the ranks by the time it ends."""
-        self.step, self.flags = step, flags
+        super().begin(step, flags)
+        self.rows.clear()
 
-    @abstractmethod
+    def objective(self, loss: Tensor, samples: int) -> Tensor:
+        return loss / samples
+
+    def add_losses(self, losses: Tensor, samples: int) -> None:
+        self.loss_sums += losses.double().to(self.loss_sums.device)
+
     def collect(self, rank: int) -> None:
-        """Take the gradients that the backward pass of this rank's share has left."""
+        for parameter, view in zip(self.parameters, self._views[rank - self.local.start]):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad)
+        self.rows.append(self._local_rows())
+
+    @torch.no_grad()
+    def finish(self) -> Gradient:
+        gradient = self._exchange()
+        for parameter, view in zip(self.parameters, self._views[0]):
+            parameter.grad = view
+        self.steps += 1
+        return gradient
 
     @abstractmethod
-    def finish(self) -> Gradient:
-        """Exchange; the tables' gradient as rows int64 [U] and values float32 [U, dim], the MLP's in `.grad`."""
+    def _exchange(self) -> Gradient:
+        """The tables' gradient, summed; the MLP's goes into gradients[0]."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything of all ranks that a resumed run needs; on rank 0, and empty on the others."""
         return self._gathered(self._own_state())
 
     @abstractmethod
@@ -113,19 +196,11 @@ class Exchange(ABC):
         own = {"counters": torch.tensor([counts] * len(self.local), dtype=torch.float64), "loss_sums": self.loss_sums}
         if self.residuals is not None:
             own["mlp_residual"] = self.residuals
-        if self.row_residuals:
-            own["row_residual_rows"] = torch.stack([kept.rows for kept in self.row_residuals])
-            own["row_residual_values"] = torch.stack([kept.values for kept in self.row_residuals])
         return own
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` gave on rank 0; each rank finds its own in it.
-
-        Raises:
-            ValueError: it is of another number of ranks; nothing is taken.
-        """
         if len(state["counters"]) != self.size:
-            raise ValueError(f"the state is of {len(state['counters'])} ranks, there are {self.size}")
+            raise ValueError(f"the state has a world size of {len(state['counters'])}, expected {self.size}")
         ranks = slice(self.local.start, self.local.stop)
         self.loss_sums.copy_(state["loss_sums"][ranks])
         *payload, sent, self.waited, steps = state["counters"][ranks][0].tolist()
@@ -134,16 +209,12 @@ class Exchange(ABC):
         if self.residuals is not None and "mlp_residual" in state:
             self.residuals.copy_(state["mlp_residual"][ranks])
             self._load_owner_residual(state["mlp_owner_residual"])
-        for rank, kept in zip(self.local, self.row_residuals):
-            kept.rows.copy_(state["row_residual_rows"][rank])
-            kept.values.copy_(state["row_residual_values"][rank])
 
     def _load_owner_residual(self, residual: Tensor) -> None:
         assert self.owner_residual is not None
         self.owner_residual.copy_(residual)
 
     def report(self) -> dict[str, Any]:
-        """Averages per step: payload bytes in all and by part, bytes sent to other ranks, milliseconds stood still."""
         steps = max(self.steps, 1)
         parts = {part: round(count / steps, 1) for part, count in self.payload.items()}
         return {
@@ -174,30 +245,22 @@ class Exchange(ABC):
 
     def _encode_rows(self, rank: int, gradient: Gradient, scales: Tensor | None) -> tuple[list[Tensor], dict[str, int]]:
         """A rank's messages: one for all, or one for each owner; and the bytes of their parts."""
-        rows, values = gradient
-        kept = self.row_residuals[rank - self.local.start] if self.row_residuals else None
-        if kept is not None:
-            values = kept.added(rows, values)
-        shares = split(rows, values, self.size) if self.owners_sum else [(rows, values)]
+        shards = split(*gradient, self.size) if self.owners_sum else [gradient]
         seed, total, messages = self._seed(TABLES, rank), {"ids": 0, "scales": 0, "values": 0}, []
-        for owner, share in enumerate(shares):
-            message, parts = self.row_codec.encode(*share, seed=mix(seed, owner), scales=scales)
+        for owner, shard in enumerate(shards):
+            message, parts = self.row_codec.encode(*shard, seed=mix(seed, owner), scales=scales)
             messages.append(message)
             total = {name: count + parts[name] for name, count in total.items()}
-            if kept is not None:
-                kept.keep(share[0], share[1] - self.row_codec.decode(message)[1])
         return messages, total
 
-    def _row_scales(self, rank: int, gradient: Gradient) -> Tensor | None:
+    def _row_scales(self, gradient: Gradient) -> Tensor | None:
         """What a rank's scales would be, where they are shared."""
-        if not (self.config.shared_scales and self.row_codec.codec.bits):
-            return None
-        rows, values = gradient
-        if self.row_residuals:
-            values = self.row_residuals[rank - self.local.start].added(rows, values)
-        return self.row_codec.scales(rows, values)
+        return self.row_codec.scales(*gradient) if self.config.shared_scales else None
 
-    def _count_rows(self, parts: dict[str, int]) -> None:
+    def _count(self, parts: dict[str, int]) -> None:
+        """Add a step's payload: the bytes of the rows' parts, and the MLP's, which are always the same."""
         self.payload["ids"] += parts["ids"]
         self.payload["table_scales"] += parts["scales"]
         self.payload["table_values"] += parts["values"]
+        self.payload["mlp_scales"] += self.bucket.scale_bytes
+        self.payload["mlp_values"] += self.bucket.value_bytes

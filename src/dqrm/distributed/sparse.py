@@ -97,32 +97,3 @@ def join(codec: RowCodec, messages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The owners' messages as one gradient; no row is in two of them."""
     parts = [codec.decode(message) for message in messages]
     return torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts])
-
-
-class RowResiduals:
-    """What encoding lost, for a bounded number of rows.
-
-    Row r can only be kept in slot r modulo slots, where a later row replaces it: a step costs what the batch's rows
-    cost, and memory is bounded. What is replaced is lost.
-
-    Attributes:
-        rows: int64 [slots], the row of each slot, -1 where empty. values: float32 [slots, dim].
-    """
-
-    def __init__(self, slots: int, dim: int, device: torch.device | str = "cpu") -> None:
-        self.rows = torch.full((slots,), -1, dtype=torch.int64, device=device)
-        self.values = torch.zeros(slots, dim, device=device)
-
-    def added(self, rows: Tensor, values: Tensor) -> Tensor:
-        """values + residual, [U, dim], for rows int64 [U]."""
-        slots = rows % len(self.rows)
-        known = self.rows[slots] == rows
-        return torch.where(known[:, None], values + self.values[slots], values)
-
-    def keep(self, rows: Tensor, lost: Tensor) -> None:
-        """Remember what was lost for these rows."""
-        slots = rows % len(self.rows)
-        # The last of several rows with one slot: they rise, and plain assignment would leave it to the threads.
-        self.rows.scatter_reduce_(0, slots, rows, "amax", include_self=False)
-        kept = self.rows[slots] == rows  # of two rows with one slot, one was written
-        self.values[slots[kept]] = lost[kept]

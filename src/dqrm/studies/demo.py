@@ -22,6 +22,7 @@ from dqrm.files import exclusive, write_json
 from dqrm.quant.config import QATConfig
 from dqrm.serving.evaluation import evaluate_file
 from dqrm.training.launch import train
+from dqrm.training.metrics import METRICS, legend
 
 LOG = GenerateConfig()
 CONFIG = Config(
@@ -32,7 +33,6 @@ CONFIG = Config(
 )
 VARIANTS = {"FP32": QATConfig(bits=32), "INT4": QATConfig(bits=4)}
 
-_METRICS = ("accuracy", "auc", "log_loss", "ne", "calibration")
 # Locked while a demo runs; a folder with it may be emptied.
 _MARKER = ".dqrm-demo"
 _PARTS = ("log.txt", "log.truth.npy", "data", "fp32", "int4", "int4.dqrm", "demo.json")
@@ -127,13 +127,14 @@ def _ceiling(dataset: Dataset, truth: Path) -> dict[str, float]:
 
 
 def _show(result: dict[str, Any], dataset: Dataset) -> None:
-    header = ["", "epoch", "training loss", *(name.replace("_", " ") for name in _METRICS)]
+    names = [name for name, metric in METRICS.items() if not metric.needs_group]
+    header = ["", "epoch", "training loss", *(name.replace("_", " ") for name in names)]
     rows = [
         [
             name + (" *" if line["step"] == variant["best"]["step"] else ""),
             figure(line["epoch"]),
             figure(line["train_loss"]),
-            *(figure(line[metric]) for metric in _METRICS),
+            *(figure(line[metric]) for metric in names),
         ]
         for name, variant in result["variants"].items()
         for line in variant["evaluations"]
@@ -146,14 +147,15 @@ def _show(result: dict[str, Any], dataset: Dataset) -> None:
         [
             name,
             figure(variant["best"]["epoch"]),
-            *(figure(variant["test"][metric]) for metric in _METRICS),
+            *(figure(variant["test"][metric]) for metric in names),
             size(variant["stored_bytes"]["total"]),
             figure(round(variant["samples_per_second"])),
         ]
         for name, variant in result["variants"].items()
     ]
-    header = ["", "epoch", *(name.replace("_", " ") for name in _METRICS), "weights", "samples/s"]
+    header = ["", "epoch", *(name.replace("_", " ") for name in names), "weights", "samples/s"]
     print_table("Test, at the chosen epoch", header, chosen)
+    results.print(legend(names))
     results.print(
         f"The known model that the clicks were drawn from reaches AUC {result['ceiling']['test']:.4f} on test and "
         f"{result['ceiling']['validation']:.4f} on validation: the ceiling.\n"

@@ -17,13 +17,12 @@ from typing import Any
 import click
 
 from dqrm.config import Config
-from dqrm.console import figure, messages, print_json, print_table
+from dqrm.console import figure, messages, print_json, print_table, results
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.process import STOPPED, run_command
 from dqrm.training.loop import Interrupted
-
-_METRICS = ("auc", "log_loss", "accuracy", "ne", "calibration")
+from dqrm.training.metrics import METRICS, legend
 
 
 def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -> dict[str, Any]:
@@ -42,7 +41,8 @@ def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -
 
 def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Test figures over seeds: each metric's mean, standard deviation and values; the epochs chosen; speed; size."""
-    values = {name: [summary["test"][name] for summary in summaries] for name in _METRICS}
+    names = [name for name in METRICS if all(summary["test"].get(name) is not None for summary in summaries)]
+    values = {name: [summary["test"][name] for summary in summaries] for name in names}
     return {
         "seeds": [summary["seed"] for summary in summaries],
         "epochs": [summary["best"]["epoch"] for summary in summaries],
@@ -109,16 +109,18 @@ def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int
     if as_json:
         print_json(result)
         return
-    header = ["", "epochs", *(name.replace("_", " ") for name in _METRICS)]
+    names = [name for name in METRICS if all(name in found["test"] for found in result.values())]
+    header = ["", "epochs", *(name.replace("_", " ") for name in names)]
     rows = [
         [
             name,
             " ".join(map(str, found["epochs"])),
-            *(f"{figure(found['test'][m]['mean'])} ± {figure(found['test'][m]['stdev'])}" for m in _METRICS),
+            *(f"{figure(found['test'][m]['mean'])} ± {figure(found['test'][m]['stdev'])}" for m in names),
         ]
         for name, found in result.items()
     ]
     print_table(f"Test, mean ± standard deviation over seeds {seeds}", header, rows)
+    results.print(legend(names))
 
 
 if __name__ == "__main__":

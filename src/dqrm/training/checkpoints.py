@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from torch.optim import Optimizer
 
 from dqrm import checksums
 from dqrm.errors import UserError
-from dqrm.files import COUNT, FLAG, NUMBER, TEXT, flush, read_json, require, why_not_written, write_json
+from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, require, why_not_written, write_json
 
 _PREFIX, _PARTIAL = "step-", ".partial"
-WEIGHTS, OPTIMIZER, EXCHANGE = "weights.safetensors", "optimizer.safetensors", "exchange.safetensors"
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+EXCHANGE, CALLBACKS = "exchange.safetensors", "callbacks.safetensors"  # where there is something to remember
 STATE = "state.json"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -35,13 +36,14 @@ _DTYPES = {
 # Bytes written and hashed at once.
 _PIECE = 1 << 24
 
-METRICS = {"rows": COUNT, **dict.fromkeys(("auc", "log_loss", "accuracy", "ne", "calibration"), (NUMBER, None))}
+METRICS = {"rows": COUNT, "*": (NUMBER, None)}
 BEST = {"step": COUNT, "epoch": COUNT, "train_loss": NUMBER, "metrics": METRICS}
 # What resuming takes from state.json is required there; a model needs less.
 _SHAPE = {
     "step": COUNT, "best": (BEST, None), "epoch?": COUNT, "batch?": COUNT, "loss_sum?": NUMBER, "loss_rows?": COUNT,
     "without_better?": COUNT, "rate_factor?": NUMBER, "finished?": FLAG, "metrics_bytes?": COUNT,
-    "train_seconds?": NUMBER, "train_rows?": COUNT, "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
+    "train_seconds?": NUMBER, "train_rows?": COUNT, "callbacks?": {"*": OBJECT},
+    "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
 }  # fmt: skip
 
 
@@ -64,15 +66,15 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizers: list[Optimizer],
+    optimizers: Sequence[Optimizer],
     state: Mapping[str, Any],
     keep: set[int],
-    exchange: dict[str, Tensor] | None = None,
+    more: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> None:
     """Write the checkpoint of `step`, then delete all others but those of the steps in `keep`.
 
     Args:
-        exchange: what the exchange between ranks remembers, if there are several.
+        more: further tensors by file (EXCHANGE, CALLBACKS); one without any is not written.
     """
     final = checkpoint_path(folder, step)
     if final.exists():  # the same step of the same run: the same content
@@ -85,8 +87,9 @@ def save_checkpoint(
         files: dict[str, dict[str, Any]] = {}
         save_file(weights, partial / WEIGHTS, files)
         save_file(_optimizer_tensors(optimizers) | _random_state(), partial / OPTIMIZER, files)
-        if exchange is not None:
-            save_file(exchange, partial / EXCHANGE, files)
+        for name, tensors in (more or {}).items():
+            if tensors:
+                save_file(tensors, partial / name, files)
         write_json(partial / STATE, checksums.seal({**state, checksums.FILES: files}))
         for path in (*partial.iterdir(), partial):
             flush(path)
@@ -185,7 +188,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = read_json(file)
     require(file, state, _SHAPE)
     if f"{_PREFIX}{state['step']:09d}" != checkpoint.name:
-        raise UserError(f"{file} has step = {state['step']}, but the folder is that of another step")
+        raise UserError(f"{file} has step = {state['step']}, but the folder is named for another step")
     if not checksums.sealed(state):
         raise UserError(f"{file} is damaged: it does not match its own checksum")
     return state
@@ -200,7 +203,7 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
     for found, tensor in _tensors(checkpoint / WEIGHTS, name):
         if found == name:
             return tensor
-    raise UserError(f"{checkpoint / WEIGHTS} holds no '{name}': of another model, or damaged")
+    raise UserError(f"{checkpoint / WEIGHTS} lacks the key '{name}': it does not match the model, or is damaged")
 
 
 def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) -> None:
@@ -226,15 +229,16 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
             target.data.copy_(tensor)
             copied.add(name)
     try:
-        found = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
+        keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
     except RuntimeError as error:
-        raise UserError(f"{file} is of another model: {' '.join(str(error).split())}") from None
-    wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if name not in copied)]
-    if wrong:
-        raise UserError(f"{file} is of another model: '{wrong[0]}' is in only one of the two")
+        raise UserError(f"{file} does not match the model: {' '.join(str(error).split())}") from None
+    if keys.unexpected_keys:
+        raise UserError(f"{file} does not match the model: unexpected key '{keys.unexpected_keys[0]}'")
+    if missing := [name for name in keys.missing_keys if name not in copied]:
+        raise UserError(f"{file} does not match the model: missing key '{missing[0]}'")
 
 
-def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
+def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Restore optimizers and random state from a checkpoint; returns its state.json.
 
     Raises:
@@ -255,24 +259,24 @@ def load_state(checkpoint: Path, optimizers: list[Optimizer]) -> dict[str, Any]:
         try:
             optimizer.load_state_dict(content)
         except (ValueError, KeyError, RuntimeError):
-            raise UserError(f"{file} is of another optimizer or model") from None
+            raise UserError(f"{file} does not match the optimizer or the model") from None
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return read_state(checkpoint)
 
 
-def load_exchange(checkpoint: Path) -> dict[str, Tensor]:
-    """What the exchange remembered; empty where the checkpoint is of one rank.
+def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of the file EXCHANGE or CALLBACKS; empty where the checkpoint has none.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = checkpoint / EXCHANGE
+    file = checkpoint / name
     return dict(_tensors(file)) if file.exists() else {}
 
 
-def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     return {
         f"{number}/{parameter}/{key}": value
         for number, optimizer in enumerate(optimizers)

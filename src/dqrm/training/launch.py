@@ -6,6 +6,7 @@ step, on every rank and with the same sentence.
 
 import shlex
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
-from dqrm.distributed.world import World, join
+from dqrm.distributed.processes import join
+from dqrm.distributed.world import World
 from dqrm.errors import UserError
+from dqrm.options import registered
+from dqrm.training.callbacks import Callback, build_callbacks
 from dqrm.training.environment import Log, Progress, check_environment
 from dqrm.training.loop import Interrupted, Trainer
+from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
-from dqrm.training.selection import check_selection
+from dqrm.training.selection import check_selection, selecting
 from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check_ranks", "resume", "train"]
@@ -31,6 +36,7 @@ def train(
     progress: Progress | None = None,
     log: Log | None = None,
     verify: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train a model on `dataset` and leave a run folder at `output`.
 
@@ -42,6 +48,7 @@ def train(
         log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; on several ranks, one does so on
             each machine.
+        callbacks: what is called at epochs, steps and evaluations, besides those that `config` names.
 
     Returns:
         The content of summary.json.
@@ -53,9 +60,10 @@ def train(
     """
     config = config or Config()
     with join(config.exchange.exchange_timeout) as world, ExitStack() as held:
-        world.require_same({"what they are to do": "start a run"})
+        world.require_same({"the command": "train"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         check_ranks(world, config, data)
+        callbacks = world.together(lambda: _registered(config, callbacks))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
@@ -68,7 +76,7 @@ def train(
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
-        return Trainer(run, model, data, progress, log, world, verify).fit()
+        return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
 
 
 def resume(
@@ -77,6 +85,7 @@ def resume(
     progress: Progress | None = None,
     log: Log | None = None,
     verify: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Continue the run at `output` exactly where its newest checkpoint stands; returns its summary.
 
@@ -84,18 +93,20 @@ def resume(
         output: a run folder.
         dataset: its data, where the folder has moved since; the fingerprint must be the same.
         verify: compare dataset and checkpoint with their checksums first.
+        callbacks: those that `train` was given; one that is missing is refused.
 
     Raises:
         UserError: no run there, other data, a damaged checkpoint, or as `train`.
     """
     with join() as world, ExitStack() as held:
-        world.require_same({"what they are to do": "resume a run"})
+        world.require_same({"the command": "train --resume"})
         run = world.on_first(lambda: Run.open(output))  # the others need not see the folder
         data = world.together(lambda: _data_of(run, dataset))
         world.together(lambda: run.require_same_data(data))
         done = world.on_first(lambda: run.summary)
         if done is None:
             check_ranks(world, run.config, data)
+            callbacks = world.together(lambda: _registered(run.config, callbacks))
             world.together(lambda: check_environment(run.config.training))
             world.together(lambda: held.enter_context(run.continued()) if world.first else None)
             done = world.on_first(lambda: run.summary)  # who held the lock may have finished it
@@ -104,8 +115,18 @@ def resume(
                 log(f"{output} is finished; nothing to continue.")
             return done
         _check_data(world, data, verify, progress)
+        if run.dropped and world.first:
+            log(run.dropped) if log else warnings.warn(run.dropped, stacklevel=2)
         held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
-        return Trainer(run, world.together(run.new_model), data, progress, log, world, verify).fit()
+        model = world.together(run.new_model)
+        return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
+
+
+def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]:
+    """All callbacks of a run; raises UserError unless everything that its configuration names is registered."""
+    registered("optimizer", config.optimizer.optimizer, OPTIMIZERS)
+    selecting(config.training.select_by)
+    return build_callbacks(config.training.callbacks, callbacks)
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:

@@ -1,33 +1,37 @@
-"""The training loop: the only place that knows the order of a step.
+"""The training loop: steps (`step`) in the order of the data, and what is due between them.
 
-    batch -> loss -> gradients -> optimizers        evaluate, save and log when the configuration says so
+    batch -> loss -> gradients -> exchange -> optimizers        log, evaluate, save and call callbacks
 
 `launch` starts it. A run that was killed at any moment and resumed ends with the same weights as one that was not, bit
-for bit on CPU: the checkpoint holds weights, scales and their clock, optimizer state, random state, the position in the
-data and what the exchange between ranks remembers.
+for bit on CPU: the checkpoint holds weights, scales and their step count, optimizer state, random state, the position
+in the data, the residuals of the exchange between ranks and the state of callbacks.
 """
 
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dqrm.data.dataset import Batch, Dataset
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.quant.convert import stored_bytes
+from dqrm.training.callbacks import Callback, load_callbacks, overriding, save_callbacks
 from dqrm.training.checkpoints import (
+    CALLBACKS,
+    EXCHANGE,
     STATE,
     WEIGHTS,
     checkpoint_path,
     latest_step,
-    load_exchange,
+    load_more,
     load_state,
     load_weights,
     save_checkpoint,
@@ -36,6 +40,7 @@ from dqrm.training.checkpoints import (
 from dqrm.training.divergence import too_wide
 from dqrm.training.environment import Log, Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
+from dqrm.training.metrics import METRICS
 from dqrm.training.optimizers import learning_rate
 from dqrm.training.recording import Recorder
 from dqrm.training.run import Run, versions
@@ -43,7 +48,7 @@ from dqrm.training.selection import choose, chosen_by
 from dqrm.training.state import State, check_keys
 from dqrm.training.step import TrainStep
 
-# What a rank can tell the others with a step: a signal told it to stop; the last checkpoint is old.
+# What a rank can tell the others (or itself) with a step: a signal told it to stop; the last checkpoint is old.
 _STOP, _SAVE = 1, 2
 
 
@@ -63,8 +68,9 @@ class Trainer:
         log: Log | None = None,
         world: World | None = None,
         verify: bool = True,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.verify = verify
+        self.verify, self.callbacks = verify, callbacks
         self.run, self.model, self.dataset, self.config = run, model, dataset, run.config
         self.options, self.world = self.config.training, world or World()
         self.progress, self.log = progress or (lambda *_: None), log if log and self.world.first else (lambda _: None)
@@ -81,13 +87,11 @@ class Trainer:
         self.model.tables.clamps.quiet = True  # what it counts is told here
         if last is not None:
             self._load_state(last)
-        self.flags = 0  # of the last step, joined over the ranks
         self.stopped = threading.Event()
         self.recorder: Recorder | None = None
         if self.world.first:
             known = (self.state.metrics_bytes, self.state.step)
             self.recorder = Recorder(run.path, *known, self.options.tensorboard, self.log)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.saved_at = self.clock = time.monotonic()
 
     def fit(self) -> dict[str, Any]:
@@ -95,8 +99,7 @@ class Trainer:
         try:
             with stop_signals(quiet=self.world.size > 1) as self.stopped:
                 for _ in self._steps():
-                    # Several ranks stop where all know that one of them was told to.
-                    if self.flags & _STOP if self.exchange else self.stopped.is_set():
+                    if self.exchange.flags & _STOP:  # all ranks know that one of them was told to
                         if self.world.size > 1:
                             self.log("Stopping after this step and saving.")
                         self._count_time()
@@ -112,10 +115,13 @@ class Trainer:
         state, options = self.state, self.options
         part = self.dataset.split("train")
         batches = part.num_batches(options.batch_size)
-        self.loss_sum.fill_(state.loss_sum)
+        epoch_starts, step_ends = (overriding(self.callbacks, hook) for hook in ("on_epoch_start", "on_step_end"))
         while not state.finished:
             label = f"epoch {state.epoch + 1}/{options.epochs}"
             self.clock = time.monotonic()
+            if state.batch == 0:
+                for starts in epoch_starts:
+                    starts(self)
             for batch in part.batches(
                 options.batch_size,
                 shuffle=options.shuffle,
@@ -124,10 +130,12 @@ class Trainer:
                 start_batch=state.batch,
                 share=(self.world.rank, self.world.size),
             ):
-                self.train_step(batch)
+                losses = self.train_step(batch)
+                for ends in step_ends:
+                    ends(self, self.exchange.objective(losses.sum(), self._samples(state.batch - 1)))
                 self.progress(label, state.batch * options.batch_size, part.rows)
                 end = state.batch == batches
-                state.finished = 0 < options.max_steps <= state.step or (end and state.epoch + 1 == options.epochs)
+                state.finished |= 0 < options.max_steps <= state.step or (end and state.epoch + 1 == options.epochs)
                 log_due = options.log_every > 0 and state.step % options.log_every == 0
                 if end or state.finished or log_due or self._due():
                     self._count_time()
@@ -137,25 +145,24 @@ class Trainer:
                 if state.finished:
                     return
 
-    def train_step(self, batch: Batch) -> None:
-        """Forward, backward and update on one batch, or on this rank's share of one."""
+    def train_step(self, batch: Batch) -> Tensor:
+        """Forward, backward and update on one batch, or on this rank's shard of one; returns what `TrainStep` does."""
         state = self.state
         rate = learning_rate(state.step, self.config.optimizer) * state.rate_factor
-        if self.exchange is None:
-            loss = self.step(batch.to(self.device), rate)
-            self.loss_sum += loss.double() * len(batch)
-            samples = len(batch)
-        else:
-            size = self.options.batch_size
-            samples = min(size, self.dataset.rows["train"] - state.batch * size)
-            flags = _STOP * self.stopped.is_set() | _SAVE * (self.world.first and self._old())
-            losses = self.step.exchanged(batch.to(self.device), rate, samples, state.step, flags)
-            self.exchange.loss_sums += losses.double().to(self.exchange.loss_sums.device)
-            self.flags = self.exchange.flags
+        samples = self._samples(state.batch)
+        flags = _STOP * self.stopped.is_set() | _SAVE * (self.world.first and self._old())
+        losses = self.step(batch.to(self.device), rate, samples, state.step, flags)
+        self.exchange.add_losses(losses, samples)
         state.step += 1
         state.batch += 1
         state.loss_rows += samples
         state.train_rows += samples
+        return losses
+
+    def _samples(self, number: int) -> int:
+        """Samples of batch `number` of an epoch, on all ranks together."""
+        size = self.options.batch_size
+        return min(size, self.dataset.rows["train"] - number * size)
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -163,15 +170,11 @@ class Trainer:
         self.clock = now
 
     def _sum_loss(self) -> None:
-        """Bring the epoch's loss into the state, unless it is no number: that must never reach a checkpoint."""
+        """Copy the epoch's loss to `state`; raise if it is not finite, so that no checkpoint stores it."""
         state, clamped = self.state, self.model.tables.clamps.take()
-        if self.exchange is None:
-            state.loss_sum = float(self.loss_sum)
-            state.clamping.add([clamped])
-        else:
-            ranks = self.world.gather((self.exchange.loss_sums.tolist(), clamped))
-            state.loss_sum = sum(loss for losses, _ in ranks for loss in losses)
-            state.clamping.add(counts for _, counts in ranks)
+        ranks = self.world.gather((self.exchange.loss_sums.tolist(), clamped))
+        state.loss_sum = sum(loss for losses, _ in ranks for loss in losses)
+        state.clamping.add(counts for _, counts in ranks)
         if not np.isfinite(state.loss_sum):
             raise UserError(
                 f"training diverged: the loss is {state.loss_sum} at step {state.step}; "
@@ -180,13 +183,10 @@ class Trainer:
 
     def _due(self) -> bool:
         every, saves, step = self.options.eval_every, self.options.checkpoint_every, self.state.step
-        return bool((every and step % every == 0) or (saves and step % saves == 0)) or self._save_old()
-
-    def _save_old(self) -> bool:
-        """Whether the last checkpoint has become too old; by rank 0's clock, which all ranks know since this step."""
-        return self._old() if self.exchange is None else bool(self.flags & _SAVE)
+        return bool((every and step % every == 0) or (saves and step % saves == 0) or self.exchange.flags & _SAVE)
 
     def _old(self) -> bool:
+        """Whether the last checkpoint has become too old; by rank 0's clock, which tells the others with its step."""
         minutes = self.options.checkpoint_minutes
         return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
@@ -197,7 +197,8 @@ class Trainer:
         train_loss = state.loss_sum / state.loss_rows
         if log_due:
             more: dict[str, Any] = {**state.clamping.figures()}
-            more |= {} if self.exchange is None else {"exchange": self.exchange.report()}
+            if report := self.exchange.report():
+                more["exchange"] = report
             self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
         if evaluate_now:
@@ -205,13 +206,11 @@ class Trainer:
         if epoch_ends:
             state.epoch += 1
             state.batch, state.loss_sum, state.loss_rows = 0, 0.0, 0
-            self.loss_sum.zero_()
-            if self.exchange is not None:
-                self.exchange.loss_sums.zero_()
+            self.exchange.loss_sums.zero_()
         if (
             evaluate_now
             or (options.checkpoint_every and state.step % options.checkpoint_every == 0)
-            or self._save_old()
+            or self.exchange.flags & _SAVE
         ):
             self._save()
 
@@ -231,7 +230,7 @@ class Trainer:
             **state.clamping.figures(),
             **position,
         })  # fmt: skip
-        shown = ("auc", "gauc", "log_loss", "ne")
+        shown = [name for name, metric in METRICS.items() if metric.logged or name == options.select_by]
         figures = [f"{name} {metrics[name]:.4f}" for name in shown if metrics.get(name) is not None]
         self.log(
             f"epoch {state.epoch + 1}, step {state.step}: training loss {train_loss:.4f}; validation "
@@ -239,6 +238,8 @@ class Trainer:
             + (" (best so far)" if better else "")
         )
         state.clamping.evaluated(self.warn)
+        for evaluated in overriding(self.callbacks, "on_evaluation"):
+            evaluated(self, metrics)
 
     def _position(self) -> dict[str, Any]:
         rate = learning_rate(self.state.step - 1, self.config.optimizer) * self.state.rate_factor
@@ -251,13 +252,13 @@ class Trainer:
     def _save(self) -> None:
         state = self.state
         self._sum_loss()
-        remembered = None if self.exchange is None else self.exchange.state()
+        exchange = self.exchange.state()
         if self.recorder is not None:
+            state.callbacks, tensors = save_callbacks(self.callbacks)
             state.metrics_bytes = self.recorder.sync()
             keep = {state.best["step"]} if state.best else set()
-            save_checkpoint(
-                self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep, remembered
-            )
+            more = {EXCHANGE: exchange, CALLBACKS: tensors}
+            save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep, more)
         self.saved_at = time.monotonic()
 
     def _load_weights(self, step: int) -> None:
@@ -278,30 +279,29 @@ class Trainer:
         """Everything else of a checkpoint, likewise."""
         folder = checkpoint_path(self.run.checkpoints, step)
 
-        def load() -> tuple[dict[str, Any], Any]:
+        def load() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
             if self.verify:
                 verify_checkpoint(folder)
-            found = load_state(folder, self.optimizers)
-            check_keys(folder / STATE, found)
-            return found, load_exchange(folder)
+            values = load_state(folder, self.optimizers)
+            check_keys(folder / STATE, values)
+            return values, load_more(folder, EXCHANGE), load_more(folder, CALLBACKS)
 
-        state, remembered = self.world.on_first(load)
-        self.state = State(**state)
+        values, exchange, of_callbacks = self.world.on_first(load)
+        self.state = State(**values)
+        self.world.together(lambda: load_callbacks(self.callbacks, self.state.callbacks, of_callbacks))
         for optimizer in self.optimizers:
             for parameters in (group["params"] for group in optimizer.param_groups):
                 for values in (optimizer.state.get(parameter, {}) for parameter in parameters):
                     for value in (values[name] for name in sorted(values)):
                         self.world.broadcast(value)
-        found = len(remembered["counters"]) if remembered else 1
-        if self.exchange is not None and found == self.exchange.size:
-            self.exchange.load_state(remembered)
-            return
-        if self.exchange is not None and self.world.first:
+        before, now = len(exchange["counters"]) if exchange else 1, self.exchange.size
+        if self.world.first:
             self.exchange.loss_sums[0] = self.state.loss_sum
-        if found > 1 or self.exchange is not None:
-            now = 1 if self.exchange is None else self.exchange.size
+        if before == now:
+            self.exchange.load_state(exchange)
+        else:
             self.log(
-                f"{self.run.path} was saved by {found} ranks and goes on with {now}: what error compensation kept is "
+                f"{self.run.path} was saved by {before} ranks and goes on with {now}: what error compensation kept is "
                 "dropped"
             )
 
@@ -331,7 +331,7 @@ class Trainer:
             "versions": versions(),
             "device": str(self.device),
         }
-        if self.exchange is not None:
-            summary["exchange"] = self.exchange.report()
+        if report := self.exchange.report():
+            summary["exchange"] = report
         self.world.on_first(lambda: self.run.finish(summary))
         return summary

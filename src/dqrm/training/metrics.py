@@ -1,12 +1,148 @@
-"""How good predicted clicks are."""
+"""How good predicted clicks are: a table of metrics, which all others read. Add one as
+
+    METRICS["brier"] = Metric(lambda s: float(np.mean((s.probabilities - s.labels) ** 2)), higher_is_better=False)
+
+and it is computed in each evaluation, written down, shown, and can be `select_by`.
+"""
 
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Labels and predictions of one evaluation, at least one row.
+
+    Attributes:
+        labels: 0 or 1, int8 [N].
+        logits: float [N]. probabilities: float64 [N].
+        row_weights: of the rows as the data has them, float64 [N], above 0; None: 1 each.
+        weights: the same with each negative counted as often as it stands for others; None: 1 each.
+        groups: integers [N], the group (as the user) of each row; negative: in none; None where the data has none.
+    """
+
+    labels: Array
+    logits: Array
+    probabilities: Array
+    row_weights: Array | None
+    weights: Array | None
+    groups: Array | None
+
+    @cached_property
+    def positives(self) -> int:
+        """Rows with label 1, whatever their weight."""
+        return int(self.labels.sum())
+
+    @property
+    def both_labels(self) -> bool:
+        return 0 < self.positives < len(self.labels)
+
+    @cached_property
+    def log_loss(self) -> float:
+        """Mean negative log likelihood, natural logarithm."""
+        from sklearn.metrics import log_loss
+
+        return float(log_loss(self.labels, self.probabilities, labels=[0, 1], sample_weight=self.weights))
+
+    @cached_property
+    def clicks(self) -> Any:
+        """Sum of the weights of rows with label 1."""
+        return self.positives if self.weights is None else (self.weights * self.labels).sum()
+
+    @cached_property
+    def gauc(self) -> tuple[float | None, float | None]:
+        """See `group_auc`."""
+        assert self.groups is not None
+        return group_auc(self.labels, self.logits, self.groups, self.row_weights)
+
+    def mean(self, values: Array) -> float:
+        """The weighted mean of values [N]."""
+        return float(values.mean() if self.weights is None else (self.weights * values).sum() / self.weights.sum())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of an evaluation.
+
+    Attributes:
+        compute: from scores to the figure; None where it is not defined.
+        higher_is_better: None for a metric that no checkpoint can be selected by.
+        needs_group: only computed of data with a group column.
+        needs_both_labels: not defined where all labels are equal.
+        logged: in the line that training prints for each evaluation.
+        legend: what it means, for whoever does not know; shown below tables with it.
+    """
+
+    compute: Callable[[Scores], float | None]
+    higher_is_better: bool | None
+    needs_group: bool = False
+    needs_both_labels: bool = False
+    logged: bool = False
+    legend: str = ""
+
+
+def _auc(scores: Scores) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    if not scores.both_labels:
+        return None
+    return float(roc_auc_score(scores.labels, scores.logits, sample_weight=scores.row_weights))
+
+
+def _ne(scores: Scores) -> float | None:
+    weights, negatives = scores.weights, len(scores.labels) - scores.positives
+    rows = len(scores.labels) if weights is None else weights.sum()
+    # Not as 1 - rate, which is 0 beside a click of an overwhelming weight.
+    of_zeros = negatives if weights is None else (weights * (scores.labels == 0)).sum()
+    shares = scores.clicks / rows, of_zeros / rows
+    if not scores.both_labels or not all(shares):
+        return None
+    return float(scores.log_loss / -sum(share * math.log(share) for share in shares))
+
+
+def _calibration(scores: Scores) -> float | None:
+    predicted = scores.probabilities if scores.weights is None else scores.weights * scores.probabilities
+    return float(predicted.sum() / scores.clicks) if scores.positives else None
+
+
+METRICS: dict[str, Metric] = {
+    "auc": Metric(_auc, True, needs_both_labels=True, logged=True),
+    "log_loss": Metric(lambda scores: scores.log_loss, False, logged=True),
+    "accuracy": Metric(lambda scores: scores.mean((scores.logits > 0) == (scores.labels == 1)), True),
+    "ne": Metric(
+        _ne,
+        False,
+        needs_both_labels=True,
+        logged=True,
+        legend="normalized entropy, log loss over that of always predicting the observed click rate (below 1: better)",
+    ),
+    "calibration": Metric(_calibration, None, legend="predicted over observed clicks (1: neither too many nor few)"),
+    "gauc": Metric(
+        lambda scores: scores.gauc[0],
+        True,
+        needs_group=True,
+        needs_both_labels=True,
+        logged=True,
+        legend="AUC within each group, averaged over impressions",
+    ),
+    "gauc_coverage": Metric(
+        lambda scores: scores.gauc[1], None, needs_group=True, legend="share of impressions that gauc is of"
+    ),
+}
+"""Metrics by name, in the order in which they are shown."""
+
+
+def legend(names: Iterable[str]) -> str:
+    """What metrics mean, in one line; empty where all of them go without saying."""
+    return "; ".join(f"{name}: {METRICS[name].legend}" for name in names if name in METRICS and METRICS[name].legend)
 
 
 def click_metrics(
@@ -16,7 +152,7 @@ def click_metrics(
     groups: Array | None = None,
     negative_weight: float = 1.0,
 ) -> dict[str, Any]:
-    """The figures of one evaluation.
+    """The metrics of one evaluation.
 
     Args:
         labels: 0 or 1, [N].
@@ -27,48 +163,33 @@ def click_metrics(
             `gauc`, which are of the rows as they are.
 
     Returns:
-        rows; auc (None where all labels are equal); log_loss (natural logarithm); accuracy (at probability 0.5);
-        ne, normalized entropy: log loss over that of always predicting the observed click rate (He et al. 2014; None
-        where all labels are equal); calibration: predicted over observed clicks (None without clicks). With groups also
-        gauc and gauc_coverage, see `group_auc`. All but `rows` are None where there are no rows, or none with weight.
+        rows, and each of `METRICS`: auc (None where all labels are equal); log_loss (natural logarithm); accuracy (at
+        probability 0.5); ne, normalized entropy: log loss over that of always predicting the observed click rate (He et
+        al. 2014; None where all labels are equal); calibration: predicted over observed clicks (None without clicks).
+        With groups also gauc and gauc_coverage, see `group_auc`. All but `rows` are None where there are no rows, or
+        none with weight.
     """
     from scipy.special import expit
-    from sklearn.metrics import log_loss, roc_auc_score
 
-    found: dict[str, Any] = {"rows": len(labels)}
-    found |= dict.fromkeys(("auc", "log_loss", "accuracy", "ne", "calibration"))
-    if groups is not None:
-        found |= dict.fromkeys(("gauc", "gauc_coverage"))
+    computed = {name: metric for name, metric in METRICS.items() if groups is not None or not metric.needs_group}
+    rows = {"rows": len(labels)}
     if weights is not None and not (weights > 0).all():
         # A row without weight is no row: it must not decide whether both labels are there.
         some = weights > 0
         labels, logits, weights = labels[some], logits[some], weights[some]
         groups = None if groups is None else groups[some]
     if len(labels) == 0:
-        return found
+        return rows | dict.fromkeys(computed)
     labels = labels.astype(np.int8)
-    weights = None if weights is None else weights.astype(np.float64)
-    probabilities = expit(logits.astype(np.float64))
-    plain = weights
+    row_weights = None if weights is None else weights.astype(np.float64)
+    counted = row_weights
     if negative_weight != 1:
-        weights = np.where(labels == 1, 1.0, negative_weight) * (1.0 if weights is None else weights)
-    rows: Any = len(labels) if weights is None else weights.sum()
-    clicks: Any = int(labels.sum()) if weights is None else (weights * labels).sum()
-    ones = int(labels.sum())
-    both = 0 < ones < len(labels)
-    loss = float(log_loss(labels, probabilities, labels=[0, 1], sample_weight=weights))
-    # Not as 1 - rate, which is 0 beside a click of an overwhelming weight.
-    shares = clicks / rows, (len(labels) - ones if weights is None else (weights * (labels == 0)).sum()) / rows
-    right = (logits > 0) == (labels == 1)
-    predicted = probabilities.sum() if weights is None else (weights * probabilities).sum()
-    found["auc"] = float(roc_auc_score(labels, logits, sample_weight=plain)) if both else None
-    found["log_loss"] = loss
-    found["accuracy"] = float(right.mean() if weights is None else (weights * right).sum() / rows)
-    found["ne"] = float(loss / -sum(share * math.log(share) for share in shares)) if both and all(shares) else None
-    found["calibration"] = float(predicted / clicks) if ones else None
-    if groups is not None:
-        found["gauc"], found["gauc_coverage"] = group_auc(labels, logits, groups, plain)
-    return found
+        counted = np.where(labels == 1, 1.0, negative_weight) * (1.0 if row_weights is None else row_weights)
+    scores = Scores(labels, logits, expit(logits.astype(np.float64)), row_weights, counted, groups)
+    values = {name: metric.compute(scores) for name, metric in computed.items()}
+    return rows | {
+        name: value if value is not None and math.isfinite(value) else None for name, value in values.items()
+    }
 
 
 def group_auc(

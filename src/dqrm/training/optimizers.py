@@ -6,6 +6,7 @@ row-wise Adagrad it does not have.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -14,12 +15,15 @@ from torch.optim import Optimizer
 
 from dqrm import kernels
 from dqrm.config import OptimizerConfig
+from dqrm.options import registered
 from dqrm.quant.embedding import QuantizedTables
 from dqrm.quant.storage import Storage, storage_of
 
 
-class _SparseOptimizer(Optimizer):
-    """Lazy L2 and the loop over parameters; a subclass says how rows move.
+class SparseOptimizer(Optimizer):
+    """Lazy L2 and the loop over parameters; a subclass says in `_update` how rows move: those of a gradient, no others.
+
+    State of a row is kept in `self.state[weight]` as tensors of as many rows as the weight.
 
     Attributes:
         tables: the module whose only parameter with sparse gradients this optimizer updates; its scales are then raised
@@ -58,7 +62,15 @@ class _SparseOptimizer(Optimizer):
                         self.state[weight][name] = value.clone().to(weight.device if value.dim() else "cpu")
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        """Change `weight` [R, dim] in these rows, int64 [N], by their gradients `values`, float32 [N, dim]."""
         raise NotImplementedError
+
+    def reset_rows(self, rows: slice) -> None:
+        """Set the state of these rows of the first parameter back to that of a new optimizer (0)."""
+        weight = self.param_groups[0]["params"][0]
+        for value in self.state[weight].values():
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(weight):
+                value[rows] = 0
 
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
         """weight[rows] += factor * values; no row twice where the storage rounds."""
@@ -110,7 +122,7 @@ class _SparseOptimizer(Optimizer):
         self._update(group["params"][0], rows, values, group)
 
 
-class SparseSGD(_SparseOptimizer):
+class SparseSGD(SparseOptimizer):
     """w[row] -= lr * (g + l2 * w[row]) for the rows of the gradient.
 
     Args:
@@ -131,7 +143,7 @@ class SparseSGD(_SparseOptimizer):
         self._add(weight, rows, values, -group["lr"])
 
 
-class SparseAdagrad(_SparseOptimizer):
+class SparseAdagrad(SparseOptimizer):
     """s[row] += g**2; w[row] -= lr * g / (sqrt(s[row]) + eps), with g summed over duplicates of a row first.
 
     Adagrad (Duchi et al. 2011). Row-wise, as FBGEMM and TorchRec do it: one accumulator per row for the mean of g**2
@@ -175,15 +187,38 @@ class SparseAdagrad(_SparseOptimizer):
         self._add(weight, rows, values.div_(total.sqrt_().add_(group["eps"])), -group["lr"])
 
 
-def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int = 0) -> list[Optimizer]:
-    """One optimizer for the tables (sparse gradients) and torch's own for everything else."""
+Pair = tuple[SparseOptimizer, Optimizer]
+
+
+def _sgd(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int) -> Pair:
+    rate = config.learning_rate
+    mlp = torch.optim.SGD(others, rate, weight_decay=config.mlp_l2, fused=bool(others))
+    return SparseSGD(tables, rate, config.table_l2, seed), mlp
+
+
+def _adagrad(
+    tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int, *, rowwise: bool = False
+) -> Pair:
     rate, eps = config.learning_rate, config.adagrad_eps
-    table: Optimizer
-    if config.optimizer == "sgd":
-        table = SparseSGD(tables, rate, config.table_l2, seed)
-        return [table, torch.optim.SGD(others, rate, weight_decay=config.mlp_l2, fused=bool(others))]
-    table = SparseAdagrad(tables, rate, config.table_l2, eps, config.optimizer == "rowwise_adagrad", seed)
-    return [table, torch.optim.Adagrad(others, rate, eps=eps, weight_decay=config.mlp_l2)]
+    mlp = torch.optim.Adagrad(others, rate, eps=eps, weight_decay=config.mlp_l2)
+    return SparseAdagrad(tables, rate, config.table_l2, eps, rowwise, seed), mlp
+
+
+OPTIMIZERS: dict[str, Callable[[list[Any], list[Any], OptimizerConfig, int], Pair]] = {
+    "sgd": _sgd,
+    "adagrad": _adagrad,
+    "rowwise_adagrad": partial(_adagrad, rowwise=True),
+}
+"""By name, what makes the optimizers (of the tables, of everything else) of (tables, others, configuration, seed)."""
+
+
+def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int = 0) -> Pair:
+    """One optimizer for the tables (sparse gradients) and one for everything else.
+
+    Raises:
+        UserError: no optimizer of that name is registered.
+    """
+    return registered("optimizer", config.optimizer, OPTIMIZERS)(tables, others, config, seed)
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:

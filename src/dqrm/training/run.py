@@ -36,6 +36,8 @@ from dqrm.training.checkpoints import (
 )
 
 FORMAT_VERSION = 1
+# Fields of configurations of older runs.
+_REMOVED = {"table_compensation_rows"}
 _INFO, _SUMMARY, _LOCK = "run.json", "summary.json", ".lock"
 _SHAPE = {
     "config": {"*": OBJECT},
@@ -144,8 +146,18 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration that the run was started with."""
-        return Config.from_dict(self.info["config"], str(self.path / _INFO))
+        """The configuration that the run was started with, without the fields that there are no more."""
+        sections = {
+            section: {name: value for name, value in values.items() if name not in _REMOVED}
+            for section, values in self.info["config"].items()
+        }
+        return Config.from_dict(sections, str(self.path / _INFO))
+
+    @property
+    def dropped(self) -> str | None:
+        """What the run was started with and this dqrm goes on without, as a sentence."""
+        used = {n: v for values in self.info["config"].values() for n, v in values.items() if n in _REMOVED and v}
+        return "; ".join(f"{self.path}: {n} was {v}; it is no longer supported and dropped" for n, v in used.items())
 
     @property
     def checkpoints(self) -> Path:

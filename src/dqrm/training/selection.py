@@ -9,7 +9,8 @@ import numpy as np
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.training.metrics import groups_with_both_labels
+from dqrm.options import registered
+from dqrm.training.metrics import METRICS, Metric, groups_with_both_labels
 from dqrm.training.state import State
 
 
@@ -23,7 +24,7 @@ def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Con
         Whether it is the best so far; no figure is none.
     """
     options, value = config.training, metrics[config.training.select_by]
-    sign = -1 if options.select_by == "log_loss" else 1
+    sign = 1 if METRICS[options.select_by].higher_is_better else -1
     best = None if state.best is None else state.best["metrics"][options.select_by]
     better = value is not None and (best is None or sign * value > sign * best)
     if better or value is None:
@@ -49,11 +50,13 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
     """What the user should hear before training: early stopping, or a falling learning rate, that can never act.
 
     Raises:
-        UserError: select_by, early_stopping or plateau_factor need a figure that this data cannot give.
+        UserError: select_by, early_stopping or plateau_factor need a metric that this data cannot give, or there is no
+            metric of that name.
     """
     options, rows = config.training, dataset.rows["validation"]
-    if options.select_by == "gauc":
-        _check_gauc(dataset)
+    metric = selecting(options.select_by)
+    if metric.needs_group:
+        _check_groups(dataset, options.select_by, metric)
     waits = {"early_stopping": options.early_stopping}
     if config.optimizer.plateau_factor < 1:
         waits["plateau_patience"] = config.optimizer.plateau_patience
@@ -67,10 +70,10 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
             f"{name} is {asked[name]}, but {dataset.path} has no validation rows to judge by; prepare the data with "
             "some, or leave it out"
         )
-    if options.select_by == "auc" and clicks in (0, rows):
+    if metric.needs_both_labels and clicks in (0, rows):
         raise UserError(
             f"{name} is {asked[name]}, but all {rows} validation rows of {dataset.path} have the label "
-            f"{int(clicks > 0)}, so there is no AUC to judge by; select_by log_loss needs none"
+            f"{int(clicks > 0)}, so there is no {options.select_by} to judge by; select_by log_loss needs none"
         )
     count = evaluations(config, dataset.rows["train"])
     does = {"early_stopping": "it will never stop the run early", "plateau_patience": "the learning rate will not drop"}
@@ -96,15 +99,28 @@ def evaluations(config: Config, rows: int) -> int:
     return len(ends) + between - sum(options.eval_every > 0 and end % options.eval_every == 0 for end in ends)
 
 
-def _check_gauc(dataset: Dataset) -> None:
+def selecting(name: str) -> Metric:
+    """The metric that `select_by` names.
+
+    Raises:
+        UserError: there is none of that name, or no value of it is better than another.
+    """
+    choices = {each: metric for each, metric in METRICS.items() if metric.higher_is_better is not None}
+    return registered("select_by", name, choices)
+
+
+def _check_groups(dataset: Dataset, name: str, metric: Metric) -> None:
     if dataset.group is None:
         raise UserError(
-            f"select_by is gauc, but {dataset.path} has no group column; prepare the data with --group, as --group user"
+            f"select_by is {name}, but {dataset.path} has no group column; prepare the data with --group, as --group "
+            "user"
         )
     part = dataset.split("validation")
     groups = part.groups()
-    if part.rows and groups is not None and not groups_with_both_labels(np.asarray(part.labels()), groups):
+    if not metric.needs_both_labels or not part.rows or groups is None:
+        return
+    if not groups_with_both_labels(np.asarray(part.labels()), groups):
         raise UserError(
-            f"select_by is gauc, but in {dataset.path} no {dataset.group} of the validation split has rows of both "
+            f"select_by is {name}, but in {dataset.path} no {dataset.group} of the validation split has rows of both "
             "labels; select_by auc or log_loss needs none"
         )

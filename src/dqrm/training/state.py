@@ -26,6 +26,7 @@ class State:
     train_seconds: float = 0.0
     train_rows: int = 0
     clamping: Clamping = field(default_factory=Clamping)
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.clamping, dict):  # as JSON has it
@@ -35,7 +36,8 @@ class State:
 def check_keys(path: Path, found: dict[str, Any]) -> None:
     """Raise UserError unless a state.json that was read has the keys of `State`, and no others."""
     known = [field.name for field in fields(State)]
-    # Runs of before clamped weights were counted lack that field.
-    require(path, found, dict.fromkeys((name for name in known if name != "clamping"), ANYTHING))
+    # Older runs lack some fields.
+    later = ("clamping", "callbacks")
+    require(path, found, dict.fromkeys((name for name in known if name not in later), ANYTHING))
     if unknown := [name for name in found if name not in known]:
         raise UserError(f"{path} has the unknown key '{unknown[0]}': another version of dqrm wrote it")

@@ -1,4 +1,4 @@
-"""One training step: batch -> loss -> gradients -> update. The loop calls it, and so does the benchmark."""
+"""One training step: batch -> loss -> gradients -> exchange -> update. The loop calls it, and so does the benchmark."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from dqrm.config import Config
 from dqrm.data.batches import Batch
 from dqrm.distributed.codecs import mix
 from dqrm.distributed.exchange import Exchange, Gradient
+from dqrm.distributed.local import LocalExchange
 from dqrm.distributed.real import RealRanks
 from dqrm.distributed.simulated import SimulatedRanks
 from dqrm.distributed.world import World
@@ -16,76 +17,73 @@ from dqrm.training.optimizers import build_optimizers
 
 
 class TrainStep:
-    """A model with its optimizers and, where there are several ranks, their exchange.
+    """A model with its optimizers and the exchange between its ranks.
 
     Args:
         world: the ranks that take part in each step; default: this process alone.
 
     Attributes:
         optimizers: [of the tables, of everything else].
-        exchange: None with one rank.
+        exchange: the identity with one rank.
     """
+
+    exchange: Exchange
 
     def __init__(self, model: ClickModel, config: Config, world: World | None = None) -> None:
         self.model = model
         tables = [model.tables.weight]
         self._parameters = list(model.parameters())
-        self._drops = any(isinstance(module, nn.Dropout) for module in model.modules())
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         self.optimizers = build_optimizers(tables, others, config.optimizer, config.training.seed)
-        model.tables.only_looked_up_rows_change()  # true of all our optimizers of tables
-        self.optimizers[0].tables = model.tables  # type: ignore[attr-defined]
-        self.exchange: Exchange | None = None
-        self._module: nn.Module = model
+        model.tables.only_looked_up_rows_change()  # a SparseOptimizer changes no others
+        self.optimizers[0].tables = model.tables
         if world is not None and world.size > 1:
-            self.exchange = RealRanks(model, model.tables, others, config.exchange, world, config.training.seed)
+            self.exchange = RealRanks(model.tables, others, config.exchange, world, config.training.seed)
         elif config.exchange.simulate_ranks > 1:
-            self.exchange = SimulatedRanks(model, model.tables, others, config.exchange, config.training.seed)
-        if self.exchange is not None:
-            self._module = self.exchange.module
+            self.exchange = SimulatedRanks(model.tables, others, config.exchange, config.training.seed)
+        else:
+            self.exchange = LocalExchange(tables[0].device)
+        self._seed = config.training.seed
+        # With one rank, masks are drawn on from the state that the checkpoint holds.
+        self._drops = self.exchange.size > 1 and any(isinstance(module, nn.Dropout) for module in model.modules())
 
-    def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """One step at learning rate `rate`; returns the batch's mean loss, a scalar tensor without a graph."""
-        loss = self.forward(batch)
-        self.backward(loss)
-        self.update(rate)
-        return loss.detach()
-
-    def exchanged(self, batch: Batch, rate: float, samples: int, step: int, flags: int = 0) -> Tensor:
-        """One step of several ranks.
+    def __call__(
+        self, batch: Batch, rate: float, samples: int | None = None, number: int = 0, flags: int = 0
+    ) -> Tensor:
+        """One step at learning rate `rate`.
 
         Args:
-            batch: this rank's share of the batch; the whole batch where ranks are simulated.
-            samples: of the whole batch.
-            step: number of the step, the same on all ranks.
+            batch: this rank's shard of the batch; the whole batch with one rank and where ranks are simulated.
+            samples: of the whole batch; default: those of `batch`.
+            number: step count, the same on all ranks.
             flags: see `Exchange.begin`.
 
         Returns:
-            The sum of the (weighted) losses of each local rank's samples: float32 [local ranks], without a graph.
+            The (weighted) loss over the samples of each local rank, reduced as `exchange.reduction` says: float32
+            without a graph, a scalar for one local rank, else [local ranks].
         """
         exchange = self.exchange
-        assert exchange is not None
-        exchange.begin(step, flags)
-        losses = []
-        for rank in exchange.local:
-            share = batch if len(exchange.local) == 1 else batch.share(rank, exchange.size)
+        local, losses = exchange.local, []
+        exchange.begin(number, flags)
+        for rank in local:
+            shard = batch if len(local) == 1 else batch.share(rank, exchange.size)
             if self._drops:  # masks of the rank's own, whichever process it is and whether or not the run was resumed
-                torch.manual_seed(mix(exchange.seed, step, rank))
-            loss = F.binary_cross_entropy_with_logits(
-                self._module(share.dense, share.ids, share.bags), share.labels, share.weights, reduction="sum"
-            )
+                torch.manual_seed(mix(self._seed, number, rank))
+            loss = self.forward(shard)
             losses.append(loss.detach())
-            self.backward(loss / samples)
+            self.backward(exchange.objective(loss, len(batch) if samples is None else samples))
             exchange.collect(rank)
         if self._drops:  # the state that is saved does not depend on who runs which ranks
-            torch.manual_seed(mix(exchange.seed, step))
+            torch.manual_seed(mix(self._seed, number))
         self.update(rate, exchange.finish())
-        return torch.stack(losses)
+        return losses[0] if len(losses) == 1 else torch.stack(losses)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch that lies on the model's device; with weights the mean of weight * loss."""
+        """The loss of a batch on the model's device, reduced as `exchange.reduction` says, of weight * loss."""
         logits = self.model(batch.dense, batch.ids, batch.bags)
-        return F.binary_cross_entropy_with_logits(logits, batch.labels, batch.weights)
+        return F.binary_cross_entropy_with_logits(
+            logits, batch.labels, batch.weights, reduction=self.exchange.reduction
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Leave the gradients in the parameters: sparse for the tables, dense for the MLP."""
@@ -95,11 +93,13 @@ class TrainStep:
 
     def update(self, rate: float, of_tables: Gradient | None = None) -> None:
         """Change the weights by their gradients at learning rate `rate`; `of_tables` is what an exchange gave."""
+        tables, others = self.optimizers
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if of_tables is not None and optimizer is self.optimizers[0]:
-                optimizer.step_rows(*of_tables)  # type: ignore[attr-defined]
-                self.model.tables.rows_changed(of_tables[0])
-            else:
-                optimizer.step()
+        if of_tables is None:
+            tables.step()
+        else:
+            tables.step_rows(*of_tables)
+            self.model.tables.rows_changed(of_tables[0])
+        others.step()
