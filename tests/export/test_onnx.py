@@ -15,9 +15,9 @@ from dqrm.quant.packing import decode
 onnx = pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")
 runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
 
-from dqrm.export import onnx_file  # noqa: E402
-from dqrm.export.onnx import write_onnx  # noqa: E402
-from dqrm.export.runtimes import open_runtime  # noqa: E402
+from dqrm.export.formats import onnx_file  # noqa: E402
+from dqrm.export.formats.onnx_writer import write_onnx  # noqa: E402
+from dqrm.export.formats.runtimes import open_runtime  # noqa: E402
 from dqrm.serving.evaluation import evaluate_file  # noqa: E402
 
 

@@ -7,9 +7,9 @@ import torch
 
 import export_helpers as helpers
 from dqrm.errors import UserError
-from dqrm.export import runtimes
-from dqrm.export.program import write_pt2, write_pte
-from dqrm.export.runtimes import open_runtime
+from dqrm.export.formats import runtimes
+from dqrm.export.formats.program import write_pt2, write_pte
+from dqrm.export.formats.runtimes import open_runtime
 from selection import slow
 
 KINDS = ["2 bits", "4 bits", "32 bits", "dim 5", "cat", "no dense, cat, bags alone", "no tables", "one table",

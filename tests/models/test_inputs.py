@@ -7,7 +7,7 @@ from torch import nn
 
 import dqrm
 from dqrm import DLRM, QATConfig, UserError
-from dqrm.export.parts import ServedDLRM
+from dqrm.export.formats.traceable import TraceableDLRM
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection
 from dqrm.quant.packing import pack, unpack
@@ -133,7 +133,7 @@ def test_a_checked_model_is_traced_and_exported_as_before(given):
     wanted = values(model, {"dense": rows.dense, "ids": rows.ids})
     scripted = torch.jit.trace(model, (rows.dense, rows.ids))
     torch.testing.assert_close(scripted(rows.dense, rows.ids), wanted)
-    exported = torch.export.export(ServedDLRM(model), (rows.dense, rows.ids.long()), strict=False)
+    exported = torch.export.export(TraceableDLRM(model), (rows.dense, rows.ids.long()), strict=False)
     torch.testing.assert_close(exported.module()(rows.dense, rows.ids.long()), wanted)
 
 

@@ -8,7 +8,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export.check import sampled_split
 from dqrm.export.config import ExportConfig
-from dqrm.export.pack import Progress
+from dqrm.training.environment import Progress
 from dqrm.training.run import Run, versions
 
 

@@ -25,11 +25,12 @@ from dqrm.export.check import compare, looked_up, sample
 from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
 from dqrm.export.container import Entry, write
 from dqrm.export.origin import check_data, dataset_of, known_schema, provenance, require_dataset, subsample_negatives
-from dqrm.export.pack import Packing, Progress
 from dqrm.export.watch import Watch
+from dqrm.export.weights import EncodedWeights
 from dqrm.files import exclusive, flush, require_replaceable
 from dqrm.models.dlrm import DLRM
 from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
+from dqrm.training.environment import Progress
 from dqrm.training.run import Run
 
 _READ = 1 << 22
@@ -101,7 +102,7 @@ def _from_run(
         watch.check()  # between pieces: reading a file that was cut short would end the process
         progress(what, done, total)
 
-    packing = Packing(model, ptq, tell)
+    packing = EncodedWeights(model, ptq, tell)
     described = artifact.describe_model(model, packing.table_bits, packing.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
     rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
@@ -165,14 +166,14 @@ def _finish(opened: Artifact, rate: BaseRate, made: Path, batch: Batch, expected
     """Write the other formats from the artifact, then compare the file with what the trained model gave."""
     model = _model(opened, rate)
     if made.suffix == ".onnx":
-        from dqrm.export.onnx import write_onnx
+        from dqrm.export.formats.onnx_writer import write_onnx
 
         taken = made.name + ".data"
         if (made.parent.parent / taken).exists():  # the model that is to be replaced needs it until then
             (made.parent / taken).touch()
         write_onnx(model, made, metadata(opened, rate))
     elif made.suffix != ".dqrm":
-        from dqrm.export import program
+        from dqrm.export.formats import program
 
         (program.write_pt2 if made.suffix == ".pt2" else program.write_pte)(model, made)
     model.tables.check_source()
@@ -216,7 +217,7 @@ def score_file(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:
     if path.suffix == ".dqrm":
         model = Artifact.open(path).model()
         return lambda batch: _score(model, batch)
-    from dqrm.export.runtimes import open_runtime
+    from dqrm.export.formats.runtimes import open_runtime
 
     return open_runtime(path, threads)
 
@@ -244,7 +245,7 @@ def _watch(run: Run, step: int) -> Watch:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _quantized(packing: Packing) -> bool:
+def _quantized(packing: EncodedWeights) -> bool:
     return (packing.table_bits, packing.mlp_bits) != (32, 32)
 
 

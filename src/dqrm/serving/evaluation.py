@@ -49,7 +49,7 @@ def evaluate_file(
         opened = Artifact.open(path, verify)
         content = opened.content
     elif path.suffix == ".onnx":
-        from dqrm.export.runtimes import onnx_content
+        from dqrm.export.formats.runtimes import onnx_content
 
         content = onnx_content(path)
     else:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dqrm.errors import UserError
-from dqrm.export.onnx_file import write_model
-from dqrm.export.parts import packed_mlp, packed_tables
+from dqrm.export.formats.onnx_file import write_model
+from dqrm.export.formats.traceable import packed_mlp, packed_tables
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import PACKED_BITS

@@ -1,4 +1,5 @@
-"""A DLRM's tables and linear layers as packed modules, whatever is converted already: what the writers start from."""
+"""A DLRM as a function of tensors alone, which torch.export can trace; and its tables and linear layers in packed form,
+converted or not: what the writers of other formats start from."""
 
 from typing import Any
 
@@ -55,7 +56,7 @@ def packed_mlp(layers: nn.Module) -> list[tuple[PackedLinear, bool]]:
     return found
 
 
-class ServedDLRM(nn.Module):
+class TraceableDLRM(nn.Module):
     """The same model as one function of tensors alone, of operators that every runtime knows: dense, ids, then values
     and offsets of each multi-valued table. An id outside its table is looked up as row 0.
     """

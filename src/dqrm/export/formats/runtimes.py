@@ -12,7 +12,7 @@ from torch import Tensor
 from dqrm.data.batches import Batch
 from dqrm.errors import UserError
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.program import MAX_BATCH, MAX_VALUES
+from dqrm.export.formats.program import MAX_BATCH, MAX_VALUES
 
 
 def open_runtime(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.errors import UserError
-from dqrm.export.parts import ServedDLRM
+from dqrm.export.formats.traceable import TraceableDLRM
 from dqrm.models.dlrm import DLRM
 
 MAX_BATCH = 8192
@@ -66,7 +66,7 @@ def write_pte(model: DLRM, path: Path) -> None:
 
 
 def _exported(model: DLRM, max_batch: int | None, max_values: int | None) -> Any:
-    served = ServedDLRM(model)
+    served = TraceableDLRM(model)
     single, samples, length = served.tables.num_single, 4, 7
     multi = len(served.tables.table_rows) - single
     batch = torch.export.Dim("batch", min=1, max=max_batch)

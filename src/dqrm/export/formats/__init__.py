@@ -1,0 +1,1 @@
+"""The file formats that `dqrm export` writes."""
