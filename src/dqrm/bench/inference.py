@@ -61,11 +61,11 @@ torch.set_num_threads(int(threads))
 load = dqrm.load
 if kind == "onnx":
     import onnxruntime
-    from dqrm.export.formats.runtimes import open_runtime
+    from dqrm.export.formats import score_file
 libraries = rss_mb()
 start = time.perf_counter()
 if kind == "onnx":
-    score = open_runtime(Path(path), int(threads))
+    score = score_file(Path(path), int(threads))
 else:
     model = load(path)
     score = lambda batch: model(batch.dense, batch.ids, batch.bags)
@@ -201,9 +201,9 @@ def _scores(
         if name in models:
             found[name] = ours(models[name])
         else:
-            from dqrm.export.formats.runtimes import open_runtime
+            from dqrm.export.formats import score_file
 
-            found[name] = open_runtime(files[name], threads)
+            found[name] = score_file(files[name], threads)
     return found
 
 

@@ -43,7 +43,7 @@ def write_onnx(model: DLRM, path: Path, metadata: Mapping[str, str] = {}) -> Non
     Raises:
         UserError: the package `onnx` is missing.
         ValueError: the model is not converted.
-        OSError: the file cannot be written; what was there before is as it was.
+        OSError: the file cannot be written.
     """
     try:
         from onnx import helper
