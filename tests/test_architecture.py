@@ -42,7 +42,7 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("part", ALLOWED)
 def test_imports_run_one_way(part):
-    files = list((SOURCE / part).glob("*.py"))
+    files = list((SOURCE / part).rglob("*.py"))
     assert files
     for file in files:
         assert imports(file) <= ALLOWED[part] | {part}, file.name

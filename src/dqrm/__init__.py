@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.quant.uniform import fake_quantize as fake_quantize
     from dqrm.quant.uniform import quantize as quantize
     from dqrm.serving.config import PredictConfig as PredictConfig
+    from dqrm.serving.evaluation import evaluate as evaluate
     from dqrm.serving.loaded import load as load
     from dqrm.serving.predict import predict as predict
     from dqrm.training.callbacks import Callback as Callback
-    from dqrm.training.evaluation import evaluate as evaluate
     from dqrm.training.launch import resume as resume
     from dqrm.training.launch import train as train
     from dqrm.training.metrics import Metric as Metric
@@ -88,7 +88,7 @@ _HOMES = {
     "UserError": "dqrm.errors",
     "convert": "dqrm.quant.convert",
     "dequantize": "dqrm.quant.uniform",
-    "evaluate": "dqrm.training.evaluation",
+    "evaluate": "dqrm.serving.evaluation",
     "export_run": "dqrm.export.pipeline",
     "fake_quantize": "dqrm.quant.uniform",
     "load": "dqrm.serving.loaded",

@@ -1,4 +1,7 @@
-"""The command line: verbs -> functions. No logic here, and nothing heavy imported before a verb needs it."""
+"""The command line: one command per verb, which reads the flags, calls the verb's function and prints what it returns.
+
+Nothing heavy is imported before a verb needs it.
+"""
 
 import os
 import shlex
@@ -15,8 +18,8 @@ from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.distributed import launched
 from dqrm.errors import UserError
-from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
-from dqrm.flags import GroupedCommand, config_options, given
+from dqrm.export.config import ExportConfig, PTQConfig
+from dqrm.flags import ExportCommand, GroupedCommand, config_options, given
 from dqrm.options import build, field_types, read_yaml
 from dqrm.process import STOPPED, run_command
 from dqrm.serving.config import PredictConfig
@@ -28,6 +31,9 @@ TOO_WIDE = 1e4
 # Mean weight of the rows (or one over it) above which it warns that the learning rate is not what it seems.
 FAR_FROM_1 = 5
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+_exported = click.option(
+    "-o", "--output", required=True, help="The file to write; its suffix says in which format (below)."
+)
 _verify = click.option(
     "--verify/--no-verify",
     default=True,
@@ -56,7 +62,7 @@ def generate(output: str, **flags: Any) -> None:
     messages.print(f"{output}: {config.rows:,} generated lines")
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=GroupedCommand, short_help="Turn raw click logs into a dataset folder.")
 @click.argument("sources", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, help="The dataset folder to make.")
 @click.option("--config", "config_file", help="A YAML file with any of the fields below; flags override it.")
@@ -88,7 +94,7 @@ def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_j
         print_dataset(dataset)
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=GroupedCommand, short_help="Train a model on a dataset folder, or resume a run.")
 @click.argument("data", required=False)
 @click.option("-o", "--output", help="The run folder to make.")
 @click.option("--resume", "resumed", metavar="RUN", help="Continue this run where its newest checkpoint stands.")
@@ -166,23 +172,19 @@ def train(
         print_summary(Path(run), summary)
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=ExportCommand, short_help="Write the model of a run as a packed file, and check it.")
 @click.argument("source", metavar="RUN")
-@click.option("-o", "--output", required=True, help="The file to write: .dqrm, .onnx, .pt2 or .pte.")
+@_exported
 @_json
 @config_options(("What is written", ExportConfig))
 def export(source: str, output: str, as_json: bool, **flags: Any) -> None:
-    """Write the model of the run RUN (or of an artifact) as a file, packed, and check it.
-
-    .dqrm is the artifact, for `dqrm predict` and dqrm.load; .onnx runs in ONNX Runtime, .pt2 is torch.export's format,
-    .pte is ExecuTorch's.
-    """
+    """Write the model of the run RUN (or of an artifact) as a file, packed, and check it."""
     _export(source, output, build(ExportConfig, given(flags), "export"), None, as_json)
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=ExportCommand, short_help="Quantize an FP32 run after training (PTQ), and export it.")
 @click.argument("source", metavar="RUN")
-@click.option("-o", "--output", required=True, help="The file to write: .dqrm, .onnx, .pt2 or .pte.")
+@_exported
 @_json
 @config_options(("Quantization", PTQConfig), ("What is written", ExportConfig))
 def quantize(source: str, output: str, as_json: bool, **flags: Any) -> None:
@@ -203,14 +205,15 @@ def _export(source: str, output: str, config: ExportConfig, ptq: PTQConfig | Non
     (print_json if as_json else print_export)(found)
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=GroupedCommand, short_help="Score raw logs: the probability of a click for each row.")
 @click.argument("model")
 @click.argument("log", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, help="The file to write: .parquet, .csv or .tsv.")
 @_json
 @config_options(("How the log is scored", PredictConfig))
 def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flags: Any) -> None:
-    """Score raw logs LOG (as for prepare) with the artifact MODEL: the probability of a click for each row."""
+    """Score raw logs LOG (as for prepare) with MODEL, a run folder or an exported file: the probability of a click for
+    each row."""
     config = build(PredictConfig, given(flags), "predict")
 
     from dqrm.console import bars, print_json
@@ -225,7 +228,7 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
         print_predictions(log, found)
 
 
-@cli.command("eval")
+@cli.command("eval", short_help="Metrics of a run or an exported file on a split of its dataset.")
 @click.argument("run", metavar="MODEL")
 @click.argument("data")
 @click.option("--split", default="test", show_default=True, help="train, validation or test.")
@@ -261,37 +264,22 @@ def evaluate(
     correct_subsampling: bool,
     as_json: bool,
 ) -> None:
-    """Evaluate MODEL, a run folder or an exported .dqrm or .onnx file, on a split of its dataset DATA."""
+    """Evaluate MODEL, a run folder or an exported file, on a split of its dataset DATA."""
     from dqrm.console import bars, print_json
     from dqrm.data.dataset import Dataset
     from dqrm.info import print_metrics
+    from dqrm.serving.evaluation import evaluate as measure
 
-    of_file = not Path(run).is_dir() and (Path(run).is_file() or Path(run).suffix in SUFFIXES)
-    if of_file and checkpoint is not None:
-        raise UserError(f"--checkpoint {checkpoint} is for run folders; {run} holds one checkpoint only")
-    if of_file and device not in ("auto", "cpu"):
-        raise UserError(f"--device {device} is for run folders; exported files are evaluated on the cpu")
     with bars(quiet=as_json) as progress:
-        more: dict[str, Any] = {
-            "progress": progress,
-            "verify": verify,
-            "correct_subsampling": correct_subsampling,
-            "threads": threads,
-        }
-        more["log"] = None if as_json else progress.log
-        if of_file:
-            from dqrm.serving.evaluation import evaluate_file
-
-            metrics = evaluate_file(run, data, split, batch_size or 8192, **more)
-        else:
-            from dqrm.training.evaluation import evaluate_run
-
-            metrics = evaluate_run(run, data, split, checkpoint or "best", batch_size, device, **more)
+        log = None if as_json else progress.log
+        metrics = measure(
+            run, data, split, batch_size, progress, verify, correct_subsampling, threads, log, checkpoint, device
+        )
     if as_json:
         print_json(metrics)
     else:
-        title = f"{run} on {split}" if of_file else f"{run}, {checkpoint or 'best'} checkpoint, on {split}"
-        print_metrics(title, metrics, Dataset(data).subsample_negatives)
+        which = f", {checkpoint or 'best'} checkpoint," if Path(run).is_dir() else ""
+        print_metrics(f"{run}{which} on {split}", metrics, Dataset(data).subsample_negatives)
 
 
 @cli.command()
@@ -309,7 +297,7 @@ def info(path: str, verify: bool, as_json: bool) -> None:
         print_description(path, verify)
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=GroupedCommand, short_help="Generate a log, train in FP32 and in INT4, and compare.")
 @click.option(
     "-o", "--output", default="demo", show_default=True, help="Folder for the log, the dataset and the two runs."
 )
@@ -332,7 +320,7 @@ def bench() -> None:
     """Measure speed: variants alternate in one process."""
 
 
-@bench.command("step", cls=GroupedCommand)
+@bench.command("step", cls=GroupedCommand, short_help="Whole training steps: FP32, INT4, plain torch.")
 @_json
 @config_options(("What is measured", BenchStepConfig))
 def bench_step(as_json: bool, **flags: Any) -> None:
@@ -348,7 +336,7 @@ def bench_step(as_json: bool, **flags: Any) -> None:
     (print_json if as_json else print_step)(found)
 
 
-@bench.command("embedding", cls=GroupedCommand)
+@bench.command("embedding", cls=GroupedCommand, short_help="One table, forward and backward, against torch.ao.")
 @_json
 @config_options(("What is measured", BenchEmbeddingConfig))
 def bench_embedding(as_json: bool, **flags: Any) -> None:
@@ -364,7 +352,7 @@ def bench_embedding(as_json: bool, **flags: Any) -> None:
     (print_json if as_json else print_embedding)(found)
 
 
-@bench.command("inference", cls=GroupedCommand)
+@bench.command("inference", cls=GroupedCommand, short_help="Scoring: the artifact, ONNX Runtime, FP32.")
 @_json
 @config_options(("What is measured", BenchInferenceConfig))
 def bench_inference(as_json: bool, **flags: Any) -> None:
@@ -380,7 +368,7 @@ def bench_inference(as_json: bool, **flags: Any) -> None:
     (print_json if as_json else print_inference)(found)
 
 
-@bench.command("exchange", cls=GroupedCommand)
+@bench.command("exchange", cls=GroupedCommand, short_help="Steps of several ranks: bytes and time per codec.")
 @_json
 @config_options(("What is measured", BenchExchangeConfig))
 def bench_exchange(as_json: bool, **flags: Any) -> None:

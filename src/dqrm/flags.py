@@ -10,6 +10,7 @@ from typing import Any, Literal
 import click
 
 from dqrm.errors import UserError
+from dqrm.export.formats import formats
 from dqrm.options import field_help, field_types
 
 
@@ -27,6 +28,21 @@ class GroupedCommand(click.Command):
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
+
+
+class ExportCommand(GroupedCommand):
+    """A command that writes a model: its --help lists the file formats, too."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, then suffix, summary and extra of each registered format."""
+        super().format_options(ctx, formatter)
+        with formatter.section("Formats"):
+            formatter.write_dl(
+                [
+                    (suffix, known.summary + (f" (needs dqrm[{known.extra}])" if known.extra else ""))
+                    for suffix, known in formats().items()
+                ]
+            )
 
 
 class FieldOption(click.Option):

@@ -14,7 +14,7 @@ from cli_helpers import command
 from conftest import tiny
 from dqrm import Artifact, ExportConfig, PrepareConfig, PTQConfig, Run, UserError
 from dqrm.data.subsampling import logit_offset, negative_weight
-from dqrm.export.pipeline import score_file
+from dqrm.export.formats import score_file
 from dqrm.training.metrics import click_metrics
 from export.test_fuzz import parts, sealed
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import dqrm
+import dqrm.export.weights
 from conftest import tiny
 from dqrm import Artifact, ExportConfig, PTQConfig, UserError
-from dqrm.export import pack
 from dqrm.training.checkpoints import WEIGHTS
 
 CHANGED = "was changed in place under the loaded model; load it again"
@@ -164,14 +164,14 @@ def test_a_vocabulary_is_compared_as_it_is_read(generated, shipped, tmp_path):
 def test_a_checkpoint_changed_during_its_export(shipped, tmp_path, monkeypatch):
     shutil.copytree(shipped / "one", tmp_path / "run")
     weights = next((tmp_path / "run" / "checkpoints").glob(f"*/{WEIGHTS}"))
-    encode, done = pack.encode, []
+    encode, done = dqrm.export.weights.encode, []
 
     def changing(*arguments):
         if not done:
             done.append(overwrite(weights, weights.read_bytes()))
         return encode(*arguments)
 
-    monkeypatch.setattr(pack, "encode", changing)
+    monkeypatch.setattr(dqrm.export.weights, "encode", changing)
     with pytest.raises(UserError, match="changed in place under the export"):
         dqrm.export_run(tmp_path / "run", tmp_path / "m.dqrm", ExportConfig(vocabulary="none"))
     assert done

@@ -9,8 +9,10 @@ import torch
 import dqrm
 from conftest import tiny
 from dqrm import Artifact, Config, ExportConfig, QATConfig, UserError
-from dqrm.export import artifact, onnx_file
 from dqrm.export.check import generate
+from dqrm.export.formats import onnx_file
+from dqrm.export.formats.dqrm import DqrmFormat
+from dqrm.export.formats.onnx import OnnxFormat
 from export.test_fuzz import changed, parts, sealed, with_text
 
 runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
@@ -56,13 +58,13 @@ def test_vocabularies_beside_survive_a_failed_export(runs, tmp_path, monkeypatch
 
 def test_what_is_stale_is_deleted_under_the_lock(runs, tmp_path, monkeypatch):
     """Else the next export, which may begin as soon as the lock is gone, would lose its vocabularies."""
-    companions, locked = artifact.companions, []
+    companions, locked = DqrmFormat.companions, []
 
-    def looking(path):
+    def looking(self, path):
         locked.append((tmp_path / "m.dqrm.partial" / ".lock").exists())
-        return companions(path)
+        return companions(self, path)
 
-    monkeypatch.setattr(artifact, "companions", looking)
+    monkeypatch.setattr(DqrmFormat, "companions", looking)
     dqrm.export_run(runs[0], tmp_path / "m.dqrm", ExportConfig(vocabulary="beside"))
     assert locked == [True]
     assert len(list(tmp_path.iterdir())) == 2
@@ -148,7 +150,7 @@ def test_how_far_another_runtime_may_differ(generated, tmp_path, monkeypatch, bi
     config = Config(base.model, QATConfig(bits=4, activation_bits=bits), base.optimizer, base.training)
     dqrm.train(generated, tmp_path / "run", config)
 
-    def wrong(path, threads=0):
+    def wrong(self, path, threads=0):
         model = dqrm.Run.open(tmp_path / "run").load_model()[0]
 
         def score(batch):
@@ -158,7 +160,7 @@ def test_how_far_another_runtime_may_differ(generated, tmp_path, monkeypatch, bi
 
         return score
 
-    monkeypatch.setattr("dqrm.export.pipeline.score_file", wrong)
+    monkeypatch.setattr(OnnxFormat, "open", wrong)
     options = (tmp_path / "run", tmp_path / "m.onnx", ExportConfig(check_rows=120))
     assert generated.rows["test"] >= 120  # so that one row in a hundred is one row
     if accepted:

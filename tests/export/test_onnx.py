@@ -1,5 +1,7 @@
 """ONNX files give what the converted model gives, in standard operators, and are written whole or not at all."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -15,15 +17,14 @@ from dqrm.quant.packing import decode
 onnx = pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")
 runtime = pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
 
-from dqrm.export import onnx_file  # noqa: E402
-from dqrm.export.onnx import write_onnx  # noqa: E402
-from dqrm.export.runtimes import open_runtime  # noqa: E402
-from dqrm.serving.evaluation import evaluate_file  # noqa: E402
+
+from dqrm.export.formats import format_of, onnx_file, score_file  # noqa: E402
+from dqrm.export.formats.onnx_writer import write_onnx  # noqa: E402
 
 
 def write(model, path, **options):
     write_onnx(model, path, **options)
-    return open_runtime(path)
+    return score_file(path)
 
 
 @pytest.mark.parametrize("kind", helpers.KINDS)
@@ -136,39 +137,25 @@ def test_a_large_table_lies_beside(tmp_path, kind, monkeypatch):
     moved.mkdir()
     for name in ("m.onnx", "m.onnx.data"):
         (tmp_path / name).rename(moved / name)
-    helpers.assert_same(open_runtime(moved / "m.onnx")(samples), helpers.expected(model, samples))
+    helpers.assert_same(score_file(moved / "m.onnx")(samples), helpers.expected(model, samples))
 
 
-def test_replacing_a_file_with_data_beside_it(tmp_path, monkeypatch):
-    path, other = tmp_path / "m.onnx", helpers.made("8 bits")
-    (tmp_path / "m.onnx.backup.data").write_bytes(b"mine")
+def test_data_that_the_replaced_model_needs_is_left_alone(tmp_path, monkeypatch):
+    """An export writes into a folder inside that of its output."""
     monkeypatch.setattr(onnx_file, "INLINE_LIMIT", 100)
-    write(helpers.made("4 bits"), path)
-    score = write(other, path)
-    samples = helpers.batch(other, 30)
-    helpers.assert_same(score(samples), helpers.expected(other, samples))
-    assert len(list(tmp_path.glob("m.onnx.*data"))) == 2
-    assert not (tmp_path / "m.onnx.data").exists()
-    monkeypatch.undo()
-    write(other, path)
-    assert sorted(left.name for left in tmp_path.iterdir()) == ["m.onnx", "m.onnx.backup.data"]
-
-
-@pytest.mark.parametrize("limit", [100, 2**31 - 1])
-@pytest.mark.parametrize("when", ["data", "rename"])
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, limit, when):
-    monkeypatch.setattr(onnx_file, "INLINE_LIMIT", limit)
-    model = helpers.made("4 bits")
-    write(model, tmp_path / "m.onnx")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(*((onnx_file, "_stream") if when == "data" else (onnx_file.os, "replace")), full)
-    with pytest.raises(OSError, match="No space"):
-        write_onnx(helpers.made("8 bits"), tmp_path / "m.onnx")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    work, model = tmp_path / "m.onnx.partial", helpers.made("8 bits")
+    work.mkdir()
+    (tmp_path / "m.onnx.data").write_bytes(b"needed")
+    (tmp_path / "m.onnx.backup.data").write_bytes(b"mine")
+    score = write(model, work / "m.onnx")
+    samples = helpers.batch(model, 30)
+    helpers.assert_same(score(samples), helpers.expected(model, samples))
+    (data,) = {path.name for path in work.iterdir()} - {"m.onnx"}
+    assert re.fullmatch(r"m\.onnx\.[0-9a-f]{8}\.data", data)
+    for name in (data, "m.onnx.data"):
+        (tmp_path / name).touch()
+    companions = format_of(tmp_path / "m.onnx").companions(tmp_path / "m.onnx")
+    assert sorted(path.name for path in companions) == sorted([data, "m.onnx.data"])
 
 
 def test_damaged_and_missing_files(tmp_path, monkeypatch):
@@ -176,14 +163,14 @@ def test_damaged_and_missing_files(tmp_path, monkeypatch):
     whole = (tmp_path / "m.onnx").read_bytes()
     (tmp_path / "m.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"m\.onnx cannot be loaded: damaged"):
-        open_runtime(tmp_path / "m.onnx")
+        score_file(tmp_path / "m.onnx")
     with pytest.raises(UserError, match="no such file"):
-        open_runtime(tmp_path / "none.onnx")
+        score_file(tmp_path / "none.onnx")
     with pytest.raises(UserError, match=r"\.onnx, \.pt2 or \.pte"):
-        open_runtime(tmp_path / "m.bin")
+        score_file(tmp_path / "m.bin")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"dqrm\[onnx\]"):
-        open_runtime(tmp_path / "m.onnx")
+        score_file(tmp_path / "m.onnx")
 
 
 def test_an_unconverted_model_is_refused(tmp_path):
@@ -197,11 +184,11 @@ def test_eval_takes_onnx_of_the_same_data_and_no_pt2(generated, bags_data, tmp_p
     train(generated, tmp_path / "run", tiny(max_steps=5))
     export_run(tmp_path / "run", tmp_path / "m.onnx")
     expected = evaluate(Run.open(tmp_path / "run").load_model()[0], generated, "test")
-    found = evaluate_file(tmp_path / "m.onnx", generated.path)
+    found = evaluate(tmp_path / "m.onnx", generated.path)
     assert found["auc"] == pytest.approx(expected["auc"], abs=5e-7)
     assert found["log_loss"] == pytest.approx(expected["log_loss"], abs=1e-6)
     with pytest.raises(UserError, match="other data than"):
-        evaluate_file(tmp_path / "m.onnx", bags_data.path)
+        evaluate(tmp_path / "m.onnx", bags_data.path)
     (tmp_path / "m.pt2").write_bytes(b"PK")
     with pytest.raises(UserError, match="can run code"):
-        evaluate_file(tmp_path / "m.pt2", generated.path)
+        evaluate(tmp_path / "m.pt2", generated.path)

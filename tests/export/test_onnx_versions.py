@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from dqrm.export import onnx_file
-from dqrm.export.onnx import write_onnx
+from dqrm.export.formats import onnx_file
+from dqrm.export.formats.onnx_writer import write_onnx
 from export_helpers import KINDS, assert_same, batch, expected, made, with_row_scales
 
 onnx = pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")

@@ -7,9 +7,7 @@ import torch
 
 import export_helpers as helpers
 from dqrm.errors import UserError
-from dqrm.export import runtimes
-from dqrm.export.program import write_pt2, write_pte
-from dqrm.export.runtimes import open_runtime
+from dqrm.export.formats import executorch, format_of, score_file
 from selection import slow
 
 KINDS = ["2 bits", "4 bits", "32 bits", "dim 5", "cat", "no dense, cat, bags alone", "no tables", "one table",
@@ -17,9 +15,13 @@ KINDS = ["2 bits", "4 bits", "32 bits", "dim 5", "cat", "no dense, cat, bags alo
          "dcn, stacked, low rank, norm, bags", "dcn, norm, 32-bit MLP"]  # fmt: skip
 
 
+def write(model, path):
+    format_of(path).write(model, path, {})
+
+
 def test_pt2_keeps_the_codes_packed(tmp_path):
     model = helpers.made("4 bits")
-    write_pt2(model, tmp_path / "m.pt2")
+    write(model, tmp_path / "m.pt2")
     stored = torch.export.load(tmp_path / "m.pt2").state_dict
     assert stored["tables.codes"].dtype == torch.uint8
     assert torch.equal(stored["tables.codes"], model.tables.codes)
@@ -50,43 +52,43 @@ def test_pte_with_a_scale_per_row(tmp_path):
 
 
 def _compare(model, path):
-    (write_pt2 if path.suffix == ".pt2" else write_pte)(model, path)
-    helpers.compare(model, open_runtime(path))
+    write(model, path)
+    helpers.compare(model, score_file(path))
 
 
 def test_ids_outside_are_row_0(tmp_path):
     model = helpers.made("4 bits")
-    write_pt2(model, tmp_path / "m.pt2")
+    write(model, tmp_path / "m.pt2")
     samples = helpers.batch(model, 2)
     samples.ids[:] = 0
     wanted = helpers.expected(model, samples)
     samples.ids[0], samples.ids[1] = 1000, -1
-    helpers.assert_same(open_runtime(tmp_path / "m.pt2")(samples), wanted)
+    helpers.assert_same(score_file(tmp_path / "m.pt2")(samples), wanted)
 
 
 def test_a_batch_beyond_the_bounds_is_cut(monkeypatch):
-    monkeypatch.setattr(runtimes, "MAX_BATCH", 7)
-    monkeypatch.setattr(runtimes, "MAX_VALUES", 5)
+    monkeypatch.setattr(executorch, "MAX_BATCH", 7)
+    monkeypatch.setattr(executorch, "MAX_VALUES", 5)
     model = helpers.made("bags, sum")
     samples = helpers.batch(model, 50)
-    pieces = runtimes._pieces(samples)
+    pieces = executorch.pieces(samples)
     assert all(len(piece) <= 7 and all(len(values) <= 5 for values, _ in piece.bags) for piece in pieces)
     torch.testing.assert_close(
         torch.cat([helpers.expected(model, piece) for piece in pieces]), helpers.expected(model, samples)
     )
-    monkeypatch.setattr(runtimes, "MAX_VALUES", 2)
+    monkeypatch.setattr(executorch, "MAX_VALUES", 2)
     with pytest.raises(UserError, match="more than 2 ids"):
-        runtimes._pieces(samples)
+        executorch.pieces(samples)
 
 
 def test_missing_executorch_and_damaged_files(tmp_path, monkeypatch):
     for suffix in (".pt2", ".pte"):
         (tmp_path / f"m{suffix}").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"m\.pt2 cannot be loaded: damaged"):
-        open_runtime(tmp_path / "m.pt2")
+        score_file(tmp_path / "m.pt2")
     for name in ("executorch", "executorch.exir", "executorch.runtime"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"dqrm\[executorch\]"):
-        write_pte(helpers.made("4 bits"), tmp_path / "m.pte")
+        write(helpers.made("4 bits"), tmp_path / "m.pte")
     with pytest.raises(UserError, match=r"dqrm\[executorch\]"):
-        open_runtime(tmp_path / "m.pte")
+        score_file(tmp_path / "m.pte")

@@ -30,7 +30,7 @@ from dqrm import (
     resume,
     train,
 )
-from dqrm.export.parts import packed_stack
+from dqrm.export.formats.traceable import packed_stack
 from dqrm.models.base import Layer, build_stack
 from dqrm.quant.convert import convert, pack_linear
 from dqrm.quant.ptq import row_scales

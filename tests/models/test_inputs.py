@@ -7,7 +7,7 @@ from torch import nn
 
 import dqrm
 from dqrm import DLRM, QATConfig, UserError
-from dqrm.export.parts import flat_model
+from dqrm.export.formats.traceable import flat_model
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection
 from dqrm.quant.packing import pack, unpack
@@ -212,5 +212,9 @@ def test_quantizers_refuse_other_dtypes():
 
 
 def test_evaluate_wants_a_model(generated):
-    with pytest.raises(UserError, match=r"model is a str, expected a click model: dqrm.load"):
-        dqrm.evaluate("m.dqrm", generated, "test")
+    for call in (lambda model: dqrm.evaluate(model, generated), lambda model: dqrm.predict(model, "log.txt", "p.csv")):
+        for wrong in (3, None, generated, torch.nn.Linear(2, 1)):
+            with pytest.raises(
+                UserError, match=f"model is a {type(wrong).__name__}, expected the path of a run folder"
+            ):
+                call(wrong)

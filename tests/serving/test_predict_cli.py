@@ -1,6 +1,8 @@
 """`dqrm predict` and its neighbours as a user types them: the whole way from a log to probabilities."""
 
 import csv
+import json
+import shutil
 
 import polars as pl
 import pytest
@@ -8,7 +10,7 @@ import pytest
 import dqrm
 from cli_helpers import command
 from conftest import tiny
-from dqrm import PrepareConfig, UserError
+from dqrm import PredictConfig, PrepareConfig, UserError
 
 ROWS = [
     {"click": n % 2, "user": n % 7, "on": n % 3 == 0, "price": n / 4, "tags": "a|b" if n % 2 else "c"}
@@ -65,7 +67,12 @@ def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, caps
     [
         (("predict", "m.dqrm", "log.parquet", "-o", "p.csv", "--keep", "user", "--keep", "on"), "--keep user,on"),
         (("predict", "m.dqrm", "log.parquet", "-o", "p.txt"), "p.txt"),
-        (("predict", "run", "log.parquet", "-o", "p.csv"), "dqrm export run"),
+        (("predict", "nothing", "log.parquet", "-o", "p.csv"), "nothing does not exist, expected a run folder"),
+        (("predict", "data", "log.parquet", "-o", "p.csv"), "expected a run folder"),
+        (("predict", "m.pt2", "log.parquet", "-o", "p.csv"), "m.pt2 cannot be scored, expected a run folder"),
+        (("eval", "m.pt2", "data"), "a .dqrm or a .onnx file; torch.export.load can run code"),
+        (("export", "run", "-o", "m.bin"), "should end in .dqrm, .onnx, .pt2 or .pte, which says what to write"),
+        (("export", "m.dqrm", "-o", "n.dqrm"), "name an output that ends in .onnx, .pt2 or .pte"),
         (("predict", "m.dqrm", "log.parquet", "-o", "p.csv", "--batch-size", "0"), "batch_size is 0"),
         (
             ("prepare", "log.parquet", "-o", "d", "--label", "click", "--dense", "price", "--dense", "user"),
@@ -114,3 +121,88 @@ def test_evaluate_takes_a_folder(shipped):
     )
     with pytest.raises(UserError):
         dqrm.evaluate(model, shipped / "nothing", "test")
+
+
+def in_order(path):
+    return pl.read_parquet(path)["probability"].to_list()
+
+
+@pytest.fixture(scope="module")
+def wanted(shipped, tmp_path_factory):
+    """What the artifact predicts for the log."""
+    output = tmp_path_factory.mktemp("wanted") / "p.parquet"
+    dqrm.predict(shipped / "m.dqrm", shipped / "log.parquet", output)
+    return in_order(output)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_run_folder_predicts_as_its_artifact_does(shipped, wanted, tmp_path, in_memory):
+    before = sorted(path.name for path in shipped.rglob("*"))
+    config = PredictConfig(in_memory=in_memory)
+    result = dqrm.predict(shipped / "run", shipped / "log.parquet", tmp_path / "p.parquet", config)
+    assert in_order(tmp_path / "p.parquet") == wanted
+    assert result["subsampling"] == {"subsample_negatives": 0.0, "corrected": False}
+    assert sorted(path.name for path in shipped.rglob("*")) == before
+
+
+def test_a_run_folder_on_the_command_line(shipped, wanted, tmp_path, capsys):
+    code, _, err = command(capsys, "predict", shipped / "run", shipped / "log.parquet", "-o", tmp_path / "p.parquet")
+    assert (code, in_order(tmp_path / "p.parquet")) == (0, wanted), err
+    shutil.copytree(shipped, tmp_path / "moved")
+    info = json.loads((tmp_path / "moved" / "run" / "run.json").read_text())
+    info["data"]["path"] = str(tmp_path / "gone")
+    (tmp_path / "moved" / "run" / "run.json").write_text(json.dumps(info))
+    arguments = ("predict", tmp_path / "moved" / "run", shipped / "log.parquet", "-o", tmp_path / "q.parquet")
+    code, _, err = command(capsys, *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is not there; name it with --data\n" in err
+    assert command(capsys, *arguments, "--data", tmp_path / "moved" / "data")[0] == 0
+    assert in_order(tmp_path / "q.parquet") == wanted
+
+
+def test_models_in_memory_predict(shipped, wanted, tmp_path):
+    model, data = dqrm.Run.open(shipped / "run").load_model()[0].train(), PredictConfig(data=str(shipped / "data"))
+    for given, config in ((model, data), (dqrm.load(shipped / "m.dqrm"), PredictConfig())):
+        dqrm.predict(given, shipped / "log.parquet", tmp_path / "p.parquet", config)
+        assert in_order(tmp_path / "p.parquet") == wanted
+    assert model.training
+    with pytest.raises(UserError, match="a DLRM in memory has no vocabularies"):
+        dqrm.predict(model, shipped / "log.parquet", tmp_path / "p.parquet")
+    other = dqrm.DLRM(1, [3, 4, 5])
+    with pytest.raises(UserError, match=r"but the model's are \[3, 4, 5\]"):
+        dqrm.predict(other, shipped / "log.parquet", tmp_path / "p.parquet", data)
+
+
+def test_an_onnx_file_predicts_with_the_dataset_folder(shipped, wanted, tmp_path):
+    pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
+    dqrm.export_run(shipped / "run", tmp_path / "m.onnx")
+    config = PredictConfig(data=str(shipped / "data"), threads=1)
+    result = dqrm.predict(tmp_path / "m.onnx", shipped / "log.parquet", tmp_path / "p.parquet", config)
+    assert in_order(tmp_path / "p.parquet") == pytest.approx(wanted, abs=1e-6)
+    assert result["threads"] == 1
+    with pytest.raises(UserError, match=r"m\.onnx holds no vocabularies; name the dataset folder"):
+        dqrm.predict(tmp_path / "m.onnx", shipped / "log.parquet", tmp_path / "p.parquet")
+
+
+def test_runs_files_and_models_are_evaluated_alike(shipped):
+    model = dqrm.Run.open(shipped / "run").load_model()[0]
+    expected = dqrm.evaluate(model, shipped / "data")
+    for given in (shipped / "run", str(shipped / "run"), shipped / "m.dqrm", dqrm.load(shipped / "m.dqrm")):
+        assert dqrm.evaluate(given, dqrm.Dataset(shipped / "data")) == expected
+    assert dqrm.evaluate(shipped / "run", shipped / "data", checkpoint="last")["rows"] == expected["rows"]
+    for given in (shipped / "m.dqrm", model):
+        with pytest.raises(UserError, match="--checkpoint last is for run folders"):
+            dqrm.evaluate(given, shipped / "data", checkpoint="last")
+        with pytest.raises(UserError, match="--device cuda is for run folders"):
+            dqrm.evaluate(given, shipped / "data", device="cuda")
+
+
+@pytest.mark.parametrize("output", ["run/run.json", "data/dataset.json"])
+def test_what_a_run_reads_is_not_overwritten(shipped, tmp_path, output):
+    shutil.copytree(shipped, tmp_path / "copy")
+    info = json.loads((tmp_path / "copy" / "run" / "run.json").read_text())
+    info["data"]["path"] = str(tmp_path / "copy" / "data")
+    (tmp_path / "copy" / "run" / "run.json").write_text(json.dumps(info))
+    (tmp_path / "p.csv").symlink_to(tmp_path / "copy" / output)
+    with pytest.raises(UserError, match="is read for scoring and would be overwritten"):
+        dqrm.predict(tmp_path / "copy" / "run", shipped / "log.parquet", tmp_path / "p.csv")

@@ -10,6 +10,7 @@ import dqrm
 from cli_helpers import command
 from conftest import tensors, tiny
 from dqrm import ExportConfig, PredictConfig
+from dqrm.export.formats.onnx import OnnxFormat
 from dqrm.serving import evaluation
 from dqrm.serving.evaluation import evaluate_file
 from dqrm.training import launch, threads
@@ -218,12 +219,12 @@ def test_measuring_changes_no_figure(shipped, generated, monkeypatch):
 def test_onnx_is_evaluated_on_the_faster_of_one_thread_and_all(shipped, generated, tmp_path, monkeypatch, best):
     pytest.importorskip("onnxruntime")
     dqrm.export_run(shipped / "m.dqrm", tmp_path / "m.onnx")
-    opened, original, clock = [], evaluation.score_file, [0.0]
+    opened, original, clock = [], OnnxFormat.open, [0.0]
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
 
-    def score_file(path, number):
+    def open_on(self, path, number):
         opened.append(number)
-        score = original(path, number)
+        score = original(self, path, number)
 
         def timed(batch):
             clock[0] += 1 if number == best else 2
@@ -231,7 +232,7 @@ def test_onnx_is_evaluated_on_the_faster_of_one_thread_and_all(shipped, generate
 
         return timed
 
-    monkeypatch.setattr(evaluation, "score_file", score_file)
+    monkeypatch.setattr(OnnxFormat, "open", open_on)
     evaluate_file(tmp_path / "m.onnx", generated.path, "train", 64)
     assert opened == [1, 3, best]
     opened.clear()

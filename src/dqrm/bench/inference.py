@@ -61,11 +61,11 @@ torch.set_num_threads(int(threads))
 load = dqrm.load
 if kind == "onnx":
     import onnxruntime
-    from dqrm.export.runtimes import open_runtime
+    from dqrm.export.formats import score_file
 libraries = rss_mb()
 start = time.perf_counter()
 if kind == "onnx":
-    score = open_runtime(Path(path), int(threads))
+    score = score_file(Path(path), int(threads))
 else:
     model = load(path)
     score = lambda batch: model(batch.dense, batch.ids, batch.bags)
@@ -127,7 +127,7 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
     write_artifact(files["packed"], options, table_rows)
     opened = Artifact.open(files["packed"])
     if "onnx" in names:
-        from dqrm.export.onnx import write_onnx
+        from dqrm.export.formats.onnx_writer import write_onnx
 
         progress("writing the ONNX file", 0, None)
         files["onnx"] = files["packed"].with_suffix(".onnx")
@@ -201,9 +201,9 @@ def _scores(
         if name in models:
             found[name] = ours(models[name])
         else:
-            from dqrm.export.runtimes import open_runtime
+            from dqrm.export.formats import score_file
 
-            found[name] = open_runtime(files[name], threads)
+            found[name] = score_file(files[name], threads)
     return found
 
 

@@ -14,7 +14,7 @@ from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchInferenceConfig
 from dqrm.config import ModelConfig
 from dqrm.export.artifact import KIND
 from dqrm.export.container import Entry, write
-from dqrm.export.pack import Packing
+from dqrm.export.weights import EncodedWeights
 from dqrm.models.base import ClickModel, build_tables
 from dqrm.models.dlrm import DLRM
 from dqrm.models.registry import describe_model
@@ -64,7 +64,7 @@ def write_artifact(path: Path, options: BenchInferenceConfig, table_rows: Sequen
             "run": {"config": asdict(options), "checkpoint": "none", "step": 0, "metrics": {}},
         },
     }
-    write(path, KIND, content, [replaced.get(entry.name, entry) for entry in Packing(model).entries()])
+    write(path, KIND, content, [replaced.get(entry.name, entry) for entry in EncodedWeights(model).entries()])
 
 
 @torch.no_grad()

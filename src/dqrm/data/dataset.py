@@ -58,6 +58,11 @@ class Dataset:
         UserError: no such folder, not a dataset folder, another format version, a missing or wrongly sized file.
     """
 
+    @classmethod
+    def of(cls, data: "Dataset | str | Path") -> "Dataset":
+        """A dataset, or that of a folder."""
+        return data if isinstance(data, Dataset) else cls(data)
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.info = _read_info(self.path)

@@ -208,13 +208,6 @@ def vocabulary_path(path: Path, checksum: str) -> Path:
     return path.with_name(f"{path.name}-vocabulary-{re.sub('[^0-9a-f]', '', checksum)[:8]}")
 
 
-def companions(path: Path) -> list[Path]:
-    """The files beside `path` that belong to it or to what it replaced: vocabularies, and tables of an ONNX model."""
-    names = {".dqrm": r"-vocabulary-[0-9a-f]{8}", ".onnx": r"(\.[0-9a-f]{8})?\.data"}
-    pattern = re.escape(path.name) + names.get(path.suffix, r"(?!)")
-    return [found for found in path.parent.iterdir() if re.fullmatch(pattern, found.name) and found.is_file()]
-
-
 def _part(name: str) -> str:
     if name.startswith(_VOCABULARY):
         return "vocabularies"

@@ -6,8 +6,6 @@ from typing import Literal
 from dqrm.options import check_fields
 from dqrm.quant.config import BitsOfParts
 
-SUFFIXES = (".dqrm", ".onnx", ".pt2", ".pte")
-
 
 @dataclass(frozen=True)
 class ExportConfig:

@@ -8,43 +8,60 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export.check import sampled_split
 from dqrm.export.config import ExportConfig
-from dqrm.export.pack import Progress
+from dqrm.export.watch import Watch
+from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
+from dqrm.training.environment import Progress
 from dqrm.training.run import Run, versions
 
 
-def require_dataset(content: dict[str, Any], data: str | Path, source: Path) -> Dataset:
+def require_dataset(content: dict[str, Any], data: Dataset | str | Path, source: Path) -> Dataset:
     """The dataset folder `data`, if it is the one that the artifact was trained on.
 
     Raises:
         UserError: it is another one, or none.
     """
-    dataset = Dataset(data)
+    dataset = Dataset.of(data)
     wanted = content["provenance"]["data"]["fingerprint"]
     if dataset.fingerprint != wanted:
         raise UserError(
-            f"{data} is other data than {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
+            f"{dataset.path} is other data than {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
             f"expected {wanted[:16]}"
         )
     return dataset
 
 
-def dataset_of(run: Run, config: ExportConfig, needed: bool) -> Dataset | None:
-    path = config.data or run.info["data"]["path"]
-    if config.data is None and not Path(path).is_dir():
+def dataset_of(run: Run, data: str | None, needed: bool, otherwise: str = "") -> Dataset | None:
+    """The dataset folder `data`, or without one that on which the run was trained; None where it is gone.
+
+    Args:
+        needed: raise UserError where it is gone, or holds other data by now.
+        otherwise: what to do then, besides naming the folder.
+    """
+    path = data or run.info["data"]["path"]
+    if data is None and not Path(path).is_dir():
         if needed:
             raise UserError(
-                f"the dataset folder {path}, on which {run.path} was trained, is not there; name it with --data, or "
-                "leave the vocabularies out with --vocabulary none"
+                f"the dataset folder {path}, on which {run.path} was trained, is not there; name it with --data"
+                f"{otherwise}"
             )
         return None
     try:
         dataset = Dataset(path)
         run.require_same_data(dataset)
     except UserError:
-        if needed or config.data is not None:
+        if needed or data is not None:
             raise
         return None
     return dataset
+
+
+def watch_checkpoint(run: Run, step: int, user: str, remedy: str) -> Watch:
+    """Of the file of a checkpoint, which its tables are memory-mapped from; see `Watch`."""
+    path = checkpoint_path(run.checkpoints, step) / WEIGHTS
+    try:
+        return Watch(path.open("rb"), path, user, remedy)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: Progress) -> None:

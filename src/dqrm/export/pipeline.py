@@ -3,9 +3,10 @@
 The file is written and checked in a folder beside its place and renamed at the end: whatever fails leaves the old file.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -22,15 +23,24 @@ from dqrm.export import artifact
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.check import compare, looked_up, sample
-from dqrm.export.config import SUFFIXES, ExportConfig, PTQConfig
+from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.container import Entry, write
-from dqrm.export.origin import check_data, dataset_of, known_schema, provenance, require_dataset, subsample_negatives
-from dqrm.export.pack import Packing, Progress
-from dqrm.export.watch import Watch
+from dqrm.export.formats import either, format_of, formats
+from dqrm.export.formats.base import Format
+from dqrm.export.origin import (
+    check_data,
+    dataset_of,
+    known_schema,
+    provenance,
+    require_dataset,
+    subsample_negatives,
+    watch_checkpoint,
+)
+from dqrm.export.weights import EncodedWeights
 from dqrm.files import exclusive, flush, require_replaceable
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import describe_model, weight_count
-from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
+from dqrm.training.environment import Progress
 from dqrm.training.run import Run
 
 _READ = 1 << 22
@@ -48,7 +58,7 @@ def export_run(
 
     Args:
         source: a run folder; or an artifact, to be written in another format.
-        output: .dqrm (the artifact), .onnx, .pt2 (torch.export) or .pte (ExecuTorch).
+        output: its suffix is that of one of `dqrm.export.formats`: .dqrm (the artifact), .onnx, .pt2, .pte.
         ptq: quantize a run that was trained in FP32; None: with the bits and scales that it was trained in.
 
     Returns:
@@ -60,92 +70,86 @@ def export_run(
             differ by more than 1e-5: nothing is written then.
     """
     source, output = Path(source), Path(output)
-    if output.suffix not in SUFFIXES:
-        raise UserError(
-            f"{output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, which says what to write"
-        )
-    if config.vocabulary == "beside" and output.suffix != ".dqrm":
+    target = format_of(output)
+    if config.vocabulary == "beside" and not target.is_artifact:
         raise UserError(
             f"vocabulary {config.vocabulary} is for .dqrm files; {output.suffix} files hold no vocabularies"
         )
     with _workshop(output) as folder:
         made = folder / output.name
         start = _from_artifact if source.is_file() else _from_run
-        found = start(source, made, config, ptq, progress or (lambda what, done, total: None))
+        result = start(source, made, target, config, ptq, progress or (lambda what, done, total: None))
         files = sorted((path for path in folder.iterdir() if path != made and not path.name.startswith(".")), key=str)
         files.append(made)  # last: the others belong to it
         for path in files:
             flush(path)
-        found["bytes"] = sum(path.stat().st_size for path in files)
+        result["bytes"] = sum(path.stat().st_size for path in files)
         _move(files, output.parent)
         # Only now: until the rename the old file needed them. Under the lock: the next export brings its own.
-        for stale in artifact.companions(output):
+        for stale in target.companions(output):
             if stale.name not in {path.name for path in files}:
                 with suppress(OSError):
                     stale.unlink()
-    return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **found}
+    return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **result}
 
 
 def _from_run(
-    source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
+    source: Path, made: Path, target: Format, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
 ) -> dict[str, Any]:
     run = Run.open(source)
-    shipped = made.suffix == ".dqrm" and config.vocabulary != "none"
-    dataset = dataset_of(run, config, shipped)
+    shipped = target.is_artifact and config.vocabulary != "none"
+    otherwise = ", or leave the vocabularies out with --vocabulary none"
+    dataset = dataset_of(run, config.data, shipped, otherwise)
     if dataset is not None:
         check_data(dataset, shipped, config, progress)
     # Memory-mapped: each table is read once, piece by piece, while it is packed.
     model, state = run.load_model(config.checkpoint, mapped=True, verify=config.verify)
-    watch = _watch(run, state["step"])
+    watch = watch_checkpoint(run, state["step"], "the export", "export again")
 
     def tell(what: str, done: int, total: int | None) -> None:
         watch.check()  # between pieces: reading a file that was cut short would end the process
         progress(what, done, total)
 
-    packing = Packing(model, ptq, tell)
-    described = describe_model(model, packing.table_bits, packing.mlp_bits)
+    weights = EncodedWeights(model, ptq, tell)
+    described = describe_model(model, weights.table_bits, weights.mlp_bits)
     batch, where = sample(described, dataset, config.check_rows)
     rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
-    reference = packing.reference()
+    reference = weights.reference()
     reference.logit_offset = model.logit_offset = rate.offset
     expected = _score(reference, batch)
+    method = {"method": "none" if (weights.table_bits, weights.mlp_bits) == (32, 32) else "qat"}
     content = {
         "model": described,
-        "quantization": {"method": "ptq", **asdict(ptq)}
-        if ptq
-        else {"method": "qat" if _quantized(packing) else "none"},
+        "quantization": {"method": "ptq", **asdict(ptq)} if ptq else method,
         "schema": dataset.info["schema"] if dataset else known_schema(run),
         "options": dataset.info["options"] if dataset else None,
         "subsampling": rate.header(),
         "provenance": provenance(run, state, config.checkpoint),
     }
-    first = made if made.suffix == ".dqrm" else made.parent / ".artifact.dqrm"
-    entries = packing.entries()
+    first = made if target.is_artifact else made.parent / ".artifact.dqrm"
+    entries = weights.entries()
     content["vocabulary"], more = _vocabulary(dataset if shipped else None, config, made, progress)
     entries += more
     write(first, artifact.KIND, content, entries)
-    difference_from = None
-    if ptq is not None:
-        difference_from = compare(_score(model, batch), expected)
+    difference = None if ptq is None else compare(_score(model, batch), expected)
     watch.check()
-    del model, packing, reference, entries  # and with them the mapping of the checkpoint
+    del model, weights, reference, entries  # and with them the mapping of the checkpoint
     opened = Artifact.open(first, verify=True)
     if shipped and dataset is not None:
         batch = looked_up(batch, opened, dataset)
-    found = _finish(opened, rate, made, batch, expected, where)
-    if difference_from is not None:
-        found["largest_difference_from_fp32"] = difference_from
-    return found
+    result = _finish(opened, rate, made, target, batch, expected, where)
+    return result if difference is None else {**result, "largest_difference_from_fp32": difference}
 
 
 def _from_artifact(
-    source: Path, made: Path, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
+    source: Path, made: Path, target: Format, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
 ) -> dict[str, Any]:
     opened = Artifact.open(source, config.verify)
     if ptq is not None:
         raise UserError(f"{source} is an artifact; quantization after training starts from a run folder")
-    if made.suffix == ".dqrm":
-        raise UserError(f"{source} is an artifact already; name an output that ends in .onnx, .pt2 or .pte")
+    if target.is_artifact:
+        others = either([suffix for suffix, other in formats().items() if not other.is_artifact])
+        raise UserError(f"{source} is an artifact already; name an output that ends in {others}")
     dataset = None
     if config.data is not None:
         dataset = require_dataset(opened.content, config.data, source)
@@ -153,7 +157,7 @@ def _from_artifact(
     batch, where = sample(opened.content["model"], dataset, config.check_rows)
     share = opened.base_rate.subsample_negatives if dataset is None else dataset.subsample_negatives
     rate = BaseRate.chosen(share, config.correct_subsampling)
-    return _finish(opened, rate, made, batch, _score(_model(opened, rate), batch), where)
+    return _finish(opened, rate, made, target, batch, _score(_model(opened, rate), batch), where)
 
 
 def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
@@ -162,38 +166,25 @@ def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
     return model
 
 
-def _finish(opened: Artifact, rate: BaseRate, made: Path, batch: Batch, expected: Tensor, where: str) -> dict[str, Any]:
+def _finish(
+    opened: Artifact, rate: BaseRate, made: Path, target: Format, batch: Batch, expected: Tensor, where: str
+) -> dict[str, Any]:
     """Write the other formats from the artifact, then compare the file with what the trained model gave."""
     model = _model(opened, rate)
-    if made.suffix == ".onnx":
-        from dqrm.export.onnx import write_onnx
-
-        taken = made.name + ".data"
-        if (made.parent.parent / taken).exists():  # the model that is to be replaced needs it until then
-            (made.parent / taken).touch()
-        write_onnx(model, made, metadata(opened, rate))
-    elif made.suffix != ".dqrm":
-        from dqrm.export import program
-
-        (program.write_pt2 if made.suffix == ".pt2" else program.write_pte)(model, made)
+    target.write(model, made, _metadata(opened, rate))
     model.tables.check_source()
-    found = score_file(made)(batch)
-    difference = judged = compare(found, expected)
-    if opened.content["model"]["activation_bits"] != 32 and made.suffix != ".dqrm" and difference < TIPPED:
+    logits = target.open(made)(batch)
+    difference = judged = compare(logits, expected)
+    if opened.content["model"]["activation_bits"] != 32 and not target.is_artifact and difference < TIPPED:
         # Another order of summation may tip the code of an input that lies between two: one row in a hundred may.
-        judged = compare(found, expected, leave_out=len(batch) // 100)
+        judged = compare(logits, expected, leave_out=len(batch) // 100)
     if not judged <= TOLERANCE:
         raise UserError(
             f"the exported file's probabilities differ from the model's by up to {difference:.3g}, more than "
             f"{TOLERANCE:g}: nothing was written"
         )
-    parts = opened.sizes()
-    if made.suffix != ".dqrm":
-        kept = {name: parts[name] for name in artifact.WEIGHTS}
-        total = sum(path.stat().st_size for path in made.parent.iterdir() if not path.name.startswith("."))
-        parts = {**kept, "graph and rest": total - sum(kept.values()), "file": total}
     return {
-        "parts": parts,
+        "parts": target.sizes(opened, made),
         "bits_per_weight": round(opened.bits_per_weight(), 4),
         "fp32_bytes": 4 * weight_count(opened.content["model"]),
         "largest_difference": difference,
@@ -208,45 +199,16 @@ TIPPED = 1e-2
 """The same for single rows where a model quantizes the inputs of its layers and another runtime sums them."""
 
 
-def score_file(path: Path, threads: int = 0) -> Callable[[Batch], Tensor]:
-    """A function from a batch to logits float32 [B], running an exported file of any format.
-
-    Raises:
-        UserError: the file is damaged, or its runtime is not installed.
-    """
-    if path.suffix == ".dqrm":
-        model = Artifact.open(path).model()
-        return lambda batch: _score(model, batch)
-    from dqrm.export.runtimes import open_runtime
-
-    return open_runtime(path, threads)
-
-
-def metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
+def _metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
     """What a file of another format carries of the artifact's header, as text."""
-    import json
-
     kept = ("model", "quantization", "schema", "provenance")
     return {"dqrm": json.dumps({**{name: opened.content[name] for name in kept}, "subsampling": rate.header()})}
 
 
 def _score(model: torch.nn.Module, batch: Batch) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = model(batch.dense, batch.ids, batch.bags)
-    return found
-
-
-def _watch(run: Run, step: int) -> Watch:
-    """Of the checkpoint's file, which the tables are memory-mapped from."""
-    path = checkpoint_path(run.checkpoints, step) / WEIGHTS
-    try:
-        return Watch(path.open("rb"), path, "the export", "export again")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _quantized(packing: Packing) -> bool:
-    return (packing.table_bits, packing.mlp_bits) != (32, 32)
+        logits: Tensor = model(batch.dense, batch.ids, batch.bags)
+    return logits
 
 
 def _vocabulary(

@@ -17,7 +17,7 @@ class PredictConfig:
     keep: tuple[str, ...] = ()
     """Columns of the log, joined by commas, that are copied to the output."""
     data: str | None = None
-    """The dataset folder to take vocabularies from, where the artifact was exported without."""
+    """The dataset folder to take vocabularies from: of a file without them, or of a run whose dataset was moved."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a malformed line does: stop with its file and line number, or be left out of the output and counted."""
     delimiter: str | None = None
@@ -29,9 +29,9 @@ class PredictConfig:
     threads: int = 0
     """CPU threads for arithmetic; 0: the fastest number when scoring starts, at most torch's default."""
     in_memory: bool = False
-    """Read the whole artifact into memory first, so that nothing that happens to the file matters."""
+    """Read the whole model into memory first, so that nothing that happens to its file matters."""
     verify: bool = True
-    """Compare the artifact's bytes with their checksums first, which reads all of it."""
+    """Compare model and vocabularies with their checksums first, which reads all of the model."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,4 +1,4 @@
-"""Metrics of an exported file on a split of the dataset that it was trained on."""
+"""Metrics of a model on a split: of a run folder, an exported file or a model in memory."""
 
 import time
 from pathlib import Path
@@ -8,76 +8,117 @@ import numpy as np
 import torch
 
 from dqrm.data.batches import Split
+from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
+from dqrm.export.formats.base import Format
 from dqrm.export.origin import require_dataset
-from dqrm.export.pipeline import score_file
+from dqrm.serving.sources import Model, is_exported_file, path_of, scored_format
 from dqrm.training.environment import Log, Progress
-from dqrm.training.evaluation import evaluate, measure_on, score_split
+from dqrm.training.evaluation import evaluate as evaluate_model
+from dqrm.training.evaluation import evaluate_run, measure_on, score_split
 from dqrm.training.threads import SHORT, given_threads, tell_threads
 
 # Of each number of threads.
 _CALLS = 3
+_BATCH_SIZE = 8192
+
+
+def evaluate(
+    model: Model,
+    data: Dataset | str | Path,
+    split: str = "test",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    verify: bool = True,
+    correct_subsampling: bool = True,
+    threads: int = 0,
+    log: Log | None = None,
+    checkpoint: str | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Metrics of a model on a split of the dataset that it was trained on: see `training.metrics.click_metrics`.
+
+    Of a dataset with `subsample_negatives` they are those of the log's own click rate: each negative counts for those
+    that were dropped, and a trained model's logits are corrected as in an exported file, whose own are taken as they
+    are. With correct_subsampling False those of the rows as they are, and of the model without `logit_offset`.
+
+    Args:
+        model: a run folder, an exported file (.dqrm or .onnx), or a model in memory, which stays in its mode.
+        batch_size: rows scored at a time; None: a run's eval_batch_size, else 8192.
+        verify: compare the split, and what is read of a run or an artifact, with their checksums first.
+        threads: CPU threads for arithmetic; 0: the fastest number now, at most torch's. log: is told which.
+        checkpoint: of a run: 'best' on validation (None) or 'last'.
+        device: of a run: as in `TrainingConfig`.
+
+    Returns:
+        rows, auc, log_loss, accuracy, ne, calibration; where negatives were dropped base_rate ("true" or "sampled").
+
+    Raises:
+        UserError: `model` is none of these, is damaged or was trained on other data; the split is damaged; a prediction
+            is not finite.
+    """
+    path, more = path_of(model), (progress, verify, correct_subsampling, threads, log)
+    if path is not None and not is_exported_file(path):
+        return evaluate_run(path, data, split, checkpoint or "best", batch_size, device, *more)
+    what = "a model in memory" if path is None else path
+    if checkpoint is not None:
+        raise UserError(f"--checkpoint {checkpoint} is for run folders; {what} holds one checkpoint only")
+    if device not in ("auto", "cpu"):
+        raise UserError(
+            f"--device {device} is for run folders; exported files are evaluated on the cpu, models where they are"
+        )
+    if path is None:
+        return evaluate_model(model, data, split, batch_size or _BATCH_SIZE, *more)  # type: ignore[arg-type]
+    return evaluate_file(path, data, split, batch_size or _BATCH_SIZE, *more)
 
 
 def evaluate_file(
     path: str | Path,
-    data: str | Path,
+    data: Dataset | str | Path,
     split: str = "test",
-    batch_size: int = 8192,
+    batch_size: int = _BATCH_SIZE,
     progress: Progress | None = None,
     verify: bool = True,
     correct_subsampling: bool = True,
     threads: int = 0,
     log: Log | None = None,
 ) -> dict[str, Any]:
-    """Metrics of an exported file, .dqrm or .onnx: see `training.evaluation.evaluate`.
-
-    Of a dataset with `subsample_negatives`, those of the file's own probabilities on the log's click rate, whether it
-    corrects them or not; with correct_subsampling False those of the trained model on the rows as they are.
+    """`evaluate` of an exported file.
 
     Args:
-        verify: compare the artifact (an .onnx file has none) and the split with their checksums first.
-        threads, log: as there; of an .onnx file, ONNX Runtime's threads.
-
-    Raises:
-        UserError: the file is damaged or of another kind, or was trained on other data.
+        verify: compare the artifact (other files have none) and the split with their checksums first.
+        threads: of another file than the artifact, its runtime's.
     """
     path, opened = Path(path), None
-    if path.suffix == ".dqrm":
+    kind = scored_format(path)
+    if kind.is_artifact:
         opened = Artifact.open(path, verify)
-        content = opened.content
-    elif path.suffix == ".onnx":
-        from dqrm.export.runtimes import onnx_content
-
-        content = onnx_content(path)
-    else:
-        why = "; torch.export.load can run code that is in a .pt2, so dqrm opens none" if path.suffix == ".pt2" else ""
-        raise UserError(f"{path} cannot be evaluated, expected a run folder, a .dqrm or a .onnx file{why}")
+    content = kind.content(path) if opened is None else opened.content
     dataset = require_dataset(content, data, path)
     if verify:
         dataset.verify(split, tell=progress)
     dataset.validate(split)
     if opened is not None:  # the very file that was compared, and no other that has its name since
         model = opened.model()
-        return evaluate(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
-    threads = given_threads(threads) or _runtime_threads(path, dataset.split(split), batch_size)
+        return evaluate_model(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
+    threads = given_threads(threads) or _runtime_threads(kind, path, dataset.split(split), batch_size)
     tell_threads(threads, log)
-    logits = score_split(score_file(path, threads), dataset, split, batch_size, progress)
+    logits = score_split(kind.open(path, threads), dataset, split, batch_size, progress)
     if not correct_subsampling:
         logits -= np.float32(BaseRate.of(content).offset)
     return measure_on(logits, dataset, split, correct_subsampling)
 
 
-def _runtime_threads(path: Path, part: Split, batch_size: int) -> int:
-    """On which number of its threads, one or torch's, ONNX Runtime scores faster now; one where that is done at once.
+def _runtime_threads(kind: Format, path: Path, part: Split, batch_size: int) -> int:
+    """On which number of its threads, one or torch's, a runtime scores faster now; one where that is done at once.
 
     A session keeps its number and holds the model, so that they are measured one after the other.
     """
     most, seconds = torch.get_num_threads(), {}
     for number in (1, most) if part.rows else ():
-        score, batch = score_file(path, number), next(iter(part.batches(batch_size)))
+        score, batch = kind.open(path, number), next(iter(part.batches(batch_size)))
         score(batch)  # its first call is slower
         started = time.perf_counter()
         for _ in range(_CALLS):

@@ -16,7 +16,7 @@ from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.models.base import ClickModel
 from dqrm.options import build
-from dqrm.serving.predict import reading, scorer
+from dqrm.serving.sources import LogFormat, scorer
 from dqrm.serving.writer import probabilities
 
 # One for all models: a lock of each would keep them from being copied and pickled.
@@ -79,9 +79,9 @@ class LoadedModel(ClickModel):
         if self._encoder is None:
             with _READING:
                 if self._encoder is None:
-                    options, columns, vocabularies = reading(self._opened, self._data)
-                    read_as = build(PrepareConfig, options, str(self._opened.path))
-                    self._encoder = RawEncoder(read_as, columns, vocabularies)
+                    log = LogFormat.of_artifact(self._opened, self._data)
+                    read_as = build(PrepareConfig, log.options, str(self._opened.path))
+                    self._encoder = RawEncoder(read_as, log.columns, log.vocabularies)
         return self._encoder
 
 

@@ -20,7 +20,7 @@ from dqrm.errors import UserError
 from dqrm.export.pipeline import export_run
 from dqrm.files import exclusive, write_json
 from dqrm.quant.config import QATConfig
-from dqrm.serving.evaluation import evaluate_file
+from dqrm.serving.evaluation import evaluate
 from dqrm.training.launch import train
 from dqrm.training.metrics import METRICS, legend
 
@@ -90,7 +90,7 @@ def _run(folder: Path, as_json: bool, log: GenerateConfig, config: Config, start
             variants[name] = {**summary, "evaluations": _evaluations(run)}
         packed = folder / "int4.dqrm"
         artifact = export_run(folder / "int4", packed, progress=progress)
-        artifact["test"] = evaluate_file(packed, dataset.path, progress=progress)
+        artifact["test"] = evaluate(packed, dataset.path, progress=progress)
     result = {
         "data": "generated",
         "rows": dataset.rows,

@@ -35,12 +35,12 @@ def predict_logits(
     With share (rank, ranks), of the rank's part: whole batches, so that no logit depends on who computes it. `sampled`:
     without the model's `logit_offset`.
     """
-    with _evaluating(model, sampled) as score:
+    with evaluating(model, sampled) as score:
         return score_split(score, dataset, split, batch_size, progress, share)
 
 
 @contextmanager
-def _evaluating(model: ClickModel, sampled: bool) -> Iterator[Callable[[Batch], torch.Tensor]]:
+def evaluating(model: ClickModel, sampled: bool) -> Iterator[Callable[[Batch], torch.Tensor]]:
     """Inside, the model is in evaluation mode; yields what gives the logits of a batch."""
     device, training = model.tables.row_offsets.device, model.training
 
@@ -123,14 +123,13 @@ def evaluate(
             f"model is a {type(model).__name__}, expected a click model: dqrm.load(FILE) or "
             "dqrm.Run.open(RUN).load_model()[0]"
         )
-    if not isinstance(dataset, Dataset):
-        dataset = Dataset(dataset)
+    dataset = Dataset.of(dataset)
     if verify:
         dataset.verify(split, tell=progress)
     sampled, part = not correct_subsampling, dataset.split(split)
     with ExitStack() as held:
         if model.tables.row_offsets.device.type == "cpu" and part.rows:
-            with _evaluating(model, sampled) as score, torch.inference_mode():
+            with evaluating(model, sampled) as score, torch.inference_mode():
                 first, batches = next(iter(part.batches(batch_size))), part.num_batches(batch_size)
                 held.enter_context(scoring_threads(lambda: score(first), batches, threads, log))
         logits = predict_logits(model, dataset, split, batch_size, progress, sampled=sampled)
@@ -141,7 +140,7 @@ def evaluate(
 
 def evaluate_run(
     path: str | Path,
-    data: str | Path,
+    data: Dataset | str | Path,
     split: str = "test",
     checkpoint: str = "best",
     batch_size: int | None = None,
@@ -163,7 +162,7 @@ def evaluate_run(
     Raises:
         UserError: no run, other data than it was trained on, damage, or as `evaluate`.
     """
-    run, dataset, where = Run.open(path), Dataset(data), resolve_device(device)
+    run, dataset, where = Run.open(path), Dataset.of(data), resolve_device(device)
     run.require_same_data(dataset)
     if verify:
         dataset.verify(split, tell=progress)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dqrm.export.parts import packed_stack
+from dqrm.export.formats.traceable import packed_stack
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import PACKED_BITS
 from dqrm.quant.uniform import code_limits

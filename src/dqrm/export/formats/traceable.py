@@ -1,4 +1,5 @@
-"""A model's tables and stacks as packed modules, whatever is converted already: what the writers start from."""
+"""A model as a function of tensors alone, which torch.export can trace; and its tables and stacks as packed modules,
+converted or not: what the writers of other formats start from."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -4,11 +4,8 @@ A protobuf message may come in pieces: parsers merge what they read one after th
 is followed by one more piece per table, of nothing but that table.
 """
 
-import os
-import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,57 +22,36 @@ _GRAPH, _INITIALIZER, _RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))
 
 
 def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write an onnx.ModelProto with further initializers, whole or not at all.
+    """Write an onnx.ModelProto with further initializers.
 
-    From 2 GB on the tensors go into `<name>.data`; where a file of that name is there, which the model that is to be
-    replaced may need, into `<name>.<8 hexadecimal digits>.data`. Files of the replaced model go last.
+    From 2 GB on the tensors go into `<name>.data` beside it; or into `<name>.<8 hexadecimal digits>.data` where the
+    folder above, to which an export moves its files, has a file of that name: the model there needs it until then.
 
     Args:
         tensors: uint8, int16 or float32, on the CPU.
 
     Raises:
-        OSError: the file cannot be written; what was there before is as it was.
+        OSError: a file cannot be written.
     """
     heads = {name: _head(name, tensor) for name, tensor in tensors.items()}
     tags = {name: _tags(heads[name].SerializeToString(), tensor.nbytes) for name, tensor in tensors.items()}
     total = model.ByteSize() + sum(len(tags[name]) + tensor.nbytes for name, tensor in tensors.items())
-    partial, data = path.with_name(path.name + ".partial"), None
     if total > INLINE_LIMIT:
         data = path.with_name(path.name + ".data")
-        if data.exists():
+        if (path.parent.parent / data.name).exists():
             data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data")
-    try:
-        if data is not None:  # under its final name at once: no model refers to it yet
-            with _open(data) as file:
-                for name, tensor in tensors.items():
-                    file.write(bytes(-file.tell() % ALIGNMENT))
-                    _refer(heads[name], data.name, file.tell(), tensor.nbytes)
-                    _stream(file, tensor)
-            model.graph.initializer.extend(heads.values())
-        with _open(partial) as file:
-            file.write(model.SerializeToString())
-            if data is None:
-                for name, tensor in tensors.items():
-                    file.write(tags[name])
-                    _stream(file, tensor)
-        os.replace(partial, path)
-    except BaseException:
-        for left in (partial, data):
-            if left is not None:
-                left.unlink(missing_ok=True)
-        raise
-    for stale in path.parent.iterdir():
-        if stale != data and re.fullmatch(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data", stale.name):
-            stale.unlink()
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, on the disk when it is closed."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+        with data.open("wb") as file:
+            for name, tensor in tensors.items():
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                _refer(heads[name], data.name, file.tell(), tensor.nbytes)
+                _stream(file, tensor)
+        model.graph.initializer.extend(heads.values())
+        tensors = {}
+    with path.open("wb") as file:
+        file.write(model.SerializeToString())
+        for name, tensor in tensors.items():
+            file.write(tags[name])
+            _stream(file, tensor)
 
 
 def _stream(file: IO[bytes], tensor: Tensor) -> None:

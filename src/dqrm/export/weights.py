@@ -1,6 +1,6 @@
-"""A trained model as the tensors of an artifact, table by table: no table is held in FP32 a second time."""
+"""A trained model's weights as the tensors of an artifact, table by table: no table is in memory in FP32 twice."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from dqrm.errors import UserError
 from dqrm.export.config import PTQConfig
 from dqrm.export.container import Entry
-from dqrm.export.parts import packed_stack
+from dqrm.export.formats.traceable import packed_stack
 from dqrm.models.base import ClickModel
 from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
@@ -21,12 +21,11 @@ from dqrm.quant.packing import encode, pieces, storage
 from dqrm.quant.ptq import row_scales, table_scale
 from dqrm.quant.tables import TableLayout
 from dqrm.quant.uniform import fake_quantize
+from dqrm.training.environment import Progress
 
-Progress = Callable[[str, int, int | None], None]
 
-
-class Packing:
-    """What a trained model becomes: bits and scales of its tables, and its linear layers packed.
+class EncodedWeights:
+    """A trained model's weights as codes and scales.
 
     Args:
         model: in eval mode, as `Run.load_model` gives it; it may be memory-mapped.

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dqrm.errors import UserError
-from dqrm.export.onnx_file import write_model
-from dqrm.export.onnx_graph import Graph, concat, look_up_tables, run_stack
-from dqrm.export.parts import packed_tables
+from dqrm.export.formats.onnx_file import write_model
+from dqrm.export.formats.onnx_graph import Graph, concat, look_up_tables, run_stack
+from dqrm.export.formats.traceable import packed_tables
 from dqrm.models.base import ClickModel
 from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
@@ -43,7 +43,7 @@ def write_onnx(model: ClickModel, path: Path, metadata: Mapping[str, str] = {}) 
     Raises:
         UserError: the package `onnx` is missing, or nobody has written a graph of this model.
         ValueError: the model is not converted.
-        OSError: the file cannot be written; what was there before is as it was.
+        OSError: the file cannot be written.
     """
     try:
         from onnx import helper

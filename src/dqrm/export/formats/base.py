@@ -1,0 +1,104 @@
+"""The interface of an export format."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dqrm.errors import UserError
+
+if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not wait for torch
+    from torch import Tensor, nn
+
+    from dqrm.data.batches import Batch
+    from dqrm.export.artifact import Artifact
+
+    Score = Callable[[Batch], Tensor]
+
+
+class Format(ABC):
+    """A kind of file that a model is exported to: how it is written, opened and described.
+
+    A new one is a subclass in a file of its own, and a line in `dqrm.export.formats`; that of another package calls
+    `register`, or names the class as an entry point of the group `dqrm.formats`. Formats are imported for the help of
+    the command line: whatever takes long to import is imported in the methods.
+
+    Attributes:
+        suffix: of its files, with the dot.
+        summary: what it is and what reads it, for the help.
+        extra: the extra of dqrm that writing or opening it needs; None: none.
+        not_evaluated: why `dqrm eval` and `dqrm predict` do not take it; None: they do.
+        is_artifact: it is the artifact, which every export begins with: packed weights, vocabularies, a header.
+    """
+
+    suffix: ClassVar[str]
+    summary: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    not_evaluated: ClassVar[str | None] = None
+    is_artifact: ClassVar[bool] = False
+
+    @abstractmethod
+    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write a model.
+
+        Args:
+            model: of packed layers, in eval mode, as `Artifact.model` gives it.
+            path: the file, in a folder of the export's own. Afterwards all files in it whose names begin with no dot
+                are moved to the folder above it.
+            metadata: what to store with it, as text: `content` reads it again.
+
+        Raises:
+            UserError: the extra is missing, or the model has something that the format cannot express.
+            OSError: the file cannot be written.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, threads: int = 0) -> Score:
+        """A function from a batch to logits float32 [B] that runs the file.
+
+        Args:
+            threads: CPU threads of the runtime; 0: its default.
+
+        Raises:
+            UserError: the file is damaged, or the extra is missing.
+        """
+
+    def content(self, path: Path) -> dict[str, Any]:
+        """What the file carries of the artifact's header; not called where it is not evaluated.
+
+        Raises:
+            UserError: it carries none, or is damaged.
+        """
+        raise UserError(f"{path} does not say where it comes from, expected a file that `dqrm export` wrote")
+
+    def companions(self, path: Path) -> list[Path]:
+        """Files beside `path` that belong to it, or belonged to the file that it replaced."""
+        return []
+
+    def sizes(self, opened: Artifact, path: Path) -> dict[str, int]:
+        """Bytes of each part of the file that was written from an artifact; 'file' is all of it."""
+        from dqrm.export.artifact import WEIGHTS
+
+        parts = opened.sizes()
+        weights = {name: parts[name] for name in WEIGHTS}
+        total = sum(file.stat().st_size for file in (path, *self.companions(path)))
+        return {**weights, "graph and rest": total - sum(weights.values()), "file": total}
+
+    def missing(self, doing: str) -> UserError:
+        """The error where its extra is not installed. doing: "writing" or "running"."""
+        extra = f"dqrm[{self.extra}]"
+        return UserError(f"{doing} {self.suffix} needs the extra {extra}: pip install '{extra}'")
+
+
+def beside(path: Path, pattern: str) -> list[Path]:
+    """The files in the folder of `path` whose names are its own and then what the regular expression matches."""
+    named = re.compile(re.escape(path.name) + pattern)
+    return [file for file in path.parent.iterdir() if named.fullmatch(file.name) and file.is_file()]
+
+
+def damaged(path: Path) -> UserError:
+    """The error for a file that its runtime does not load."""
+    return UserError(f"{path} cannot be loaded: damaged, incomplete, or made for another version of its runtime")

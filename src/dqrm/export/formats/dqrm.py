@@ -1,0 +1,48 @@
+"""The artifact as one of the export formats; what it holds is in `dqrm.export.artifact`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dqrm.export.formats.base import Format, beside
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dqrm.data.batches import Batch
+    from dqrm.export.artifact import Artifact
+    from dqrm.export.formats.base import Score
+
+
+class DqrmFormat(Format):
+    """`.dqrm`: a safetensors file of codes, scales, columns and vocabularies."""
+
+    suffix = ".dqrm"
+    summary = "the artifact, for `dqrm predict` and dqrm.load"
+    is_artifact = True
+
+    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+        """Nothing to do: an export writes the artifact before all else."""
+
+    def open(self, path: Path, threads: int = 0) -> Score:
+        import torch
+
+        from dqrm.export.artifact import Artifact
+
+        model = Artifact.open(path).model()
+
+        def score(batch: Batch) -> Tensor:
+            with torch.inference_mode():
+                logits: Tensor = model(batch.dense, batch.ids, batch.bags)
+            return logits
+
+        return score
+
+    def companions(self, path: Path) -> list[Path]:
+        """Vocabularies in a second file."""
+        return beside(path, r"-vocabulary-[0-9a-f]{8}")
+
+    def sizes(self, opened: Artifact, path: Path) -> dict[str, int]:
+        return opened.sizes()
