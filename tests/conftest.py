@@ -1,6 +1,8 @@
 """Shared by all tests: few threads, which tests are quick, and small datasets that are made once."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -62,6 +64,17 @@ def bags_data(tmp_path_factory: pytest.TempPathFactory):
     )
     config = PrepareConfig(layout="table", label="label", categorical=("user", "tags"), multi=("tags",))
     return prepare([folder / "log.parquet"], folder / "data", config)
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory):
+    """A function that copies small stand-ins for the files that the documentation names into a folder."""
+    from shipped_helpers import make_stand_ins
+
+    made = tmp_path_factory.mktemp("stand-ins")
+    with contextlib.chdir(made):
+        make_stand_ins()
+    return lambda folder: Path(shutil.copytree(made, folder, dirs_exist_ok=True))
 
 
 @pytest.fixture
