@@ -228,8 +228,8 @@ def problem(content: Any, shape: Any, key: str = "") -> str | None:
     if isinstance(shape, list):
         if not isinstance(content, list):
             return f"has {here}, expected a list"
-        found = (problem(value, shape[0], f"{key}[{at}]") for at, value in enumerate(content))
-        return next(filter(None, found), None)
+        problems = (problem(value, shape[0], f"{key}[{at}]") for at, value in enumerate(content))
+        return next(filter(None, problems), None)
     if not isinstance(content, dict):
         return f"has {here}, expected an object"
     prefix = f"{key}." if key else ""

@@ -16,9 +16,9 @@ class FileIdentity(NamedTuple):
     links: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> "FileIdentity":
+    def of(cls, stat: os.stat_result) -> "FileIdentity":
         """Of what the system says about a file."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_nlink)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_nlink)
 
     @classmethod
     def of_open(cls, file: IO[bytes]) -> "FileIdentity":

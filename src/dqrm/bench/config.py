@@ -59,7 +59,7 @@ class Scheme:
 
 
 def _schemes() -> dict[str, Scheme]:
-    found = {}
+    schemes = {}
     for bits in (32, *BITS[:-1]):
         rules: tuple[Literal["periodic", "running_max"] | None, ...] = (None, "periodic", "running_max")
         for refresh in rules[:1] if bits == 32 else rules:
@@ -67,8 +67,8 @@ def _schemes() -> dict[str, Scheme]:
                 for bf16_tables in (False, True):
                     name = "fp32" if bits == 32 else f"int{bits}"
                     name += f"_{refresh}" * (refresh is not None) + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
-                    found[name] = Scheme(bits, refresh, bf16, bf16_tables)
-    return found
+                    schemes[name] = Scheme(bits, refresh, bf16, bf16_tables)
+    return schemes
 
 
 SCHEMES = _schemes()

@@ -94,7 +94,7 @@ def _free_port() -> int:
 
 def _variants(options: BenchExchangeConfig, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One object per variant: times of rank 0, bytes as the mean over the ranks."""
-    found = []
+    variants = []
     times = {name: ranks[0][name]["ms"] for name in options.variants}
     for name in options.variants:
         own = [rank[name] for rank in ranks]
@@ -116,5 +116,5 @@ def _variants(options: BenchExchangeConfig, ranks: list[dict[str, Any]]) -> list
         if not ratios and "fp32" in times:
             ratios = [median(times[name]) / median(times["fp32"])]
         variant["ratio_to_fp32"] = round(median(ratios), 4) if ratios else None
-        found.append(variant)
-    return found
+        variants.append(variant)
+    return variants

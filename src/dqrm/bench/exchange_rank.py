@@ -106,13 +106,13 @@ def _config(options: BenchExchangeConfig, variant: str) -> Config:
 def _contenders(options: BenchExchangeConfig, table_rows: Sequence[int], world: World) -> dict[str, Any]:
     """The variants; all train the same tables."""
     shared: Tensor | None = None
-    found: dict[str, Any] = {}
+    contenders: dict[str, Any] = {}
     for name in options.variants:
         config = _config(options, name)
         model = build_model(config, NUM_DENSE, table_rows, table_weight=shared).train()
         shared = model.tables.weight.detach()
-        found[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
-    return found
+        contenders[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
+    return contenders
 
 
 def measure(options: BenchExchangeConfig, path: Path, interface: str, world: World) -> dict[str, Any]:
@@ -149,14 +149,14 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
             wire[name] += interface_bytes(interface)[1] - sent
             done[name] += turn
     shares = world.size if interface == "lo" else 1  # on loopback all ranks send through one interface
-    found = {}
+    figures = {}
     for name, contender in contenders.items():
         after, steps = contender.totals(), done[name]
         known = after["payload"] is not None
         parts = {
             part: (after["payload"][part] - before[name]["payload"][part]) / steps for part in after["payload"] or ()
         }
-        found[name] = {
+        figures[name] = {
             "title": _TITLES[name],
             "steps": steps,
             "ms": ms[name],
@@ -167,7 +167,7 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
             "cpu_ms": 1e3 * cpu[name] / steps,
             "wire_bytes": wire[name] / shares / steps,
         }
-    return found
+    return figures
 
 
 def _note(path: Path, *progress: Any) -> None:
@@ -182,8 +182,8 @@ def main(folder: str, interface: str) -> None:
     options = BenchExchangeConfig(**json.loads((path / "options.json").read_text()))
     torch.set_num_threads(options.threads)
     with join() as world:
-        found = measure(options, path, interface, world)
-        (path / f"rank{world.rank}.json").write_text(json.dumps(found))
+        figures = measure(options, path, interface, world)
+        (path / f"rank{world.rank}.json").write_text(json.dumps(figures))
         dist.barrier(world.group)
 
 

@@ -85,10 +85,10 @@ def interface_bytes(interface: str) -> tuple[int, int]:
 
 def parse_rate(rate: str) -> int:
     """Bits per second of '100mbit', '1gbit', '2.5gbit', '800kbit'."""
-    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(kbit|mbit|gbit)", rate)
-    if found is None:
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(kbit|mbit|gbit)", rate)
+    if match is None:
         raise UserError(f"rate {rate!r} is not understood, expected a number and kbit, mbit or gbit, as 100mbit")
-    bits = round(float(found[1]) * _UNITS[found[2]])
+    bits = round(float(match[1]) * _UNITS[match[2]])
     if not _LOWEST <= bits <= _HIGHEST:
         raise UserError(f"rate {rate!r} is out of range, expected 1kbit to 100gbit")
     return bits
@@ -117,7 +117,7 @@ def _build(ranks: int, bits: int, made: list[str]) -> list[Host]:
     burst = max(round(bits / 8 * _BURST_SECONDS), _LEAST_BURST)
     limit = round(bits / 8 * _QUEUE_SECONDS) + burst
     bucket = ("tbf", "rate", f"{bits}bit", "burst", f"{burst}", "limit", f"{limit}")
-    found = []
+    hosts = []
     for rank in range(ranks):
         name, port = f"{family}-{rank}", f"port{rank}"
         _namespace(name, made)
@@ -131,8 +131,8 @@ def _build(ranks: int, bits: int, made: list[str]) -> list[Host]:
             # No IPv6 address: its announcements would be counted.
             _call("ip", "-n", where, "link", "set", end, "mtu", _MTU, "addrgenmode", "none")
             _call("ip", "-n", where, "link", "set", end, "up")
-        found.append(Host(rank, ("ip", "netns", "exec", name), address, _INTERFACE))
-    return found
+        hosts.append(Host(rank, ("ip", "netns", "exec", name), address, _INTERFACE))
+    return hosts
 
 
 def _namespace(name: str, made: list[str]) -> None:

@@ -6,11 +6,11 @@ from dqrm.bench.step import PARTS
 from dqrm.console import figure, print_table, results, size
 
 
-def print_step(found: dict[str, Any]) -> None:
+def print_step(result: dict[str, Any]) -> None:
     """What `run_step` measured."""
-    settings, memory = found["settings"], found["memory"]
+    settings, memory = result["settings"], result["memory"]
     for batch_size in settings["batch_size"]:
-        variants = [variant for variant in found["variants"] if variant["batch_size"] == batch_size]
+        variants = [variant for variant in result["variants"] if variant["batch_size"] == batch_size]
         print_table(
             f"{settings['arch']}, {settings['table_rows']:,} table rows, batch {batch_size}: ms per training step",
             ["variant", "median", "p10", "p90", "without data", "cost", "samples/s", "x baseline", "x fp32"],
@@ -47,12 +47,12 @@ def print_step(found: dict[str, Any]) -> None:
         f"Memory: {figure(memory['before_model_mb'], 0)} MB before the model, tables {figure(memory['tables_mb'], 0)} "
         f"MB, steady {figure(memory['steady_mb'], 0)} MB; model made in {memory['create_seconds']:.2f} s."
     )
-    _print_machine(found["machine"])
+    _print_machine(result["machine"])
 
 
-def print_embedding(found: dict[str, Any]) -> None:
+def print_embedding(result: dict[str, Any]) -> None:
     """What `run_embedding` measured."""
-    settings = found["settings"]
+    settings = result["settings"]
     print_table(
         f"{settings['rows']:,} x {settings['dim']} table, {settings['batch_size']} lookups: "
         "ms per forward and backward",
@@ -64,18 +64,18 @@ def print_embedding(found: dict[str, Any]) -> None:
                 *(figure(variant[name], 4) for name in ("median_ms", "p10_ms", "p90_ms", "cost_ms")),
                 figure(variant["ratio_to_ours"], 2),
             ]
-            for variant in found["variants"]
+            for variant in result["variants"]
         ],
     )
-    for name, reason in found["skipped"].items():
+    for name, reason in result["skipped"].items():
         results.print(f"{name} skipped: {reason}")
     results.print(f"Cost: the median plus one refresh of the scale / {settings['scale_period']}. Ratios compare costs.")
-    _print_machine(found["machine"])
+    _print_machine(result["machine"])
 
 
-def print_inference(found: dict[str, Any]) -> None:
+def print_inference(result: dict[str, Any]) -> None:
     """What `run_inference` measured."""
-    settings = found["settings"]
+    settings = result["settings"]
     print_table(
         f"{settings['arch']}, {settings['table_rows']:,} table rows, INT{settings['bits']}: ms per call",
         ["variant", "batch", "threads", "calls", "median", "p10", "p90", "p99", "rows/s", "x fp32"],
@@ -87,10 +87,10 @@ def print_inference(found: dict[str, Any]) -> None:
                 f"{variant['per_second']:,.0f}",
                 figure(variant["ratio_to_fp32"], 2),
             ]
-            for variant in found["variants"]
+            for variant in result["variants"]
         ],
     )
-    for name, reason in found["skipped"].items():
+    for name, reason in result["skipped"].items():
         results.print(f"{name} skipped: {reason}")
     results.print("x fp32: rows per second, by the medians, over those of our FP32 model.")
     print_table(
@@ -102,23 +102,23 @@ def print_inference(found: dict[str, Any]) -> None:
                 figure(memory["load_seconds"]),
                 *(figure(memory[key], 0) for key in ("libraries_mb", "loaded_mb", "scored_mb", "anonymous_mb")),
             ]
-            for name, memory in found["memory"]["processes"].items()
+            for name, memory in result["memory"]["processes"].items()
         ],
     )
-    sizes = [f"artifact {size(found['artifact_bytes'])}"]
-    if found["onnx_bytes"] is not None:
-        sizes.append(f"ONNX {size(found['onnx_bytes'])}")
+    sizes = [f"artifact {size(result['artifact_bytes'])}"]
+    if result["onnx_bytes"] is not None:
+        sizes.append(f"ONNX {size(result['onnx_bytes'])}")
     results.print(
         "Resident memory that is not the process's own is pages of files, which the system takes back at need.\n"
         f"Files: {', '.join(sizes)}. "
-        f"The same tables in FP32: {figure(found['memory']['fp32_tables_mb'], 0)} MB."
+        f"The same tables in FP32: {figure(result['memory']['fp32_tables_mb'], 0)} MB."
     )
-    _print_machine({**found["machine"], "threads": " and ".join(map(str, settings["threads"]))})
+    _print_machine({**result["machine"], "threads": " and ".join(map(str, settings["threads"]))})
 
 
-def print_exchange(found: dict[str, Any]) -> None:
+def print_exchange(result: dict[str, Any]) -> None:
     """What `run_exchange` measured."""
-    settings = found["settings"]
+    settings = result["settings"]
     links = f"links of {settings['rate']}" if settings["rate"] else "loopback"
     print_table(
         f"{settings['arch']}, {settings['table_rows']:,} table rows, {settings['ranks']} ranks x batch "
@@ -145,14 +145,14 @@ def print_exchange(found: dict[str, Any]) -> None:
                 ),
                 figure(variant["ratio_to_fp32"], 3),
             ]
-            for variant in found["variants"]
+            for variant in result["variants"]
         ],
     )
     results.print(
         "Payload: a rank's encoded gradients, counted once. Counted, kernel's: bytes sent to all other ranks, by our "
         "count and by the\nkernel's of the interface. x fp32: the median of the rounds' ratios."
     )
-    _print_machine(found["machine"])
+    _print_machine(result["machine"])
 
 
 def _print_machine(machine: dict[str, Any]) -> None:

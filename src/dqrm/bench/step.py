@@ -77,11 +77,11 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     if device.type == "cpu":
         _touch(split, [contender.tables for contender in contenders if isinstance(contender, Ours)])
 
-    found = []
+    variants = []
     for batch_size in options.batch_size:
         times = measure(contenders, split, batch_size, options, clock, progress)
         memory["steady_mb"] = rss_mb()
-        found += _results(contenders, times, split, batch_size, options, clock, progress)
+        variants += _results(contenders, times, split, batch_size, options, clock, progress)
     settings = {
         **asdict(options),
         "learning_rate": LEARNING_RATE,
@@ -91,7 +91,7 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
         "the ratios compare it",
         "refresh_in_median": options.scale_period == 1,
     }
-    return {"variants": found, "machine": about, "settings": settings, "memory": memory}
+    return {"variants": variants, "machine": about, "settings": settings, "memory": memory}
 
 
 def _contenders(
@@ -99,7 +99,7 @@ def _contenders(
 ) -> list[Contender]:
     """The variants in the order of `options`; all that can share the tables of the first."""
     shared: Tensor | None = None
-    found: list[Contender] = []
+    contenders: list[Contender] = []
     for name in options.variants:
         scheme = SCHEMES.get(name, Scheme(bits=32))
         if name != BASELINE or shared is None:
@@ -111,10 +111,12 @@ def _contenders(
                 shared = model.tables.weight.detach()
         if name == BASELINE:
             assert shared is not None
-            found.append(Plain(name, ARCHITECTURES[options.arch], torch.split(shared, list(table_rows)), clock.device))
+            contenders.append(
+                Plain(name, ARCHITECTURES[options.arch], torch.split(shared, list(table_rows)), clock.device)
+            )
         else:
-            found.append(Ours(name, config, model, clock))
-    return found
+            contenders.append(Ours(name, config, model, clock))
+    return contenders
 
 
 @torch.no_grad()
@@ -256,13 +258,13 @@ def _results(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """One object per variant, ratios included."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for contender, taken in zip(contenders, times):
         data = _data_ms(contender, split, batch_size, options, clock)
         refresh, scale = _refresh_ms(contender, split, batch_size, options, progress)
         parts = {part: median(taken.parts[part]) for part in PARTS} | {"data": data}
         parts["scale"] += scale
-        found[contender.name] = {
+        results[contender.name] = {
             "name": contender.title or contender.name,
             "variant": contender.name,
             "batch_size": batch_size,
@@ -278,12 +280,12 @@ def _results(
             "peak_rss_mb": peak_rss_mb(),
         }
         if clock.device.type == "cuda":
-            found[contender.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
-    for name, result in found.items():
+            results[contender.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
+    for name, result in results.items():
         reference = SCHEMES[name].reference if name in SCHEMES else "fp32"
-        result["ratio_to_baseline"] = _ratio(result, found.get(BASELINE))
-        result["ratio_to_fp32"] = _ratio(result, found.get(reference))
-    return list(found.values())
+        result["ratio_to_baseline"] = _ratio(result, results.get(BASELINE))
+        result["ratio_to_fp32"] = _ratio(result, results.get(reference))
+    return list(results.values())
 
 
 def _ratio(result: dict[str, Any], other: dict[str, Any] | None) -> float | None:

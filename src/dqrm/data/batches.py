@@ -236,10 +236,10 @@ class _Arrays(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         if name not in self._kept:
             return _map(self._path / name, *self._described[name])
-        found = self._kept[name]
-        if isinstance(found, np.memmap):  # reading beyond the end of a file that was cut short ends the process
-            _check_size(self._path / name, found._mmap.size(), found.nbytes)  # type: ignore[attr-defined]
-        return found
+        array = self._kept[name]
+        if isinstance(array, np.memmap):  # reading beyond the end of a file that was cut short ends the process
+            _check_size(self._path / name, array._mmap.size(), array.nbytes)  # type: ignore[attr-defined]
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._described)
@@ -258,10 +258,10 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         raise UserError(f"{path} is missing; prepare the data again") from None
 
 
-def _check_size(path: Path, found: int, expected: int) -> None:
-    if found != expected:
+def _check_size(path: Path, size: int, expected: int) -> None:
+    if size != expected:
         raise UserError(
-            f"{path} was changed while it was in use: it has {found:,} bytes, expected {expected:,}; prepare it again"
+            f"{path} was changed while it was in use: it has {size:,} bytes, expected {expected:,}; prepare it again"
         )
 
 

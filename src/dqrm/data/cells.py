@@ -149,11 +149,11 @@ def _whole(texts: pl.Series) -> pl.Series:
     # Few cells end so, and none of the rest meets a regular expression.
     ends = texts.str.ends_with("0").fill_null(False).arg_true()
     some = texts.gather(ends)
-    found = some.str.contains(r"^-?(?:0|[1-9][0-9]*)\.0+$")
-    if not found.any():
+    whole = some.str.contains(r"^-?(?:0|[1-9][0-9]*)\.0+$")
+    if not whole.any():
         return texts
-    short = some.filter(found).str.replace(r"\.0+$", "")
-    return texts.clone().scatter(ends.filter(found), short.set(short == "-0", "0"))
+    short = some.filter(whole).str.replace(r"\.0+$", "")
+    return texts.clone().scatter(ends.filter(whole), short.set(short == "-0", "0"))
 
 
 def _float(column: pl.Expr) -> pl.Expr:

@@ -192,8 +192,8 @@ class Plan:
     def _label(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
         assert self.label is not None
         column, kind = self._raw(self.label), kinds[self.label]
-        found = cells.label(column, kind, signed=self.sparse)
-        return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
+        value = cells.label(column, kind, signed=self.sparse)
+        return pl.when(~cells.missing(column, kind, self.markers)).then(value) if self.markers else value
 
     def _weight(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
         assert self.weight is not None
@@ -203,8 +203,8 @@ class Plan:
         column = self._raw(name)
         if self.criteo:
             return column.cast(pl.Int64, strict=False)
-        found = cells.number(column, kind)
-        return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
+        value = cells.number(column, kind)
+        return pl.when(~cells.missing(column, kind, self.markers)).then(value) if self.markers else value
 
     def _transform(self, number: pl.Expr) -> pl.Expr:
         known = number.cast(pl.Float64).fill_nan(None).fill_null(0.0)

@@ -41,8 +41,8 @@ def parse(field: str, values: Sequence[str]) -> Values:
         if value[:1] in (">", "<") and _BETWEEN.search(value):
             bounds += parse(field, _BETWEEN.split(value)).bounds
             continue
-        found = _OPERATORS.fullmatch(value)
-        operator, bound = (found[1], found[2].strip()) if found else ("==", value)
+        match = _OPERATORS.fullmatch(value)
+        operator, bound = (match[1], match[2].strip()) if match else ("==", value)
         if operator == "==":
             exact.append(bound)
         elif not bound:

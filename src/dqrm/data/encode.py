@@ -168,12 +168,12 @@ def write_splits(
     row = 0
     chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
     for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
-        found = {name: series.to_numpy() for name, series in zip(names, read)}
-        dense = found["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
+        arrays = {name: series.to_numpy() for name, series in zip(names, read)}
+        dense = arrays["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
         ids = np.empty((rows, len(single)), np.int32)
         maps = translated.read(staged, chunk)
         for at, n in enumerate(single):
-            ids[:, at] = maps[n][found[f"codes{n}"]]
+            ids[:, at] = maps[n][arrays[f"codes{n}"]]
         here = splits[row : row + rows]
         for split, writer in enumerate(writers):
             chosen = here == split
@@ -181,13 +181,13 @@ def write_splits(
                 continue
             whole = bool(chosen.all())
             part = slice(None) if whole else chosen
-            writer.add(dense[part], ids[part], found["label"][part])
+            writer.add(dense[part], ids[part], arrays["label"][part])
             if weighted:
-                writer.add_weights(found["weight"][part])
+                writer.add_weights(arrays["weight"][part])
             if grouped:
-                writer.add_groups(maps[group][found[f"codes{group}"][part]])
+                writer.add_groups(maps[group][arrays[f"codes{group}"][part]])
             for n in multi:
-                lengths, values = found[f"lengths{n}"], maps[n][found[f"codes{n}"]]
+                lengths, values = arrays[f"lengths{n}"], maps[n][arrays[f"codes{n}"]]
                 writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
         row += rows
         advance(rows)

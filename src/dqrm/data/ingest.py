@@ -191,12 +191,12 @@ def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
             raise UserError(
                 f"{source.where} can be read only once; name the fields of its features, as in --categorical 0,1,2"
             )
-    found = sparse_text.fields(
+    fields = sparse_text.fields(
         [(source.where, partial(read_bytes, source.again())) for source in sources if not source.parquet]
     )
-    if not found:
+    if not fields:
         raise UserError(f"no feature in {sources[0].where}, expected lines such as '1 0:3:1 1:17:1' (layout libffm)")
-    return replace(config, categorical=found)
+    return replace(config, categorical=fields)
 
 
 def _reader(source: Source, plan: Plan) -> TextReader | SparseReader:

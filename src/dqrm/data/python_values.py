@@ -48,7 +48,7 @@ def to_series(name: str, values: Sequence[Any]) -> pl.Series:
     texts: list[str | None] = [None] * len(given)
     where = [at for at, value in enumerate(given) if value is not None]
     for kind in distinct:
-        some = [at for at, found in zip(where, kinds) if found is kind]
+        some = [at for at, other in zip(where, kinds) if other is kind]
         column = _of_one_kind(name, [given[at] for at in some], kind)
         as_keys = pl.DataFrame({"key": column}).select(key_text(pl.col("key"), column.dtype)).to_series()
         for at, text in zip(some, as_keys):

@@ -238,9 +238,9 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
     """Types that can hold the named columns of every file; text has text."""
     common: pl.DataFrame | None = None
     for file in files:
-        found = ingest.schema(file) or dict.fromkeys(names, pl.String())
+        columns = ingest.schema(file) or dict.fromkeys(names, pl.String())
         for name in names:
-            here = pl.DataFrame(schema={name: found[name]})
+            here = pl.DataFrame(schema={name: columns[name]})
             if common is None or name not in common.columns:
                 common = here if common is None else common.hstack(here)
                 continue
@@ -248,7 +248,7 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
                 joined = pl.concat([common.get_column(name).to_frame(), here], how="vertical_relaxed")
             except pl.exceptions.PolarsError:
                 raise UserError(
-                    f"column {name} of {file.where} is of type {found[name]}, in files before it of type "
+                    f"column {name} of {file.where} is of type {columns[name]}, in files before it of type "
                     f"{common.schema[name]}, expected types that go together"
                 ) from None
             common = common.with_columns(joined.get_column(name))

@@ -127,14 +127,14 @@ def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
     splits, at = np.zeros(rows, np.uint8), 0
     some: list[str] = []
     for keys, codes, _ in staged.codes(len(staged.columns) - 1):
-        found = {split: meant(keys) for split, meant in sides.items()}
-        both = found[VALIDATION] & found[TEST]
+        matches = {split: meant(keys) for split, meant in sides.items()}
+        both = matches[VALIDATION] & matches[TEST]
         if both.any():
             raise UserError(
                 f"split by column {config.split_column}: '{keys[int(both.argmax())]}' is in both validation_values and "
                 "test_values, expected one of them"
             )
-        of_key = np.where(found[TEST], TEST, np.where(found[VALIDATION], VALIDATION, TRAIN)).astype(np.uint8)
+        of_key = np.where(matches[TEST], TEST, np.where(matches[VALIDATION], VALIDATION, TRAIN)).astype(np.uint8)
         splits[at : at + len(codes)] = of_key[codes]
         at += len(codes)
         some = some or keys.head(20).to_list()
@@ -200,13 +200,13 @@ def _compare(keys: pl.Series, operator: str, bound: str, compared: str) -> pl.Se
     holds = _COMPARE[operator]
     if compared == "numbers":
         number = float(bound)
-        found = holds(keys.cast(pl.Float64, strict=False), number)
+        holding = holds(keys.cast(pl.Float64, strict=False), number)
         if number.is_integer() and abs(number) < 2.0**63:
             # Exactly, where a float would not be.
             whole = int(bound) if bound.lstrip("+-").isdigit() else int(number)
             exactly = holds(keys.cast(pl.Int64, strict=False), whole)
-            found = exactly.zip_with(exactly.is_not_null(), found)
-        return found.fill_null(False)
+            holding = exactly.zip_with(exactly.is_not_null(), holding)
+        return holding.fill_null(False)
     if compared == "dates":
         # A day stands for all of it: 2026-01-07 12:00 is <=2026-01-07.
         bound = bound.replace("T", " ")

@@ -44,17 +44,17 @@ class Vocabulary:
             return np.zeros(len(keys), np.int32)
         # With both sides sorted a binary search walks through memory in order, which no hash table does.
         at = np.minimum(self.keys.search_sorted(keys).to_numpy(), len(self.keys) - 1)
-        found = (self.keys.gather(at) == keys).to_numpy()
-        return np.where(found, self.table_rows[at], 0).astype(np.int32)
+        known = (self.keys.gather(at) == keys).to_numpy()
+        return np.where(known, self.table_rows[at], 0).astype(np.int32)
 
     def find(self, keys: Sequence[Any]) -> Array:
         """As `lookup`, for a few keys in any order: each takes about a microsecond, and `lookup` hundreds for all."""
-        found = np.zeros(len(keys), np.int32)
+        table_rows = np.zeros(len(keys), np.int32)
         for at, key in enumerate(keys):
             place = bisect_left(self.keys, key)
             if place < len(self.keys) and self.keys[place] == key:
-                found[at] = self.table_rows[place]
-        return found
+                table_rows[at] = self.table_rows[place]
+        return table_rows
 
     @classmethod
     def read(cls, source: Path | bytes, where: str = "the vocabulary") -> "Vocabulary":
