@@ -26,42 +26,6 @@ class Clock:
         return 1e3 * time.perf_counter()
 
 
-class Scales:
-    """Watches the scales of `tables`: counts and times their exact refreshes, and on demand all else done for them.
-
-    Attributes:
-        refreshes: milliseconds of each refresh so far.
-        all_ms: milliseconds of each lookup that went into its scales, refreshes included, while `timed` is set.
-    """
-
-    def __init__(self, tables: Any, clock: Clock) -> None:
-        self.tables, self.timed = tables, False
-        self.refreshes: list[float] = []
-        self.all_ms: list[float] = []
-        refresh, tick = tables._refresh, tables._tick
-
-        def timed_refresh() -> None:
-            start = clock()
-            refresh()
-            self.refreshes.append(clock() - start)
-
-        def timed_tick() -> Any:
-            if not self.timed:
-                return tick()
-            start = clock()
-            scale = tick()
-            self.all_ms.append(clock() - start)
-            return scale
-
-        tables._refresh, tables._tick = timed_refresh, timed_tick
-
-    def full_refresh_ms(self, repeats: int = 5) -> float:
-        """Median time of a refresh that reads every row."""
-        for _ in range(repeats):
-            self.tables.refresh_scale()
-        return median(self.refreshes[-repeats:])
-
-
 def median(values: Sequence[float]) -> float:
     """The median; 0 of nothing."""
     return float(np.median(values)) if values else 0.0
