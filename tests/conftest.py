@@ -14,7 +14,7 @@ from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.quant.config import QATConfig
 from selection import quick
 
-torch.set_num_threads(1)  # the tests run side by side
+torch.set_num_threads(1)  # pytest-xdist may run tests in parallel
 os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that they start, too
 os.fsync = lambda file: None  # the tests kill processes, not machines, and disks can be slow
 

@@ -42,7 +42,7 @@ class ModelConfig:
     top_mlp: tuple[int, ...] = (512, 256, 1)
     """Widths of the MLP that predicts; it ends in 1."""
     interaction: Literal["dot", "cat"] = "dot"
-    """How the vectors of dense part and tables meet: all pairwise dot products, or concatenation."""
+    """Interaction of dense and embedding vectors: all pairwise dot products, or concatenation."""
     self_interaction: bool = False
     """Include each vector's dot product with itself."""
     pooling: Literal["sum", "mean"] = "sum"
@@ -78,7 +78,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights are updated, and how the learning rate moves."""
+    """Update rule and learning rate schedule."""
 
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
     """Update rule; rowwise_adagrad keeps one accumulator per table row (and plain Adagrad for the MLP)."""
@@ -91,15 +91,15 @@ class OptimizerConfig:
     mlp_l2: float = 0.0
     """L2 (weight decay) on the MLP weights and biases."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly from 0."""
+    """Steps of linear warm-up of the learning rate from 0."""
     decay_start_step: int = 0
     """Step at which DLRM's quadratic decay begins; used when decay_steps is above 0."""
     decay_steps: int = 0
     """Steps over which the learning rate decays quadratically to (almost) 0; 0: no decay."""
     plateau_factor: float = 1.0
-    """Multiply the learning rate by this when the validation figure of --select-by gets no better; 1: never."""
+    """Factor on the learning rate when the validation metric (--select-by) stops improving; 1: off."""
     plateau_patience: int = 1
-    """Evaluations without a better validation figure before the learning rate drops."""
+    """Evaluations without improvement before the learning rate is reduced."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -116,7 +116,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop: how long, in what order, what is evaluated and saved when."""
+    """Training loop: length, order of samples, evaluation, checkpoints, device."""
 
     epochs: int = 1
     """Passes over the training split."""
@@ -131,13 +131,13 @@ class TrainingConfig:
     eval_batch_size: int = 8192
     """Samples per evaluation step."""
     select_by: Literal["auc", "log_loss", "gauc"] = "auc"
-    """Validation figure that chooses the best checkpoint; gauc (AUC per group) needs data prepared with --group."""
+    """Validation metric that selects the best checkpoint; gauc (AUC per group) needs data prepared with --group."""
     early_stopping: int = 0
-    """Patience: evaluations without a better one after which training stops; 0: never."""
+    """Patience: evaluations without improvement before training stops; 0: off."""
     checkpoint_every: int = 0
     """Steps between checkpoints, besides the one at each evaluation; 0: only there."""
     checkpoint_minutes: float = 10.0
-    """Minutes after which a checkpoint is saved in any case; 0: never because of time."""
+    """Minutes between checkpoints; 0: no time-based checkpoints."""
     log_every: int = 1000
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     tensorboard: bool = False
@@ -151,7 +151,7 @@ class TrainingConfig:
     table_dtype: Literal["fp32", "bf16"] = "fp32"
     """Master weights of the tables; bf16 (stochastic rounding) needs half the memory."""
     seed: int = 0
-    """Decides initial weights and order of samples."""
+    """Seed of the initial weights and of the order of samples."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -169,11 +169,11 @@ class ExchangeConfig:
     """What ranks send each other; without `torchrun` or --simulate-ranks nothing is sent."""
 
     simulate_ranks: int = 0
-    """Number of ranks to simulate in one process, bit for bit as torchrun would run them; 0: one rank."""
+    """Data-parallel ranks to simulate in one process, bit-identical to a torchrun launch; 0: off."""
     table_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the tables' gradients are encoded."""
     table_codec_scale: Literal["table", "row"] = "table"
-    """What shares a scale in the tables' gradients (int8 and int4); with int4, 'table' costs accuracy."""
+    """Granularity of the scales of the tables' gradients (int8 and int4); with int4, 'table' costs accuracy."""
     table_compensation_rows: int = 0
     """Rows of the tables for which a rank keeps what encoding lost, to add it the next time; 0: none."""
     table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
@@ -181,16 +181,16 @@ class ExchangeConfig:
     mlp_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the MLP's gradients are encoded."""
     mlp_codec_scale: str = "channel"
-    """What shares a scale in the MLP's gradients (int8 and int4): 'channel', or 'bucket:K' for K values."""
+    """Granularity of the scales of the MLP's gradients (int8 and int4): 'channel', or 'bucket:K' for K values."""
     mlp_compensation: bool = True
-    """Error compensation: add what encoding lost to the MLP's next gradient."""
+    """Error compensation: add the encoding error (residual) to the MLP's next gradient."""
     codec_rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Rounding of encoded gradients; stochastic is right on average."""
+    """Rounding of encoded gradients; stochastic is unbiased."""
     shared_scales: bool = False
-    """All ranks encode on the largest of their scales, as in the DQRM paper; else each on its own."""
+    """Encode on the largest scale of all ranks, as in the DQRM paper; otherwise each rank uses its own."""
     exchange_timeout: float = 300.0
-    """Seconds that ranks wait for one that does not start or does not answer before they end; more than a checkpoint
-    takes to save, since rank 0 does that alone."""
+    """Timeout in seconds for a rank that does not start or answer; longer than saving a checkpoint, which rank 0 does
+    alone."""
 
     def __post_init__(self) -> None:
         _at_least(self, simulate_ranks=0, table_compensation_rows=0, exchange_timeout=1)

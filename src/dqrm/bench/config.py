@@ -102,11 +102,11 @@ class BenchStepConfig:
     shuffle: Literal["global", "block"] = "global"
     """Order in which the data is read, as in training."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default, which is told with the machine."""
+    """CPU threads for arithmetic; 0: torch's default, printed with the machine."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     seed: int = 0
-    """Decides weights, data and the order of variants."""
+    """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -137,7 +137,7 @@ class BenchEmbeddingConfig:
     """What to measure: ours (QuantEmbeddingBag), collection (a QuantEmbeddingBagCollection of one table), fp32
     (nn.EmbeddingBag), whole_table (QAT of the whole table), torch_ao, torchao (skipped where not installed)."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default, which is told with the machine."""
+    """CPU threads for arithmetic; 0: torch's default, printed with the machine."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     seed: int = 0
@@ -177,9 +177,9 @@ class BenchInferenceConfig:
     """What to measure: packed (the artifact), onnx (ONNX Runtime, skipped where not installed), fp32 (our FP32 model
     of the same values, tables in memory)."""
     folder: str | None = None
-    """An existing folder that keeps the files which are written and measured; none: a temporary one."""
+    """Existing folder in which to keep the measured files; none: a temporary one."""
     seed: int = 0
-    """Decides weights, data and the order of variants."""
+    """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -224,7 +224,7 @@ class BenchExchangeConfig:
     threads: int = 1
     """CPU threads of each rank."""
     seed: int = 0
-    """Decides weights, data and the order of variants."""
+    """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
         check_fields(self)

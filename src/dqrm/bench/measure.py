@@ -1,4 +1,4 @@
-"""Clock, memory and the machine: what a figure must be read with."""
+"""Clock, memory and machine of a measurement."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from dqrm.errors import UserError
 
 
 class Clock:
-    """Milliseconds now, when all that was started on the device is done."""
+    """The time in milliseconds, after the device has finished all pending work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,7 +59,7 @@ def machine(device: torch.device, native: bool) -> dict[str, Any]:
 
 
 def rss_mb() -> float | None:
-    """Resident memory of this process in MB (1e6 bytes); None where the system does not tell."""
+    """Resident memory of this process in MB (1e6 bytes); None if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -68,7 +68,7 @@ def rss_mb() -> float | None:
 
 
 def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process so far in MB; None on Windows."""
+    """Peak resident memory of this process in MB; None on Windows."""
     if sys.platform == "win32":
         return None
     import resource

@@ -18,7 +18,7 @@ Shuffle = Literal["none", "block", "global"]
 Array = NDArray[Any]
 
 BLOCK_ROWS = 4096
-# Blocks whose rows are mixed with each other: large enough that neighbours part, small enough to gather at once.
+# Blocks whose rows are shuffled together: enough to separate neighbours, few enough to gather at once.
 _BLOCKS_PER_BUFFER = 32
 # Rows gathered in one piece; batches are views of it. Large enough that indexing costs nothing per batch.
 _GATHER_ROWS = 32_768
@@ -217,15 +217,15 @@ class _Piece(NamedTuple):
 def _aligned(dense: torch.Tensor) -> torch.Tensor:
     """The same values where matrix products give the bits that they always give for them.
 
-    On rows that begin at another address modulo a cache line, some products sum in another order: a batch's result
-    would depend on where it lay in what was read at once, and resumed runs or ranks' shares would differ from it.
+    For rows that begin at a different address modulo a cache line, some products sum in a different order: a batch's
+    result would depend on its position in the gathered piece, and resumed runs or ranks' shards would differ from it.
     """
     return dense.clone() if dense.data_ptr() % 64 else dense
 
 
 class _Arrays(Mapping[str, Array]):
-    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor for each map, so where there are
-    many they are mapped anew each time.
+    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor per map, so where there are many
+    arrays they are mapped again at each access.
     """
 
     def __init__(self, path: Path, described: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:

@@ -1,4 +1,4 @@
-"""Which columns of a log become what, and their values, checked and typed: one polars query per block."""
+"""The roles of a log's columns, and their values, checked and typed: one polars query per block."""
 
 import zlib
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 # What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
 KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
-# What the check of the weights is called beside those of columns.
+# Name of the check of the weights among those of columns.
 _WEIGHT = "\x1fweight"
 
 
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The columns of the log whose cells become something."""
+        """The columns of the log that the dataset is made from."""
         label = [] if self.label is None else [self.label]
         weight = [] if self.weight is None else [self.weight]
         others = [part for key in (*self.keys, *self.unmodelled) for part in key.parts]

@@ -1,4 +1,4 @@
-"""Opens a dataset folder: its columns, table sizes and splits."""
+"""A dataset folder: its columns, table sizes and splits."""
 
 import json
 from collections.abc import Callable
@@ -125,7 +125,7 @@ class Dataset:
         }
 
     def validate(self, *splits: str) -> None:
-        """Looks at every value of the given splits (all, when none is given), in pieces.
+        """Check every value of the given splits (default: all), in pieces.
 
         Raises:
             UserError: an id outside its table, a dense value that is not finite, a label other than 0 and 1, a weight
@@ -162,7 +162,7 @@ class Dataset:
                         raise UserError(f"{where}: damaged offsets of column {column.name}; prepare the data again")
 
     def verify(self, *names: str, tell: Callable[[str, int, int | None], None] | None = None) -> None:
-        """Compares files with their checksums: all, or those of the named splits and `vocabulary` ones.
+        """Compare files with their checksums: all, or those of the named splits and of `vocabulary`.
 
         Files that did not change since this process compared them are not read again. A folder that was written
         without checksums passes, with a warning (`dqrm.errors.NotVerified`).

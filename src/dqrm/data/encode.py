@@ -1,4 +1,4 @@
-"""Writes the arrays of the splits: keys become table rows, chunk by chunk."""
+"""Staged chunks -> the arrays of the splits: keys are mapped to table rows, chunk by chunk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 def build_vocabulary(staged: Staging, column: int, splits: Splits, train_only: bool, min_count: int) -> Vocabulary:
-    """Counts one column over the training rows, or over all."""
+    """Count the keys of one column over the training rows, or over all."""
     counter = Counter()
     for run in ahead(_runs(staged, column, splits, train_only)):
         counter.add(run)
@@ -50,11 +50,11 @@ class Translations:
         self._starts: list[list[int]] = []
 
     def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
-        """Appends the next column, one chunk after the other."""
+        """Append the next column, chunk by chunk."""
         self._append(staged, column, vocabulary.lookup)
 
     def add_groups(self, staged: Staging) -> None:
-        """Appends the group: numbers in order of first appearance in the log, -1 where it is missing."""
+        """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
         column = len(staged.plan.keys)
         vocabulary = build_vocabulary(staged, column, np.empty(0, np.uint8), False, 1)
 
@@ -152,7 +152,7 @@ def _bytes(array: Array) -> memoryview:
 def write_splits(
     staged: Staging, splits: Splits, translated: Translations, output: Path, advance: Callable[[int], None]
 ) -> list[Writer]:
-    """Writes the arrays of all splits into `output`. The result has their rows, clicks and values.
+    """Write the arrays of all splits into `output`; returns their writers, with rows, clicks and values.
 
     translated: the model's columns, then the group, if there is one.
     """

@@ -1,4 +1,4 @@
-"""Reads source files into typed rows, and those into staged chunks: text by blocks of lines, Parquet by rows."""
+"""Source files -> typed rows -> staged chunks: text by blocks of lines, Parquet by rows."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +64,7 @@ def _check_parquet(source: Source, plan: Plan) -> None:
 
 
 def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable[[int], None]) -> int:
-    """Stages all rows and completes each source's counts and hash.
+    """Stage all rows and complete each source's counts and hash.
 
     `advance` is told bytes of the files as they are read. Returns how many negatives were dropped at random.
 
@@ -164,7 +164,7 @@ def parquet_rows(source: Source) -> int:
 
 
 class _Subsample:
-    """Drops a share of the rows with label 0; the draws depend on the seed and the order of rows only."""
+    """Drop a fraction of the rows with label 0; the draws depend on the seed and the order of rows only."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._share, self.dropped = config.subsample_negatives, 0
@@ -200,7 +200,7 @@ def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
 
 
 def _reader(source: Source, plan: Plan) -> TextReader | SparseReader:
-    """Reads a text source from its first byte, once.
+    """A reader of a text source from its first byte, usable once.
 
     Raises:
         UserError: it is empty, lacks a column, or its delimiter cannot be told.

@@ -1,5 +1,5 @@
 """Text files as blocks of fields, each row with its line number. The usual block costs no Python per line: only a block
-whose shape is wrong is looked at line by line, to say which line and why.
+of the wrong shape is parsed line by line, to report which line and why.
 """
 
 import codecs
@@ -34,7 +34,7 @@ class Block:
 
 
 class TextReader:
-    """Reads delimited text.
+    """Reader of delimited text.
 
     pieces: the bytes. separator: one byte. names: the columns of every line, or none where the first line names them.
     """

@@ -1,4 +1,4 @@
-"""Which sources are meant: files, globs, folders as Spark and Hive write them, pipes."""
+"""Resolve sources: files, globs, folders as Spark and Hive write them, pipes."""
 
 import glob
 import os
@@ -21,8 +21,8 @@ _TABLES = {"_delta_log": "a Delta Lake", ".hoodie": "a Hudi"}
 
 
 def resolve(given: Sequence[str | Path]) -> list[Source]:
-    """The sources meant by paths, globs and folders: in the order given, those of one glob or folder in natural order
-    (day_2 before day_10). `-` is standard input. Nothing is read of a pipe.
+    """The sources named by paths, globs and folders: in the order given, those of one glob or folder in natural order
+    (day_2 before day_10). `-` is standard input. Pipes are not read yet.
 
     Raises:
         UserError: none given, none of that name, a file that cannot be opened, a device, or a source meant twice.
@@ -44,10 +44,10 @@ def resolve(given: Sequence[str | Path]) -> list[Source]:
 
 
 def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -> None:
-    """Whether the globs and folders still mean the sources that they meant.
+    """Check that the globs and folders still name the same sources.
 
     Raises:
-        UserError: a file came or went while they were read.
+        UserError: a file appeared or disappeared while they were read.
     """
     before, now = {source.path for source in sources}, {path for path, _ in _listed(given)}
     for path in sorted(before ^ now):

@@ -38,7 +38,7 @@ def prepare(
     config: PrepareConfig = DEFAULTS,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Writes the dataset folder `output` from logs.
+    """Write the dataset folder `output` from logs.
 
     sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
     DataFrames, Arrow tables and datasets), alone or in a list.
@@ -46,7 +46,7 @@ def prepare(
     All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
 
     Raises:
-        UserError: a file, column or line that is not as it should be, an output that exists, or one being written.
+        UserError: an invalid file, column or line, an output that exists, or one that is being written.
     """
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
@@ -94,7 +94,7 @@ def prepare(
 
 
 def _claim(partial: Path) -> IO[bytes]:
-    """Makes the folder, or empties what a dead run left, and locks it until the result is closed.
+    """Make the folder, or empty what a dead run left, and lock it until the result is closed.
 
     Raises:
         UserError: it is somebody else's, or another run is writing it.
@@ -247,7 +247,7 @@ def _given(config: PrepareConfig) -> dict[str, str]:
 
 
 class _Steps:
-    """Sums steps up for a progress callback."""
+    """Running sum of steps for a progress callback."""
 
     def __init__(self, tell: Progress, what: str) -> None:
         self._tell, self._what, self._done = tell, what, 0

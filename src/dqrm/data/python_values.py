@@ -1,7 +1,6 @@
-"""Python values -> polars columns, so that a cell means the same id wherever it comes from.
+"""Python values -> polars columns, so that a cell gives the same id wherever it comes from.
 
-Values of one type become a column of that type. Several types in one column become text, each value as the text that it
-has as a key: 7 and "7" are one id.
+Values of one type give a column of that type. Mixed types give a text column of the values' keys: 7 and "7" are one id.
 """
 
 import datetime

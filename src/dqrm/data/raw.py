@@ -131,7 +131,7 @@ class RawLog:
         rows, skipped: rows handed out and malformed lines, so far. damaged: what ended early, in words.
 
     Raises:
-        UserError: a file or column that is not as it should be.
+        UserError: an invalid file or column.
     """
 
     def __init__(self, sources: str | Path | Sequence[str | Path], encoder: RawEncoder) -> None:

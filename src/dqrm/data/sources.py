@@ -176,7 +176,7 @@ def hash_file(source: Source) -> None:
 
 
 def finish(source: Source) -> None:
-    """Reads to the end what `read_bytes` began, for size and hash of the whole."""
+    """Read the rest of what `read_bytes` began, for size and hash of the whole."""
     for _ in source.rest or ():
         pass
 

@@ -23,7 +23,7 @@ _LINE, LABEL = "line", "label"
 
 
 class SparseReader:
-    """Reads such text block by block, as `TextReader` reads tables.
+    """Read such text block by block, as `TextReader` reads tables.
 
     pieces: the bytes. layout: libsvm or libffm. fields: the columns of libffm that exist; others are passed over.
     """

@@ -1,4 +1,4 @@
-"""Which split each row belongs to. 0: train, 1: validation, 2: test, as in `folder.SPLITS`."""
+"""The split of each row. 0: train, 1: validation, 2: test, as in `folder.SPLITS`."""
 
 import operator as operators
 import re
@@ -146,7 +146,7 @@ def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
 
 
 class _Meant:
-    """Which keys a field of the configuration means, over all chunks."""
+    """Which keys a field of the configuration selects, over all chunks."""
 
     def __init__(self, column: str, field: str, values: Values) -> None:
         self._where, self._values = f"split by column {column}, {field}", values

@@ -1,4 +1,4 @@
-"""Which key has which row of its table.
+"""The table row of each key.
 
 Every chunk's distinct keys are a sorted run (key, count, first position). Runs of like size are merged as they come, so
 that the work stays n log n and the memory near the vocabulary's own, however many chunks there are.
@@ -27,7 +27,7 @@ _SEAL, _DIGITS = b"dqrm-sha256:", 64
 class Vocabulary:
     """Rows 1 to K of a table in order of first appearance. Row 0 is for keys that are unseen or rare.
 
-    keys: sorted. table_rows: int32 [K]. counts: integers [K], None where nobody noted them.
+    keys: sorted. table_rows: int32 [K]. counts: integers [K], None if unknown.
     """
 
     def __init__(self, keys: pl.Series, table_rows: Array, counts: Array | None) -> None:
@@ -84,7 +84,7 @@ class Vocabulary:
     def to_bytes(self) -> bytes:
         """A Parquet file with the columns key and row, by key, which `read` knows from a damaged one.
 
-        Polars may end the whole process on a Parquet file that is damaged, so that it has to be told before.
+        Polars may abort the process on a damaged Parquet file, so damage must be detected before.
         """
         buffer, empty = io.BytesIO(), b"0" * _DIGITS
         frame = pl.DataFrame({"key": self.keys, "row": self.table_rows.astype(np.int32)})
@@ -141,7 +141,7 @@ def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: 
 
 
 class Counter:
-    """Merges runs of counted keys."""
+    """Merge of runs of counted keys."""
 
     def __init__(self) -> None:
         self._runs: list[pl.DataFrame] = []

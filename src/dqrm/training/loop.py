@@ -1,10 +1,8 @@
-"""The training loop: the only place that knows the order of a step.
-
-    batch -> loss -> gradients -> optimizers        evaluate, save and log when the configuration says so
+"""The training loop: epochs, evaluations, checkpoints and logs; `step` has the order of one step.
 
 `launch` starts it. A run that was killed at any moment and resumed ends with the same weights as one that was not, bit
 for bit on CPU: the checkpoint holds weights, scales and their clock, optimizer state, random state, the position in the
-data and what the exchange between ranks remembers.
+data and the residuals of the exchange between ranks.
 """
 
 import threading
