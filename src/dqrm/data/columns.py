@@ -139,7 +139,7 @@ class Plan:
             if name not in known:
                 raise UserError(f"no column '{name}' in {where}{did_you_mean(name, known)}")
             if list(known).count(name) > 1:
-                raise UserError(f"{where} has {list(known).count(name)} columns of the name '{name}', expected one")
+                raise UserError(f"{where} has {list(known).count(name)} columns named '{name}', expected one")
 
     def typed(self, block: Block) -> pl.DataFrame:
         """The good rows of a block; the others are added to `block.bad`.

@@ -283,9 +283,9 @@ def _separator(source: Source) -> str:
             else f"{source.where} does not begin as Parquet does, expected Parquet, or for text another name (.csv)"
         )
     if source.stream:
-        raise UserError(f"{source.where} has no name that tells its delimiter; give it, as in --delimiter ','")
+        raise UserError(f"{source.where} has no name to infer a delimiter from; give it, as in --delimiter ','")
     raise UserError(
-        f"{source.where}: the name does not tell its delimiter, expected .csv, .tsv or .txt "
+        f"{source.where}: cannot infer the delimiter from the name, expected .csv, .tsv or .txt "
         "(also .gz or .zst), a Parquet file, or a delimiter, as in --delimiter ','"
     )
 

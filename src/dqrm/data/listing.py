@@ -29,7 +29,7 @@ def resolve(given: Sequence[str | Path]) -> list[Source]:
     """
     sources = [_source(path, base) for path, base in _listed(given)]
     if not sources:
-        only = f", got only {', '.join(map(str, given))}, where Spark notes other things" if given else ""
+        only = f", got only {', '.join(map(str, given))}, Spark's marker files" if given else ""
         raise UserError(f"no source file was given{only}; expected at least one")
     seen: set[tuple[int, int]] = set()
     for source in sources:
@@ -79,7 +79,7 @@ def _expand(text: str) -> list[tuple[Path, Path | None]]:
     if text == STDIN:
         return [(Path(STDIN), None)]
     if not text or "\0" in text:
-        raise UserError(f"cannot read '{text}': no name of a file")
+        raise UserError(f"cannot read '{text}': not a file name")
     if os.path.lexists(text) or not glob.has_magic(text):
         path = Path(text)
         if os.path.isdir(path):

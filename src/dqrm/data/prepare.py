@@ -106,7 +106,7 @@ def _claim(partial: Path) -> IO[bytes]:
         ours = partial.is_dir() and not partial.is_symlink() and (marker.is_file() or not any(partial.iterdir()))
         if not ours:
             raise UserError(
-                f"{partial} is needed for the work and was not made by dqrm prepare; move it, or name another output"
+                f"{partial} is not empty and was not created by dqrm prepare; move it, or name another output"
             ) from None
     lock = marker.open("ab")
     try:
@@ -266,7 +266,7 @@ def _check_output(output: Path) -> None:
             raise UserError(f"{output} exists and is a file, expected the name of a new folder")
         # Another folder takes its place at the end, which would leave the shell in one that is deleted.
         if target == Path.cwd():
-            raise UserError(f"{output} is the folder that this runs in, expected the name of a new one such as ./data")
+            raise UserError(f"{output} is the current folder, expected the name of a new one such as ./data")
         above = next(parent for parent in target.parents if parent.exists())
         if not above.is_dir():
             raise UserError(f"cannot write to {output}: {above} is a file, expected a folder")

@@ -200,7 +200,9 @@ class RawLog:
         try:
             kept = pl.DataFrame([frame[f"c{n}"].cast(self.schema[name]) for n, name in enumerate(self._plan.copied)])
         except pl.exceptions.PolarsError as error:
-            raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
+            raise UserError(
+                f"{source.where}: a kept column has a different type than in other files ({error})"
+            ) from None
         kept.columns = list(self._plan.copied)  # a Series without a name would be given one
         return kept
 
@@ -249,7 +251,7 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
             except pl.exceptions.PolarsError:
                 raise UserError(
                     f"column {name} of {file.where} is of type {columns[name]}, in files before it of type "
-                    f"{common.schema[name]}, expected types that go together"
+                    f"{common.schema[name]}, expected compatible types"
                 ) from None
             common = common.with_columns(joined.get_column(name))
     return common.schema if common is not None else pl.Schema()

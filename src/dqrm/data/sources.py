@@ -222,4 +222,4 @@ def _inflate(raw: Iterator[bytes], make: Callable[[], Any], kind: str) -> Iterat
         if damage:
             break
     if damage or begun:
-        raise Damaged(damage or f"its {kind} data ends too early")
+        raise Damaged(damage or f"its {kind} data is truncated")

@@ -105,8 +105,8 @@ def _by_file(config: PrepareConfig, sources: Sequence[Source], rows: int) -> Spl
         )
         if validation and test:
             raise UserError(
-                f"split by file: {source.name} is meant by '{validation[0]}' of validation_values and by '{test[0]}' "
-                "of test_values, expected one of them"
+                f"split by file: {source.name} matches '{validation[0]}' in validation_values and '{test[0]}' in "
+                "test_values, expected one of them"
             )
         splits[at : at + source.rows] = TEST if test else VALIDATION if validation else TRAIN
         at += source.rows
@@ -193,7 +193,7 @@ class _Meant:
         self._zones |= set(keys.str.replace(DATES, "").unique())
         if len(self._zones) > 1:
             zones = " and ".join(f"'{zone}'" for zone in sorted(self._zones)[:2])
-            raise UserError(f"{self._where}: the column holds times of several zones, {zones}, expected one")
+            raise UserError(f"{self._where}: the column has times in several time zones, {zones}, expected one")
 
 
 def _compare(keys: pl.Series, operator: str, bound: str, compared: str) -> pl.Series:

@@ -36,7 +36,9 @@ def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -
         return train(dataset, output, config)
     begun = Run.open(output).config
     if replace(begun, training=replace(begun.training, threads=threads)) != config:
-        raise UserError(f"{output} is a run of another configuration than {config_file}; name another folder with -o")
+        raise UserError(
+            f"{output} was started with a different configuration than {config_file}; name another folder with -o"
+        )
     return resume(output, dataset)
 
 
