@@ -32,10 +32,10 @@ lint: setup
 	$(RUN) mypy
 
 docs: $(VENV)/.docs  ## the site, in site/; warnings are errors
-	$(RUN) mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(RUN) pip install --quiet --constraint constraints.txt '.[docs]'
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch "$@"
 
 clean:

@@ -73,6 +73,7 @@ def make_stand_ins() -> None:
     )
     mine[:300].write_parquet("clicks-1.parquet")
     mine[300:].write_parquet("clicks-2.parquet")
-    mine.write_csv("clicks.csv")
+    for file in ("clicks.csv", "train.csv", "valid.csv", "test.csv"):
+        mine.write_csv(file)
     lines = (f"{label} {ids[0]}:1 {ids[1]}:1" for label, *ids in random.integers([0, 1, 30], [2, 30, 60], (300, 3)))
     Path("clicks.svm").write_text("\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 """The documentation holds: code blocks run, links and names exist, figures are those that were stored."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -12,6 +13,7 @@ import yaml
 import dqrm
 from cli_helpers import command
 from dqrm.cli import cli
+from dqrm.options import build, read_yaml
 from shipped_helpers import PAGES, ROOT, blocks, commands
 
 pytestmark = pytest.mark.long
@@ -23,18 +25,34 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
+@pytest.fixture(scope="module")
+def workspace(stand_ins, tmp_path_factory):
+    """The stand-ins, and what the pages take as made: data/mine, runs/mine and mine.dqrm of the README, data/ml1m."""
+    folder = stand_ins(tmp_path_factory.mktemp("workspace"))
+    with contextlib.chdir(folder):
+        columns = {"categorical": ("user", "ad", "site"), "dense": ("price", "age"), "cross": ("user*site",)}
+        data = dqrm.prepare("clicks.csv", "data/mine", dqrm.PrepareConfig(label="clicked", **columns))
+        dqrm.train(data, "runs/mine", dqrm.Config(training=dqrm.TrainingConfig(threads=1)))
+        dqrm.export_run("runs/mine", "mine.dqrm")
+        ml1m = build(dqrm.PrepareConfig, read_yaml("configs/ml1m_data.yaml"), "ml1m")
+        dqrm.prepare("clicks.parquet", "data/ml1m", ml1m)
+    return folder
+
+
 @pytest.mark.parametrize("path", PAGES, ids=name)
-def test_the_code_of_a_page_runs(path, stand_ins, tmp_path, monkeypatch, capsys):
+def test_the_code_of_a_page_runs(path, workspace, tmp_path, monkeypatch, capsys):
     page = blocks(path.read_text())
     if not any(block.language in ("python", "bash") for block in page):
         pytest.skip("no code on this page")
     if any("onnx" in block.text for block in page):
         pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
-    monkeypatch.chdir(stand_ins(tmp_path))
+    monkeypatch.chdir(shutil.copytree(workspace, tmp_path, dirs_exist_ok=True))
     names: dict = {}
     for block in page:
         where = f"{name(path)}, line {block.line}"
         if block.language == "python":
+            for output in re.findall(r'(?:prepare|train)\([^)]*?"((?:data|runs)/\w+)"', block.text):
+                shutil.rmtree(output, ignore_errors=True)
             code = "\n" * (block.line - 1) + block.text
             exec(compile(code, str(path), "exec"), names)
         elif block.language == "bash":

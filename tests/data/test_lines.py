@@ -122,7 +122,7 @@ def test_header_names_the_columns():
         (b"", "is empty"),
         (b"\n1,2\n", "is empty"),
         (b"a,\xff\n", "0xff"),
-        (b'a,b"c\n', "a quote"),
+        (b'a,b"c\n', "an unterminated quote"),
         (b"a,b\r1,2\r", "log.csv, line 1: a carriage return"),
     ],
 )

@@ -38,7 +38,7 @@ class Ours(_Variant):
         model.tables.clamps.quiet = True  # figures of speed, not of accuracy
         self.train_step = TrainStep(model, config)
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Any:
         return batch.to(self.device)
 
     def step(self, batch: Batch) -> None:
@@ -65,7 +65,7 @@ class Plain(_Variant):
         super().__init__(name, self.model.tables)
         self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE)
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, batch: Batch) -> Any:
         # One contiguous row of int64 per table is what nn.EmbeddingBag works on.
         ids = batch.ids.to(self.device).t().contiguous().long()
         return batch.dense.to(self.device), ids, batch.labels.to(self.device)
