@@ -27,16 +27,21 @@ STYLE = {
 def draw(figures: dict, output: Path) -> None:
     """Three panels: test AUC, size, and the time of one table."""
     with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 2.6), width_ratios=(1, 1, 1.7))
+        figure, (left, middle, right) = plt.subplots(
+            1, 3, figsize=(9.6, 3.0), width_ratios=(1, 1, 1.3), layout="constrained"
+        )
         figure.patch.set_facecolor("white")
+        figure.get_layout_engine().set(w_pad=0.12)
 
         quality = figures["quality"]["rows"]
         for at, row in enumerate(quality):
             color = _color(row["name"])
             left.errorbar(at, row["mean"], yerr=row["std"], fmt="o", color=color, capsize=4, markersize=6)
-            left.annotate(f"{row['mean']:.4f}", (at, row["mean"]), (8, 0), textcoords="offset points", va="center")
+            top = (at, row["mean"] + row["std"])
+            label = f"{row['mean']:.4f} ± {row['std']:.4f}"
+            left.annotate(label, top, (0, 6), textcoords="offset points", ha="center", fontsize=8)
         left.set_xticks(range(len(quality)), [row["name"] for row in quality])
-        left.set_xlim(-0.5, len(quality) - 0.1)
+        left.set_xlim(-0.6, len(quality) - 0.4)
         left.set_ylim(0.790, 0.802)
 
         size = figures["size"]["rows"]
@@ -59,15 +64,14 @@ def draw(figures: dict, output: Path) -> None:
         right.minorticks_off()
         right.spines["bottom"].set_visible(False)
 
-        for axes, name in ((left, "quality"), (middle, "size"), (right, "table")):
+        for axes, name in ((left, "quality"), (middle, "size")):
             axes.set_title(figures[name]["title"], fontsize=10, loc="left")
-        right.set_title(f"{figures['table']['title']} (log scale)", fontsize=10, loc="left", x=-0.35)
+        right.set_title(f"{figures['table']['title']} (log)", fontsize=10, loc="right")
         note = (
-            "Left: MovieLens-1M with six crosses, seeds 1 to 3, mean and standard deviation. "
+            "Left and middle: MovieLens-1M with six crosses, seeds 1 to 3, mean and standard deviation.\n"
             f"Right: {figures['table']['settings']}; {figures['table']['machine']}."
         )
-        figure.text(0.01, 0.01, note, fontsize=6.5, color="#555555")
-        figure.tight_layout(rect=(0, 0.04, 1, 1))
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color="#555555")
         figure.savefig(output, format="svg", metadata={"Date": None})
         plt.close(figure)
 

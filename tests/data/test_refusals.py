@@ -187,7 +187,7 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path):
     path = write(tmp_path / "log.txt", criteo_lines(20))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("x")
-    with pytest.raises(UserError, match=r"out\.partial .* was not made by dqrm prepare; move it"):
+    with pytest.raises(UserError, match=r"out\.partial .* was not created by dqrm prepare; move it"):
         prepare([path], tmp_path / "out", KAGGLE)
     assert (tmp_path / "out.partial" / "mine").read_text() == "x"
     (tmp_path / "link.partial").symlink_to(tmp_path / "out.partial")

@@ -30,9 +30,13 @@ _MOST_MAPS = 64
 class Batch:
     """B rows.
 
-    dense: float32 [B, D]. ids: int32 [B, T], the single-valued tables in order. bags: per multi-valued table
-    (values int32 [L], offsets int64 [B]), each offset the first position of a row's ids, as `nn.EmbeddingBag` takes
-    them. labels: float32 [B], 0 or 1. weights: of the rows in the loss, float32 [B]; None: all count 1.
+    Attributes:
+        dense: float32 [B, D].
+        ids: int32 [B, T], of the single-valued tables in order.
+        bags: per multi-valued table (values int32 [L], offsets int64 [B]), each offset the first position of a row's
+            ids, as in `nn.EmbeddingBag`.
+        labels: float32 [B], 0 or 1.
+        weights: weights of the rows in the loss, float32 [B]; None: all 1.
     """
 
     dense: torch.Tensor
@@ -115,15 +119,17 @@ class Split:
         drop_last: bool = False,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
-        """Each row once. The last batch may be short, unless `drop_last`.
+        """Iterate over each row once. The last batch may be short, unless `drop_last`.
 
-        With share (rank, ranks), the rank's part of each batch: of its B rows those from rank * B // ranks to
-        (rank + 1) * B // ranks; no others are read. A short batch can leave a rank without rows: it gets an empty one.
+        The order depends on (shuffle, seed, epoch, rows, block_rows) only.
 
-        The order is that of the log ("none"), a permutation of all rows ("global"), or blocks of `block_rows`
-        neighbouring rows in random order, mixed with the 31 blocks that follow ("block": for data larger than
-        memory, since it reads whole blocks). It depends on (shuffle, seed, epoch, rows, block_rows) alone; with
-        `start_batch` the iteration begins at that batch and is equal to the tail of the whole one.
+        Args:
+            shuffle: "none", the order of the log; "global", a permutation of all rows; "block", blocks of `block_rows`
+                consecutive rows in random order, shuffled within 32 blocks (for data larger than memory, since it reads
+                whole blocks).
+            start_batch: skip to this batch, without reading those before it.
+            share: (rank, ranks): only the rank's shard of each batch, of its B rows those from rank * B // ranks to
+                (rank + 1) * B // ranks. The shard of a short batch may be empty.
 
         Raises:
             UserError: batch_size or block_rows below 1, negative seed, epoch or start_batch, unknown shuffle.

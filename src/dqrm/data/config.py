@@ -20,7 +20,7 @@ LIBSVM_COLUMN = "features"
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What `prepare` does with a log.
+    """Columns, split and vocabularies of a dataset.
 
     Raises:
         ValueError: a combination that cannot work, in one sentence.

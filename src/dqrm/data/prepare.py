@@ -40,10 +40,17 @@ def prepare(
 ) -> Dataset:
     """Write the dataset folder `output` from logs.
 
-    sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
-    DataFrames, Arrow tables and datasets), alone or in a list.
-    progress: called with what is being done, how much of it is done, and of how much (None: nobody knows).
-    All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
+    Everything is written to `<output>.partial`, which is locked meanwhile, removed on failure and renamed at the end.
+
+    Args:
+        sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
+            DataFrames, Arrow tables and datasets), alone or in a list.
+        output: the folder to create.
+        config: columns, split and vocabularies.
+        progress: called as progress(stage, done, total); total is None if unknown.
+
+    Returns:
+        The dataset, opened.
 
     Raises:
         UserError: an invalid file, column or line, an output that exists, or one that is being written.
