@@ -48,7 +48,7 @@ def example(name):
 
 
 def test_own_model_learns_and_packs():
-    assert example("own_model")["main"]() > 0.8
+    assert example("own_model")["main"]() > 0.7
 
 
 def test_scoring_service_answers_as_the_model_does(tmp_path):

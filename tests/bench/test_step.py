@@ -92,14 +92,15 @@ def test_steps_as_tables(capsys):
     assert "native kernels" in out
 
 
-def test_variants_with_fp32_tables_share_them():
-    options = BenchStepConfig(**SMALL, variants=("baseline", "int4", "fp32", "int4_bf16_tables"))
+def test_variants_share_tables_where_they_can():
+    options = BenchStepConfig(**SMALL, variants=("baseline", "int4_periodic", "fp32", "int4_bf16_tables", "int4"))
     rows = ARCHITECTURES["kaggle"].scaled(options.rows_scale)
     memory: dict = {}
     made = step._contenders(options, rows, Clock(torch.device("cpu")), memory)
     weights = [contender.tables.weight for contender in made[1:]]
     assert weights[0].data_ptr() == weights[1].data_ptr() == made[0].tables.bags[0].weight.data_ptr()
     assert weights[2].dtype == torch.bfloat16
+    assert weights[3].data_ptr() not in {weight.data_ptr() for weight in weights[:3]}
     assert memory["create_seconds"] >= 0
     start = sum(rows[:5])
     torch.testing.assert_close(made[0].tables.bags[5].weight, weights[0][start : start + rows[5]], rtol=0, atol=0)

@@ -191,7 +191,7 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path):
         prepare([path], tmp_path / "out", KAGGLE)
     assert (tmp_path / "out.partial" / "mine").read_text() == "x"
     (tmp_path / "link.partial").symlink_to(tmp_path / "out.partial")
-    with pytest.raises(UserError, match="was not made by dqrm prepare"):
+    with pytest.raises(UserError, match="was not created by dqrm prepare"):
         prepare([path], tmp_path / "link", KAGGLE)
 
 

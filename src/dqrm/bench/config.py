@@ -59,7 +59,7 @@ class Scheme:
 
 
 def _schemes() -> dict[str, Scheme]:
-    schemes = {}
+    schemes: dict[str, Scheme] = {}
     for bits in (32, *BITS[:-1]):
         rules: tuple[Literal["periodic", "running_max"] | None, ...] = (None, "periodic", "running_max")
         for refresh in rules[:1] if bits == 32 else rules:
