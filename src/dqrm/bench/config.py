@@ -199,9 +199,6 @@ class BenchExchangeConfig:
 
     ranks: int = 4
     """Processes that train together, one per rank."""
-    rate: str | None = None
-    """Join the ranks by links of this rate ('100mbit', '1gbit'), each in a network namespace of its own (needs root);
-    none: loopback."""
     arch: Literal["kaggle", "terabyte"] = "kaggle"
     """Architecture and table sizes of the DQRM paper."""
     rows_scale: float = 0.1

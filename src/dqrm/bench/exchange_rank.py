@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchExchangeConfig
 from dqrm.bench.contenders import LEARNING_RATE
 from dqrm.bench.data import endless, write_split
-from dqrm.bench.network import interface_bytes
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.distributed.world import World, join
+from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.training.run import build_model
@@ -40,6 +40,18 @@ _TITLES = {
     "int8": "sparse + INT8 + compensation",
     "int4": "sparse + INT4 + compensation",
 }
+
+
+def interface_bytes(interface: str) -> tuple[int, int]:
+    """(received, sent) bytes of an interface in the network namespace of this process, by the kernel's counters."""
+    try:
+        lines = Path("/proc/net/dev").read_text().splitlines()
+    except OSError:
+        raise UserError(f"bytes of {interface!r} cannot be counted without /proc/net/dev, which Linux has") from None
+    counters = {name.strip(): values.split() for name, _, values in (line.rpartition(":") for line in lines[2:])}
+    if interface not in counters:
+        raise UserError(f"there is no interface {interface!r} here, expected one of {', '.join(sorted(counters))}")
+    return int(counters[interface][0]), int(counters[interface][8])
 
 
 class _Ours:

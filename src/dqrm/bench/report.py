@@ -111,10 +111,9 @@ def print_inference(result: dict[str, Any]) -> None:
 def print_exchange(result: dict[str, Any]) -> None:
     """What `run_exchange` measured."""
     settings = result["settings"]
-    links = f"links of {settings['rate']}" if settings["rate"] else "loopback"
     print_table(
         f"{settings['arch']}, {settings['table_rows']:,} table rows, {settings['ranks']} ranks x batch "
-        f"{settings['batch_size']}, {links}: ms per step, bytes per step and rank",
+        f"{settings['batch_size']}, {settings['links']}: ms per step, bytes per step and rank",
         [
             "variant",
             "median",
