@@ -47,12 +47,16 @@ class Dataset:
     """A dataset folder, opened.
 
     Attributes:
-        path: the folder. info: what its dataset.json holds.
+        path: the folder.
+        info: the content of its dataset.json.
         dense: names of the dense columns.
         columns: the categorical columns in the order of the model's tables, single-valued ones first.
-        table_rows: rows of each table, in that order. num_single: how many columns are single-valued.
-        weight, group: the columns of weights and groups, or None.
-        rows: rows per split. fingerprint: hexadecimal digest of all that decides the contents.
+        table_rows: rows of each table, in that order.
+        num_single: number of single-valued columns.
+        weight: the column of weights, or None.
+        group: the column of groups, or None.
+        rows: rows per split.
+        fingerprint: hexadecimal digest of everything that decides the contents.
 
     Raises:
         UserError: no such folder, not a dataset folder, another format version, a missing or wrongly sized file.
