@@ -7,7 +7,7 @@ RUN := "$(VENV)/bin/python" -m
 # A file of tests stays with one worker, since its tests share what is costly to make.
 TEST := $(RUN) pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -28,7 +28,15 @@ test-slow: setup  ## the rest: full products of parameters
 lint: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) codespell_lib
 	$(RUN) mypy
 
+docs: $(VENV)/.docs  ## the site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch "$@"
+
 clean:
-	rm -rf demo build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo build dist site .pytest_cache .ruff_cache .mypy_cache

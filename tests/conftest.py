@@ -1,6 +1,8 @@
 """Shared by all tests: few threads, which tests are quick, and small datasets that are made once."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +15,7 @@ from dqrm.quant.config import QATConfig
 from kernel_helpers import NATIVE, on
 from selection import quick
 
-torch.set_num_threads(1)  # the tests run side by side
+torch.set_num_threads(1)  # pytest-xdist may run tests in parallel
 os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that they start, too
 os.fsync = lambda file: None  # the tests kill processes, not machines, and disks can be slow
 
@@ -70,6 +72,17 @@ def bags_data(tmp_path_factory: pytest.TempPathFactory):
     )
     config = PrepareConfig(layout="table", label="label", categorical=("user", "tags"), multi=("tags",))
     return prepare([folder / "log.parquet"], folder / "data", config)
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory):
+    """A function that copies small stand-ins for the files that the documentation names into a folder."""
+    from shipped_helpers import make_stand_ins
+
+    made = tmp_path_factory.mktemp("stand-ins")
+    with contextlib.chdir(made):
+        make_stand_ins()
+    return lambda folder: Path(shutil.copytree(made, folder, dirs_exist_ok=True))
 
 
 @pytest.fixture

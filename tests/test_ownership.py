@@ -164,7 +164,9 @@ def test_a_study_continues_only_its_own_runs(generated, tmp_path):
     run = str(tmp_path / "runs" / "c-1")
     seeds.run_one(str(generated.path), str(tmp_path / "c.yaml"), 1, run, 1)
     assert seeds.run_one(str(generated.path), str(tmp_path / "c.yaml"), 1, run, 1)["steps"] == 2
-    assert "another configuration" in refused(seeds.run_one, str(generated.path), str(tmp_path / "c.yaml"), 2, run, 1)
+    assert "a different configuration" in refused(
+        seeds.run_one, str(generated.path), str(tmp_path / "c.yaml"), 2, run, 1
+    )
     both = [str(tmp_path / "c.yaml"), str(tmp_path / "a" / "c.yaml")]
     with pytest.raises(UserError, match="two configurations are named c"):
         seeds.main([str(generated.path), *both, "-o", str(tmp_path / "r")], standalone_mode=False)

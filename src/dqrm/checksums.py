@@ -1,4 +1,4 @@
-"""Checksums of what dqrm writes: damage is refused, and not trained on, evaluated or shipped.
+"""Checksums of the files that dqrm writes: damaged files are refused before training, evaluation or export.
 
 A folder has one JSON file that lists the size and the SHA-256 of each other file under `FILES`, and its own digest
 under `SEAL`. It is written last.
@@ -106,7 +106,7 @@ def _own_digest(content: Mapping[str, Any]) -> str:
 
 
 def _hash_all(paths: list[Path], tell: Tell | None) -> list[str]:
-    """The SHA-256 of each file. In threads: hashing holds no interpreter lock."""
+    """The SHA-256 of each file. In threads: hashing releases the GIL."""
     done, total, stopped = [0], sum(path.stat().st_size for path in paths), threading.Event()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
         # The largest first, since they take longest.
@@ -116,7 +116,7 @@ def _hash_all(paths: list[Path], tell: Tell | None) -> list[str]:
             waiting: set[Future[str]] = set(futures.values())
             while waiting:
                 waiting = wait(waiting, timeout=0.5).not_done
-                if tell and waiting:  # what is done at once needs no bar
+                if tell and waiting:  # no bar for what is done at once
                     tell("computing checksums", min(done[0], total), total)
             return [futures[at].result() for at in range(len(paths))]
         except BaseException:  # Ctrl-C must not wait for gigabytes

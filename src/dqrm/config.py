@@ -52,7 +52,7 @@ class ModelConfig:
     top_mlp: tuple[int, ...] = (512, 256, 1)
     """dlrm: widths of the MLP that predicts; it ends in 1."""
     interaction: Literal["dot", "cat"] = "dot"
-    """dlrm: how the vectors of dense part and tables meet: all pairwise dot products, or concatenation."""
+    """dlrm: interaction of dense and embedding vectors: all pairwise dot products, or concatenation."""
     self_interaction: bool = False
     """dlrm: include each vector's dot product with itself."""
     pooling: Literal["sum", "mean"] = "sum"
@@ -128,7 +128,7 @@ def _check_widths(name: str, widths: tuple[int, ...], least: int = 0) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights are updated, and how the learning rate moves."""
+    """Update rule and learning rate schedule."""
 
     optimizer: str = "sgd"
     """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), or another
@@ -142,15 +142,15 @@ class OptimizerConfig:
     mlp_l2: float = 0.0
     """L2 (weight decay) on the MLP weights and biases."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises linearly from 0."""
+    """Steps of linear warm-up of the learning rate from 0."""
     decay_start_step: int = 0
     """Step at which DLRM's quadratic decay begins; used when decay_steps is above 0."""
     decay_steps: int = 0
     """Steps over which the learning rate decays quadratically to (almost) 0; 0: no decay."""
     plateau_factor: float = 1.0
-    """Multiply the learning rate by this when the validation metric of --select-by gets no better; 1: never."""
+    """Factor on the learning rate when the validation metric (--select-by) stops improving; 1: off."""
     plateau_patience: int = 1
-    """Evaluations without a better validation metric before the learning rate drops."""
+    """Evaluations without improvement before the learning rate is reduced."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -167,7 +167,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop: how long, in what order, what is evaluated and saved when."""
+    """Training loop: length, order of samples, evaluation, checkpoints, device."""
 
     epochs: int = 1
     """Passes over the training split."""
@@ -185,11 +185,11 @@ class TrainingConfig:
     """Validation metric that chooses the best checkpoint: auc, log_loss, accuracy, ne, gauc (AUC per group; needs data
     prepared with --group), or another that is registered."""
     early_stopping: int = 0
-    """Patience: evaluations without a better one after which training stops; 0: never."""
+    """Patience: evaluations without improvement before training stops; 0: off."""
     checkpoint_every: int = 0
     """Steps between checkpoints, besides the one at each evaluation; 0: only there."""
     checkpoint_minutes: float = 10.0
-    """Minutes after which a checkpoint is saved in any case; 0: never because of time."""
+    """Minutes between checkpoints; 0: no time-based checkpoints."""
     log_every: int = 1000
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     callbacks: tuple[str, ...] = ()
@@ -205,7 +205,7 @@ class TrainingConfig:
     table_dtype: str = "fp32"
     """Master weights of the tables: fp32, or bf16 (stochastic rounding), which needs half the memory."""
     seed: int = 0
-    """Decides initial weights and order of samples."""
+    """Seed of the initial weights and of the order of samples."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -224,26 +224,26 @@ class ExchangeConfig:
     """What ranks send each other; without `torchrun` or --simulate-ranks nothing is sent."""
 
     simulate_ranks: int = 0
-    """Number of ranks to simulate in one process, bit for bit as torchrun would run them; 0: one rank."""
+    """Data-parallel ranks to simulate in one process, bit-identical to a torchrun launch; 0: off."""
     table_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the tables' gradients are encoded."""
     table_codec_scale: Literal["table", "row"] = "table"
-    """What shares a scale in the tables' gradients (int8 and int4); with int4, 'table' costs accuracy."""
+    """Granularity of the scales of the tables' gradients (int8 and int4); with int4, 'table' costs accuracy."""
     table_exchange: Literal["auto", "all_gather", "all_to_all"] = "auto"
     """Every rank gets all gradients, or each row's owner sums them first; auto: by the number of ranks."""
     mlp_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the MLP's gradients are encoded."""
     mlp_codec_scale: str = "channel"
-    """What shares a scale in the MLP's gradients (int8 and int4): 'channel', or 'bucket:K' for K values."""
+    """Granularity of the scales of the MLP's gradients (int8 and int4): 'channel', or 'bucket:K' for K values."""
     mlp_compensation: bool = True
-    """Error compensation: add what encoding lost to the MLP's next gradient."""
+    """Error compensation: add the encoding error (residual) to the MLP's next gradient."""
     codec_rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Rounding of encoded gradients; stochastic is right on average."""
+    """Rounding of encoded gradients; stochastic is unbiased."""
     shared_scales: bool = False
-    """All ranks encode on the largest of their scales, as in the DQRM paper; else each on its own."""
+    """Encode on the largest scale of all ranks, as in the DQRM paper; otherwise each rank uses its own."""
     exchange_timeout: float = 300.0
-    """Seconds that ranks wait for one that does not start or does not answer before they end; more than a checkpoint
-    takes to save, since rank 0 does that alone."""
+    """Timeout in seconds for a rank that does not start or answer; longer than saving a checkpoint, which rank 0 does
+    alone."""
 
     def __post_init__(self) -> None:
         _at_least(self, simulate_ranks=0, exchange_timeout=1)

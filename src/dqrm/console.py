@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars, tables, and one JSON object where it was asked for."""
+"""Output of the command line: progress bars, tables, and one JSON object with --json."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ class Bars:
 
 @contextmanager
 def bars(quiet: bool = False) -> Iterator[Bars]:
-    """Progress bars on standard error while inside; nothing is drawn where it is no terminal."""
+    """Progress bars on standard error while inside; none if it is not a terminal."""
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -88,14 +88,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """A number as a table shows it; '-' where there is none."""
+    """A number as a table shows it; '-' for None."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units, as papers and shops count them."""
+    """Bytes in decimal units (1 kB = 1000 B)."""
     amount, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if amount < 1000 or unit == "TB":

@@ -1,11 +1,11 @@
-"""The one error that is the user's to mend, and the warning about what could not be checked."""
+"""Invalid user input, and the warning about data that could not be verified."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: a file, a column, a flag, a configuration.
+    """Invalid user input: a file, a column, a flag, a configuration.
 
-    The message is one sentence that quotes what was received and says what would be right. The command line prints it
-    without a traceback and exits with code 2. What would steer a terminal is written out in it.
+    The message is one sentence that quotes what was received and says what is expected. The command line prints it
+    without a traceback and exits with code 2. Control characters are escaped in it.
     """
 
     def __init__(self, message: str) -> None:
@@ -13,9 +13,9 @@ class UserError(Exception):
 
 
 class NotVerified(UserWarning):
-    """Something was used whose integrity could not be checked. The command line prints it as one sentence."""
+    """Data was used whose integrity could not be verified. The command line prints it as one sentence."""
 
 
 def printable(text: str) -> str:
-    """The text with what would steer a terminal written out: names come from files, and files from strangers."""
+    """The text with control characters escaped: names come from files, and files from strangers."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

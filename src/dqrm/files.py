@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed to disk, renamed."""
+"""Atomic files: written beside the target, flushed to disk, renamed."""
 
 import errno
 import json
@@ -50,9 +50,9 @@ def read_json(path: Path) -> Any:
 
 
 def why_not_written(error: Exception, folder: Path | None = None) -> str:
-    """Why writing failed, in words: of a full disk numpy, polars and the system each say something else.
+    """Why writing failed, in words: numpy, polars and the system report a full disk differently.
 
-    folder: where to look whether the disk is full, since polars does not always say it.
+    folder: where to check for a full disk, since polars does not always report it.
     """
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
@@ -83,7 +83,7 @@ def try_lock(file: IO[Any]) -> bool:
     """Lock an open file until it is closed or the process ends, however it ends.
 
     Returns:
-        False where the system or the file system knows no locks: nothing is locked then.
+        False if the system or the file system does not support locks: nothing is locked then.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -105,7 +105,7 @@ def claim(file: IO[Any], path: Path, busy: str, gone: str | None = None) -> bool
     """Lock an open file that whoever held the lock before may have renamed or removed since it was opened.
 
     Returns:
-        False where the system knows no locks.
+        False if the system does not support locks.
 
     Raises:
         UserError: `busy`, where another process holds the lock; `gone` (default: the same), where `path` is no longer
@@ -198,7 +198,7 @@ def _writing(output: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value in a JSON file should be: in words, and as a test."""
+    """The expected kind of a value in a JSON file: in words, and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -228,8 +228,8 @@ def problem(content: Any, shape: Any, key: str = "") -> str | None:
     if isinstance(shape, list):
         if not isinstance(content, list):
             return f"has {here}, expected a list"
-        found = (problem(value, shape[0], f"{key}[{at}]") for at, value in enumerate(content))
-        return next(filter(None, found), None)
+        problems = (problem(value, shape[0], f"{key}[{at}]") for at, value in enumerate(content))
+        return next(filter(None, problems), None)
     if not isinstance(content, dict):
         return f"has {here}, expected an object"
     prefix = f"{key}." if key else ""

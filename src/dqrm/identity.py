@@ -1,12 +1,12 @@
-"""Whether a file is still what it was: one rule for all who read a file more than once, or for long."""
+"""File identity: whether a file is unchanged, for code that reads it more than once or keeps it mapped."""
 
 import os
 from typing import IO, NamedTuple
 
 
 class FileIdentity(NamedTuple):
-    """By what a file is known to be the same as before: which one it is, its size, when it was last written to
-    (`mtime_ns`) or changed in any way (`ctime_ns`), and how many names it has."""
+    """Identity of a file: device, inode, size, time of the last write (`mtime_ns`) and of the last change of any kind
+    (`ctime_ns`), and number of links."""
 
     device: int
     inode: int
@@ -16,24 +16,24 @@ class FileIdentity(NamedTuple):
     links: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> "FileIdentity":
-        """Of what the system says about a file."""
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_nlink)
+    def of(cls, stat: os.stat_result) -> "FileIdentity":
+        """From the result of `os.stat`."""
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_nlink)
 
     @classmethod
     def of_open(cls, file: IO[bytes]) -> "FileIdentity":
-        """Of an open file, whatever has its name by now."""
+        """Of an open file, even if its name now belongs to another one."""
         return cls.of(os.fstat(file.fileno()))
 
     @property
     def file(self) -> tuple[int, int]:
-        """What stays while it is written to: equal for all names of one file."""
+        """(device, inode): constant under writes, equal for all names of one file."""
         return self.device, self.inode
 
     def unchanged(self, now: "FileIdentity") -> bool:
-        """Whether `now` is of the same file, and no write lies between.
+        """Whether `now` is the same file without a write in between.
 
-        The time of the change tells also of a write whose time was set back. It moves with the number of names, too: a
-        file that was replaced by a renamed one lost one, one that was linked gained one, and neither is a write.
+        `ctime_ns` also reveals a write whose mtime was set back. It changes with the number of links as well: a file
+        that was replaced by a rename lost one, a linked file gained one, and neither is a write.
         """
         return self[:4] == now[:4] and (self.ctime_ns == now.ctime_ns or self.links != now.links)

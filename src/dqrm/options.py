@@ -31,12 +31,12 @@ def field_help(cls: type) -> dict[str, str]:
     """The docstring below each field of the dataclass `cls`, as {field name: one line of help}."""
     tree = ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
-    found = {}
+    texts = {}
     for pair in pairwise(body):
         match pair:
             case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
-                found[name] = " ".join(text.split())
-    return found
+                texts[name] = " ".join(text.split())
+    return texts
 
 
 @cache

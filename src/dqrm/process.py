@@ -1,4 +1,4 @@
-"""How a command of ours ends: errors, warnings, Ctrl-C and SIGTERM, each one sentence and one exit code."""
+"""How a command ends: errors, warnings, Ctrl-C and SIGTERM, each with one sentence and one exit code."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ _AGAIN = 0.02
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command line to its end; what the user got wrong is one sentence on standard error and exit code 2.
+    """Run a command line to its end; invalid input gives one sentence on standard error and exit code 2.
 
     Ctrl-C and SIGTERM raise KeyboardInterrupt where the command is, so that it removes what is half written, and then
     end it with one sentence and exit code 130. Training stops cleanly instead (`training.environment.stop_signals`).

@@ -40,7 +40,6 @@ def test_two_ranks_on_loopback(capsys):
     ("arguments", "sentence"),
     [
         (("--ranks", "1"), "ranks is 1, expected 2 or more"),
-        (("--rate", "100mb"), "rate '100mb' is not understood"),
         (("--variants", "int3"), "variants has 'int3'; did you mean 'int"),
         (("--rows-scale", "2"), "rows_scale is 2.0, expected above 0 and at most 1"),
     ],

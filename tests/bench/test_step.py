@@ -22,7 +22,7 @@ from dqrm.bench.config import (
 )
 from dqrm.bench.contenders import training_config
 from dqrm.bench.data import endless, write_split
-from dqrm.bench.measure import Clock, Scales, require_memory, spread
+from dqrm.bench.measure import Clock, require_memory, spread
 from dqrm.cli import cli
 from dqrm.errors import UserError
 from dqrm.models.registry import build_model
@@ -31,8 +31,7 @@ from dqrm.quant.uniform import fake_quantize
 SMALL = {"rows_scale": 0.0001, "samples": 512, "steps": 4, "warmup": 1, "threads": 1, "device": "cpu"}
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 FIGURES = {
-    "name", "variant", "steps", "median_ms", "p10_ms", "p90_ms", "mean_ms", "per_second", "scale_refresh_ms",
-    "amortized_scale_ms", "cost_ms", "peak_rss_mb",
+    "name", "variant", "steps", "median_ms", "p10_ms", "p90_ms", "mean_ms", "per_second", "peak_rss_mb",
 }  # fmt: skip
 MACHINE = {"processor", "cores", "threads", "device", "cpu_capability", "native_kernels", "torch", "python"}
 
@@ -62,22 +61,17 @@ def test_steps_as_json(capsys, order):
     assert set(found["machine"]) == MACHINE
     assert [(v["batch_size"], v["variant"]) for v in found["variants"]] == [(b, n) for b in (16, 8) for n in names]
     for variant in found["variants"]:
-        more = {"batch_size", "median_excl_data_ms", "refreshes_left_out", "parts", "loss", "ratio_to_baseline"}
+        more = {"batch_size", "median_excl_data_ms", "cost_ms", "parts", "loss", "ratio_to_baseline"}
         assert set(variant) == FIGURES | more | {"ratio_to_fp32"}
-        assert variant["steps"] >= SMALL["steps"]
+        assert variant["steps"] == SMALL["steps"]
         assert variant["p10_ms"] <= variant["median_ms"] <= variant["p90_ms"]
-        assert list(variant["parts"]) == ["data", "lookup", "scale", "forward", "backward", "update"]
+        assert list(variant["parts"]) == ["data", "lookup", "forward", "backward", "update"]
         assert math.isfinite(variant["loss"])
-        quantized = variant["variant"].startswith("int")
-        assert (variant["scale_refresh_ms"] > 0) == (variant["parts"]["scale"] > 0) == quantized
         # fp32_bf16 was not measured, so int4_bf16 has nothing that computes alike.
         assert (variant["ratio_to_fp32"] is None) == (variant["variant"] == "int4_bf16")
         assert variant["ratio_to_baseline"] > 0
     assert found["variants"][0]["name"] == "nn.EmbeddingBag + nn.Linear"
-    # A period of 5 ends within the steps of one batch size or the other.
-    assert sum(v["refreshes_left_out"] for v in found["variants"] if v["variant"] == "int4_periodic") > 0
     assert found["settings"]["batch_size"] == [16, 8]
-    assert not found["settings"]["refresh_in_median"]
     assert set(found["memory"]) == {
         "before_model_mb", "tables_mb", "create_seconds", "after_model_mb", "steady_mb",
     }  # fmt: skip
@@ -94,18 +88,19 @@ def test_steps_as_tables(capsys):
     assert code == 0
     assert "terabyte" in out
     assert "int8_bf16_tables" in out
-    assert "The median includes the steps that refresh the scales" in out
+    assert "Refreshes of periodic scales are in the mean" in out
     assert "native kernels" in out
 
 
-def test_variants_with_fp32_tables_share_them():
-    options = BenchStepConfig(**SMALL, variants=("baseline", "int4", "fp32", "int4_bf16_tables"))
+def test_variants_share_tables_where_they_can():
+    options = BenchStepConfig(**SMALL, variants=("baseline", "int4_periodic", "fp32", "int4_bf16_tables", "int4"))
     rows = ARCHITECTURES["kaggle"].scaled(options.rows_scale)
     memory: dict = {}
     made = step._contenders(options, rows, Clock(torch.device("cpu")), memory)
     weights = [contender.tables.weight for contender in made[1:]]
     assert weights[0].data_ptr() == weights[1].data_ptr() == made[0].tables.bags[0].weight.data_ptr()
     assert weights[2].dtype == torch.bfloat16
+    assert weights[3].data_ptr() not in {weight.data_ptr() for weight in weights[:3]}
     assert memory["create_seconds"] >= 0
     start = sum(rows[:5])
     torch.testing.assert_close(made[0].tables.bags[5].weight, weights[0][start : start + rows[5]], rtol=0, atol=0)
@@ -197,21 +192,6 @@ def test_embedding_variants_alternate(monkeypatch):
     assert len(kinds) == 58
     for at in range(0, 58, 2):
         assert set(kinds[at : at + 2]) == {"QuantEmbeddingBag", "EmbeddingBag"}
-
-
-def test_refreshes_are_counted_and_timed():
-    table = embedding.BUILDERS["ours"](BenchEmbeddingConfig(rows=20, scale_period=2))
-    scales = Scales(table, Clock(torch.device("cpu")))
-    ids = torch.tensor([[1]])
-    table(ids)
-    assert (len(scales.refreshes), scales.all_ms) == (1, [])
-    scales.timed = True
-    table(ids)
-    assert (len(scales.refreshes), len(scales.all_ms)) == (1, 1)
-    table(ids)
-    assert (len(scales.refreshes), len(scales.all_ms)) == (2, 2)
-    assert scales.full_refresh_ms(2) > 0
-    assert len(scales.refreshes) == 4
 
 
 def test_percentiles():

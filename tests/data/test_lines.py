@@ -75,10 +75,10 @@ def test_many_quoted_rows_in_small_blocks(block_bytes):
         ("1,x\n2,y,z\n3,z\n", 2, "3 columns, expected 2"),
         ("1,x\n\n3,z\n", 2, "an empty line"),
         (b"1,x\n2,\xff\n3,z\n", 2, "byte 0xff at position 3 is not UTF-8 text"),
-        ('1,x\n2,a"b\n3,z\n', 2, "a quote that is not closed"),
+        ('1,x\n2,a"b\n3,z\n', 2, "an unterminated quote"),
         ('1,x\n2,a"b"\n3,z\n', 2, "a quote inside a field"),
         ('1,x\n2,"a"b\n3,z\n', 2, "a quote inside a field"),
-        ('1,x\n3,z\n2,"a\n', 3, "a quote that is not closed"),
+        ('1,x\n3,z\n2,"a\n', 3, "an unterminated quote"),
         ('1,"p\nq"\n2\n', 3, "1 columns, expected 2"),
     ],
 )
@@ -122,7 +122,7 @@ def test_header_names_the_columns():
         (b"", "is empty"),
         (b"\n1,2\n", "is empty"),
         (b"a,\xff\n", "0xff"),
-        (b'a,b"c\n', "a quote"),
+        (b'a,b"c\n', "an unterminated quote"),
         (b"a,b\r1,2\r", "log.csv, line 1: a carriage return"),
     ],
 )

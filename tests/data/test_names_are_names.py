@@ -114,7 +114,7 @@ def test_parts_of_crosses():
     assert cross_parts("user*director") == ("user", "director")
     assert cross_parts('"a*b"*"*"*c,d*""') == ("a*b", "*", "c,d", "")
     for wrong in ("*", "a*", "a**b", "a", '"a*b"', 'a*"a"'):
-        with pytest.raises(ValueError, match="should name two or more different columns"):
+        with pytest.raises(ValueError, match="expected two or more different columns"):
             PrepareConfig(categorical=("x",), cross=(wrong,))
 
 

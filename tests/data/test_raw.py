@@ -206,11 +206,11 @@ def test_a_damaged_file_is_used_up_to_the_damage(tmp_path):
     packed = gzip.compress("".join(row + "\n" for row in rows).encode())
     path = tmp_path / "log.gz"
     path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(UserError, match=r"after line \d+: its gzip data ends too early"):
+    with pytest.raises(UserError, match=r"after line \d+: its gzip data is truncated"):
         joined(raw(dataset, path))
     log = raw(dataset, path, on_error="skip")
     assert 500 < len(joined(log)[1]) < 3000
-    assert "ends too early" in log.damaged[0]
+    assert "is truncated" in log.damaged[0]
 
 
 def table_files(folder, rows):
@@ -273,7 +273,7 @@ def test_columns_that_the_model_does_not_use_may_be_absent(tmp_path):
     twice = tmp_path / "e.csv"
     twice.write_text("price,ad,user,day,day\n1,a,u,1,1\n")
     assert joined(raw(dataset, twice))[1] == [[0, 0]]
-    with pytest.raises(UserError, match="2 columns of the name 'day'"):
+    with pytest.raises(UserError, match="2 columns named 'day'"):
         raw(dataset, twice, keep=("day",))
 
 

@@ -68,17 +68,17 @@ def test_truncated_and_damaged_files(tmp_path, kind):
     packed = gzip.compress(data) if kind == "gz" else zstandard.compress(data)
     path = tmp_path / f"log.txt.{kind}"
     path.write_bytes(packed[: len(packed) * 3 // 4])
-    with pytest.raises(UserError, match=r"log.txt.*, after line \d+: its (gzip|zstd) data ends too early"):
+    with pytest.raises(UserError, match=r"log.txt.*, after line \d+: its (gzip|zstd) data is truncated"):
         prepare([path], tmp_path / "out", KAGGLE)
     assert os.listdir(tmp_path) == [path.name]
     dataset = prepare([path], tmp_path / "out", dataclasses.replace(KAGGLE, on_error="skip"))
     (source,) = dataset.info["sources"]
-    assert "ends too early" in source["damaged"]
+    assert "is truncated" in source["damaged"]
     read = sum(dataset.rows.values())
     assert 1000 < read < 4000
     check_against_reference(dataset, rows[:read])
     path.write_bytes(packed[:20] + b"\xff" * 2000)
-    with pytest.raises(UserError, match=r"data (is damaged|ends too early)"):
+    with pytest.raises(UserError, match=r"data (is damaged|is truncated)"):
         prepare([path], tmp_path / "damaged", KAGGLE)
 
 
@@ -99,7 +99,7 @@ def test_table_mistakes_name_the_line(tmp_path):
     assert "no column 'cc' in" in attempt("label,c,d\n1,a,1\n", categorical=("cc",))
     assert "did you mean 'c'?" in attempt("label,c,d\n1,a,1\n", categorical=("cc",))
     assert "no column 'x' in" in attempt("label,c,d\n1,a,1\n", cross=("c*x",))
-    assert "2 columns of the name 'c'" in attempt("label,c,c,d\n1,a,a,1\n")
+    assert "2 columns named 'c'" in attempt("label,c,c,d\n1,a,a,1\n")
     assert "no column was named" in attempt("label,c,d\n1,a,1\n", categorical=(), dense=())
     assert "no row in log.csv" in attempt("label,c,d\n")
     assert "is empty" in attempt("")
@@ -162,7 +162,7 @@ def test_outputs_and_sources_that_cannot_be(tmp_path):
         with pytest.raises(UserError, match=reason):
             prepare(sources, tmp_path / "out", KAGGLE)
     (tmp_path / "log.xyz").write_text("label,c\n1,a\n")
-    with pytest.raises(UserError, match="does not tell its delimiter"):
+    with pytest.raises(UserError, match="cannot infer the delimiter"):
         prepare([tmp_path / "log.xyz"], tmp_path / "out", PrepareConfig(categorical=("c",)))
     # An empty folder, and what an earlier run left, are no obstacle.
     (tmp_path / "out").mkdir()
@@ -187,11 +187,11 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path):
     path = write(tmp_path / "log.txt", criteo_lines(20))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("x")
-    with pytest.raises(UserError, match=r"out\.partial .* was not made by dqrm prepare; move it"):
+    with pytest.raises(UserError, match=r"out\.partial .* was not created by dqrm prepare; move it"):
         prepare([path], tmp_path / "out", KAGGLE)
     assert (tmp_path / "out.partial" / "mine").read_text() == "x"
     (tmp_path / "link.partial").symlink_to(tmp_path / "out.partial")
-    with pytest.raises(UserError, match="was not made by dqrm prepare"):
+    with pytest.raises(UserError, match="was not created by dqrm prepare"):
         prepare([path], tmp_path / "link", KAGGLE)
 
 
@@ -229,7 +229,7 @@ def test_odd_outputs(tmp_path, monkeypatch):
     path = write(tmp_path / "log.txt", criteo_lines(20))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match="is the folder that this runs in"):
+    with pytest.raises(UserError, match="is the current folder"):
         prepare([path], ".", KAGGLE)
     with pytest.raises(UserError, match=r"log\.txt is a file, expected a folder"):
         prepare([path], path / "below", KAGGLE)

@@ -153,7 +153,7 @@ def test_what_is_not_supported_is_told(layout, line, says, tmp_path):
     ("fields", "says"),
     [
         ({"layout": "libsvm", "categorical": ("3",)}, "categorical is for layout table"),
-        ({"layout": "libffm", "categorical": ("user",)}, "categorical names 'user', should be numbers of fields"),
+        ({"layout": "libffm", "categorical": ("user",)}, "categorical has 'user', expected field numbers"),
         ({"layout": "libffm", "dense": ("3",)}, "dense is for layout table"),
         ({"layout": "libffm", "cross": ("1*2",)}, "cross is not for layout libffm"),
         ({"layout": "libsvm", "null_values": ("0",)}, "null_values is not for layout libsvm"),

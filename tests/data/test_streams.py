@@ -130,7 +130,7 @@ def test_what_a_pipe_cannot_give(tmp_path):
         (descriptor(b"a,b\n1,2\n"), TABLE, "no column 'label' in /dev/fd"),
         (descriptor(ROWS.encode()), PrepareConfig(categorical=("c",)), "--delimiter ','"),
         (fifo(tmp_path / "named.parquet", parquet), PrepareConfig(categorical=("c",)), "is a pipe, expected a file"),
-        (fifo(named, gzip.compress(ROWS.encode())[:100]), TABLE, "gzip data ends too early"),
+        (fifo(named, gzip.compress(ROWS.encode())[:100]), TABLE, "gzip data is truncated"),
     ]:
         with pytest.raises(UserError, match=said):
             prepare(source, tmp_path / "out", config)
@@ -151,8 +151,8 @@ def test_what_is_neither_file_nor_pipe(tmp_path):
         (tmp_path / "socket", "is a socket"),
         (tmp_path / "dangling", "is a link to nowhere, and there is no such file"),
         (tmp_path / "log.csv.bz2", "is bzip2"),
-        ("a\0b", "no name of a file"),
-        ("", "no name of a file"),
+        ("a\0b", "not a file name"),
+        ("", "not a file name"),
     ]:
         with pytest.raises(UserError, match=said):
             prepare(source, tmp_path / "out", TABLE)

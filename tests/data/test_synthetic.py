@@ -140,7 +140,7 @@ def test_a_bad_configuration_is_refused(values, message):
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         generate(tmp_path / "absent" / "log.txt", GenerateConfig(rows=10))
-    with pytest.raises(UserError, match="it is a folder"):
+    with pytest.raises(UserError, match="is a folder, expected"):
         generate(tmp_path, GenerateConfig(rows=10))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):

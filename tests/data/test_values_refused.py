@@ -101,7 +101,7 @@ def test_markers_of_missing_values(tmp_path):
         ("\n1,x,2\n", "log.csv, line 1, is empty, expected a line with the names of the columns"),
         ("1,x,2\n0,y,3\n", "the first line of .*log.csv is '1,x,2', which looks like data, expected a line with the n"),
         ("\ufeff1,x,0.5\n0,y,3\n", "the first line of .*log.csv is '1,x,0.5', which looks like data"),
-        ("label,c,d,c\n1,x,2,y\n", "log.csv has 2 columns of the name 'c', expected one"),
+        ("label,c,d,c\n1,x,2,y\n", "log.csv has 2 columns named 'c', expected one"),
         ("click,c,d\n1,x,2\n", "no column 'label' in"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What our variants are measured against: DLRM and table quantization in plain torch, as a careful user writes them."""
+"""Baselines: DLRM and table quantization in plain torch, as a careful user writes them."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -59,7 +59,7 @@ class Scheme:
 
 
 def _schemes() -> dict[str, Scheme]:
-    found = {}
+    schemes: dict[str, Scheme] = {}
     for bits in (32, *BITS[:-1]):
         rules: tuple[Literal["periodic", "running_max"] | None, ...] = (None, "periodic", "running_max")
         for refresh in rules[:1] if bits == 32 else rules:
@@ -67,8 +67,8 @@ def _schemes() -> dict[str, Scheme]:
                 for bf16_tables in (False, True):
                     name = "fp32" if bits == 32 else f"int{bits}"
                     name += f"_{refresh}" * (refresh is not None) + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
-                    found[name] = Scheme(bits, refresh, bf16, bf16_tables)
-    return found
+                    schemes[name] = Scheme(bits, refresh, bf16, bf16_tables)
+    return schemes
 
 
 SCHEMES = _schemes()
@@ -102,11 +102,11 @@ class BenchStepConfig:
     shuffle: Literal["global", "block"] = "global"
     """Order in which the data is read, as in training."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default, which is told with the machine."""
+    """CPU threads for arithmetic; 0: torch's default, printed with the machine."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     seed: int = 0
-    """Decides weights, data and the order of variants."""
+    """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -137,7 +137,7 @@ class BenchEmbeddingConfig:
     """What to measure: ours (QuantEmbeddingBag), collection (a QuantEmbeddingBagCollection of one table), fp32
     (nn.EmbeddingBag), whole_table (QAT of the whole table), torch_ao, torchao (skipped where not installed)."""
     threads: int = 0
-    """CPU threads for arithmetic; 0: torch's default, which is told with the machine."""
+    """CPU threads for arithmetic; 0: torch's default, printed with the machine."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     seed: int = 0
@@ -177,9 +177,9 @@ class BenchInferenceConfig:
     """What to measure: packed (the artifact), onnx (ONNX Runtime, skipped where not installed), fp32 (our FP32 model
     of the same values, tables in memory)."""
     folder: str | None = None
-    """An existing folder that keeps the files which are written and measured; none: a temporary one."""
+    """Existing folder in which to keep the measured files; none: a temporary one."""
     seed: int = 0
-    """Decides weights, data and the order of variants."""
+    """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -199,9 +199,6 @@ class BenchExchangeConfig:
 
     ranks: int = 4
     """Processes that train together, one per rank."""
-    rate: str | None = None
-    """Join the ranks by links of this rate ('100mbit', '1gbit'), each in a network namespace of its own (needs root);
-    none: loopback."""
     arch: Literal["kaggle", "terabyte"] = "kaggle"
     """Architecture and table sizes of the DQRM paper."""
     rows_scale: float = 0.1
@@ -224,7 +221,7 @@ class BenchExchangeConfig:
     threads: int = 1
     """CPU threads of each rank."""
     seed: int = 0
-    """Decides weights, data and the order of variants."""
+    """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,6 +1,5 @@
 """The variants of a whole training step, each as the same few calls: data, and a step whole or part by part."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -9,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm.bench.baseline import PlainDLRM
-from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, SCHEMES, Architecture, BenchStepConfig, Scheme
-from dqrm.bench.measure import Clock, Scales
+from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, Architecture, BenchStepConfig, Scheme
 from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.models.base import ClickModel
@@ -20,59 +18,27 @@ from dqrm.training.step import TrainStep
 LEARNING_RATE = 0.1
 
 
-class Contender(ABC):
-    """A model with its optimizer and its own stream of batches."""
+class _Variant:
+    """A model with its optimizer, its own stream of batches and its last loss."""
 
     title: ClassVar[str] = ""
-    scales: Scales | None = None
 
     def __init__(self, name: str, tables: nn.Module) -> None:
         self.name, self.tables = name, tables
         self.batches: Iterator[Batch] = iter(())
         self.loss: Any = None
 
-    def next(self) -> Any:
-        """The next batch in the form that this variant takes, on its device."""
-        return self.prepare(next(self.batches))
 
-    @property
-    def refreshed(self) -> int:
-        """How many exact refreshes of the scales there have been."""
-        return len(self.scales.refreshes) if self.scales else 0
-
-    @abstractmethod
-    def prepare(self, batch: Batch) -> Any:
-        """A batch of the reader as this variant takes it."""
-
-    @abstractmethod
-    def step(self, batch: Any) -> None:
-        """One whole training step."""
-
-    @abstractmethod
-    def forward(self, batch: Any) -> Tensor:
-        """From a batch to its loss, the lookup included."""
-
-    @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """From the loss to gradients."""
-
-    @abstractmethod
-    def update(self) -> None:
-        """From gradients to weights."""
-
-
-class Ours(Contender):
+class Ours(_Variant):
     """A model of this package, trained as `dqrm train` trains it."""
 
-    def __init__(self, name: str, config: Config, model: ClickModel, clock: Clock) -> None:
+    def __init__(self, name: str, config: Config, model: ClickModel, device: torch.device) -> None:
         super().__init__(name, model.tables)
-        self.device, self.model = clock.device, model.train()
+        self.device, self.model = device, model.train()
         model.tables.clamps.quiet = True  # figures of speed, not of accuracy
         self.train_step = TrainStep(model, config)
-        if SCHEMES[name].bits != 32:
-            self.scales = Scales(model.tables, clock)
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, batch: Batch) -> Any:
         return batch.to(self.device)
 
     def step(self, batch: Batch) -> None:
@@ -88,7 +54,7 @@ class Ours(Contender):
         self.train_step.update(LEARNING_RATE)
 
 
-class Plain(Contender):
+class Plain(_Variant):
     """The baseline, trained as torch's tutorials train: sparse gradients and torch.optim.SGD."""
 
     title = "nn.EmbeddingBag + nn.Linear"
@@ -99,7 +65,7 @@ class Plain(Contender):
         super().__init__(name, self.model.tables)
         self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE)
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, batch: Batch) -> Any:
         # One contiguous row of int64 per table is what nn.EmbeddingBag works on.
         ids = batch.ids.to(self.device).t().contiguous().long()
         return batch.dense.to(self.device), ids, batch.labels.to(self.device)
@@ -120,6 +86,9 @@ class Plain(Contender):
 
     def update(self) -> None:
         self.optimizer.step()
+
+
+Contender = Ours | Plain
 
 
 def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dqrm.bench.baseline import WholeTableQAT
 from dqrm.bench.config import BenchEmbeddingConfig
-from dqrm.bench.measure import Clock, Scales, machine, median, peak_rss_mb, spread
+from dqrm.bench.measure import Clock, machine, peak_rss_mb, spread
 from dqrm.kernels import native
 from dqrm.quant.embedding import QuantEmbeddingBag, QuantEmbeddingBagCollection
 from dqrm.training.environment import Progress, resolve_device
@@ -54,75 +54,57 @@ def _run(options: BenchEmbeddingConfig, device: torch.device, progress: Progress
         except Unavailable as reason:
             skipped[name] = str(reason)
     clock = Clock(device)
-    scales = {name: Scales(made, clock) for name, made in modules.items() if name in ("ours", "collection")}
-    times = measure(modules, scales, options, clock, progress)
+    times = measure(modules, options, clock, progress)
 
     variants: list[dict[str, Any]] = []
     for name, taken in times.items():
-        refresh = scales[name].full_refresh_ms() if name in scales else 0.0
-        scale = refresh / options.scale_period if options.scale_period > 1 else 0.0
         variants.append({
             "name": TITLES[name],
             "variant": name,
             "steps": len(taken),
             **spread(taken, options.batch_size),
-            "scale_refresh_ms": round(refresh, 4),
-            "amortized_scale_ms": round(scale, 5),
-            "cost_ms": round(median(taken) + scale, 4),
             "peak_rss_mb": peak_rss_mb(),
         })  # fmt: skip
-    ours: float | None = next((variant["cost_ms"] for variant in variants if variant["variant"] == "ours"), None)
+    ours: float | None = next((variant["median_ms"] for variant in variants if variant["variant"] == "ours"), None)
     for variant in variants:
-        variant["ratio_to_ours"] = round(variant["cost_ms"] / ours, 3) if ours else None
+        variant["ratio_to_ours"] = round(variant["median_ms"] / ours, 3) if ours else None
     return {
         "variants": variants,
         "machine": machine(device, native()),
-        "settings": {**asdict(options), "refresh_in_median": options.scale_period == 1},
+        "settings": asdict(options),
         "skipped": skipped,
     }
 
 
 def measure(
-    modules: dict[str, nn.Module],
-    scales: dict[str, Scales],
-    options: BenchEmbeddingConfig,
-    clock: Clock,
-    progress: Progress,
+    modules: dict[str, nn.Module], options: BenchEmbeddingConfig, clock: Clock, progress: Progress
 ) -> dict[str, list[float]]:
     """Milliseconds of each variant's steps, variants in random order within each round.
 
-    Variants that touch the whole table take part in every so many rounds only. A step with a refresh of the scale is
-    left out, unless every step has one.
+    Variants that touch the whole table run in a tenth of the rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in modules}
     draw = torch.Generator().manual_seed(options.seed)
     shuffler, slow = random.Random(options.seed), min(options.repeats, max(10, options.repeats // 10))
-    done = 0
-    while any(len(taken) < options.repeats for name, taken in times.items() if name in FAST) or done < options.repeats:
+    for done in range(options.repeats):
         progress("steps", done, options.repeats)
         for name in shuffler.sample(list(modules), len(modules)):
             if name not in FAST and (done * slow) // options.repeats == ((done - 1) * slow) // options.repeats:
                 continue
-            if name not in FAST and len(times[name]) == slow:
-                continue
             for _ in range(1 if times[name] else 1 + _WARMUP):
                 # Drawn on the CPU for all, so that every device looks up the same rows.
                 ids = torch.randint(0, options.rows, (options.batch_size, 1), generator=draw).to(clock.device)
-                took, refreshed = _step(modules[name], ids, clock, scales.get(name))
-            if not refreshed or options.scale_period == 1:
-                times[name].append(took)
-        done += 1
+                took = _step(modules[name], ids, clock)
+            times[name].append(took)
     return times
 
 
-def _step(module: nn.Module, ids: Tensor, clock: Clock, scales: Scales | None) -> tuple[float, bool]:
-    """Time of one forward and backward, and whether the scale was refreshed in it."""
+def _step(module: nn.Module, ids: Tensor, clock: Clock) -> float:
+    """Time of one forward and backward."""
     module.zero_grad(set_to_none=True)
-    before = len(scales.refreshes) if scales else 0
     start = clock()
     module(ids).sum().backward()
-    took = clock() - start
-    return took, scales is not None and len(scales.refreshes) > before
+    return clock() - start
 
 
 def _ours(options: BenchEmbeddingConfig) -> nn.Module:

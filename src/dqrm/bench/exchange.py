@@ -1,7 +1,6 @@
 """`dqrm bench exchange`: training steps of several ranks, variants alternating in one run.
 
-This module starts one process per rank, on loopback or in network namespaces joined by slow links, and puts together
-what they measured; `exchange_rank` is what each of them runs.
+This module starts one process per rank and collects what they measured; `exchange_rank` is what each of them runs.
 """
 
 import contextlib
@@ -11,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 
 from dqrm.bench.config import ARCHITECTURES, BenchExchangeConfig
 from dqrm.bench.measure import machine, median, require_memory, spread
-from dqrm.bench.network import Host, hosts
 from dqrm.errors import UserError
 from dqrm.kernels import native
 from dqrm.training.environment import Progress
@@ -28,12 +27,38 @@ from dqrm.training.environment import Progress
 _NAMESPACE_PORT = 29500  # nothing else runs in a new namespace
 
 
-def run_exchange(options: BenchExchangeConfig, progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Host:
+    """Where one rank runs.
+
+    Attributes:
+        rank: its number, from 0.
+        prefix: what to put before a command so that it runs there; nothing on loopback.
+        address: its IPv4 address.
+        interface: the interface to bind to and to count on.
+    """
+
+    rank: int
+    prefix: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+    interface: str = "lo"
+
+
+def run_exchange(
+    options: BenchExchangeConfig,
+    progress: Progress | None = None,
+    hosts: Sequence[Host] | None = None,
+    links: str = "loopback",
+) -> dict[str, Any]:
     """Measure what `options` says; returns the object that --json prints.
 
+    Args:
+        hosts, links: where each rank runs, and the name of what joins them.
+
     Raises:
-        UserError: no namespaces or links can be made, the tables do not fit in memory, or a rank fails.
+        UserError: the tables do not fit in memory, or a rank fails.
     """
+    hosts = hosts or [Host(rank) for rank in range(options.ranks)]
     progress = progress or (lambda *_: None)
     arch = ARCHITECTURES[options.arch]
     table_rows = arch.scaled(options.rows_scale)
@@ -41,29 +66,29 @@ def run_exchange(options: BenchExchangeConfig, progress: Progress | None = None)
     # A dense gradient is as large as its table, and so is what is exchanged of it.
     require_memory(options.ranks * table_bytes * (3 if "dense" in options.variants else 1), torch.device("cpu"))
     native()  # compile the kernels once, not once per rank
-    with tempfile.TemporaryDirectory(prefix="dqrm-bench-") as folder, hosts(options.ranks, options.rate) as places:
+    with tempfile.TemporaryDirectory(prefix="dqrm-bench-") as folder:
         path = Path(folder)
         (path / "options.json").write_text(json.dumps(asdict(options)))
-        _run_ranks(path, places, progress)
+        _run_ranks(path, hosts, progress)
         ranks = [json.loads((path / f"rank{rank}.json").read_text()) for rank in range(options.ranks)]
     about = machine(torch.device("cpu"), native()) | {"threads": options.threads}
-    settings = {**asdict(options), "table_rows": sum(table_rows)}
+    settings = {**asdict(options), "links": links, "table_rows": sum(table_rows)}
     return {"variants": _variants(options, ranks), "machine": about, "settings": settings}
 
 
-def _run_ranks(path: Path, places: list[Host], progress: Progress) -> None:
+def _run_ranks(path: Path, hosts: Sequence[Host], progress: Progress) -> None:
     """Start a process per rank and wait for all; the first that fails ends the others."""
-    port = _NAMESPACE_PORT if places[0].prefix else _free_port()
+    port = _NAMESPACE_PORT if hosts[0].prefix else _free_port()
     processes = []
     try:
-        for place in places:
+        for host in hosts:
             environment = os.environ | {
-                "RANK": str(place.rank), "WORLD_SIZE": str(len(places)), "LOCAL_RANK": str(place.rank),
-                "MASTER_ADDR": places[0].address, "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": place.interface, "OMP_NUM_THREADS": "1",
+                "RANK": str(host.rank), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": str(host.rank),
+                "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port),
+                "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1",
             }  # fmt: skip
-            command = [*place.prefix, sys.executable, "-m", "dqrm.bench.exchange_rank", str(path), place.interface]
-            with (path / f"rank{place.rank}.log").open("wb") as log:
+            command = [*host.prefix, sys.executable, "-m", "dqrm.bench.exchange_rank", str(path), host.interface]
+            with (path / f"rank{host.rank}.log").open("wb") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         while running := [process for process in processes if process.poll() is None]:
             _refuse_failed(path, processes)
@@ -94,7 +119,7 @@ def _free_port() -> int:
 
 def _variants(options: BenchExchangeConfig, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One object per variant: times of rank 0, bytes as the mean over the ranks."""
-    found = []
+    variants = []
     times = {name: ranks[0][name]["ms"] for name in options.variants}
     for name in options.variants:
         own = [rank[name] for rank in ranks]
@@ -116,5 +141,5 @@ def _variants(options: BenchExchangeConfig, ranks: list[dict[str, Any]]) -> list
         if not ratios and "fp32" in times:
             ratios = [median(times[name]) / median(times["fp32"])]
         variant["ratio_to_fp32"] = round(median(ratios), 4) if ratios else None
-        found.append(variant)
-    return found
+        variants.append(variant)
+    return variants

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchExchangeConfig
 from dqrm.bench.contenders import LEARNING_RATE
 from dqrm.bench.data import endless, write_split
-from dqrm.bench.network import interface_bytes
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.distributed.exchange import RankExchange
 from dqrm.distributed.processes import join
 from dqrm.distributed.world import World
+from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import build_model
 from dqrm.quant.config import QATConfig
@@ -42,6 +42,18 @@ _TITLES = {
     "int8": "sparse + INT8 + compensation",
     "int4": "sparse + INT4 + compensation",
 }
+
+
+def interface_bytes(interface: str) -> tuple[int, int]:
+    """(received, sent) bytes of an interface in the network namespace of this process, by the kernel's counters."""
+    try:
+        lines = Path("/proc/net/dev").read_text().splitlines()
+    except OSError:
+        raise UserError(f"bytes of {interface!r} cannot be counted without /proc/net/dev, which Linux has") from None
+    counters = {name.strip(): values.split() for name, _, values in (line.rpartition(":") for line in lines[2:])}
+    if interface not in counters:
+        raise UserError(f"there is no interface {interface!r} here, expected one of {', '.join(sorted(counters))}")
+    return int(counters[interface][0]), int(counters[interface][8])
 
 
 class _Ours:
@@ -108,13 +120,13 @@ def _config(options: BenchExchangeConfig, variant: str) -> Config:
 def _contenders(options: BenchExchangeConfig, table_rows: Sequence[int], world: World) -> dict[str, Any]:
     """The variants; all train the same tables."""
     shared: Tensor | None = None
-    found: dict[str, Any] = {}
+    contenders: dict[str, Any] = {}
     for name in options.variants:
         config = _config(options, name)
         model = build_model(config, NUM_DENSE, table_rows, table_weight=shared).train()
         shared = model.tables.weight.detach()
-        found[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
-    return found
+        contenders[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
+    return contenders
 
 
 def measure(options: BenchExchangeConfig, path: Path, interface: str, world: World) -> dict[str, Any]:
@@ -151,14 +163,14 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
             wire[name] += interface_bytes(interface)[1] - sent
             done[name] += turn
     shares = world.size if interface == "lo" else 1  # on loopback all ranks send through one interface
-    found = {}
+    figures = {}
     for name, contender in contenders.items():
         after, steps = contender.totals(), done[name]
         known = after["payload"] is not None
         parts = {
             part: (after["payload"][part] - before[name]["payload"][part]) / steps for part in after["payload"] or ()
         }
-        found[name] = {
+        figures[name] = {
             "title": _TITLES[name],
             "steps": steps,
             "ms": ms[name],
@@ -169,7 +181,7 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
             "cpu_ms": 1e3 * cpu[name] / steps,
             "wire_bytes": wire[name] / shares / steps,
         }
-    return found
+    return figures
 
 
 def _note(path: Path, *progress: Any) -> None:
@@ -184,8 +196,8 @@ def main(folder: str, interface: str) -> None:
     options = BenchExchangeConfig(**json.loads((path / "options.json").read_text()))
     torch.set_num_threads(options.threads)
     with join() as world:
-        found = measure(options, path, interface, world)
-        (path / f"rank{world.rank}.json").write_text(json.dumps(found))
+        figures = measure(options, path, interface, world)
+        (path / f"rank{world.rank}.json").write_text(json.dumps(figures))
         dist.barrier(world.group)
 
 

@@ -73,14 +73,14 @@ seconds, loaded = time.perf_counter() - start, rss_mb()
 batch = generate(Artifact.open(artifact).content["model"], int(rows))
 with torch.inference_mode():
     score(batch)
-found = {"load_seconds": seconds, "libraries_mb": libraries, "loaded_mb": loaded, "scored_mb": rss_mb()}
-found["anonymous_mb"] = None
+figures = {"load_seconds": seconds, "libraries_mb": libraries, "loaded_mb": loaded, "scored_mb": rss_mb()}
+figures["anonymous_mb"] = None
 try:
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    found["anonymous_mb"] = 1024 * int(lines["RssAnon"].split()[0]) / 1e6
+    figures["anonymous_mb"] = 1024 * int(lines["RssAnon"].split()[0]) / 1e6
 except (OSError, KeyError):
     pass
-print(json.dumps(found))
+print(json.dumps(figures))
 """
 
 
@@ -145,7 +145,7 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
     models = _models(opened.model(), names)
     progress("generating data", 0, None)
     split = write_split(data / "data", max(_SAMPLES, *options.batch_size), NUM_DENSE, table_rows, options.seed)
-    found, difference, checked = [], 0.0, generate(opened.content["model"], SCORED_ROWS, options.seed)
+    variants, difference, checked = [], 0.0, generate(opened.content["model"], SCORED_ROWS, options.seed)
     for threads in options.threads:
         torch.set_num_threads(threads)
         scores = _scores(models, names, files, threads)
@@ -153,9 +153,9 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
         for batch_size in options.batch_size:
             stage = f"{threads} threads, batch {batch_size}"
             times = measure(scores, split, batch_size, options, partial(progress, stage))
-            found += _results(times, batch_size, threads)
+            variants += _results(times, batch_size, threads)
     return {
-        "variants": found,
+        "variants": variants,
         "machine": about,
         "settings": {
             **asdict(options),
@@ -191,20 +191,20 @@ def _scores(
     def ours(model: ClickModel) -> Score:
         def score(batch: Batch) -> Tensor:
             with torch.inference_mode():
-                found: Tensor = model(batch.dense, batch.ids, batch.bags)
-            return found
+                logits: Tensor = model(batch.dense, batch.ids, batch.bags)
+            return logits
 
         return score
 
-    found: dict[str, Score] = {}
+    scores: dict[str, Score] = {}
     for name in names:
         if name in models:
-            found[name] = ours(models[name])
+            scores[name] = ours(models[name])
         else:
             from dqrm.export.formats import score_file
 
-            found[name] = score_file(files[name], threads)
-    return found
+            scores[name] = score_file(files[name], threads)
+    return scores
 
 
 def _require_equal(scores: Mapping[str, Score], batches: Sequence[Batch]) -> float:

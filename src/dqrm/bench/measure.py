@@ -1,4 +1,4 @@
-"""Clock, memory and the machine: what a figure must be read with."""
+"""Clock, memory and machine of a measurement."""
 
 import os
 import platform
@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dqrm.errors import UserError
 
 
 class Clock:
-    """Milliseconds now, when all that was started on the device is done."""
+    """The time in milliseconds, after the device has finished all pending work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,41 +24,6 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return 1e3 * time.perf_counter()
-
-
-class Scales:
-    """Watches the scales of `tables`: counts and times their exact refreshes, and on demand all else done for them.
-
-    Attributes:
-        refreshes: milliseconds of each refresh so far.
-        all_ms: milliseconds of each lookup that went into its scales, refreshes included, while `timed` is set.
-    """
-
-    def __init__(self, tables: Any, clock: Clock) -> None:
-        self.tables, self.timed = tables, False
-        self.refreshes: list[float] = []
-        self.all_ms: list[float] = []
-        quantizer = tables.weight_fake_quantizer
-        refresh, begin = quantizer.refresh, quantizer.before_forward
-
-        def timed_refresh(weight: Tensor) -> None:
-            start = clock()
-            refresh(weight)
-            self.refreshes.append(clock() - start)
-
-        def timed_begin(weight: Tensor, sparse: bool) -> None:
-            start = clock() if self.timed else 0.0
-            begin(weight, sparse)
-            if self.timed:
-                self.all_ms.append(clock() - start)
-
-        quantizer.refresh, quantizer.before_forward = timed_refresh, timed_begin
-
-    def full_refresh_ms(self, repeats: int = 5) -> float:
-        """Median time of a refresh that reads every row."""
-        for _ in range(repeats):
-            self.tables.refresh_scale()
-        return median(self.refreshes[-repeats:])
 
 
 def median(values: Sequence[float]) -> float:
@@ -95,7 +59,7 @@ def machine(device: torch.device, native: bool) -> dict[str, Any]:
 
 
 def rss_mb() -> float | None:
-    """Resident memory of this process in MB (1e6 bytes); None where the system does not tell."""
+    """Resident memory of this process in MB (1e6 bytes); None if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -104,7 +68,7 @@ def rss_mb() -> float | None:
 
 
 def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process so far in MB; None on Windows."""
+    """Peak resident memory of this process in MB; None on Windows."""
     if sys.platform == "win32":
         return None
     import resource

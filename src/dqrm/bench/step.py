@@ -27,10 +27,8 @@ from dqrm.models.registry import build_model
 from dqrm.training.environment import Progress, resolve_device
 from dqrm.training.threads import threads_set
 
-PARTS = ("data", "lookup", "scale", "forward", "backward", "update")
+PARTS = ("data", "lookup", "forward", "backward", "update")
 _TOUCHED_ROWS = 4096
-# Beyond it, running whole periods of lookups to time their refreshes would take too long.
-_LONGEST_PERIOD = 2000
 
 
 @dataclass
@@ -39,7 +37,6 @@ class Times:
 
     data: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
-    refreshes: int = 0
     parts: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
 
 
@@ -66,8 +63,8 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     progress("generating data", 0, None)
     split = write_split(path / "data", rows, NUM_DENSE, table_rows, options.seed)
 
-    # What is none of a model's time and memory: kernels may have to be compiled, and the first optimizer makes torch
-    # import its compiler (80 MB).
+    # Costs that belong to no variant: compiling the kernels, and torch's import of its compiler by the first optimizer
+    # (80 MB).
     about = machine(device, native())
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], LEARNING_RATE)
     clock, memory = Clock(device), {"before_model_mb": rss_mb(), "tables_mb": round(needed / 1e6, 1)}
@@ -77,21 +74,19 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     if device.type == "cpu":
         _touch(split, [contender.tables for contender in contenders if isinstance(contender, Ours)])
 
-    found = []
+    variants = []
     for batch_size in options.batch_size:
         times = measure(contenders, split, batch_size, options, clock, progress)
         memory["steady_mb"] = rss_mb()
-        found += _results(contenders, times, split, batch_size, options, clock, progress)
+        variants += _results(contenders, times, split, batch_size, options, clock)
     settings = {
         **asdict(options),
         "learning_rate": LEARNING_RATE,
         "table_rows": sum(table_rows),
         "data_rows": rows,
-        "cost_ms": "median without data + a batch's share of reading a whole epoch + amortized_scale_ms; "
-        "the ratios compare it",
-        "refresh_in_median": options.scale_period == 1,
+        "cost_ms": "median without data + the time of a batch when a whole epoch is read; the ratios compare it",
     }
-    return {"variants": found, "machine": about, "settings": settings, "memory": memory}
+    return {"variants": variants, "machine": about, "settings": settings, "memory": memory}
 
 
 def _contenders(
@@ -99,7 +94,7 @@ def _contenders(
 ) -> list[Contender]:
     """The variants in the order of `options`; all that can share the tables of the first."""
     shared: Tensor | None = None
-    found: list[Contender] = []
+    contenders: list[Contender] = []
     for name in options.variants:
         scheme = SCHEMES.get(name, Scheme(bits=32))
         if name != BASELINE or shared is None:
@@ -111,10 +106,12 @@ def _contenders(
                 shared = model.tables.weight.detach()
         if name == BASELINE:
             assert shared is not None
-            found.append(Plain(name, ARCHITECTURES[options.arch], torch.split(shared, list(table_rows)), clock.device))
+            contenders.append(
+                Plain(name, ARCHITECTURES[options.arch], torch.split(shared, list(table_rows)), clock.device)
+            )
         else:
-            found.append(Ours(name, config, model, clock))
-    return found
+            contenders.append(Ours(name, config, model, clock.device))
+    return contenders
 
 
 @torch.no_grad()
@@ -133,10 +130,7 @@ def measure(
     clock: Callable[[], float],
     progress: Progress,
 ) -> list[Times]:
-    """Times of each contender: warm-up, measured steps, then steps part by part; in random order within each round.
-
-    A step in which scales were refreshed is not among the times (unless every step refreshes them); it is counted.
-    """
+    """Times of each contender: warm-up, measured steps, then steps part by part; in random order within each round."""
     times = [Times() for _ in contenders]
     order, shuffler = list(zip(contenders, times)), random.Random(options.seed)
     for number, contender in enumerate(contenders):
@@ -145,45 +139,36 @@ def measure(
     for done in range(options.warmup):
         progress(f"{label}: warm-up", done, options.warmup)
         for contender, _ in order:
-            contender.step(contender.next())
-    while (done := min(len(taken.step) for taken in times)) < options.steps:
+            contender.step(contender.prepare(next(contender.batches)))
+    for done in range(options.steps):
         progress(f"{label}: steps", done, options.steps)
         for contender, taken in shuffler.sample(order, len(order)):
-            refreshed, start = contender.refreshed, clock()
-            batch = contender.next()
+            start = clock()
+            batch = contender.prepare(next(contender.batches))
             read = clock()
             contender.step(batch)
-            end = clock()
-            if refreshed != contender.refreshed:
-                taken.refreshes += 1
-                if options.scale_period > 1:
-                    continue
             taken.data.append(read - start)
-            taken.step.append(end - read)
+            taken.step.append(clock() - read)
     rounds = max(5, min(30, options.steps // 3))
     for done in range(rounds):
         progress(f"{label}: parts of a step", done, rounds)
         for contender, taken in shuffler.sample(order, len(order)):
-            _step_in_parts(contender, taken.parts, clock, options.scale_period > 1)
+            _step_in_parts(contender, taken.parts, clock)
     for contender in contenders:
         if not torch.isfinite(contender.loss):
             raise UserError(f"the loss of {contender.name} is {float(contender.loss)} at batch size {batch_size}")
     return times
 
 
-def _step_in_parts(
-    contender: Contender, parts: dict[str, list[float]], clock: Callable[[], float], leave_out: bool
-) -> None:
+def _step_in_parts(contender: Contender, parts: dict[str, list[float]], clock: Callable[[], float]) -> None:
     """One step, with the clock read between its parts."""
-    refreshed, marks = contender.refreshed, [clock()]
-    if contender.scales:
-        contender.scales.timed = True
+    marks = [clock()]
     inside: list[float] = []
     hooks = [
         contender.tables.register_forward_pre_hook(lambda *_: inside.append(clock())),
         contender.tables.register_forward_hook(lambda *_: inside.append(clock())),
     ]
-    batch = contender.next()
+    batch = contender.prepare(next(contender.batches))
     marks.append(clock())
     loss = contender.forward(batch)
     marks.append(clock())
@@ -193,48 +178,10 @@ def _step_in_parts(
     marks.append(clock())
     for hook in hooks:
         hook.remove()
-    scale = 0.0
-    if contender.scales:
-        contender.scales.timed = False
-        scale = contender.scales.all_ms.pop()
-    if leave_out and refreshed != contender.refreshed:
-        return
     data, forward, backward, update = (after - before for before, after in pairwise(marks))
     lookup = inside[1] - inside[0]
-    for part, took in zip(PARTS, (data, lookup - scale, scale, forward - lookup, backward, update)):
+    for part, took in zip(PARTS, (data, lookup, forward - lookup, backward, update)):
         parts[part].append(took)
-
-
-def _refresh_ms(
-    contender: Contender, split: Split, batch_size: int, options: BenchStepConfig, progress: Progress
-) -> tuple[float, float]:
-    """Time of a refresh that reads every row, and what refreshes cost per step.
-
-    Periodic refreshes read what was looked up since the last one, so a period of lookups is run for each. That of
-    running_max comes after so many steps that it is taken to read every row.
-    """
-    if contender.scales is None:
-        return 0.0, 0.0
-    scales, tables = contender.scales, contender.scales.tables
-    if tables.qat.scale_refresh == "running_max":
-        full = scales.full_refresh_ms()
-        return full, full / tables.qat.rescan_period
-    if options.scale_period == 1 or options.scale_period > _LONGEST_PERIOD:
-        full = scales.full_refresh_ms()
-        # With period 1 every measured step has one in it.
-        return full, full / options.scale_period if options.scale_period > 1 else 0.0
-    contender.batches = endless(split, batch_size, options.shuffle, options.seed)
-    before = len(scales.refreshes)
-    # The first of them closes a period of other steps.
-    total, done = 3, 0
-    while len(scales.refreshes) - before < total:
-        progress(f"batch {batch_size}: refreshes of {contender.name}", done, total * options.scale_period)
-        batch = contender.next()
-        with torch.no_grad():
-            tables(batch.ids, batch.bags)
-        done += 1
-    periodic = median(scales.refreshes[before + 1 :])
-    return scales.full_refresh_ms(), periodic / options.scale_period
 
 
 def _data_ms(contender: Contender, split: Split, batch_size: int, options: BenchStepConfig, clock: Clock) -> float:
@@ -253,37 +200,31 @@ def _results(
     batch_size: int,
     options: BenchStepConfig,
     clock: Clock,
-    progress: Progress,
 ) -> list[dict[str, Any]]:
     """One object per variant, ratios included."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for contender, taken in zip(contenders, times):
         data = _data_ms(contender, split, batch_size, options, clock)
-        refresh, scale = _refresh_ms(contender, split, batch_size, options, progress)
         parts = {part: median(taken.parts[part]) for part in PARTS} | {"data": data}
-        parts["scale"] += scale
-        found[contender.name] = {
+        results[contender.name] = {
             "name": contender.title or contender.name,
             "variant": contender.name,
             "batch_size": batch_size,
             "steps": len(taken.step),
             **spread([sum(pair) for pair in zip(taken.data, taken.step)], batch_size),
             "median_excl_data_ms": round(median(taken.step), 4),
-            "scale_refresh_ms": round(refresh, 4),
-            "amortized_scale_ms": round(scale, 4),
-            "cost_ms": round(median(taken.step) + data + scale, 4),
-            "refreshes_left_out": taken.refreshes if options.scale_period > 1 else 0,
+            "cost_ms": round(median(taken.step) + data, 4),
             "parts": {part: round(value, 4) for part, value in parts.items()},
             "loss": float(contender.loss),
             "peak_rss_mb": peak_rss_mb(),
         }
         if clock.device.type == "cuda":
-            found[contender.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
-    for name, result in found.items():
+            results[contender.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
+    for name, result in results.items():
         reference = SCHEMES[name].reference if name in SCHEMES else "fp32"
-        result["ratio_to_baseline"] = _ratio(result, found.get(BASELINE))
-        result["ratio_to_fp32"] = _ratio(result, found.get(reference))
-    return list(found.values())
+        result["ratio_to_baseline"] = _ratio(result, results.get(BASELINE))
+        result["ratio_to_fp32"] = _ratio(result, results.get(reference))
+    return list(results.values())
 
 
 def _ratio(result: dict[str, Any], other: dict[str, Any] | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Reading ahead: the next item is made in a thread while the last one is used."""
+"""Prefetching: the next item is computed in a thread while the current one is used."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each one made while its predecessor is used; at most one more is in memory."""
+    """The same items, each computed while its predecessor is used; at most one more is in memory."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting = thread.submit(next, items, end)

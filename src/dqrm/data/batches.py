@@ -18,7 +18,7 @@ Shuffle = Literal["none", "block", "global"]
 Array = NDArray[Any]
 
 BLOCK_ROWS = 4096
-# Blocks whose rows are mixed with each other: large enough that neighbours part, small enough to gather at once.
+# Blocks whose rows are shuffled together: enough to separate neighbours, few enough to gather at once.
 _BLOCKS_PER_BUFFER = 32
 # Rows gathered in one piece; batches are views of it. Large enough that indexing costs nothing per batch.
 _GATHER_ROWS = 32_768
@@ -30,9 +30,13 @@ _MOST_MAPS = 64
 class Batch:
     """B rows.
 
-    dense: float32 [B, D]. ids: int32 [B, T], the single-valued tables in order. bags: per multi-valued table
-    (values int32 [L], offsets int64 [B]), each offset the first position of a row's ids, as `nn.EmbeddingBag` takes
-    them. labels: float32 [B], 0 or 1. weights: of the rows in the loss, float32 [B]; None: all count 1.
+    Attributes:
+        dense: float32 [B, D].
+        ids: int32 [B, T], of the single-valued tables in order.
+        bags: per multi-valued table (values int32 [L], offsets int64 [B]), each offset the first position of a row's
+            ids, as in `nn.EmbeddingBag`.
+        labels: float32 [B], 0 or 1.
+        weights: weights of the rows in the loss, float32 [B]; None: all 1.
     """
 
     dense: torch.Tensor
@@ -115,15 +119,17 @@ class Split:
         drop_last: bool = False,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
-        """Each row once. The last batch may be short, unless `drop_last`.
+        """Iterate over each row once. The last batch may be short, unless `drop_last`.
 
-        With share (rank, ranks), the rank's part of each batch: of its B rows those from rank * B // ranks to
-        (rank + 1) * B // ranks; no others are read. A short batch can leave a rank without rows: it gets an empty one.
+        The order depends on (shuffle, seed, epoch, rows, block_rows) only.
 
-        The order is that of the log ("none"), a permutation of all rows ("global"), or blocks of `block_rows`
-        neighbouring rows in random order, mixed with the 31 blocks that follow ("block": for data larger than
-        memory, since it reads whole blocks). It depends on (shuffle, seed, epoch, rows, block_rows) alone; with
-        `start_batch` the iteration begins at that batch and is equal to the tail of the whole one.
+        Args:
+            shuffle: "none", the order of the log; "global", a permutation of all rows; "block", blocks of `block_rows`
+                consecutive rows in random order, shuffled within 32 blocks (for data larger than memory, since it reads
+                whole blocks).
+            start_batch: skip to this batch, without reading those before it.
+            share: (rank, ranks): only the rank's shard of each batch, of its B rows those from rank * B // ranks to
+                (rank + 1) * B // ranks. The shard of a short batch may be empty.
 
         Raises:
             UserError: batch_size or block_rows below 1, negative seed, epoch or start_batch, unknown shuffle.
@@ -217,15 +223,15 @@ class _Piece(NamedTuple):
 def _aligned(dense: torch.Tensor) -> torch.Tensor:
     """The same values where matrix products give the bits that they always give for them.
 
-    On rows that begin at another address modulo a cache line, some products sum in another order: a batch's result
-    would depend on where it lay in what was read at once, and resumed runs or ranks' shares would differ from it.
+    For rows that begin at a different address modulo a cache line, some products sum in a different order: a batch's
+    result would depend on its position in the gathered piece, and resumed runs or ranks' shards would differ from it.
     """
     return dense.clone() if dense.data_ptr() % 64 else dense
 
 
 class _Arrays(Mapping[str, Array]):
-    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor for each map, so where there are
-    many they are mapped anew each time.
+    """The arrays of a split by file name, memory-mapped. Python keeps a descriptor per map, so where there are many
+    arrays they are mapped again at each access.
     """
 
     def __init__(self, path: Path, described: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
@@ -236,10 +242,10 @@ class _Arrays(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         if name not in self._kept:
             return _map(self._path / name, *self._described[name])
-        found = self._kept[name]
-        if isinstance(found, np.memmap):  # reading beyond the end of a file that was cut short ends the process
-            _check_size(self._path / name, found._mmap.size(), found.nbytes)  # type: ignore[attr-defined]
-        return found
+        array = self._kept[name]
+        if isinstance(array, np.memmap):  # reading beyond the end of a file that was cut short ends the process
+            _check_size(self._path / name, array._mmap.size(), array.nbytes)  # type: ignore[attr-defined]
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._described)
@@ -258,10 +264,10 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         raise UserError(f"{path} is missing; prepare the data again") from None
 
 
-def _check_size(path: Path, found: int, expected: int) -> None:
-    if found != expected:
+def _check_size(path: Path, size: int, expected: int) -> None:
+    if size != expected:
         raise UserError(
-            f"{path} was changed while it was in use: it has {found:,} bytes, expected {expected:,}; prepare it again"
+            f"{path} was changed while it was in use: it has {size:,} bytes, expected {expected:,}; prepare it again"
         )
 
 

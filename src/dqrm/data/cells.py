@@ -1,4 +1,4 @@
-"""What one cell means, whatever it is stored as: its key, whether it is missing, its number, its label.
+"""The value of a cell, whatever its type: its key, whether it is missing, its number, its label.
 
     text(column, kind, markers)       the key, "" where the cell is missing
     bags(column, kind, ...)           the keys of a cell that holds several
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-# Of a dataset's keys, noted for each column. 1: what lists, decimals, times and NaN gave before they had one rule.
+# Version of a dataset's keys, stored for each column. 1: before lists, decimals, times and NaN followed one rule.
 KEY_VERSION = 2
 FLOAT32_MAX = 3.4028234663852886e38
 # Types that hold text, in one way or another.
@@ -106,7 +106,7 @@ def bags(
 ) -> pl.Expr:
     """List(String), never null: the keys of the values of each cell that are not missing.
 
-    Cells are lists, or text whose values the separator parts.
+    Cells are lists, or text that is split at the separator.
     """
     inner: pl.DataType = pl.String()
     if isinstance(kind, (pl.List, pl.Array)):
@@ -149,11 +149,11 @@ def _whole(texts: pl.Series) -> pl.Series:
     # Few cells end so, and none of the rest meets a regular expression.
     ends = texts.str.ends_with("0").fill_null(False).arg_true()
     some = texts.gather(ends)
-    found = some.str.contains(r"^-?(?:0|[1-9][0-9]*)\.0+$")
-    if not found.any():
+    whole = some.str.contains(r"^-?(?:0|[1-9][0-9]*)\.0+$")
+    if not whole.any():
         return texts
-    short = some.filter(found).str.replace(r"\.0+$", "")
-    return texts.clone().scatter(ends.filter(found), short.set(short == "-0", "0"))
+    short = some.filter(whole).str.replace(r"\.0+$", "")
+    return texts.clone().scatter(ends.filter(whole), short.set(short == "-0", "0"))
 
 
 def _float(column: pl.Expr) -> pl.Expr:

@@ -1,4 +1,4 @@
-"""Which columns of a log become what, and their values, checked and typed: one polars query per block."""
+"""The roles of a log's columns, and their values, checked and typed: one polars query per block."""
 
 import zlib
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 # What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
 KeyKind = Literal["hex", "hex*hex", "text"]
 _JOIN = "\x1f"
-# What the check of the weights is called beside those of columns.
+# Name of the check of the weights among those of columns.
 _WEIGHT = "\x1fweight"
 
 
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The columns of the log whose cells become something."""
+        """The columns of the log that the dataset is made from."""
         label = [] if self.label is None else [self.label]
         weight = [] if self.weight is None else [self.weight]
         others = [part for key in (*self.keys, *self.unmodelled) for part in key.parts]
@@ -139,7 +139,7 @@ class Plan:
             if name not in known:
                 raise UserError(f"no column '{name}' in {where}{did_you_mean(name, known)}")
             if list(known).count(name) > 1:
-                raise UserError(f"{where} has {list(known).count(name)} columns of the name '{name}', expected one")
+                raise UserError(f"{where} has {list(known).count(name)} columns named '{name}', expected one")
 
     def typed(self, block: Block) -> pl.DataFrame:
         """The good rows of a block; the others are added to `block.bad`.
@@ -192,8 +192,8 @@ class Plan:
     def _label(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
         assert self.label is not None
         column, kind = self._raw(self.label), kinds[self.label]
-        found = cells.label(column, kind, signed=self.sparse)
-        return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
+        value = cells.label(column, kind, signed=self.sparse)
+        return pl.when(~cells.missing(column, kind, self.markers)).then(value) if self.markers else value
 
     def _weight(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
         assert self.weight is not None
@@ -203,8 +203,8 @@ class Plan:
         column = self._raw(name)
         if self.criteo:
             return column.cast(pl.Int64, strict=False)
-        found = cells.number(column, kind)
-        return pl.when(~cells.missing(column, kind, self.markers)).then(found) if self.markers else found
+        value = cells.number(column, kind)
+        return pl.when(~cells.missing(column, kind, self.markers)).then(value) if self.markers else value
 
     def _transform(self, number: pl.Expr) -> pl.Expr:
         known = number.cast(pl.Float64).fill_nan(None).fill_null(0.0)

@@ -1,4 +1,4 @@
-"""Which values of a column are meant: some by name, some as a range such as >=2026-01-07. Imports no polars."""
+"""Sets of values of a column: values by name, or a range such as >=2026-01-07. Imports no polars."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Values:
 
 
 def parse(field: str, values: Sequence[str]) -> Values:
-    """What is meant by the values of a field: a range is one or two bounds, each a value of its own or both in one
+    """Parse the values of a field: a range is one or two bounds, each a value of its own or both in one
     (>=a,<b); ==>5 is the value '>5' itself.
 
     Raises:
@@ -41,21 +41,21 @@ def parse(field: str, values: Sequence[str]) -> Values:
         if value[:1] in (">", "<") and _BETWEEN.search(value):
             bounds += parse(field, _BETWEEN.split(value)).bounds
             continue
-        found = _OPERATORS.fullmatch(value)
-        operator, bound = (found[1], found[2].strip()) if found else ("==", value)
+        match = _OPERATORS.fullmatch(value)
+        operator, bound = (match[1], match[2].strip()) if match else ("==", value)
         if operator == "==":
             exact.append(bound)
         elif not bound:
-            raise ValueError(f"{field} has '{value}', should be followed by a value, as in '>=2026-01-07'")
+            raise ValueError(f"{field} has '{value}', expected a bound after the operator, as in '>=2026-01-07'")
         else:
             bounds.append((operator, bound))
     sides = [operator[0] for operator, _ in bounds]
     if len(set(sides)) < len(sides):
         written = ",".join(operator + bound for operator, bound in bounds)
-        raise ValueError(f"{field} has '{written}', should be one range: at most one bound below and one above")
+        raise ValueError(f"{field} has '{written}', expected one range: at most one lower and one upper bound")
     kinds = {_kind(bound) for _, bound in bounds}
     if len(kinds) > 1:
-        raise ValueError(f"{field} has bounds of two kinds, {' and '.join(sorted(kinds))}, should be of one")
+        raise ValueError(f"{field} has bounds of two kinds, {' and '.join(sorted(kinds))}, expected one kind")
     return Values(tuple(exact), tuple(bounds), kinds.pop() if kinds else None)
 
 

@@ -20,7 +20,7 @@ LIBSVM_COLUMN = "features"
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What `prepare` does with a log.
+    """Columns, split and vocabularies of a dataset.
 
     Raises:
         ValueError: a combination that cannot work, in one sentence.
@@ -38,19 +38,19 @@ class PrepareConfig:
     multi: tuple[str, ...] = ()
     """Those of the categorical columns whose cells hold several ids: lists in Parquet, or text to be split."""
     multi_separator: str = "|"
-    """Separator of the ids in a cell of a multi column that is text."""
+    """Separator between the ids of a cell in a multi-valued text column."""
     cross: tuple[str, ...] = ()
     """Crosses of two or more columns, each a categorical column of its own: user*director,movie*age."""
     weight: str | None = None
     """Column of each row's weight in loss and metrics: finite numbers of 0 or more (table layout)."""
     group: str | None = None
-    """Column of the group, as the user, within which GAUC compares rows; it need not be one of the model's."""
+    """Column of the group, such as the user, within which GAUC compares rows; it need not be a feature."""
     delimiter: str | None = None
-    """Field separator of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
+    """Field delimiter of a text table; none: a comma for .csv, a tab for .tsv, .tab and .txt."""
     quoting: bool = True
     """Whether fields of a text table may be quoted ("a, b"); false takes quote characters literally."""
     null_values: tuple[str, ...] = ()
-    """Values that mean missing besides the empty one, joined by commas: NULL,NA (they hold for every column)."""
+    """Markers of missing values besides the empty one, joined by commas: NULL,NA (for every column)."""
     dense_transform: Literal["log1p", "none"] = "log1p"
     """Transformation of numeric columns: log1p sets negative to 0 and takes log(1 + x); missing is 0 in both."""
     min_count: int = 1
@@ -58,25 +58,25 @@ class PrepareConfig:
     max_rows_per_table: int | None = None
     """Ids are taken modulo this before they are counted, so that a table has at most this many rows and row 0."""
     vocabulary: Literal["train", "all"] = "train"
-    """Rows whose ids get table rows: those of the training split, or all (as the papers do it)."""
+    """Rows whose ids get table rows: those of the training split, or all (as in the papers)."""
     split: Literal["time", "file", "column", "random"] | None = None
     """Rule of the split; none: time for criteo-kaggle, file for criteo-terabyte, random for a table."""
     validation_fraction: float = 0.1
-    """Share of rows for validation, when the split is random or by time (table and criteo-terabyte)."""
+    """Fraction of rows for validation, with a split that is random or by time (table and criteo-terabyte)."""
     test_fraction: float = 0.1
-    """Share of rows for the test, when the split is random or by time (table and criteo-terabyte)."""
+    """Fraction of rows for the test, with a split that is random or by time (table and criteo-terabyte)."""
     split_column: str | None = None
-    """Column whose values decide, when the split is by column; it need not be one of the model's."""
+    """Column that decides the split with --split column; it need not be a feature."""
     validation_values: tuple[str, ...] = ()
-    """What means validation: values of split_column, a range of them (>=2026-01-05,<2026-01-07), or names of files."""
+    """Validation rows: values of split_column, a range of them (>=2026-01-05,<2026-01-07), or file names."""
     test_values: tuple[str, ...] = ()
-    """What means test: values of split_column, a range of them (>=2026-01-07), or names of files (dt=2026-01-07/*)."""
+    """Test rows: values of split_column, a range of them (>=2026-01-07), or file names (dt=2026-01-07/*)."""
     subsample_negatives: float = 0.0
-    """Share of rows with label 0 to drop at random, in all splits; the paper: 0.875 on Terabyte."""
+    """Fraction of the rows with label 0 to drop at random, in all splits; the paper: 0.875 on Terabyte."""
     seed: int = 0
     """Seed of the random split and of subsample_negatives."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a malformed line does: stop with its file and line number, or be skipped and counted."""
+    """On a malformed line: stop with file and line number, or skip and count it."""
     chunk_rows: int = 262_144
     """Rows in memory at a time; changes memory and speed, never the result."""
 
@@ -91,7 +91,7 @@ class PrepareConfig:
         for cross in self.cross:
             parts = cross_parts(cross)
             if len(parts) < 2 or not all(split_quoted(cross, "*")) or len(set(parts)) < len(parts):
-                raise ValueError(f"cross '{cross}' should name two or more different columns, as user*director")
+                raise ValueError(f"cross is '{cross}', expected two or more different columns, as in user*director")
             for part in parts:
                 if part in self.multi:
                     raise ValueError(f"cross '{cross}': {part} is a multi column and cannot be crossed")
@@ -101,22 +101,22 @@ class PrepareConfig:
             if getattr(self, field) == self.label:
                 raise ValueError(f"column {self.label} is the label and cannot be the {field} too")
         if self.group is not None and self.group in self.multi_names:
-            raise ValueError(f"group {self.group} is a multi column, should be single-valued")
+            raise ValueError(f"group is '{self.group}', a multi column; expected a single-valued one")
         _check_unique("cross", ["*".join(sorted(cross_parts(cross))) for cross in self.cross])
         _check_split(self)
         if self.min_count < 1:
-            raise ValueError(f"min_count is {self.min_count}, should be at least 1")
+            raise ValueError(f"min_count is {self.min_count}, expected 1 or more")
         if self.max_rows_per_table is not None and not 1 <= self.max_rows_per_table < 2**31:
-            raise ValueError(f"max_rows_per_table is {self.max_rows_per_table}, should be from 1 to 2147483647")
+            raise ValueError(f"max_rows_per_table is {self.max_rows_per_table}, expected 1 to 2147483647")
         if not (math.isfinite(self.subsample_negatives) and 0 <= self.subsample_negatives < 1):
-            raise ValueError(f"subsample_negatives is {self.subsample_negatives}, should be at least 0 and below 1")
+            raise ValueError(f"subsample_negatives is {self.subsample_negatives}, expected 0 or more and below 1")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, should be at least 0")
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
         if self.chunk_rows < 1:
-            raise ValueError(f"chunk_rows is {self.chunk_rows}, should be at least 1")
+            raise ValueError(f"chunk_rows is {self.chunk_rows}, expected 1 or more")
         if self.delimiter is not None and (len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n'):
             tab = "; in a shell a tab is $'\\t'" * (self.delimiter in ("\\t", "tab"))
-            raise ValueError(f"delimiter is '{self.delimiter}', should be one ASCII character and not a quote{tab}")
+            raise ValueError(f"delimiter is '{self.delimiter}', expected one ASCII character other than a quote{tab}")
 
     @property
     def split_rule(self) -> str:
@@ -158,7 +158,7 @@ def _check_own_columns(config: PrepareConfig) -> None:
                 raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
     for name in config.categorical:
         if not (name.isdecimal() and name.isascii() and str(int(name)) == name):
-            raise ValueError(f"categorical names {name!r}, should be numbers of fields, as in 0,1,2 (layout libffm)")
+            raise ValueError(f"categorical has {name!r}, expected field numbers, as in 0,1,2 (layout libffm)")
     _check_unique("categorical", config.categorical)
 
 
@@ -169,41 +169,43 @@ def _check_roles(config: PrepareConfig) -> None:
             raise ValueError(f"column {config.label} is the label and cannot be in {field} too")
     for name in config.dense:
         if name in config.categorical:
-            raise ValueError(f"column {name} is in both dense and categorical, should be in one")
+            raise ValueError(f"column {name} is in both dense and categorical, expected in one of them")
     for name in config.multi:
         if name not in config.categorical:
-            raise ValueError(f"multi column {name} should be among the categorical columns")
+            raise ValueError(f"multi has {name}, expected a column that is also in categorical")
     for name in config.cross:
         if name in config.categorical or name in config.dense:
-            raise ValueError(f"cross '{name}' is the name of a column too, and one of them should be renamed")
+            raise ValueError(f"cross '{name}' is also the name of a column; rename one of them")
     if not config.multi_separator:
-        raise ValueError("multi_separator is empty, should be the text between two ids")
+        raise ValueError("multi_separator is empty, expected the text between two ids")
 
 
 def _check_split(config: PrepareConfig) -> None:
     rule = config.split_rule
     for field in ("validation_fraction", "test_fraction"):
         if not (math.isfinite(getattr(config, field)) and 0 <= getattr(config, field) < 1):
-            raise ValueError(f"{field} is {getattr(config, field)}, should be at least 0 and below 1")
+            raise ValueError(f"{field} is {getattr(config, field)}, expected 0 or more and below 1")
     if config.validation_fraction + config.test_fraction >= 1:
         raise ValueError(
-            f"validation_fraction {config.validation_fraction} and test_fraction {config.test_fraction} "
-            "should leave rows for training"
+            f"validation_fraction is {config.validation_fraction} and test_fraction {config.test_fraction}, "
+            "expected a sum below 1, which leaves rows for training"
         )
     if (rule == "column") != (config.split_column is not None):
-        raise ValueError(f"split is {rule} and split_column is {config.split_column}, should be column and its name")
+        raise ValueError(
+            f"split is {rule} and split_column is {config.split_column}; split_column goes with split 'column' only"
+        )
     if rule == "column" and not (config.validation_values or config.test_values):
         raise ValueError("split by column needs validation_values or test_values")
     if rule in ("time", "random") and (config.validation_values or config.test_values):
         raise ValueError(f"validation_values and test_values are for a split by column or file, and split is {rule}")
     if config.split_column is not None and config.split_column in config.multi_names:
-        raise ValueError(f"split_column {config.split_column} is a multi column, should be single-valued")
+        raise ValueError(f"split_column is '{config.split_column}', a multi column; expected a single-valued one")
     if rule == "column":
         for field in ("validation_values", "test_values"):
             conditions.parse(field, getattr(config, field))
     for value in config.validation_values:
         if value in config.test_values:
-            raise ValueError(f"'{value}' is in both validation_values and test_values, should be in one")
+            raise ValueError(f"'{value}' is in both validation_values and test_values, expected in one of them")
 
 
 def _check_unique(field: str, names: Iterable[str]) -> None:

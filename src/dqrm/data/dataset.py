@@ -1,4 +1,4 @@
-"""Opens a dataset folder: its columns, table sizes and splits."""
+"""A dataset folder: its columns, table sizes and splits."""
 
 import json
 from collections.abc import Callable
@@ -47,12 +47,16 @@ class Dataset:
     """A dataset folder, opened.
 
     Attributes:
-        path: the folder. info: what its dataset.json holds.
+        path: the folder.
+        info: the content of its dataset.json.
         dense: names of the dense columns.
         columns: the categorical columns in the order of the model's tables, single-valued ones first.
-        table_rows: rows of each table, in that order. num_single: how many columns are single-valued.
-        weight, group: the columns of weights and groups, or None.
-        rows: rows per split. fingerprint: hexadecimal digest of all that decides the contents.
+        table_rows: rows of each table, in that order.
+        num_single: number of single-valued columns.
+        weight: the column of weights, or None.
+        group: the column of groups, or None.
+        rows: rows per split.
+        fingerprint: hexadecimal digest of everything that decides the contents.
 
     Raises:
         UserError: no such folder, not a dataset folder, another format version, a missing or wrongly sized file.
@@ -130,7 +134,7 @@ class Dataset:
         }
 
     def validate(self, *splits: str) -> None:
-        """Looks at every value of the given splits (all, when none is given), in pieces.
+        """Check every value of the given splits (default: all), in pieces.
 
         Raises:
             UserError: an id outside its table, a dense value that is not finite, a label other than 0 and 1, a weight
@@ -167,7 +171,7 @@ class Dataset:
                         raise UserError(f"{where}: damaged offsets of column {column.name}; prepare the data again")
 
     def verify(self, *names: str, tell: Callable[[str, int, int | None], None] | None = None) -> None:
-        """Compares files with their checksums: all, or those of the named splits and `vocabulary` ones.
+        """Compare files with their checksums: all, or those of the named splits and of `vocabulary`.
 
         Files that did not change since this process compared them are not read again. A folder that was written
         without checksums passes, with a warning (`dqrm.errors.NotVerified`).

@@ -1,4 +1,4 @@
-"""Writes the arrays of the splits: keys become table rows, chunk by chunk."""
+"""Staged chunks -> the arrays of the splits: keys are mapped to table rows, chunk by chunk."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 def build_vocabulary(staged: Staging, column: int, splits: Splits, train_only: bool, min_count: int) -> Vocabulary:
-    """Counts one column over the training rows, or over all."""
+    """Count the keys of one column over the training rows, or over all."""
     counter = Counter()
     for run in ahead(_runs(staged, column, splits, train_only)):
         counter.add(run)
@@ -50,11 +50,11 @@ class Translations:
         self._starts: list[list[int]] = []
 
     def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
-        """Appends the next column, one chunk after the other."""
+        """Append the next column, chunk by chunk."""
         self._append(staged, column, vocabulary.lookup)
 
     def add_groups(self, staged: Staging) -> None:
-        """Appends the group: numbers in order of first appearance in the log, -1 where it is missing."""
+        """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
         column = len(staged.plan.keys)
         vocabulary = build_vocabulary(staged, column, np.empty(0, np.uint8), False, 1)
 
@@ -152,7 +152,7 @@ def _bytes(array: Array) -> memoryview:
 def write_splits(
     staged: Staging, splits: Splits, translated: Translations, output: Path, advance: Callable[[int], None]
 ) -> list[Writer]:
-    """Writes the arrays of all splits into `output`. The result has their rows, clicks and values.
+    """Write the arrays of all splits into `output`; returns their writers, with rows, clicks and values.
 
     translated: the model's columns, then the group, if there is one.
     """
@@ -168,12 +168,12 @@ def write_splits(
     row = 0
     chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
     for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
-        found = {name: series.to_numpy() for name, series in zip(names, read)}
-        dense = found["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
+        arrays = {name: series.to_numpy() for name, series in zip(names, read)}
+        dense = arrays["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
         ids = np.empty((rows, len(single)), np.int32)
         maps = translated.read(staged, chunk)
         for at, n in enumerate(single):
-            ids[:, at] = maps[n][found[f"codes{n}"]]
+            ids[:, at] = maps[n][arrays[f"codes{n}"]]
         here = splits[row : row + rows]
         for split, writer in enumerate(writers):
             chosen = here == split
@@ -181,13 +181,13 @@ def write_splits(
                 continue
             whole = bool(chosen.all())
             part = slice(None) if whole else chosen
-            writer.add(dense[part], ids[part], found["label"][part])
+            writer.add(dense[part], ids[part], arrays["label"][part])
             if weighted:
-                writer.add_weights(found["weight"][part])
+                writer.add_weights(arrays["weight"][part])
             if grouped:
-                writer.add_groups(maps[group][found[f"codes{group}"][part]])
+                writer.add_groups(maps[group][arrays[f"codes{group}"][part]])
             for n in multi:
-                lengths, values = found[f"lengths{n}"], maps[n][found[f"codes{n}"]]
+                lengths, values = arrays[f"lengths{n}"], maps[n][arrays[f"codes{n}"]]
                 writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
         row += rows
         advance(rows)

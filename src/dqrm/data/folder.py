@@ -39,17 +39,17 @@ def arrays(info: dict[str, Any], split: str) -> dict[str, tuple[np.dtype[Any], t
     """The arrays of one split as {file name: (dtype, shape)}."""
     rows, schema = info["rows"][split], info["schema"]
     single = sum(not column["multi"] for column in schema["columns"])
-    found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    described: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         DENSE: (np.dtype("<f4"), (rows, len(schema["dense"]))),
         IDS: (np.dtype("<i4"), (rows, single)),
         LABEL: (np.dtype("u1"), (rows,)),
     }
     if schema.get("weight") is not None:
-        found[WEIGHT] = (np.dtype("<f4"), (rows,))
+        described[WEIGHT] = (np.dtype("<f4"), (rows,))
     if schema.get("group") is not None:
-        found[GROUP] = (np.dtype("<i4"), (rows,))
+        described[GROUP] = (np.dtype("<i4"), (rows,))
     for number, column in enumerate(schema["columns"]):
         if column["multi"]:
-            found[values_file(number)] = (np.dtype("<i4"), (info["values"][split][column["name"]],))
-            found[offsets_file(number)] = (np.dtype("<i8"), (rows + 1,))
-    return found
+            described[values_file(number)] = (np.dtype("<i4"), (info["values"][split][column["name"]],))
+            described[offsets_file(number)] = (np.dtype("<i8"), (rows + 1,))
+    return described

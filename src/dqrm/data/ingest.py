@@ -1,4 +1,4 @@
-"""Reads source files into typed rows, and those into staged chunks: text by blocks of lines, Parquet by rows."""
+"""Source files -> typed rows -> staged chunks: text by blocks of lines, Parquet by rows."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +64,7 @@ def _check_parquet(source: Source, plan: Plan) -> None:
 
 
 def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable[[int], None]) -> int:
-    """Stages all rows and completes each source's counts and hash.
+    """Stage all rows and complete each source's counts and hash.
 
     `advance` is told bytes of the files as they are read. Returns how many negatives were dropped at random.
 
@@ -164,7 +164,7 @@ def parquet_rows(source: Source) -> int:
 
 
 class _Subsample:
-    """Drops a share of the rows with label 0; the draws depend on the seed and the order of rows only."""
+    """Drop a fraction of the rows with label 0; the draws depend on the seed and the order of rows only."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self._share, self.dropped = config.subsample_negatives, 0
@@ -191,16 +191,16 @@ def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
             raise UserError(
                 f"{source.where} can be read only once; name the fields of its features, as in --categorical 0,1,2"
             )
-    found = sparse_text.fields(
+    fields = sparse_text.fields(
         [(source.where, partial(read_bytes, source.again())) for source in sources if not source.parquet]
     )
-    if not found:
+    if not fields:
         raise UserError(f"no feature in {sources[0].where}, expected lines such as '1 0:3:1 1:17:1' (layout libffm)")
-    return replace(config, categorical=found)
+    return replace(config, categorical=fields)
 
 
 def _reader(source: Source, plan: Plan) -> TextReader | SparseReader:
-    """Reads a text source from its first byte, once.
+    """A reader of a text source from its first byte, usable once.
 
     Raises:
         UserError: it is empty, lacks a column, or its delimiter cannot be told.
@@ -283,9 +283,9 @@ def _separator(source: Source) -> str:
             else f"{source.where} does not begin as Parquet does, expected Parquet, or for text another name (.csv)"
         )
     if source.stream:
-        raise UserError(f"{source.where} has no name that tells its delimiter; give it, as in --delimiter ','")
+        raise UserError(f"{source.where} has no name to infer a delimiter from; give it, as in --delimiter ','")
     raise UserError(
-        f"{source.where}: the name does not tell its delimiter, expected .csv, .tsv or .txt "
+        f"{source.where}: cannot infer the delimiter from the name, expected .csv, .tsv or .txt "
         "(also .gz or .zst), a Parquet file, or a delimiter, as in --delimiter ','"
     )
 

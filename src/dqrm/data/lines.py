@@ -1,5 +1,5 @@
 """Text files as blocks of fields, each row with its line number. The usual block costs no Python per line: only a block
-whose shape is wrong is looked at line by line, to say which line and why.
+of the wrong shape is parsed line by line, to report which line and why.
 """
 
 import codecs
@@ -34,7 +34,7 @@ class Block:
 
 
 class TextReader:
-    """Reads delimited text.
+    """Reader of delimited text.
 
     pieces: the bytes. separator: one byte. names: the columns of every line, or none where the first line names them.
     """
@@ -175,7 +175,7 @@ class TextReader:
             return f"an empty line, expected {len(self.names)} columns"
         if quotes and b'"' in text:
             if not self._record.match(text):
-                closed = "a quote inside a field" if text.count(b'"') % 2 == 0 else "a quote that is not closed"
+                closed = "a quote inside a field" if text.count(b'"') % 2 == 0 else "an unterminated quote"
                 return f'{closed}, expected fields quoted as "a ""b"" c" (or quoting false, where quotes mean nothing)'
             text = re.sub(rb'"[^"]*"', b"", text)
         columns = text.count(self.separator) + 1
@@ -207,7 +207,7 @@ class TextReader:
         except UnicodeDecodeError as error:
             reason = f"byte 0x{line[error.start]:02x} is not UTF-8 text"
         if reason is None and self.quoting and '"' in text and not self._record.match(text.encode()):
-            reason = "a quote that is not closed or stands inside a name"
+            reason = "an unterminated quote, or one inside a name"
         if reason:
             raise UserError(f"{self.where}, line 1: {reason}")
         reader = csv.reader(
@@ -218,7 +218,7 @@ class TextReader:
         try:
             return next(reader)
         except csv.Error as error:
-            reason = f"the names of the columns cannot be told ({error})"
+            reason = f"the column names cannot be parsed ({error})"
             if "\r" in text:
                 reason = "a carriage return inside the line, expected lines that end in LF or CR LF"
             raise UserError(f"{self.where}, line 1: {reason}") from None

@@ -1,4 +1,4 @@
-"""Which sources are meant: files, globs, folders as Spark and Hive write them, pipes."""
+"""Resolve sources: files, globs, folders as Spark and Hive write them, pipes."""
 
 import glob
 import os
@@ -21,15 +21,15 @@ _TABLES = {"_delta_log": "a Delta Lake", ".hoodie": "a Hudi"}
 
 
 def resolve(given: Sequence[str | Path]) -> list[Source]:
-    """The sources meant by paths, globs and folders: in the order given, those of one glob or folder in natural order
-    (day_2 before day_10). `-` is standard input. Nothing is read of a pipe.
+    """The sources named by paths, globs and folders: in the order given, those of one glob or folder in natural order
+    (day_2 before day_10). `-` is standard input. Pipes are not read yet.
 
     Raises:
         UserError: none given, none of that name, a file that cannot be opened, a device, or a source meant twice.
     """
     sources = [_source(path, base) for path, base in _listed(given)]
     if not sources:
-        only = f", got only {', '.join(map(str, given))}, where Spark notes other things" if given else ""
+        only = f", got only {', '.join(map(str, given))}, Spark's marker files" if given else ""
         raise UserError(f"no source file was given{only}; expected at least one")
     seen: set[tuple[int, int]] = set()
     for source in sources:
@@ -44,10 +44,10 @@ def resolve(given: Sequence[str | Path]) -> list[Source]:
 
 
 def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -> None:
-    """Whether the globs and folders still mean the sources that they meant.
+    """Check that the globs and folders still name the same sources.
 
     Raises:
-        UserError: a file came or went while they were read.
+        UserError: a file appeared or disappeared while they were read.
     """
     before, now = {source.path for source in sources}, {path for path, _ in _listed(given)}
     for path in sorted(before ^ now):
@@ -61,8 +61,8 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
     """The one of the given folders and globs that means the file or folder `path` (resolved), or what is in it."""
     for text in map(str, given):
         literal = os.path.lexists(text) or not glob.has_magic(text)
-        for found in [text] if literal else glob.glob(text, recursive=True):
-            real = Path(os.path.realpath(found))
+        for match in [text] if literal else glob.glob(text, recursive=True):
+            real = Path(os.path.realpath(match))
             if path == real:
                 return text
             if real in path.parents and not any(map(_hidden, path.relative_to(real).parts)):
@@ -72,14 +72,14 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
 
 def _listed(given: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
     """Each file, and the folder below which it is told from the others (None: a stream)."""
-    return [found for item in given for found in _expand(str(item))]
+    return [pair for item in given for pair in _expand(str(item))]
 
 
 def _expand(text: str) -> list[tuple[Path, Path | None]]:
     if text == STDIN:
         return [(Path(STDIN), None)]
     if not text or "\0" in text:
-        raise UserError(f"cannot read '{text}': no name of a file")
+        raise UserError(f"cannot read '{text}': not a file name")
     if os.path.lexists(text) or not glob.has_magic(text):
         path = Path(text)
         if os.path.isdir(path):
@@ -119,20 +119,20 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
             )
     if {"dataset.json", "train", "vocabulary"} <= names:
         raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
-    found: list[Path] = []
+    files: list[Path] = []
     for entry in entries:
         if _hidden(entry.name):
             continue
         if os.path.isdir(entry):
-            found += _walk(entry, (*above, real))
+            files += _walk(entry, (*above, real))
         else:
             mode = _stat(entry).st_mode
             if not stat.S_ISREG(mode):
                 raise UserError(f"{entry} in the folder is {_kind(mode)}, expected files only")
-            found.append(entry)
-    if not found and not above:
+            files.append(entry)
+    if not files and not above:
         raise UserError(f"{folder} holds no file (names that begin with _ or . do not count), expected a log in it")
-    return found
+    return files
 
 
 def _hidden(name: str) -> bool:
@@ -156,8 +156,8 @@ def _source(path: Path, base: Path | None) -> Source:
         return _stream(path, 0, "standard input")
     mode = _stat(path).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        found = _DESCRIPTOR.fullmatch(str(path))
-        return _stream(path, int(found[1] or found[2] or 0) if found else None, str(path))
+        descriptor_path = _DESCRIPTOR.fullmatch(str(path))
+        return _stream(path, int(descriptor_path[1] or descriptor_path[2] or 0) if descriptor_path else None, str(path))
     if not stat.S_ISREG(mode):
         raise UserError(f"{path} is {_kind(mode)}, expected a file, a folder or a pipe")
     state = FileIdentity.of(_stat(path))
@@ -168,16 +168,16 @@ def _source(path: Path, base: Path | None) -> Source:
 
 def _stream(path: Path, descriptor: int | None, where: str) -> Source:
     try:
-        found = path.stat() if descriptor is None else os.fstat(descriptor)
+        status = path.stat() if descriptor is None else os.fstat(descriptor)
     except OSError as error:
         raise UserError(f"cannot read {where}: {error.strerror}") from None
-    if stat.S_ISSOCK(found.st_mode) and descriptor is None:
+    if stat.S_ISSOCK(status.st_mode) and descriptor is None:
         raise UserError(f"{where} is a socket, expected a file, a folder or a pipe")
-    if stat.S_ISDIR(found.st_mode) or stat.S_ISBLK(found.st_mode) or stat.S_ISCHR(found.st_mode):
-        kind = "a terminal" if descriptor is not None and os.isatty(descriptor) else _kind(found.st_mode)
+    if stat.S_ISDIR(status.st_mode) or stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode):
+        kind = "a terminal" if descriptor is not None and os.isatty(descriptor) else _kind(status.st_mode)
         raise UserError(f"{where} is {kind}, expected a file or a pipe")
     stream, name = Stream(path, descriptor, where), path.name if descriptor is None else str(path)
-    return Source(path, False, where, name, state=FileIdentity.of(found), stream=stream)
+    return Source(path, False, where, name, state=FileIdentity.of(status), stream=stream)
 
 
 def _stat(path: Path) -> os.stat_result:

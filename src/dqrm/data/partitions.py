@@ -29,13 +29,13 @@ def partitions(path: PurePath) -> dict[str, str | None]:
     Raises:
         UserError: two folders give one column different values.
     """
-    found: dict[str, str | None] = {}
+    columns: dict[str, str | None] = {}
     for part in filter(is_partition, path.parts[:-1]):
         name, value = map(unquote, part.split("=", 1))
         known = None if value in ("", _MISSING) else value
-        if found.setdefault(name, known) != known:
-            raise UserError(f"{path} gives column {name} two values, '{found[name]}' and '{known}', expected one")
-    return found
+        if columns.setdefault(name, known) != known:
+            raise UserError(f"{path} gives column {name} two values, '{columns[name]}' and '{known}', expected one")
+    return columns
 
 
 def offered(names: Sequence[str], given: Partitions) -> list[str]:

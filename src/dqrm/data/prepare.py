@@ -38,15 +38,22 @@ def prepare(
     config: PrepareConfig = DEFAULTS,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Writes the dataset folder `output` from logs.
+    """Write the dataset folder `output` from logs.
 
-    sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
-    DataFrames, Arrow tables and datasets), alone or in a list.
-    progress: called with what is being done, how much of it is done, and of how much (None: nobody knows).
-    All is written to `<output>.partial` first, locked meanwhile, removed on failure and renamed at the end.
+    Everything is written to `<output>.partial`, which is locked meanwhile, removed on failure and renamed at the end.
+
+    Args:
+        sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
+            DataFrames, Arrow tables and datasets), alone or in a list.
+        output: the folder to create.
+        config: columns, split and vocabularies.
+        progress: called as progress(stage, done, total); total is None if unknown.
+
+    Returns:
+        The dataset, opened.
 
     Raises:
-        UserError: a file, column or line that is not as it should be, an output that exists, or one being written.
+        UserError: an invalid file, column or line, an output that exists, or one that is being written.
     """
     output = Path(output)
     tell: Progress = progress or (lambda what, done, total: None)
@@ -94,7 +101,7 @@ def prepare(
 
 
 def _claim(partial: Path) -> IO[bytes]:
-    """Makes the folder, or empties what a dead run left, and locks it until the result is closed.
+    """Make the folder, or empty what a dead run left, and lock it until the result is closed.
 
     Raises:
         UserError: it is somebody else's, or another run is writing it.
@@ -106,7 +113,7 @@ def _claim(partial: Path) -> IO[bytes]:
         ours = partial.is_dir() and not partial.is_symlink() and (marker.is_file() or not any(partial.iterdir()))
         if not ours:
             raise UserError(
-                f"{partial} is needed for the work and was not made by dqrm prepare; move it, or name another output"
+                f"{partial} is not empty and was not created by dqrm prepare; move it, or name another output"
             ) from None
     lock = marker.open("ab")
     try:
@@ -247,7 +254,7 @@ def _given(config: PrepareConfig) -> dict[str, str]:
 
 
 class _Steps:
-    """Sums steps up for a progress callback."""
+    """Running sum of steps for a progress callback."""
 
     def __init__(self, tell: Progress, what: str) -> None:
         self._tell, self._what, self._done = tell, what, 0
@@ -266,7 +273,7 @@ def _check_output(output: Path) -> None:
             raise UserError(f"{output} exists and is a file, expected the name of a new folder")
         # Another folder takes its place at the end, which would leave the shell in one that is deleted.
         if target == Path.cwd():
-            raise UserError(f"{output} is the folder that this runs in, expected the name of a new one such as ./data")
+            raise UserError(f"{output} is the current folder, expected the name of a new one such as ./data")
         above = next(parent for parent in target.parents if parent.exists())
         if not above.is_dir():
             raise UserError(f"cannot write to {output}: {above} is a file, expected a folder")

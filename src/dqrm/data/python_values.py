@@ -1,7 +1,6 @@
-"""Python values -> polars columns, so that a cell means the same id wherever it comes from.
+"""Python values -> polars columns, so that a cell gives the same id wherever it comes from.
 
-Values of one type become a column of that type. Several types in one column become text, each value as the text that it
-has as a key: 7 and "7" are one id.
+Values of one type give a column of that type. Mixed types give a text column of the values' keys: 7 and "7" are one id.
 """
 
 import datetime
@@ -48,7 +47,7 @@ def to_series(name: str, values: Sequence[Any]) -> pl.Series:
     texts: list[str | None] = [None] * len(given)
     where = [at for at, value in enumerate(given) if value is not None]
     for kind in distinct:
-        some = [at for at, found in zip(where, kinds) if found is kind]
+        some = [at for at, other in zip(where, kinds) if other is kind]
         column = _of_one_kind(name, [given[at] for at in some], kind)
         as_keys = pl.DataFrame({"key": column}).select(key_text(pl.col("key"), column.dtype)).to_series()
         for at, text in zip(some, as_keys):

@@ -131,7 +131,7 @@ class RawLog:
         rows, skipped: rows handed out and malformed lines, so far. damaged: what ended early, in words.
 
     Raises:
-        UserError: a file or column that is not as it should be.
+        UserError: an invalid file or column.
     """
 
     def __init__(self, sources: str | Path | Sequence[str | Path], encoder: RawEncoder) -> None:
@@ -200,7 +200,9 @@ class RawLog:
         try:
             kept = pl.DataFrame([frame[f"c{n}"].cast(self.schema[name]) for n, name in enumerate(self._plan.copied)])
         except pl.exceptions.PolarsError as error:
-            raise UserError(f"{source.where}: a kept column has another type than in other files ({error})") from None
+            raise UserError(
+                f"{source.where}: a kept column has a different type than in other files ({error})"
+            ) from None
         kept.columns = list(self._plan.copied)  # a Series without a name would be given one
         return kept
 
@@ -238,9 +240,9 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
     """Types that can hold the named columns of every file; text has text."""
     common: pl.DataFrame | None = None
     for file in files:
-        found = ingest.schema(file) or dict.fromkeys(names, pl.String())
+        columns = ingest.schema(file) or dict.fromkeys(names, pl.String())
         for name in names:
-            here = pl.DataFrame(schema={name: found[name]})
+            here = pl.DataFrame(schema={name: columns[name]})
             if common is None or name not in common.columns:
                 common = here if common is None else common.hstack(here)
                 continue
@@ -248,8 +250,8 @@ def _common_schema(files: Sequence[Source], names: Sequence[str]) -> pl.Schema:
                 joined = pl.concat([common.get_column(name).to_frame(), here], how="vertical_relaxed")
             except pl.exceptions.PolarsError:
                 raise UserError(
-                    f"column {name} of {file.where} is of type {found[name]}, in files before it of type "
-                    f"{common.schema[name]}, expected types that go together"
+                    f"column {name} of {file.where} is of type {columns[name]}, in files before it of type "
+                    f"{common.schema[name]}, expected compatible types"
                 ) from None
             common = common.with_columns(joined.get_column(name))
     return common.schema if common is not None else pl.Schema()

@@ -88,7 +88,7 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json; no folder of this machine in it."""
-        found = {
+        described = {
             "name": self.name,
             "bytes": self.bytes,
             "sha256": self.sha256,
@@ -96,7 +96,9 @@ class Source:
             "skipped": self.skipped,
             "damaged": self.damaged,
         }
-        return {**found, "partitions": {name: self.partitions[name] for name in self.used}} if self.used else found
+        return (
+            {**described, "partitions": {name: self.partitions[name] for name in self.used}} if self.used else described
+        )
 
     def require_unchanged(self, now: os.stat_result | None = None) -> None:
         """Whether the file is still the one that was found. now: what is known of it; none: it is looked at.
@@ -107,15 +109,15 @@ class Source:
         if self.state is None:
             return
         try:
-            found = FileIdentity.of(now or self.path.stat())
+            identity = FileIdentity.of(now or self.path.stat())
         except OSError as error:
             raise UserError(f"{self.where} changed while it was read: {error.strerror}; {_STILL}") from None
-        if self.state.unchanged(found):
+        if self.state.unchanged(identity):
             return
-        if found.size != self.state.size:
-            what = f"it had {self.state.size} bytes and has {found.size}"
+        if identity.size != self.state.size:
+            what = f"it had {self.state.size} bytes and has {identity.size}"
         else:
-            what = "another file took its place" if found.file != self.state.file else "it was written to"
+            what = "another file took its place" if identity.file != self.state.file else "it was written to"
         raise UserError(f"{self.where} changed while it was read: {what}; {_STILL}")
 
 
@@ -174,7 +176,7 @@ def hash_file(source: Source) -> None:
 
 
 def finish(source: Source) -> None:
-    """Reads to the end what `read_bytes` began, for size and hash of the whole."""
+    """Read the rest of what `read_bytes` began, for size and hash of the whole."""
     for _ in source.rest or ():
         pass
 
@@ -220,4 +222,4 @@ def _inflate(raw: Iterator[bytes], make: Callable[[], Any], kind: str) -> Iterat
         if damage:
             break
     if damage or begun:
-        raise Damaged(damage or f"its {kind} data ends too early")
+        raise Damaged(damage or f"its {kind} data is truncated")

@@ -23,7 +23,7 @@ _LINE, LABEL = "line", "label"
 
 
 class SparseReader:
-    """Reads such text block by block, as `TextReader` reads tables.
+    """Read such text block by block, as `TextReader` reads tables.
 
     pieces: the bytes. layout: libsvm or libffm. fields: the columns of libffm that exist; others are passed over.
     """
@@ -51,12 +51,12 @@ class SparseReader:
 
     def fields(self) -> set[int]:
         """The numbers of all fields; reads to the end."""
-        found: set[int] = set()
+        fields: set[int] = set()
         with suppress(Damaged):  # reading the rows will tell, or pass over it
             for block in self._lines.blocks((_LINE,)):
                 numbers = _Features(block.fields.get_column(_LINE), True).fields
-                found |= set(numbers.drop_nulls().unique().to_list())
-        return found
+                fields |= set(numbers.drop_nulls().unique().to_list())
+        return fields
 
 
 class _Features:
@@ -86,15 +86,15 @@ class _Features:
 
     def problems(self, shape: str) -> dict[int, str]:
         """Of each malformed line the first reason."""
-        found = {int(row): f"an empty line, expected a label and features, {shape}" for row in self._empty.arg_true()}
+        reasons = {int(row): f"an empty line, expected a label and features, {shape}" for row in self._empty.arg_true()}
         for at in (~(self._shaped & self._one)).arg_true():
             text = self.texts[at]
             shown = repr(text if len(text) <= 60 else text[:60] + "...")
             reason = f"the feature {shown}, expected {shape}"
             if self._shaped[at]:
                 reason += ": features are ids, and weights other than 1 are not supported"
-            found.setdefault(int(self.rows[at]), reason)
-        return found
+            reasons.setdefault(int(self.rows[at]), reason)
+        return reasons
 
     def of(self, name: str) -> pl.Series:
         """List(String): the features of each line, of one field in libffm's."""
@@ -108,7 +108,7 @@ class _Features:
 
 def fields(files: Sequence[tuple[str, Callable[[], Iterator[bytes]]]]) -> tuple[str, ...]:
     """The fields of libffm's files, each a name and what gives its bytes, by number."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for where, pieces in files:
-        found |= SparseReader(pieces(), where, "libffm", ()).fields()
-    return tuple(map(str, sorted(found)))
+        numbers |= SparseReader(pieces(), where, "libffm", ()).fields()
+    return tuple(map(str, sorted(numbers)))

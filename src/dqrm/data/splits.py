@@ -1,4 +1,4 @@
-"""Which split each row belongs to. 0: train, 1: validation, 2: test, as in `folder.SPLITS`."""
+"""The split of each row. 0: train, 1: validation, 2: test, as in `folder.SPLITS`."""
 
 import operator as operators
 import re
@@ -105,8 +105,8 @@ def _by_file(config: PrepareConfig, sources: Sequence[Source], rows: int) -> Spl
         )
         if validation and test:
             raise UserError(
-                f"split by file: {source.name} is meant by '{validation[0]}' of validation_values and by '{test[0]}' "
-                "of test_values, expected one of them"
+                f"split by file: {source.name} matches '{validation[0]}' in validation_values and '{test[0]}' in "
+                "test_values, expected one of them"
             )
         splits[at : at + source.rows] = TEST if test else VALIDATION if validation else TRAIN
         at += source.rows
@@ -127,14 +127,14 @@ def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
     splits, at = np.zeros(rows, np.uint8), 0
     some: list[str] = []
     for keys, codes, _ in staged.codes(len(staged.columns) - 1):
-        found = {split: meant(keys) for split, meant in sides.items()}
-        both = found[VALIDATION] & found[TEST]
+        matches = {split: meant(keys) for split, meant in sides.items()}
+        both = matches[VALIDATION] & matches[TEST]
         if both.any():
             raise UserError(
                 f"split by column {config.split_column}: '{keys[int(both.argmax())]}' is in both validation_values and "
                 "test_values, expected one of them"
             )
-        of_key = np.where(found[TEST], TEST, np.where(found[VALIDATION], VALIDATION, TRAIN)).astype(np.uint8)
+        of_key = np.where(matches[TEST], TEST, np.where(matches[VALIDATION], VALIDATION, TRAIN)).astype(np.uint8)
         splits[at : at + len(codes)] = of_key[codes]
         at += len(codes)
         some = some or keys.head(20).to_list()
@@ -146,7 +146,7 @@ def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
 
 
 class _Meant:
-    """Which keys a field of the configuration means, over all chunks."""
+    """Which keys a field of the configuration selects, over all chunks."""
 
     def __init__(self, column: str, field: str, values: Values) -> None:
         self._where, self._values = f"split by column {column}, {field}", values
@@ -193,20 +193,20 @@ class _Meant:
         self._zones |= set(keys.str.replace(DATES, "").unique())
         if len(self._zones) > 1:
             zones = " and ".join(f"'{zone}'" for zone in sorted(self._zones)[:2])
-            raise UserError(f"{self._where}: the column holds times of several zones, {zones}, expected one")
+            raise UserError(f"{self._where}: the column has times in several time zones, {zones}, expected one")
 
 
 def _compare(keys: pl.Series, operator: str, bound: str, compared: str) -> pl.Series:
     holds = _COMPARE[operator]
     if compared == "numbers":
         number = float(bound)
-        found = holds(keys.cast(pl.Float64, strict=False), number)
+        holding = holds(keys.cast(pl.Float64, strict=False), number)
         if number.is_integer() and abs(number) < 2.0**63:
             # Exactly, where a float would not be.
             whole = int(bound) if bound.lstrip("+-").isdigit() else int(number)
             exactly = holds(keys.cast(pl.Int64, strict=False), whole)
-            found = exactly.zip_with(exactly.is_not_null(), found)
-        return found.fill_null(False)
+            holding = exactly.zip_with(exactly.is_not_null(), holding)
+        return holding.fill_null(False)
     if compared == "dates":
         # A day stands for all of it: 2026-01-07 12:00 is <=2026-01-07.
         bound = bound.replace("T", " ")

@@ -1,6 +1,6 @@
-"""The log while it is being prepared: chunks on disk, each column as the chunk's distinct keys and codes into them.
+"""The log during preparation: chunks on disk, each column as the chunk's distinct keys and codes into them.
 
-Later passes look at distinct keys only, which are far fewer than rows, and read one column at a time.
+Later passes process distinct keys only, which are far fewer than rows, and read one column at a time.
 """
 
 import os
@@ -39,7 +39,7 @@ class Staging:
         self._threads.shutdown()
 
     def add(self, frame: pl.DataFrame) -> None:
-        """Writes the next chunk, a frame of `Plan.typed`."""
+        """Write the next chunk, a frame of `Plan.typed`."""
         names = [f"k{n}" for n in range(len(self.plan.keys))]
         names += ["g"] * (self.plan.group is not None) + ["s"] * (self.plan.split is not None)
         stored = {"label": frame["label"].implode()}
@@ -86,7 +86,7 @@ class Staging:
 
 
 class Chunker:
-    """Gathers frames and hands them on in chunks of exactly `rows` rows."""
+    """Regroup frames into chunks of exactly `rows` rows."""
 
     def __init__(self, rows: int, sink: Callable[[pl.DataFrame], None]) -> None:
         self._rows, self._sink = rows, sink

@@ -1,7 +1,7 @@
-"""What dropping negatives at random does to the click rate, and how it is undone.
+"""Correction of the click rate for negatives that were dropped at random.
 
-Of `share` dropped, kept = 1 - share are left, which multiplies the odds of a click by 1 / kept. A model of the rows
-that are left predicts p; on the log itself that is p / (p + (1 - p) / kept), exactly logit(p) + log(kept).
+Dropping a fraction `share` keeps kept = 1 - share, which multiplies the odds of a click by 1 / kept. A model of the
+remaining rows predicts p; on the log itself that is p / (p + (1 - p) / kept), exactly logit(p) + log(kept).
 """
 
 import math

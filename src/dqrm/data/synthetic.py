@@ -11,8 +11,8 @@ normal; f_c(id) is a vector of four numbers of variance 1/2, so that <f_a, f_b> 
 the terms that need it are 0, but for a column's own, which is its `blank`. So the probability is a function of what
 the line shows, and the AUC of the probabilities is the ceiling for any trained model.
 
-As in ad logs, crosses have nearly as many ids as there are lines, most of them seen once: learning those by heart is
-how an FP32 model overfits. Their missing fields say a lot, so row 'missing' grows large and sets the scale of its
+As in ad logs, crosses have nearly as many ids as there are lines, most of them seen once: memorizing those is how an
+FP32 model overfits. Their missing fields are informative, so row 'missing' grows large and sets the scale of its
 table; at 4 bits the rare ids beside it then stay 0 until many updates agree.
 
 Nothing is kept per id: e and f are hashes of (seed, column, id). Lines are drawn in blocks of `BLOCK`, each with a
@@ -55,7 +55,7 @@ class Column:
     """A categorical column: a group of, or a cross of, entities."""
 
     of: tuple[str, ...]
-    groups: int  # ids are put into so many groups; 0: each its own
+    groups: int  # number of groups that ids are put into; 0: each its own
     effect: float  # s_c
     missing: float = 0.0  # share of fields
     blank: float = 0.0  # what a missing field adds to the logit

@@ -107,11 +107,11 @@ def rows_source(data: Any) -> TableSource | None:
     Raises:
         UserError: it is something else, or a row lacks a column that another one has.
     """
-    if (found := table_source(data, "the table")) is not None:
-        assert found.table is not None
-        empty = not found.table.names and not (hasattr(data, "__len__") and len(data))
-        found.hashing = False
-        return None if empty else found
+    if (source := table_source(data, "the table")) is not None:
+        assert source.table is not None
+        empty = not source.table.names and not (hasattr(data, "__len__") and len(data))
+        source.hashing = False
+        return None if empty else source
     given = data
     if isinstance(data, Mapping):
         data = [data]

@@ -1,4 +1,4 @@
-"""Which key has which row of its table.
+"""The table row of each key.
 
 Every chunk's distinct keys are a sorted run (key, count, first position). Runs of like size are merged as they come, so
 that the work stays n log n and the memory near the vocabulary's own, however many chunks there are.
@@ -27,7 +27,7 @@ _SEAL, _DIGITS = b"dqrm-sha256:", 64
 class Vocabulary:
     """Rows 1 to K of a table in order of first appearance. Row 0 is for keys that are unseen or rare.
 
-    keys: sorted. table_rows: int32 [K]. counts: integers [K], None where nobody noted them.
+    keys: sorted. table_rows: int32 [K]. counts: integers [K], None if unknown.
     """
 
     def __init__(self, keys: pl.Series, table_rows: Array, counts: Array | None) -> None:
@@ -44,17 +44,17 @@ class Vocabulary:
             return np.zeros(len(keys), np.int32)
         # With both sides sorted a binary search walks through memory in order, which no hash table does.
         at = np.minimum(self.keys.search_sorted(keys).to_numpy(), len(self.keys) - 1)
-        found = (self.keys.gather(at) == keys).to_numpy()
-        return np.where(found, self.table_rows[at], 0).astype(np.int32)
+        known = (self.keys.gather(at) == keys).to_numpy()
+        return np.where(known, self.table_rows[at], 0).astype(np.int32)
 
     def find(self, keys: Sequence[Any]) -> Array:
         """As `lookup`, for a few keys in any order: each takes about a microsecond, and `lookup` hundreds for all."""
-        found = np.zeros(len(keys), np.int32)
+        table_rows = np.zeros(len(keys), np.int32)
         for at, key in enumerate(keys):
             place = bisect_left(self.keys, key)
             if place < len(self.keys) and self.keys[place] == key:
-                found[at] = self.table_rows[place]
-        return found
+                table_rows[at] = self.table_rows[place]
+        return table_rows
 
     @classmethod
     def read(cls, source: Path | bytes, where: str = "the vocabulary") -> "Vocabulary":
@@ -84,7 +84,7 @@ class Vocabulary:
     def to_bytes(self) -> bytes:
         """A Parquet file with the columns key and row, by key, which `read` knows from a damaged one.
 
-        Polars may end the whole process on a Parquet file that is damaged, so that it has to be told before.
+        Polars may abort the process on a damaged Parquet file, so damage must be detected before.
         """
         buffer, empty = io.BytesIO(), b"0" * _DIGITS
         frame = pl.DataFrame({"key": self.keys, "row": self.table_rows.astype(np.int32)})
@@ -141,7 +141,7 @@ def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: 
 
 
 class Counter:
-    """Merges runs of counted keys."""
+    """Merge of runs of counted keys."""
 
     def __init__(self) -> None:
         self._runs: list[pl.DataFrame] = []

@@ -28,7 +28,8 @@ class Artifact:
     """An opened artifact.
 
     Attributes:
-        path: the file. content: what its header says: model, quantization, schema, options, vocabulary, provenance.
+        path: the file.
+        content: the content of its header: model, quantization, schema, options, vocabulary, provenance.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""The symmetric uniform quantizer: scale, codes, values. The only place in the package that rounds a number.
+"""The symmetric uniform quantizer: scale, codes, values.
 
 With k bits, n = 2**(k-1) - 1 and, for weights w that share one scale (DQRM paper):
 

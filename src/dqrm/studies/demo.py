@@ -118,12 +118,12 @@ def _ceiling(dataset: Dataset, truth: Path) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
     # The Kaggle rule: lines in order of time are first training, then test, then validation.
-    probabilities, start, found = np.load(truth, mmap_mode="r"), 0, {}
+    probabilities, start, ceiling = np.load(truth, mmap_mode="r"), 0, {}
     for split in ("train", "test", "validation"):
         end = start + dataset.rows[split]
-        found[split] = float(roc_auc_score(np.asarray(dataset.split(split).labels()), probabilities[start:end]))
+        ceiling[split] = float(roc_auc_score(np.asarray(dataset.split(split).labels()), probabilities[start:end]))
         start = end
-    return found
+    return ceiling
 
 
 def _show(result: dict[str, Any], dataset: Dataset) -> None:

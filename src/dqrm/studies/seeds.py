@@ -35,7 +35,9 @@ def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -
         return train(dataset, output, config)
     begun = Run.open(output).config
     if replace(begun, training=replace(begun.training, threads=threads)) != config:
-        raise UserError(f"{output} is a run of another configuration than {config_file}; name another folder with -o")
+        raise UserError(
+            f"{output} was started with a different configuration than {config_file}; name another folder with -o"
+        )
     return resume(output, dataset)
 
 
@@ -47,8 +49,8 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [summary["seed"] for summary in summaries],
         "epochs": [summary["best"]["epoch"] for summary in summaries],
         "test": {
-            name: {"mean": mean(found), "stdev": stdev(found) if len(found) > 1 else 0.0, "values": found}
-            for name, found in values.items()
+            name: {"mean": mean(metric), "stdev": stdev(metric) if len(metric) > 1 else 0.0, "values": metric}
+            for name, metric in values.items()
         },
         "stored_bytes": summaries[0]["stored_bytes"]["total"],
         "samples_per_second": mean(summary["samples_per_second"] for summary in summaries),
@@ -105,7 +107,7 @@ def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int
                 raise
             messages.print("Stopped; the same command continues where the runs stand.")
             sys.exit(STOPPED)
-    result = {name: summarize(found) for name, found in summaries.items()}
+    result = {name: summarize(study) for name, study in summaries.items()}
     if as_json:
         print_json(result)
         return
@@ -114,10 +116,10 @@ def main(data: str, configs: tuple[str, ...], seeds: str, output: str, jobs: int
     rows = [
         [
             name,
-            " ".join(map(str, found["epochs"])),
-            *(f"{figure(found['test'][m]['mean'])} ± {figure(found['test'][m]['stdev'])}" for m in names),
+            " ".join(map(str, study["epochs"])),
+            *(f"{figure(study['test'][m]['mean'])} ± {figure(study['test'][m]['stdev'])}" for m in names),
         ]
-        for name, found in result.items()
+        for name, study in result.items()
     ]
     print_table(f"Test, mean ± standard deviation over seeds {seeds}", header, rows)
     results.print(legend(names))

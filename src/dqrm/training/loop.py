@@ -1,6 +1,5 @@
-"""The training loop: steps (`step`) in the order of the data, and what is due between them.
-
-    batch -> loss -> gradients -> exchange -> optimizers        log, evaluate, save and call callbacks
+"""The training loop: epochs, and what is due between steps: logs, evaluations, checkpoints, callbacks; `step` has the
+order of one step.
 
 `launch` starts it. A run that was killed at any moment and resumed ends with the same weights as one that was not, bit
 for bit on CPU: the checkpoint holds weights, scales and their step count, optimizer state, random state, the position

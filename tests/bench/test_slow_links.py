@@ -6,19 +6,23 @@ import shutil
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 
-from dqrm.bench import network
-from dqrm.bench.network import Host, hosts, interface_bytes, parse_rate
+from dqrm.bench.exchange_rank import interface_bytes
 from dqrm.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import slow_links
+from slow_links import hosts, parse_rate
 
 SIZE = 3_000_000
 RATE = "100mbit"
 # Each rank sends SIZE bytes to the next one; the receiver says when, or its buffers would fill before its clock starts.
 CHILD = """
 import json, socket, sys, threading, time
-from dqrm.bench.network import interface_bytes
+from dqrm.bench.exchange_rank import interface_bytes
 
 mine, following, interface, size = *sys.argv[1:4], int(sys.argv[4])
 before = interface_bytes(interface)
@@ -128,26 +132,6 @@ def test_rates_out_of_range(rate):
 
 
 @pytest.mark.usefixtures("_never_called")
-def test_loopback():
-    with hosts(2, None) as found:
-        assert found == [Host(0, (), "127.0.0.1", "lo"), Host(1, (), "127.0.0.1", "lo")]
-
-
-@pytest.mark.usefixtures("_never_called")
-@pytest.mark.parametrize(
-    ("ranks", "rate", "message"),
-    [
-        (0, None, "0 hosts cannot be made, expected 1 or more"),
-        (-1, RATE, "-1 hosts cannot be made, expected 1 or more"),
-        (2, "100mb", "rate '100mb' is not understood"),
-    ],
-)
-def test_refusals(ranks, rate, message):
-    with pytest.raises(UserError, match=message), hosts(ranks, rate):
-        pass
-
-
-@pytest.mark.usefixtures("_never_called")
 @pytest.mark.skipif(sys.platform != "linux", reason="refused for another reason")
 def test_needs_root(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -175,7 +159,7 @@ def test_what_the_kernel_refuses_is_quoted_and_nothing_is_left(monkeypatch):
         refused = "bridge" in command
         return subprocess.CompletedProcess(command, int(refused), "", "Error: Unknown device type.\nmore\n" * refused)
 
-    monkeypatch.setattr(network, "_require_tools", lambda rate: None)
+    monkeypatch.setattr(slow_links, "_require_tools", lambda rate: None)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=r"cannot be made here, `ip .* bridge .*` says: Error: Unknown device type.$"):
         hosts(2, RATE).__enter__()
@@ -233,7 +217,7 @@ def test_nothing_is_left_after_an_error_inside(error):
 
 @pytest.mark.usefixtures("_namespaces")
 def test_nothing_is_left_of_a_half_made_network(monkeypatch):
-    monkeypatch.setattr(network, "_MTU", "1")
+    monkeypatch.setattr(slow_links, "_MTU", "1")
     with pytest.raises(UserError, match=r"cannot be made here, `ip .* mtu 1 .*` says: .*mtu"), hosts(2, RATE):
         pass
     assert left() == []
@@ -245,3 +229,10 @@ def test_two_networks_at_once():
         assert one[0].prefix != other[0].prefix
         assert len(left()) == 4
     assert left() == []
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("_namespaces")
+def test_the_benchmark_on_slow_links(capsys):
+    slow_links.main(RATE, "--ranks=2", "--rows-scale=0.0001", "--steps=2", "--warmup=1", "--variants=int8")
+    assert "2 ranks x batch 128, links of 100mbit" in capsys.readouterr().out
