@@ -42,9 +42,9 @@ class Scales:
         quantizer = tables.weight_fake_quantizer
         refresh, begin = quantizer.refresh, quantizer.before_forward
 
-        def timed_refresh(weight: Tensor) -> None:
+        def timed_refresh(weight: Tensor, everything: bool = False) -> None:
             start = clock()
-            refresh(weight)
+            refresh(weight, everything)
             self.refreshes.append(clock() - start)
 
         def timed_begin(weight: Tensor, sparse: bool) -> None:
