@@ -21,7 +21,7 @@ from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.quant.uniform import code_limits
 from dqrm.training.checkpoints import load_weights
-from kernel_helpers import PATHS, on
+from kernel_helpers import NATIVE, PATHS, on
 
 ROWS, DIM = (30, 1, 17), 4
 NAME = "tables.weight_fake_quantizer.scale"
@@ -220,6 +220,45 @@ def test_a_configuration_object_or_its_fields_but_not_both():
         QuantEmbedding(5, 2, qat=config, bits=4)
     with pytest.raises(TypeError, match="'bitz'"):
         QuantEmbeddingBagCollection([5], 2, bitz=4)
+
+
+class Clipped(WeightFakeQuantizer):
+    """Half of the largest magnitude, set once: compiled code may look tables up on it, but it is not a layer's own."""
+
+    def __init__(self, qat, bits, groups):
+        super().__init__(qat, bits, groups)
+        self.register_buffer("scale", torch.zeros(groups.count))
+        self.fusible = groups.table_rows is not None
+
+    @torch.no_grad()
+    def refresh(self, weight, everything=False):
+        super().refresh(weight, everything)
+        self.scale.mul_(0.5)
+
+
+@NATIVE
+def test_a_fixed_scale_of_ones_own_goes_through_the_compiled_lookup(monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "clipped", Clipped)
+    ids, outs, grads = torch.tensor([[3, 0, 5], [29, 0, 5]]), [], []
+    for path in ("native", "plain"):
+        with on(path):
+            torch.manual_seed(0)
+            module = QuantEmbeddingBagCollection(ROWS, DIM, _weight=torch.randn(sum(ROWS), DIM), quantizer="clipped")
+            outs.append(module(ids))
+            outs[-1].square().sum().backward()
+            grads.append(module.weight.grad.to_dense())
+    assert torch.equal(*outs)
+    assert torch.equal(*grads)
+    tables = module.weight_fake_quantizer.groups.tables(module.weight)
+    for number, table in enumerate(tables):
+        scale = ref.scale_from_max(np.abs(ref.array(table)).max(), 4) / 2
+        expected = ref.fake_quantize(ref.array(table[ids[:, number]]), scale, 4)
+        np.testing.assert_allclose(ref.array(outs[0])[:, number], expected, rtol=1e-6)
+    layer = QuantLinear(6, 5, quantizer="clipped", bias=False)
+    stack = QuantMLP(layer, nn.ReLU())
+    torch.testing.assert_close(stack(torch.eye(6)), layer(torch.eye(6)).relu())
+    wanted = ref.scale_from_max(np.abs(ref.array(layer.weight)).max(1), 4) / 2
+    np.testing.assert_allclose(layer.current_scale(), wanted, rtol=1e-6)
 
 
 # ---- what was written before the scales were a child module's

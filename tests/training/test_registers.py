@@ -12,11 +12,12 @@ from dqrm import Metric, SparseOptimizer
 from dqrm.config import Config, ExchangeConfig, OptimizerConfig, TrainingConfig
 from dqrm.errors import UserError
 from dqrm.info import print_summary
+from dqrm.kernels import sum_duplicates
 from dqrm.options import field_help
 from dqrm.studies.seeds import summarize
 from dqrm.training.launch import resume, train
 from dqrm.training.metrics import METRICS, click_metrics, legend
-from dqrm.training.optimizers import OPTIMIZERS, sum_duplicates
+from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection
 from launch_helpers import same_tensors

@@ -99,7 +99,7 @@ class QuantizedTables(FakeQuantized):
 
     def refresh_scale(self) -> None:
         """Compute every table's scale from all of its rows; of tables of 32 bits, which have none, nothing."""
-        self.weight_fake_quantizer.refresh_scale(self.weight)
+        self.weight_fake_quantizer.refresh(self.weight, everything=True)
 
     def only_looked_up_rows_change(self) -> None:
         """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.

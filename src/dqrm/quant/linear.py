@@ -71,7 +71,7 @@ class LinearMax(WeightFakeQuantizer):
     def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
         pass
 
-    def refresh(self, weight: Tensor) -> None:
+    def refresh(self, weight: Tensor, everything: bool = False) -> None:
         pass
 
     def current_scale(self, weight: Tensor) -> Tensor:

@@ -117,14 +117,10 @@ class WeightFakeQuantizer(nn.Module):
         return self.scale.detach()
 
     @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Set the scales from the weight; by default to those of its largest magnitudes."""
+    def refresh(self, weight: Tensor, everything: bool = False) -> None:
+        """Set the scales from the weight, by default from its largest magnitudes; `everything`: all rows may be new."""
         self.scale.copy_(scale_from_max(self.groups.largest(weight), self.bits))
         self._scale_known = True
-
-    def refresh_scale(self, weight: Tensor) -> None:
-        """The same when anything may have changed the weight."""
-        self.refresh(weight)
 
     def synchronize(self, weight: Tensor) -> None:
         """A state dict, a copy or a move comes next: bring the scales up to date."""

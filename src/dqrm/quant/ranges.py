@@ -107,16 +107,12 @@ class TableMax(WeightFakeQuantizer):
         if self.bits != 32 and not self._running and kernels.fits(weight) and self._blocks is None:
             self._blocks = BlockMaxima(tuple(len(table) for table in self.groups.tables(weight)))
 
-    def refresh_scale(self, weight: Tensor) -> None:
-        """Compute every table's scale from all of its rows; of tables of 32 bits, which have none, nothing."""
-        if self._blocks is not None:
-            self._blocks.all_changed()
-        self.refresh(weight)
-
     @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
+    def refresh(self, weight: Tensor, everything: bool = False) -> None:
         if self.bits == 32:
             return
+        if everything and self._blocks is not None:
+            self._blocks.all_changed()
         self.scale.copy_(scale_from_max(self._largest(weight), self.bits))
         self._scale_known = True
         self._looked_up.clear()
@@ -138,7 +134,7 @@ class TableMax(WeightFakeQuantizer):
         if not self._looked_up or weight._version == self._looked_up_at:
             return
         if len(self._looked_up) > _FORWARDS_KEPT:
-            return self.refresh_scale(weight)
+            return self.refresh(weight, everything=True)
         for rows in self._looked_up:
             self._raise_for(rows, weight)
         self._looked_up.clear()
