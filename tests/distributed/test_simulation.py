@@ -1,11 +1,14 @@
 """N ranks in one process against one rank with the whole batch, and against gradients summed and bounded by hand."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from conftest import tiny
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -14,8 +17,9 @@ from dqrm.distributed.local import LocalExchange
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
-from dqrm.training.launch import train
+from dqrm.training.launch import resume, train
 from dqrm.training.step import TrainStep
+from launch_helpers import same_tensors
 
 TABLES, MULTI = (7, 300, 20, 3, 50), (False, False, False, True, True)
 STARTS = (0, 7, 307, 327, 330, 380)
@@ -376,3 +380,31 @@ def test_what_cannot_be_simulated_is_refused(generated, tmp_path):
     with pytest.raises(UserError, match="activation_bits is 8"):
         train(generated, tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_before_residuals_of_rows_were_dropped_goes_on_without(generated, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def progress(_, done, __):
+        if done == 8 * 64:
+            raise Killed
+
+    config = replace(tiny(checkpoint_every=5, max_steps=20), exchange=ExchangeConfig(simulate_ranks=2))
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "run", config, progress=progress)
+    shutil.copytree(tmp_path / "run", tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "run.json").read_text())
+    info["config"]["exchange"]["table_compensation_rows"] = 50
+    (tmp_path / "old" / "run.json").write_text(json.dumps(info))
+    (checkpoint,) = (tmp_path / "old" / "checkpoints").iterdir()
+    kept = {"row_residual_rows": torch.zeros(2, 50, dtype=torch.int64), "row_residual_values": torch.ones(2, 50, 4)}
+    file = checkpoint / "exchange.safetensors"
+    save_file(load_file(file) | kept, file)
+    said = []
+    resume(tmp_path / "run")
+    resume(tmp_path / "old", log=said.append, verify=False)
+    assert f"{tmp_path / 'old'}: table_compensation_rows was 50; it is no longer supported and dropped" in said
+    same_tensors(tmp_path / "run", tmp_path / "old")
+    with pytest.raises(UserError, match="unknown field 'table_compensation_rows'"):
+        Config.from_dict({"exchange": {"table_compensation_rows": 50}})
