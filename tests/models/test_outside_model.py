@@ -106,7 +106,7 @@ def test_unknown_names_are_refused(generated, tmp_path):
     with pytest.raises(UserError, match="model is 'sum'; did you mean 'sums'"):
         dqrm.train(generated, tmp_path / "run", wrong)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="model is 'x'; known are dlrm, dcn"):
+    with pytest.raises(UserError, match="model is 'x'; known are dlrm, dcn"):
         model_class(ModelConfig(model="x"))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.config import Config, ModelConfig
+from dqrm.errors import UserError
 from dqrm.models.base import ClickModel, Layer, Plan, build_tables
 from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
@@ -26,10 +27,10 @@ def model_class(config: ModelConfig) -> type[ClickModel]:
     """The class that a configuration names.
 
     Raises:
-        ValueError: there is no model of that name.
+        UserError: there is no model of that name.
     """
     if config.model not in MODELS:
-        raise ValueError(f"model is {config.model!r}{did_you_mean(config.model, MODELS)}")
+        raise UserError(f"model is {config.model!r}{did_you_mean(config.model, MODELS)}")
     return MODELS[config.model]
 
 
@@ -47,7 +48,7 @@ def build_model(
         table_weight: the tables' initial weights [sum(table_rows), embedding_dim], used as they are and not copied.
 
     Raises:
-        ValueError: as `model_class` and `ClickModel`.
+        UserError, ValueError: as `model_class` and `ClickModel`.
     """
     training, kind = config.training, model_class(config.model)
     given: Any = table_rows
