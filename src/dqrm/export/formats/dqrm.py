@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from dqrm.export.formats.base import Format, beside
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dqrm.data.batches import Batch
     from dqrm.export.artifact import Artifact
     from dqrm.export.formats.base import Score
+    from dqrm.models.base import ClickModel
 
 
 class DqrmFormat(Format):
@@ -23,7 +24,7 @@ class DqrmFormat(Format):
     summary = "the artifact, for `dqrm predict` and dqrm.load"
     is_artifact = True
 
-    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         """Nothing to do: an export writes the artifact before all else."""
 
     def open(self, path: Path, threads: int = 0) -> Score:
