@@ -13,6 +13,7 @@ import yaml
 import dqrm
 from cli_helpers import command
 from dqrm.cli import cli
+from dqrm.export import formats
 from dqrm.options import build, read_yaml
 from shipped_helpers import PAGES, ROOT, blocks, commands
 
@@ -47,6 +48,7 @@ def test_the_code_of_a_page_runs(path, workspace, tmp_path, monkeypatch, capsys)
     if any("onnx" in block.text for block in page):
         pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
     monkeypatch.chdir(shutil.copytree(workspace, tmp_path, dirs_exist_ok=True))
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))  # a page registers one
     names: dict = {}
     for block in page:
         where = f"{name(path)}, line {block.line}"

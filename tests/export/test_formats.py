@@ -13,7 +13,7 @@ import dqrm
 from cli_helpers import command
 from conftest import tiny
 from dqrm.cli import cli
-from dqrm.export.formats import FORMATS, formats, register, score_file
+from dqrm.export import formats
 
 TOY = '''
 """A format of its own: the state dict of the packed model, and what made it."""
@@ -57,16 +57,14 @@ def trained(generated, tmp_path_factory):
 
 
 @pytest.fixture
-def toy():
+def toy(monkeypatch):
     """The format, registered; the register is afterwards as it was."""
     names = {}
     exec(TOY, names)
-    before = dict(FORMATS)
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
     names["ToyFormat"].__module__ = __name__
-    register(names["ToyFormat"]())
-    yield FORMATS[".toy"]
-    FORMATS.clear()
-    FORMATS.update(before)
+    formats.register(names["ToyFormat"]())
+    return formats.FORMATS[".toy"]
 
 
 def test_a_registered_format_is_written_opened_and_evaluated(toy, trained, generated, tmp_path, capsys):
@@ -79,7 +77,7 @@ def test_a_registered_format_is_written_opened_and_evaluated(toy, trained, gener
     model = dqrm.Run.open(trained).load_model()[0]
     batch = next(iter(generated.split("test").batches(50)))
     with torch.inference_mode():
-        assert torch.equal(score_file(tmp_path / "m.toy")(batch), model(batch.dense, batch.ids, batch.bags))
+        assert torch.equal(formats.score_file(tmp_path / "m.toy")(batch), model(batch.dense, batch.ids, batch.bags))
     expected = dqrm.evaluate(trained, generated)
     code, out, err = command(capsys, "eval", tmp_path / "m.toy", generated.path, "--json")
     assert (code, json.loads(out)) == (0, pytest.approx(expected)), err
@@ -90,7 +88,7 @@ def test_a_registered_format_is_written_opened_and_evaluated(toy, trained, gener
 def test_the_help_and_the_errors_list_what_is_registered(toy, trained, tmp_path, capsys):
     for verb in ("export", "quantize"):
         shown = CliRunner().invoke(cli, [verb, "--help"], terminal_width=120).output
-        for known in formats().values():
+        for known in formats.formats().values():
             assert re.search(rf"^  {re.escape(known.suffix)} +{re.escape(known.summary)}", shown, re.MULTILINE)
             assert known.extra is None or f"(needs dqrm[{known.extra}])" in shown
     for arguments, says in (

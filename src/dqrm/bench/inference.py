@@ -33,7 +33,8 @@ from dqrm.bench.random_model import fp32_model, write_artifact
 from dqrm.data.batches import Batch, Split
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
-from dqrm.export.check import compare, generate
+from dqrm.export.check import compare, generate, logits_of
+from dqrm.export.formats import score_file
 from dqrm.export.pipeline import TOLERANCE
 from dqrm.kernels import native
 from dqrm.models.base import ClickModel
@@ -188,23 +189,9 @@ def _models(packed: ClickModel, names: Sequence[str]) -> dict[str, ClickModel]:
 def _scores(
     models: Mapping[str, ClickModel], names: Sequence[str], files: Mapping[str, Path], threads: int
 ) -> dict[str, Score]:
-    def ours(model: ClickModel) -> Score:
-        def score(batch: Batch) -> Tensor:
-            with torch.inference_mode():
-                logits: Tensor = model(batch.dense, batch.ids, batch.bags)
-            return logits
-
-        return score
-
-    scores: dict[str, Score] = {}
-    for name in names:
-        if name in models:
-            scores[name] = ours(models[name])
-        else:
-            from dqrm.export.formats import score_file
-
-            scores[name] = score_file(files[name], threads)
-    return scores
+    return {
+        name: partial(logits_of, models[name]) if name in models else score_file(files[name], threads) for name in names
+    }
 
 
 def _require_equal(scores: Mapping[str, Score], batches: Sequence[Batch]) -> float:

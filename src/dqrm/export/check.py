@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
@@ -84,6 +84,13 @@ def generate(described: Mapping[str, Any], rows: int, seed: int = 0) -> Batch:
         tuple(bags),
         torch.zeros(rows),
     )
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits [B] of a model for a batch."""
+    with torch.inference_mode():
+        logits: Tensor = model(batch.dense, batch.ids, batch.bags)
+    return logits
 
 
 def compare(found: Tensor, expected: Tensor, leave_out: int = 0) -> float:

@@ -22,7 +22,7 @@ from dqrm.errors import UserError
 from dqrm.export import artifact
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.check import compare, looked_up, sample
+from dqrm.export.check import compare, logits_of, looked_up, sample
 from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.container import Entry, write
 from dqrm.export.formats import either, format_of, formats
@@ -116,7 +116,7 @@ def _from_run(
     rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
     reference = weights.reference()
     reference.logit_offset = model.logit_offset = rate.offset
-    expected = _score(reference, batch)
+    expected = logits_of(reference, batch)
     method = {"method": "none" if (weights.table_bits, weights.mlp_bits) == (32, 32) else "qat"}
     content = {
         "model": described,
@@ -131,7 +131,7 @@ def _from_run(
     content["vocabulary"], more = _vocabulary(dataset if shipped else None, config, made, progress)
     entries += more
     write(first, artifact.KIND, content, entries)
-    difference = None if ptq is None else compare(_score(model, batch), expected)
+    difference = None if ptq is None else compare(logits_of(model, batch), expected)
     watch.check()
     del model, weights, reference, entries  # and with them the mapping of the checkpoint
     opened = Artifact.open(first, verify=True)
@@ -157,7 +157,7 @@ def _from_artifact(
     batch, where = sample(opened.content["model"], dataset, config.check_rows)
     share = opened.base_rate.subsample_negatives if dataset is None else dataset.subsample_negatives
     rate = BaseRate.chosen(share, config.correct_subsampling)
-    return _finish(opened, rate, made, target, batch, _score(_model(opened, rate), batch), where)
+    return _finish(opened, rate, made, target, batch, logits_of(_model(opened, rate), batch), where)
 
 
 def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
@@ -203,12 +203,6 @@ def _metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
     """What a file of another format carries of the artifact's header, as text."""
     kept = ("model", "quantization", "schema", "provenance")
     return {"dqrm": json.dumps({**{name: opened.content[name] for name in kept}, "subsampling": rate.header()})}
-
-
-def _score(model: torch.nn.Module, batch: Batch) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(batch.dense, batch.ids, batch.bags)
-    return logits
 
 
 def _vocabulary(

@@ -1,7 +1,7 @@
 """The model that `dqrm.load` gives: a packed one that scores rows of raw values, too."""
 
 import threading
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from dqrm.data.raw import RawEncoder
 from dqrm.data.tables import rows_source
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
+from dqrm.export.check import logits_of
 from dqrm.models.base import ClickModel
 from dqrm.options import build
-from dqrm.serving.sources import LogFormat, scorer
+from dqrm.serving.sources import LogFormat
 from dqrm.serving.writer import probabilities
 
 # One for all models: a lock of each would keep them from being copied and pickled.
@@ -71,7 +72,7 @@ class LoadedModel(ClickModel):
         ingest.check([source], encoder.plan)
         found, done = [np.empty(0, np.float32)], 0
         for block in encoder.blocks(source):
-            found.append(probabilities(scorer(self), block.batch, batch_size, done))
+            found.append(probabilities(partial(logits_of, self), block.batch, batch_size, done))
             done += len(block.batch)
         return np.concatenate(found)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
+from dqrm.export.check import logits_of
 from dqrm.export.formats import either, formats
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import dataset_of, require_dataset, watch_checkpoint
@@ -144,17 +146,7 @@ def open_source(model: Model, config: PredictConfig, progress: Progress | None =
     opened = Artifact.open(path, config.verify)
     packed = opened.model(config.in_memory)
     log = LogFormat.of_artifact(opened, config.data, config.verify, progress)
-    return Source(str(path), nullcontext(scorer(packed)), log, opened.base_rate, (path,), config.threads)
-
-
-def scorer(model: nn.Module) -> Score:
-    """A function from a batch to the model's logits [B]."""
-
-    def score(batch: Batch) -> Tensor:
-        logits: Tensor = model(batch.dense, batch.ids, batch.bags)
-        return logits
-
-    return score
+    return Source(str(path), nullcontext(partial(logits_of, packed)), log, opened.base_rate, (path,), config.threads)
 
 
 def _of_run(path: Path, config: PredictConfig, progress: Progress | None) -> Source:
@@ -167,14 +159,13 @@ def _of_run(path: Path, config: PredictConfig, progress: Progress | None) -> Sou
     watch = watch_checkpoint(run, state["step"], "the loaded model", "load it again")
     rate = BaseRate.chosen(dataset.subsample_negatives, True)
     model.logit_offset = rate.offset
-    plain = scorer(model)
 
-    def score(batch: Batch) -> Tensor:
-        if not config.in_memory:
-            watch.check()
-        return plain(batch)
+    def watched(batch: Batch) -> Tensor:
+        watch.check()
+        return logits_of(model, batch)
 
-    return Source(str(path), nullcontext(score), log, rate, (path, dataset.path), config.threads)
+    scoring: Score = partial(logits_of, model) if config.in_memory else watched
+    return Source(str(path), nullcontext(scoring), log, rate, (path, dataset.path), config.threads)
 
 
 def _of_file(path: Path, config: PredictConfig, progress: Progress | None) -> Source:
@@ -188,8 +179,7 @@ def _of_file(path: Path, config: PredictConfig, progress: Progress | None) -> So
     content = kind.content(path)
     log = LogFormat.of_dataset(require_dataset(content, config.data, path), config.verify, progress)
     threads = config.threads or torch.get_num_threads()  # a session's number is fixed when it is opened
-    score = kind.open(path, threads)
-    return Source(str(path), nullcontext(score), log, BaseRate.of(content), (path,), threads)
+    return Source(str(path), nullcontext(kind.open(path, threads)), log, BaseRate.of(content), (path,), threads)
 
 
 def _of_module(model: Any, config: PredictConfig, progress: Progress | None) -> Source:
@@ -220,5 +210,5 @@ def _of_module(model: Any, config: PredictConfig, progress: Progress | None) -> 
 @contextmanager
 def _corrected(model: Any, offset: float) -> Iterator[Score]:
     """Inside, the model is in evaluation mode; yields its logits with the offset added."""
-    with evaluating(model, sampled=False) as score:
-        yield lambda batch: score(batch) + offset
+    with evaluating(model, sampled=False) as logits:
+        yield lambda batch: logits(batch) + offset

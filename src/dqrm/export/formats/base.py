@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dqrm.errors import UserError
 
 if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not wait for torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dqrm.data.batches import Batch
     from dqrm.export.artifact import Artifact
+    from dqrm.models.base import ClickModel
 
     Score = Callable[[Batch], Tensor]
 
@@ -41,7 +42,7 @@ class Format(ABC):
     is_artifact: ClassVar[bool] = False
 
     @abstractmethod
-    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         """Write a model.
 
         Args:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dqrm.export.formats.base import Format, beside
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dqrm.data.batches import Batch
     from dqrm.export.artifact import Artifact
     from dqrm.export.formats.base import Score
+    from dqrm.models.base import ClickModel
 
 
 class DqrmFormat(Format):
@@ -23,22 +22,14 @@ class DqrmFormat(Format):
     summary = "the artifact, for `dqrm predict` and dqrm.load"
     is_artifact = True
 
-    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         """Nothing to do: an export writes the artifact before all else."""
 
     def open(self, path: Path, threads: int = 0) -> Score:
-        import torch
-
         from dqrm.export.artifact import Artifact
+        from dqrm.export.check import logits_of
 
-        model = Artifact.open(path).model()
-
-        def score(batch: Batch) -> Tensor:
-            with torch.inference_mode():
-                logits: Tensor = model(batch.dense, batch.ids, batch.bags)
-            return logits
-
-        return score
+        return partial(logits_of, Artifact.open(path).model())
 
     def companions(self, path: Path) -> list[Path]:
         """Vocabularies in a second file."""

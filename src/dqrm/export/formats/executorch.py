@@ -10,10 +10,11 @@ from dqrm.errors import UserError
 from dqrm.export.formats.base import Format, damaged
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dqrm.data.batches import Batch
     from dqrm.export.formats.base import Score
+    from dqrm.models.base import ClickModel
 
 MAX_BATCH = 8192
 """Samples that a .pte takes at once: ExecuTorch plans its memory for the largest batch."""
@@ -29,14 +30,14 @@ class ExecuTorchFormat(Format):
     extra = "executorch"
     not_evaluated = "a .pte does not say which data its model was trained on"
 
-    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         try:
             from executorch.exir import EdgeCompileConfig, to_edge
         except ImportError:
             raise self.missing("writing") from None
         from dqrm.export.formats.program import exported
 
-        program = exported(model, MAX_BATCH, MAX_VALUES)  # type: ignore[arg-type]
+        program = exported(model, MAX_BATCH, MAX_VALUES)
         edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
         with path.open("wb") as file:
             edge.to_executorch().write_to_file(file)

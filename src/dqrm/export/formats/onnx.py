@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from dqrm.export.formats.base import Format, beside, damaged
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dqrm.data.batches import Batch
     from dqrm.export.formats.base import Score
+    from dqrm.models.base import ClickModel
 
 
 class OnnxFormat(Format):
@@ -23,10 +24,10 @@ class OnnxFormat(Format):
     summary = "an ONNX graph, for ONNX Runtime and others"
     extra = "onnx"
 
-    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         from dqrm.export.formats.onnx_writer import write_onnx
 
-        write_onnx(model, path, metadata)  # type: ignore[arg-type]
+        write_onnx(model, path, metadata)
 
     def open(self, path: Path, threads: int = 0) -> Score:
         import numpy as np

@@ -10,10 +10,11 @@ from typing import IO, TYPE_CHECKING, Any
 from dqrm.export.formats.base import Format, damaged
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dqrm.data.batches import Batch
     from dqrm.export.formats.base import Score
+    from dqrm.models.base import ClickModel
 
 
 class TorchExportFormat(Format):
@@ -23,12 +24,12 @@ class TorchExportFormat(Format):
     summary = "a torch.export program, for torch.export.load"
     not_evaluated = "torch.export.load can run code that is in a .pt2, so dqrm opens none"
 
-    def write(self, model: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         import torch
 
         from dqrm.export.formats.program import exported
 
-        program = exported(model)  # type: ignore[arg-type]
+        program = exported(model)
         with path.open("wb") as file:
             sink = _Sink(file)
             torch.export.save(program, sink)
