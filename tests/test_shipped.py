@@ -13,6 +13,7 @@ import pytest
 
 from cli_helpers import command
 from dqrm.config import Config
+from dqrm.quant.config import QUANTIZERS
 from shipped_helpers import ROOT
 
 pytestmark = pytest.mark.long
@@ -49,6 +50,12 @@ def example(name):
 
 def test_own_model_learns_and_packs():
     assert example("own_model")["main"]() > 0.7
+
+
+def test_own_quantizer_learns_its_scale(monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "lsq", "set by the example, removed after the test")
+    before, after = example("own_quantizer")["main"]()
+    assert 0 < after != before
 
 
 def test_scoring_service_answers_as_the_model_does(tmp_path):
