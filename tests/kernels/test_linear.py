@@ -5,13 +5,18 @@ import pytest
 import torch
 
 import reference as ref
+from dqrm.kernels import quantize_weights
 from dqrm.models.interaction import dot_interaction, pairs
-from dqrm.quant.linear import QuantLinear, quantized_weight
+from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.uniform import code_limits, fake_quantize, scale_from_max
 from kernel_helpers import NATIVE, ODD, PATHS, both, on, random_rows, same
 
 # ---- linear layers
+
+
+def quantized_weight(weight, bits, per_channel, codes):
+    return quantize_weights([weight], [(per_channel, code_limits(bits)[1], codes)])[0]
 
 
 @NATIVE

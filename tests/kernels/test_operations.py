@@ -139,13 +139,13 @@ def raise_scales(dtype, scale, numbers, count):
     return (raised.scale,)
 
 
-@case(*product([(1, 1), (15, 3), (16, 16), (17, 17), (1003, 17)], [FP32, BF16], [*ODD, None]))
-def blocks_max(shape, dtype, value):
+@case(*product([(1, 1), (15, 3), (16, 16), (17, 17), (1003, 17)], [FP32, BF16], [*ODD, None], [0, 1]))
+def blocks_max(shape, dtype, value, clean):
     table = random_rows(*shape, dtype=dtype)
     if value is not None:
         table[-1, -1] = value
     count = -(-shape[0] // 16)
-    dirty, maxima = (torch.arange(count) % 3 != 1).to(torch.uint8), torch.arange(count) / 100
+    dirty, maxima = (torch.arange(count) % 3 > clean * 2).to(torch.uint8), torch.arange(count) / 100
     return torch.tensor(kernels.blocks_max(table, 16, dirty, maxima)), dirty, maxima
 
 
@@ -159,7 +159,8 @@ def quantize_weights(bits, per_channel, numbers):
     found = []
     for codes in [False] if bits == 16 else [False, True]:
         found += kernels.quantize_weights(weights, [(per_channel, highest, codes)] * len(weights))
-        found += kernels.quantize_weights(weights[:1], [(per_channel, highest, codes)])
+        for few in (weights[:1], weights[-2:], []):
+            found += kernels.quantize_weights(few, [(per_channel, highest, codes)] * len(few))
     return [tensor for pair in found for tensor in pair]
 
 

@@ -16,7 +16,7 @@ from dqrm.kernels import cpu, plain
 from dqrm.kernels.build import library
 from dqrm.kernels.layout import Blocks, TableRanges
 
-__all__ = ["BACKENDS", "OPERATIONS", "Backend", "Blocks", "TableRanges", "choose", "native"]
+__all__ = ["BACKENDS", "OPERATIONS", "Backend", "Blocks", "TableRanges", "choose", "native", "traced"]
 
 
 class Backend(Protocol):
@@ -36,18 +36,18 @@ def native() -> bool:
     return library() is not None
 
 
+def traced() -> bool:
+    """Whether torch records what happens now (torch.compile, torch.export, torch.jit.trace)."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def choose(operation: str, *tensors: Tensor | None) -> Any:
     """The backend that computes an operation on these tensors; while a model is traced, plain torch."""
-    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    if not traced():
         for backend in BACKENDS:
             if backend.takes(operation, *tensors):
                 return backend
     return plain
-
-
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether a backend other than plain torch takes such tensors at all."""
-    return choose("fits", *tensors) is not plain
 
 
 def _operation(function: _Function) -> _Function:

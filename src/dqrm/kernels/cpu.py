@@ -42,7 +42,6 @@ _DTYPES: dict[str, Any] = {
     "unpack_nibbles": (_U8,),
     "encode_rows": (_I64, _F32, _F32, _I64),
     "decode_rows": (_U8, _I64),
-    "fits": repeat((*_FLOATS, *_IDS, *_U8)),
 }
 
 
@@ -208,7 +207,7 @@ def quantize_weights(
     weights: Sequence[Tensor], formats: Sequence[tuple[bool, int, bool]]
 ) -> list[tuple[Tensor, Tensor]]:
     plan, size, scales, places = _plan(tuple([weight.shape for weight in weights]), tuple(formats))
-    memory, scale = _lend(size), torch.empty(sum(scales))
+    memory, scale = _lend(size or 64), torch.empty(sum(scales))  # no view is taken of nothing
     pointers = (c_void_p * len(weights))(*[weight.data_ptr() for weight in weights])
     _call("quantize_weights", pointers, plan, len(weights), scale, memory)
     views = {dtype: memory.view(dtype) for dtype in {dtype for dtype, *_ in places}}

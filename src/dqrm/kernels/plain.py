@@ -141,7 +141,7 @@ def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> floa
     for chunk in dirty.nonzero()[:, 0].split(_CHUNK // block):
         # The last block may be short: its last row stands for those that are not there.
         rows = (chunk[:, None] * block + within).clamp_(max=len(table) - 1).view(-1)
-        maxima[chunk] = table.index_select(0, rows).abs().view(len(chunk), -1).amax(1).float()
+        maxima[chunk] = table.index_select(0, rows).abs().view(len(chunk), block * table.shape[1]).amax(1).float()
     dirty.zero_()
     return float(maxima.amax()) if len(maxima) else 0.0
 

@@ -32,7 +32,7 @@ class _Lookup(NamedTuple):
 
 
 class _ActiveRows(torch.autograd.Function):
-    """Gather and fake-quantize in one pass of compiled code; backward: one sparse gradient (STE)."""
+    """Gather and fake-quantize in one operation; backward: one sparse gradient (STE)."""
 
     @staticmethod
     def forward(
@@ -40,16 +40,16 @@ class _ActiveRows(torch.autograd.Function):
         clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = sum(lookup.ids.numel() for lookup in lookups)
-        found = torch.empty(count, weight.shape[1])
-        rows = torch.empty(count, dtype=torch.int64)
+        values = torch.empty(count, weight.shape[1], device=weight.device)
+        rows = torch.empty(count, dtype=torch.int64, device=weight.device)
         at = 0
         for lookup in lookups:
             end = at + lookup.ids.numel()
             tables = slice(lookup.first, lookup.first + len(lookup.starts))
             watched = () if blocks is None else (blocks.dirty, blocks.starts[tables], blocks.block)
             wrong = kernels.lookup(
-                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, limits, found[at:end], rows[at:end],
-                clamped, raising, *watched,
+                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, limits, values[at:end],
+                rows[at:end], clamped, raising, *watched,
             )  # fmt: skip
             if wrong >= 0:
                 number = wrong % len(lookup.starts)
@@ -57,7 +57,7 @@ class _ActiveRows(torch.autograd.Function):
             at = end
         ctx.rows, ctx.shape, ctx.dtype = rows, weight.shape, weight.dtype
         ctx.mark_non_differentiable(rows)
-        return found, rows
+        return values, rows
 
     @staticmethod
     @once_differentiable
@@ -147,8 +147,9 @@ class _OneTable(QuantizedTables):
         ids = integers(ids)
         quantizer.before_forward(weight, self.sparse)
         plain = self.padding_idx is not None or weight.dtype != torch.float32 or not quantizer.fusible
-        if self.sparse and not plain and kernels.fits(ids, weight, scale := quantizer.scale):
-            table = _Lookup(ids, 0, torch.tensor([0]), torch.tensor([len(weight)]), scale)
+        if self.sparse and not plain and not kernels.traced():
+            start = torch.zeros(1, dtype=torch.int64, device=weight.device)
+            table = _Lookup(ids.contiguous(), 0, start, start + len(weight), quantizer.scale)
             values, rows = _ActiveRows.apply(weight, [table], *quantizer.lookup_arguments(weight, ids.numel()))
         else:
             rows = ids.long()
@@ -260,7 +261,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         if self.bits != 32:
             quantizer.before_forward(weight, self.sparse)
             scale = quantizer.scale
-        if self.sparse and quantizer.fusible and kernels.fits(weight, scale, *[part for part, _, _ in groups]):
+        if self.sparse and quantizer.fusible and not kernels.traced():
             starts, table_rows = self.row_offsets, self.rows_per_table
             lookups = [
                 _Lookup(
@@ -281,7 +282,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         return self._pooled(list(values.split(lengths)) if bags else [values], len(ids), bags)
 
     def _plain_rows(self, groups: list[tuple[Tensor, int, int]], weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The same rows [N, dim] and their numbers in plain torch."""
+        """The same rows [N, dim] and their numbers, differentiable in all ways: dense gradients, other quantizers."""
         quantizer, pieces = self.weight_fake_quantizer, []
         for ids, first, tables in groups:
             self._refuse_outside(ids, first, tables)

@@ -1,6 +1,5 @@
 """A linear layer whose weight is quantized each time it is used."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from dqrm import kernels
 from dqrm.quant.config import QATConfig, take_qat
 from dqrm.quant.quantizer import FakeQuantized, Groups, WeightFakeQuantizer
-from dqrm.quant.uniform import check_floats, code_limits, dequantize, fake_quantize, quantize, scale_from_max
+from dqrm.quant.uniform import check_floats, code_limits, fake_quantize, scale_from_max
 
 
 def weight_scale(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
@@ -18,41 +17,13 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
     return scale_from_max(Groups(len(weight) if per_channel else 1).largest(weight), bits)
 
 
-def fusible(*weights: Tensor) -> bool:
-    """Whether the kernels quantize these weights."""
-    return kernels.fits(*weights) and all(weight.dtype == torch.float32 and weight.numel() for weight in weights)
-
-
-def quantized_weights(
-    weights: Sequence[Tensor], formats: Sequence[tuple[int, bool, bool]]
-) -> list[tuple[Tensor, Tensor]]:
-    """`quantized_weight` of several weights, in one pass; formats: (bits, per_channel, codes)."""
-    if weights and fusible(*weights):
-        wanted = [(per_channel, code_limits(bits)[1], codes) for bits, per_channel, codes in formats]
-        return kernels.quantize_weights(weights, wanted)
-    return [quantized_weight(weight, *format) for weight, format in zip(weights, formats)]
-
-
-def quantized_weight(weight: Tensor, bits: int, per_channel: bool, codes: bool) -> tuple[Tensor, Tensor]:
-    """A float32 weight as it is multiplied, without a gradient, and its scale.
-
-    Args:
-        codes: bf16 codes instead of float32 values; up to 8 bits they are exact.
-    """
-    if fusible(weight):
-        (found,) = kernels.quantize_weights([weight.detach()], [(per_channel, code_limits(bits)[1], codes)])
-        return found
-    scale = weight_scale(weight, bits, per_channel)
-    codes_found = quantize(weight.detach(), scale[:, None], bits)
-    return (codes_found.bfloat16() if codes else dequantize(codes_found, scale[:, None])), scale
-
-
 class _FakeQuantizeWeight(torch.autograd.Function):
     """The weight's values forward, STE backward."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int, per_channel: bool) -> Tensor:
-        return quantized_weight(weight, bits, per_channel, codes=False)[0].to(weight.dtype)
+        ((values, _),) = kernels.quantize_weights([weight], [(per_channel, code_limits(bits)[1], False)])
+        return values.to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dqrm import kernels
-from dqrm.quant.linear import QuantLinear, quantized_weights
+from dqrm.quant.linear import QuantLinear
 from dqrm.quant.packed import PackedLinear
-from dqrm.quant.uniform import check_floats
+from dqrm.quant.uniform import check_floats, code_limits
 
 # Multiplications below which converting to bf16 and back costs more than multiplying faster gains (measured).
 _WORTH_BF16 = 4_000_000
@@ -43,8 +43,11 @@ class _Layers(torch.autograd.Function):
             number for number, (layer, bf16) in enumerate(zip(layers, halves))
             if layer.bits != 32 and not (bf16 and layer.bits == 16)
         ]  # fmt: skip
-        formats = [(layers[number].bits, layers[number].per_channel, halves[number]) for number in chosen]
-        quantized = dict(zip(chosen, quantized_weights([parameters[2 * number] for number in chosen], formats)))
+        formats = [
+            (layers[number].per_channel, code_limits(layers[number].bits)[1], halves[number]) for number in chosen
+        ]
+        weights = [parameters[2 * number] for number in chosen]
+        quantized = dict(zip(chosen, kernels.quantize_weights(weights, formats)))
         for number, (layer, bf16) in enumerate(zip(layers, halves)):
             weight, bias = parameters[2 * number : 2 * number + 2]
             used, scale = quantized.get(number, (weight, None))
@@ -52,11 +55,7 @@ class _Layers(torch.autograd.Function):
                 x, used = x.bfloat16(), used.bfloat16()
                 scale = weight.new_ones(1) if scale is None else scale
                 y = x.mm(used.t())
-                if kernels.fits(y, bias, scale):
-                    kernels.finish_linear(y, scale, bias, layer.relu)
-                else:
-                    y = torch.addcmul(bias, y.float(), scale).bfloat16()
-                    y = y.relu_() if layer.relu else y
+                y = kernels.finish_linear(y, scale, bias, layer.relu)
             else:
                 x, scale = x.float(), None
                 y = torch.addmm(bias, x, used.t())
@@ -80,11 +79,7 @@ class _Layers(torch.autograd.Function):
             # The next layer may have taken y in another dtype; what is 0 there is 0 here.
             if shown is not None and shown.dtype != grad.dtype:
                 shown = shown.to(grad.dtype)
-            if kernels.fits(grad, shown, scale):
-                grad, scaled, bias_grad = kernels.start_linear(grad, shown, scale)
-            else:
-                grad = grad if shown is None else torch.where(shown > 0, grad, 0)
-                scaled, bias_grad = grad if scale is None else (grad * scale).to(grad.dtype), grad.float().sum(0)
+            grad, scaled, bias_grad = kernels.start_linear(grad, shown, scale)
             found += [bias_grad, grad.t().mm(x)]
             if number:
                 grad = scaled.mm(used)

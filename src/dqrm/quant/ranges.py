@@ -40,14 +40,14 @@ class BlockMaxima:
     float32 table of dim 16).
     """
 
-    def __init__(self, table_rows: tuple[int, ...]) -> None:
+    def __init__(self, table_rows: tuple[int, ...], device: torch.device | str = "cpu") -> None:
         blocks = torch.tensor([0, *(-(-rows // _BLOCK) for rows in table_rows)], dtype=torch.int64).cumsum(0)
-        self.starts = blocks[:-1].contiguous()
-        self._row_starts = torch.tensor([0, *table_rows[:-1]], dtype=torch.int64).cumsum(0)
+        self.starts = blocks[:-1].to(device)
+        self._row_starts = torch.tensor([0, *table_rows[:-1]], dtype=torch.int64).cumsum(0).to(device)
         self._bounds = blocks.tolist()
         self.block = _BLOCK
-        self.dirty = torch.ones(self._bounds[-1], dtype=torch.uint8)
-        self.maxima = torch.zeros(self._bounds[-1])
+        self.dirty = torch.ones(self._bounds[-1], dtype=torch.uint8, device=device)
+        self.maxima = torch.zeros(self._bounds[-1], device=device)
 
     def mark(self, rows: Tensor, first: int, tables: int) -> None:
         """Rows of the whole weight, position i of table first + i % tables, may change (the kernels mark their own)."""
@@ -104,8 +104,8 @@ class TableMax(WeightFakeQuantizer):
 
     def only_looked_up_rows_change(self, weight: Tensor) -> None:
         self._promised = True
-        if self.bits != 32 and not self._running and kernels.fits(weight) and self._blocks is None:
-            self._blocks = BlockMaxima(tuple(len(table) for table in self.groups.tables(weight)))
+        if self.bits != 32 and not self._running and self._blocks is None:
+            self._blocks = BlockMaxima(tuple(len(table) for table in self.groups.tables(weight)), weight.device)
 
     @torch.no_grad()
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
@@ -123,7 +123,7 @@ class TableMax(WeightFakeQuantizer):
         if self._blocks is None:
             return self.groups.largest(weight)
         tables = enumerate(self.groups.tables(weight))
-        return torch.tensor([self._blocks.table_max(number, table) for number, table in tables])
+        return torch.tensor([self._blocks.table_max(number, table) for number, table in tables], device=weight.device)
 
     def _covered(self, weight: Tensor) -> None:
         self._covered_at, self._trained_since = _version(weight), False
@@ -144,20 +144,10 @@ class TableMax(WeightFakeQuantizer):
 
     def _raise_for(self, rows: Tensor, weight: Tensor) -> None:
         """Raise scales to what these rows need: int64 [N] of the weight."""
-        ranges = self._ranges()
-        if kernels.fits(rows, weight, ranges.scale, ranges.starts):
-            kernels.raise_scales(rows, weight, ranges)
-        elif len(rows):
-            largest = storage_of(weight.dtype).gather(weight, rows).abs().amax(1)
-            table = torch.searchsorted(ranges.starts, rows, right=True).sub_(1)
-            needed = torch.zeros_like(ranges.scale).scatter_reduce_(0, table, largest, "amax")
-            raise_to(ranges.scale, needed, self.bits)
+        storage_of(weight.dtype).raise_scales(weight, rows, self._ranges())
 
     def ranges_to_raise(self, weight: Tensor) -> kernels.TableRanges | None:
-        if not (self._running and self._scale_known):
-            return None
-        ranges = self._ranges()
-        return ranges if kernels.fits(weight, ranges.scale) else None
+        return self._ranges() if self._running and self._scale_known else None
 
     def raised(self, weight: Tensor) -> None:
         self._looked_up.clear()

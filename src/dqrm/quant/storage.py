@@ -45,6 +45,11 @@ class Storage:
     largest = staticmethod(max_abs)
 
     @staticmethod
+    def raise_scales(weight: Tensor, rows: Tensor, ranges: TableRanges) -> None:
+        """Raise the scales of tables in the weight, in place, to what its rows int64 [N] need."""
+        kernels.raise_scales(rows, weight, ranges)
+
+    @staticmethod
     def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
         """weight[rows[i]] += factor * values[i] in place.
 
