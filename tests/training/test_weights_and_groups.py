@@ -106,7 +106,7 @@ def test_a_weight_that_is_none_is_refused_by_its_row(tmp_path, value, told):
     [
         ({"weight": "label"}, "column label is the label and cannot be the weight too"),
         ({"group": "label"}, "column label is the label and cannot be the group too"),
-        ({"group": "ad", "multi": ("ad",)}, "group ad is a multi column"),
+        ({"group": "ad", "multi": ("ad",)}, "group is 'ad', a multi column"),
         ({"layout": "criteo-kaggle", "categorical": (), "dense": (), "weight": "w"}, "weight is for layout table"),
     ],
 )
