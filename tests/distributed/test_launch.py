@@ -217,8 +217,8 @@ def test_rank_0_alone_writes_and_prints(two, four):
     ended, run = two
     assert json.loads(ended.out) == summary(run)
     assert ended.err == ""  # --json
-    for step in (124, 135):  # --eval-every, and the end of the epoch; no other run is so long
-        assert four[1].err.count(f"step {step}: training loss") == 1
+    for place in ("epoch 1, step 27", "epoch 2, step 54"):  # of the run with the default configuration
+        assert four[1].err.count(f"{place}: training loss") == 1
     assert [line["step"] for line in lines(run, "train")] == list(range(5, 136, 5))
     evaluated = [line["step"] for line in lines(run, "evaluation")]
     assert evaluated == sorted({*range(27, 136, 27), *range(31, 136, 31)})
