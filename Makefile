@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## FP32 against INT4 on a generated click log, at most 5 minutes
 	$(RUN) dqrm demo --output demo
 
-test: setup  ## all that is quick, about 6 minutes on 2 cores
+test: setup  ## all that is quick, about 5 minutes on 2 cores
 	$(TEST) -m 'not slow'
 
 test-slow: setup  ## the rest: full products of parameters
