@@ -80,7 +80,7 @@ def test_a_model_in_a_pipe_is_named_and_not_read(run, tmp_path):
     os.mkfifo(tmp_path / "m.dqrm")
     with pytest.raises(UserError, match=r"m.dqrm is a pipe or a device, expected a .dqrm file"):
         dqrm.load(tmp_path / "m.dqrm")
-    with pytest.raises(UserError, match="is no folder, expected a run folder"):
+    with pytest.raises(UserError, match="is not a folder, expected a run folder"):
         Run.open(tmp_path / "m.dqrm")
     with pytest.raises(UserError, match="does not exist, expected a run folder"):
         Run.open(tmp_path / "nowhere")

@@ -193,7 +193,7 @@ class TrainingConfig:
     log_every: int = 1000
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     callbacks: tuple[str, ...] = ()
-    """Callbacks by name, each with options as redraw_tables:min_rows=100000 (draws large tables anew at each epoch)."""
+    """Callbacks by name, each with options as redraw_tables:min_rows=100000 (redraws large tables at each epoch)."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"

@@ -139,7 +139,7 @@ def packed_model(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Cl
         scale=tensors.pop("tables.scale"),
     )
     if tensors:
-        raise ValueError(f"'{next(iter(tensors))}' is no part of its model")
+        raise ValueError(f"'{next(iter(tensors))}' is not part of the model")
     return model_class(config).from_parts(config, described["num_dense"], tables, stacks)
 
 

@@ -135,7 +135,7 @@ class Run:
             if (path / _LOCK).exists() and not _contents(path):
                 what = f"holds no {_INFO}: its run was stopped before it began; `dqrm train DATA -o {path}` starts it"
             if not path.is_dir():
-                what = f"{'is no folder' if path.exists() else 'does not exist'}, expected a run folder"
+                what = f"{'is not a folder' if path.exists() else 'does not exist'}, expected a run folder"
             raise UserError(f"{path} {what}")
         info = read_json(path / _INFO)
         found = info.get("format_version") if isinstance(info, dict) else None
