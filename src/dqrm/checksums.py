@@ -64,7 +64,7 @@ def verify(
         listed_in: the name of the JSON file. then: what the user can do about damage.
 
     Raises:
-        UserError: a file is missing, or of another size or content; names it.
+        UserError: a file is missing, or its size or content differs; names it.
     """
     listed = content.get(FILES)
     if listed is None:

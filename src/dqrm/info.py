@@ -209,8 +209,8 @@ def print_export(found: dict[str, Any]) -> None:
         f"are {size(found['fp32_bytes'])}"
     )
     results.print(
-        f"Checked: {compared['rows']:,} rows ({compared['of']}) scored with the file and with the model that it is of; "
-        f"probabilities differ by at most {found['largest_difference']:.2g}"
+        f"Verified on {compared['rows']:,} rows ({compared['of']}): probabilities differ from the model's by at most "
+        f"{found['largest_difference']:.2g}"
     )
     print_base_rate(found["subsampling"])
     if "largest_difference_from_fp32" in found:

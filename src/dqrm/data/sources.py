@@ -50,7 +50,7 @@ class Stream:
 class Source:
     """One file of the log and what was found in it.
 
-    path: where it lies. where: how messages name it. name: by what it is told from the others, with no folder of this
+    path: of the file. where: its name in messages. name: what distinguishes it from the others, without folders of this
     machine. partitions: columns in its path. state: what it was when it was found. stream: what is read instead of a
     file. used: the columns of the path that the dataset depends on. rest: what has not been read yet.
     """

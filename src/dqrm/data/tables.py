@@ -54,7 +54,7 @@ class TableSource(Source):
         """Whether it has the columns of the plan, in types that can be what they are named for.
 
         Raises:
-            UserError: one is missing (all that are, are named), is there twice, or is of another type.
+            UserError: a column is missing (all missing ones are named), duplicated, or of the wrong type.
         """
         assert self.table is not None
         where, names = self.where, self.table.names

@@ -63,7 +63,7 @@ class Codec:
         return self.name == "fp32"
 
     def sizes(self, blocks: int, values: int) -> tuple[int, int]:
-        """Bytes of the scales and of the values (padding included) of so many blocks with so many values."""
+        """Bytes of the scales and of the values (padding included) of a number of blocks with a number of values."""
         if self.bits:
             return 4 * blocks, padded(-(-values * self.bits // 8))
         return 0, padded(values * _DTYPES[self.name].itemsize)
@@ -80,7 +80,7 @@ class Codec:
         seed: int = 0,
         scales: Tensor | None = None,
     ) -> Tensor:
-        """x + residual as bytes: uint8 [sum(sizes)]. The residual becomes what was lost, in place.
+        """x + residual as bytes: uint8 [sum(sizes)]. The residual is set to the encoding error, in place.
 
         Args:
             x: float32, flat.
@@ -120,7 +120,7 @@ class Codec:
         out[at : at + len(stored)].copy_(stored)
 
     def decode(self, message: Tensor, blocks: Blocks, out: Tensor, add: bool = False) -> None:
-        """The inverse: values into `out` (float32, flat) where the blocks lie, or added to it."""
+        """The inverse: values into `out` (float32, flat) at the blocks' positions, or added to it."""
         scale_bytes, value_bytes = self.sizes(len(blocks), blocks.total)
         stored = message[scale_bytes : scale_bytes + value_bytes]
         if self.bits == 4:

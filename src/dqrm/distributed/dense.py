@@ -42,7 +42,7 @@ class MLPLayout:
             self._blocks.append((begins, (size - begins).clamp(max=length)))
 
     def owned(self, number: int, owners: int) -> list[tuple[Tensor, Tensor]]:
-        """The blocks of parameter `number`, as (starts in it, lengths), for each of so many owners: equal shares."""
+        """The blocks of parameter `number`, as (starts in it, lengths), for each owner: equal shards."""
         begins, lengths = self._blocks[number]
         owner = torch.arange(len(begins)) * owners // max(len(begins), 1)
         # A parameter of few blocks must not always fall to the first ranks.

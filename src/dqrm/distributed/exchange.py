@@ -26,7 +26,7 @@ from dqrm.distributed.codecs import Codec, mix
 from dqrm.distributed.dense import Bucket, MLPLayout
 from dqrm.distributed.sparse import RowCodec, split
 
-# From so many ranks on, owners sum rows before all get them; below, everybody gets everything (docs/distributed.md).
+# World size from which on owners sum rows first; below it, all ranks get all rows (docs/distributed.md).
 ALL_TO_ALL_FROM = 64
 PARTS = ("ids", "table_scales", "table_values", "mlp_scales", "mlp_values")
 """Parts of a rank's payload."""
@@ -85,7 +85,7 @@ class Exchange(ABC):
         """Restore what `state` gave on rank 0; each rank finds its own in it.
 
         Raises:
-            ValueError: it is of another world size; nothing is restored.
+            ValueError: the world size differs; nothing is restored.
         """
 
     def report(self) -> dict[str, Any]:

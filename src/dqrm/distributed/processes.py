@@ -109,7 +109,7 @@ class Processes(World):
         try:
             yield
         except RuntimeError as error:
-            # In a thread: a store whose process was stopped does not answer, and knows no time-out.
+            # In a thread: a store whose process was stopped does not answer, and has no timeout.
             asked: list[str] = []
             asking = threading.Thread(
                 target=lambda failure=error: asked.append(self._liveness.cause(failure, self._seconds)), daemon=True

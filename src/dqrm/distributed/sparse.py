@@ -20,7 +20,7 @@ from dqrm.kernels import Blocks
 
 
 class RowCodec:
-    """Rows of tables that lie in one weight, and their gradients, as bytes.
+    """Rows of tables in one contiguous weight, and their gradients, as bytes.
 
     Args:
         table_rows: rows of each table.
@@ -89,7 +89,7 @@ def split(rows: Tensor, values: Tensor, owners: int) -> list[tuple[Tensor, Tenso
 
 
 def reduce(codec: RowCodec, messages: Sequence[Tensor], seed: int) -> tuple[Tensor, dict[str, int]]:
-    """An owner's message: the sum of what the ranks sent it, encoded anew."""
+    """An owner's message: the sum of what the ranks sent it, encoded again."""
     return codec.encode(*add_up(codec, messages), seed=seed)
 
 

@@ -39,7 +39,7 @@ class World:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around collectives: their failure becomes RankLost, which names the rank that caused it."""
+        """Around collectives: turn their failure into RankLost, which names the rank that caused it."""
         yield
 
     def set_timeout(self, seconds: float) -> None:

@@ -40,7 +40,7 @@ class Artifact:
         """Read the header; `verify` compares every tensor's bytes with its checksum too.
 
         Raises:
-            UserError: no such file, foreign, truncated, damaged, or of another format version.
+            UserError: no such file, or a file that is not an artifact, truncated, damaged, or of a different version.
         """
         artifact = cls(Path(path), Container.open(Path(path), KIND))
         try:
@@ -96,7 +96,7 @@ class Artifact:
         """The vocabulary of column `number` as a Parquet file's bytes, compared with its checksum.
 
         Raises:
-            UserError: the artifact has none, its file is missing or of another artifact, or it is damaged.
+            UserError: the artifact has none, or its file is missing, damaged, or belongs to a different artifact.
         """
         where = self._vocabularies()
         name = vocabulary_name(number)
@@ -108,7 +108,7 @@ class Artifact:
         """Compare the vocabularies with their checksums, those in a second file too.
 
         Raises:
-            UserError: one differs, or the second file is missing or of another export.
+            UserError: one differs, or the second file is missing or belongs to a different export.
         """
         if self.content["vocabulary"]["mode"] == "beside":
             self._vocabularies().verify()

@@ -13,7 +13,7 @@ class BaseRate:
     """What an exported file says of it.
 
     Attributes:
-        subsample_negatives: share of the negatives that was dropped before training; None: not known.
+        subsample_negatives: fraction of the negatives that was dropped before training; None: unknown.
         corrected: whether the file's probabilities are on the log's own click rate all the same.
     """
 

@@ -206,7 +206,7 @@ class Container:
             The tensors, and what tells whether the file that they are mapped from was changed; None where none is.
 
         Raises:
-            UserError: a tensor of another dtype or size than its bytes; a file that cannot be mapped, or was replaced.
+            UserError: a tensor that does not match its bytes, or a file that was replaced or cannot be mapped.
         """
         file, memory = self._open(), None
         try:

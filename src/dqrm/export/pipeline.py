@@ -200,7 +200,7 @@ TIPPED = 1e-2
 
 
 def _metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
-    """What a file of another format carries of the artifact's header, as text."""
+    """The part of the artifact's header that files of other formats carry, as text."""
     kept = ("model", "quantization", "schema", "provenance")
     return {"dqrm": json.dumps({**{name: opened.content[name] for name in kept}, "subsampling": rate.header()})}
 
@@ -222,7 +222,7 @@ def _vocabulary(
 
 
 def _vocabularies(dataset: Dataset, folder: Path, progress: Progress) -> Iterator[Entry]:
-    """One entry for each column; their bytes lie in `folder` until they are written, so that memory holds one."""
+    """One entry for each column; their bytes stay in `folder` until they are written, so that memory holds one."""
     from dqrm.data.vocabulary import Vocabulary
 
     for number, column in enumerate(dataset.columns):

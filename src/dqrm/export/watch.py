@@ -22,7 +22,7 @@ class Watch:
         weakref.finalize(self, file.close)
 
     def check(self) -> None:
-        """Raise UserError if the file was written to, cut or touched since: what is read from it may be of another."""
+        """Raise UserError if the file was written to, truncated or touched since: its content may have changed."""
         if not self._opened.unchanged(FileIdentity.of_open(self._file)):
             raise UserError(
                 f"{self._path} was changed in place under {self._user}; {self._remedy}, and replace a file that is in "

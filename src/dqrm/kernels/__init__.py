@@ -55,7 +55,7 @@ def _operation(function: _Function) -> _Function:
     return function
 
 
-# ---- tables: several may lie in one weight [rows, dim], one after the other
+# ---- tables: one weight [rows, dim] may hold several, one after the other
 
 
 @_operation
@@ -113,7 +113,7 @@ def add_rows(
         ranges: scales to raise, in place, to what the rows need afterwards.
 
     Raises:
-        ValueError, IndexError, RuntimeError: values of another shape, or a row out of range.
+        ValueError, IndexError, RuntimeError: values of the wrong shape, or a row out of range.
     """
     scale = None if ranges is None else ranges.scale
     return choose("add_rows", weight, rows, values, scale).add_rows(weight, rows, values, factor, ranges)
@@ -243,7 +243,7 @@ def cast_blocks(
 
 @_operation
 def decode_blocks(stored: Tensor, blocks: Blocks, out: Tensor, scale: Tensor | None = None, add: bool = False) -> None:
-    """out[where the blocks lie] = the encoded values, or that much more where `add`.
+    """out[positions of the blocks] = the encoded values, or += with `add`.
 
     Args:
         stored: [total], int8 codes (with `scale`, float32 [blocks]), bfloat16 or float32. out: float32, flat.

@@ -19,7 +19,7 @@ class TableRanges(NamedTuple):
 
 
 class Blocks:
-    """Where blocks (runs of values that share a scale) lie in a flat tensor, in the order in which they are encoded.
+    """Positions of blocks (runs of values that share a scale) in a flat tensor, in the order of encoding.
 
     A block of a gradient is a channel of a weight, a bucket of K values, a table's rows, or a row.
 
@@ -60,7 +60,7 @@ class Blocks:
 
     @cached_property
     def position(self) -> Tensor:
-        """int64 [total]: where each value lies."""
+        """int64 [total]: position of each value."""
         return self.starts[self.block] + self._within
 
     @cached_property

@@ -157,7 +157,7 @@ class ClickModel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def plan(cls, config: ModelConfig, num_dense: int, tables: int) -> Plan:
-        """The stacks of a model for so many dense columns and tables.
+        """The stacks of a model for a number of dense columns and tables.
 
         Raises:
             ValueError: an architecture that is not possible for them.

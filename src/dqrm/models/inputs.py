@@ -27,7 +27,7 @@ def checked(
         tables: the model's.
 
     Raises:
-        InputError: no tensors, or of another dtype, shape, number of rows or device.
+        InputError: not tensors, or a mismatch of dtype, shape, number of rows or device.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return dense, ids, bags

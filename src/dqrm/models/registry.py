@@ -122,7 +122,7 @@ def packed_model(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Cl
     of a stack those of `PackedLinear`.
 
     Raises:
-        KeyError: a tensor is missing. ValueError: one is of another shape, or belongs to no module. Or as
+        KeyError: a tensor is missing. ValueError: one has the wrong shape, or belongs to no module. Or as
             `described_plan`.
     """
     config, tensors = described_config(described), dict(tensors)

@@ -22,7 +22,7 @@ from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
 class _Lookup(NamedTuple):
-    """Ids to look up in tables that lie in one weight: ids[i] is of table first + i % len(starts)."""
+    """Ids to look up in tables of one contiguous weight: ids[i] belongs to table first + i % len(starts)."""
 
     ids: Tensor  # int32 or int64, contiguous
     first: int
@@ -78,7 +78,7 @@ def refuse_unsupported(module: Any) -> None:
 
 
 class QuantizedTables(FakeQuantized):
-    """Mixin: tables that lie in `self.weight`, whose rows are fake-quantized as they are looked up."""
+    """Mixin: tables stored in `self.weight`, whose rows are fake-quantized as they are looked up."""
 
     sparse: bool
 
@@ -121,7 +121,7 @@ class QuantizedTables(FakeQuantized):
         self.weight_fake_quantizer.rows_changed(rows, self.weight)
 
     def weights_replaced(self, ticks: int) -> None:
-        """Weights and scales are others now, and so many training steps old."""
+        """Call after weights and scales were replaced; `ticks` is the new step count."""
         self.weight_fake_quantizer.weights_replaced(self.weight, ticks)
 
 

@@ -122,7 +122,7 @@ class QuantLinear(FakeQuantized, nn.Linear):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         missing = rest[2]  # (local_metadata, strict, missing_keys, ...)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "activation_max" in missing:  # an unquantized model's weights: the range starts anew
+        if prefix + "activation_max" in missing:  # an unquantized model's weights: reset the range
             missing.remove(prefix + "activation_max")
             self.activation_max.zero_()
 

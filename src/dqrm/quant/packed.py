@@ -95,7 +95,7 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
         scale: float32, one per table or one per row; ignored with 32 bits.
 
     Raises:
-        ValueError: as `QuantEmbeddingBagCollection`; or codes or scale of another dtype or shape.
+        ValueError: as `QuantEmbeddingBagCollection`; or codes or scale of the wrong dtype or shape.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class PackedLinear(_Packed):
         unpack_once: keep the float32 weight from the first forward on (fast); False unpacks it at each one.
 
     Raises:
-        ValueError: codes or scale of another dtype or shape.
+        ValueError: codes or scale of the wrong dtype or shape.
     """
 
     codes: Tensor

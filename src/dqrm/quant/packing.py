@@ -25,7 +25,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Signed codes int8 [rows, dim] of 2, 4 or 8 bits as uint8 [rows, packed_width(dim, bits)].
 
     Raises:
-        ValueError: another number of bits, or codes of another dtype.
+        ValueError: an unsupported number of bits, or codes of the wrong dtype.
     """
     check_dtype("codes", codes, torch.int8)
     if bits not in PACKED_BITS:
@@ -37,7 +37,7 @@ def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Packed codes uint8 [..., packed_width(dim, bits)] as signed codes in float32 [..., dim]. Arithmetic only.
 
     Raises:
-        ValueError: packed of another dtype.
+        ValueError: packed has the wrong dtype.
     """
     check_dtype("packed", packed, torch.uint8)
     return plain.unpack(packed, bits, dim)

@@ -20,7 +20,7 @@ from dqrm.quant.uniform import SMALLEST_MAXIMUM, code_limits, dequantize, quanti
 
 CLIPS = ("none", "mse")
 
-# A table in pieces [rows, dim]: those pieces, or what yields them anew each time it is called.
+# A table in pieces [rows, dim]: the pieces, or a function that yields them at each call.
 Pieces = Sequence[Tensor] | Callable[[], Iterable[Tensor]]
 
 # Weights worked on at once (they stay in the processor's cache), and read at once.

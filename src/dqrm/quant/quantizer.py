@@ -32,7 +32,7 @@ class Groups:
 
     count: int
     table_rows: tuple[int, ...] | None = None
-    """Rows of each table that lies in the weight; None: of a linear layer, with one group per row, or one in all."""
+    """Rows of each table in the weight; None: of a linear layer, with one group per row, or one in all."""
 
     def tables(self, weight: Tensor) -> Sequence[Tensor]:
         """Each table's rows of the weight: views without a gradient."""
@@ -99,7 +99,7 @@ class WeightFakeQuantizer(nn.Module):
         return fake_quantize(values, self.scale[group, None], self.bits)
 
     def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
-        """What compiled code needs to know that looks up so many rows in place of `fake_quantize`."""
+        """Arguments for compiled code that looks up a number of rows in place of `fake_quantize`."""
         return self._limits, None, None, False
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
@@ -144,15 +144,15 @@ class WeightFakeQuantizer(nn.Module):
         """The next training forward belongs to the last one's step."""
 
     def weights_replaced(self, weight: Tensor, ticks: int) -> None:
-        """Weights and scales are others now, and so many training steps old."""
+        """Call after weights and scales were replaced; `ticks` is the new step count."""
         self.scale_ticks = ticks
         self._look_at_scale()
 
     def weight_moved(self, weight: Tensor, cast: bool) -> None:
-        """The weight is on another device or, where `cast`, of another dtype."""
+        """The weight was moved to another device or, with `cast`, to another dtype."""
 
     def reset(self) -> None:
-        """Weights without scales are loaded: start anew."""
+        """Weights without scales were loaded: reset the scales."""
         self.scale_ticks = 0
         if hasattr(self, "scale"):
             self.scale.detach().zero_()

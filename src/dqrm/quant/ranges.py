@@ -64,7 +64,7 @@ class BlockMaxima:
         self.dirty[blocks.add_(self.starts[table])] = 1
 
     def all_changed(self) -> None:
-        """The weights are others now: the next refresh reads everything."""
+        """Mark all blocks dirty after the weights were replaced: the next refresh reads everything."""
         self.dirty.fill_(1)
 
     def table_max(self, number: int, table: Tensor) -> float:
@@ -265,7 +265,7 @@ class TableMax(WeightFakeQuantizer):
             self.only_looked_up_rows_change(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: their weight counts its versions anew."""
+        """For copies: the version counter of their weight starts again."""
         versions = {"_looked_up_at": -1, "_raised_at": -1, "_covered_at": -1}
         return {**self.__dict__, "_looked_up": list(self._looked_up), **versions}
 

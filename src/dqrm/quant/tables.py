@@ -60,7 +60,7 @@ def pool(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_samp
 
 
 class TableLayout(nn.Module):
-    """Mixin: tables that lie in one tensor, one after the other, the single-valued ones first."""
+    """Mixin: tables stored in one tensor, one after the other, the single-valued ones first."""
 
     row_offsets: Tensor
     rows_per_table: Tensor

@@ -80,7 +80,7 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """Values of `codes`, signed integers, on `scale` (broadcast): float32.
 
     Raises:
-        ValueError: codes of another dtype.
+        ValueError: codes of the wrong dtype.
     """
     check_dtype("codes", codes, torch.int8, torch.int16, torch.int32, torch.int64)
     return codes.float() * scale

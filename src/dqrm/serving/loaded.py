@@ -62,7 +62,7 @@ class LoadedModel(ClickModel):
 
         Raises:
             UserError: a column or key that is not there, a value that cannot be what it should be (names row and
-                column), an object of another kind, or an artifact without vocabularies.
+                column), an unsupported object, or an artifact without vocabularies.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, should be at least 1")
@@ -114,6 +114,6 @@ def load(
         in_memory: read the tables into memory too; then nothing that happens to the file matters.
 
     Raises:
-        UserError: no such file, foreign, truncated, damaged, or of another format version.
+        UserError: no such file, or a file that is not an artifact, truncated, damaged, or of a different version.
     """
     return LoadedModel.of(Artifact.open(path, verify), data, in_memory)

@@ -66,7 +66,7 @@ def run_demo(folder: Path, as_json: bool = False, log: GenerateConfig = LOG, con
 
 
 def _require_own(folder: Path) -> None:
-    """Raise UserError unless what lies in the folder may be deleted: there is nothing, or a demo made it."""
+    """Raise UserError unless the folder may be emptied: it is empty, or a demo made it."""
     if not folder.exists():
         return
     if not folder.is_dir():

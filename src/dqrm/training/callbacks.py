@@ -58,7 +58,7 @@ class Callback:
 
 
 class RedrawTables(Callback):
-    """Draw large tables anew at the start of each epoch but the first, and forget their optimizer state.
+    """Redraw large tables at the start of each epoch but the first, and reset their optimizer state.
 
     Embeddings of rare ids overfit in the second epoch, the rest of the model does not (MEDA, arXiv 2305.19531).
 
@@ -155,7 +155,7 @@ def save_callbacks(callbacks: Sequence[Callback]) -> tuple[dict[str, dict[str, A
 def load_callbacks(
     callbacks: Sequence[Callback], values: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `save_callbacks` gave; a callback that was not there begins anew.
+    """Restore what `save_callbacks` gave; a callback without saved state starts fresh.
 
     Raises:
         UserError: a callback that was there is missing: without it the run would go on otherwise.

@@ -176,8 +176,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """The content of a checkpoint's state.json without its checksums.
 
     Raises:
-        UserError: the file is missing or damaged: it is no JSON, lacks a key, has a value of another type, or does not
-            match its checksum.
+        UserError: the file is missing or damaged: not JSON, a missing key, a value of the wrong type, or a
+            checksum mismatch.
     """
     state = _read_state(checkpoint)
     return {key: value for key, value in state.items() if key not in (checksums.FILES, checksums.SEAL)}
@@ -213,7 +213,7 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         skip: the name of a parameter that holds its values already.
 
     Raises:
-        UserError: the file is missing, damaged, or of another model.
+        UserError: the file is missing or damaged, or does not match the model.
     """
     file = checkpoint / WEIGHTS
     small: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ class Clamping:
 
     @property
     def share(self) -> float | None:
-        """The share of the run so far; None where no table is quantized."""
+        """The fraction over the run so far; None if no table is quantized."""
         return self.clamped / self.looked_up if self.looked_up else None
 
     def figures(self) -> dict[str, float]:

@@ -64,7 +64,7 @@ def score_split(
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """What `score` gives for every row of a split, or of a rank's share of its batches, in order: float32 [rows]."""
+    """The result of `score` for every row of a split, or of a rank's shard of its batches, in order: float32 [rows]."""
     part, (rank, ranks) = dataset.split(split), share
     batches = part.num_batches(batch_size)
     begin, end = batches * rank // ranks, batches * (rank + 1) // ranks

@@ -42,7 +42,7 @@ class Recorder:
 
 
 def _open(path: Path, size: int, log: Log) -> IO[bytes]:
-    """metrics.jsonl, to append to, cut to the `size` that a checkpoint knows of: lines after it are written again.
+    """metrics.jsonl, opened for appending, truncated to the `size` recorded in a checkpoint: later lines are rewritten.
 
     Where it is shorter, it ends after its last whole line, and `log` is told.
     """

@@ -127,7 +127,7 @@ class Run:
         """Open a run folder.
 
         Raises:
-            UserError: no such folder, no run, or one of another format version.
+            UserError: no such folder, not a run, or a different format version.
         """
         path = Path(path)
         if not (path / _INFO).is_file():

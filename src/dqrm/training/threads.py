@@ -135,7 +135,7 @@ def _batch(size: int, dense: int, rows: Sequence[int], multi: Sequence[bool]) ->
 
 @contextmanager
 def threads_set(number: int) -> Iterator[None]:
-    """Inside, torch computes on so many threads (0: on as many as before); afterwards on as many as before."""
+    """Inside, torch uses this number of threads (0: unchanged); afterwards, the number from before."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

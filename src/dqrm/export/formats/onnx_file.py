@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 INLINE_LIMIT = 2**31 - 1
-"""Bytes from which on tables lie in a file of their own: no protobuf may be larger."""
+"""Size in bytes above which tables go into a file of their own: the limit of a protobuf message."""
 ALIGNMENT = 1 << 16
 """Where tensors begin in that file: a multiple that every system can map into memory."""
 _CHUNK_BYTES = 1 << 24
@@ -84,7 +84,7 @@ def _field(tag: int, length: int) -> bytes:
 
 
 def _refer(head: Any, location: str, offset: int, length: int) -> None:
-    """Say where a tensor's data lies: in a file beside the model."""
+    """Set the location of a tensor's data: a file beside the model."""
     from onnx import TensorProto
 
     head.data_location = TensorProto.EXTERNAL

@@ -51,7 +51,7 @@ def packed_stack(stack: nn.Module, pack: Callable[[QuantLinear], PackedLinear] =
         pack: the packed form of a layer that is not packed yet; default: of those that are not quantized.
 
     Raises:
-        ValueError: a module of another kind, or as `pack`.
+        ValueError: an unsupported module, or as `pack`.
     """
     modules: list[nn.Module] = []
     for module in stack.children():
