@@ -73,16 +73,16 @@ class Processes(World):
             self._seconds = seconds
 
     def gather(self, item: T) -> list[T]:
-        found: list[Any] = [None] * self.size
+        items: list[Any] = [None] * self.size
         with self.guard():
-            dist.all_gather_object(found, item, group=self.group)
-        return found
+            dist.all_gather_object(items, item, group=self.group)
+        return items
 
     def shared(self, item: T) -> T:
-        found = [item]
+        items = [item]
         with self.guard():
-            dist.broadcast_object_list(found, src=0, group=self.group)
-        return found[0]
+            dist.broadcast_object_list(items, src=0, group=self.group)
+        return items[0]
 
     def broadcast(self, tensor: Tensor) -> None:
         for piece in tensor.view(-1).view(torch.uint8).split(_PIECE):
@@ -93,10 +93,10 @@ class Processes(World):
         lengths = self.gather(len(tensor))
         sent = tensor.new_zeros(max(lengths), *tensor.shape[1:])
         sent[: len(tensor)] = tensor
-        found = [torch.empty_like(sent) for _ in lengths] if self.first else None
+        received = [torch.empty_like(sent) for _ in lengths] if self.first else None
         with self.guard():
-            dist.gather(sent, found, dst=0, group=self.group)
-        return [part[:length] for part, length in zip(found or [], lengths)]
+            dist.gather(sent, received, dst=0, group=self.group)
+        return [part[:length] for part, length in zip(received or [], lengths)]
 
     def device(self, name: str) -> str:
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
@@ -193,11 +193,11 @@ def _connect(timeout: float) -> Processes:
         raise UserError(f"RANK is {rank}, expected less than WORLD_SIZE, which is {size}; start ranks with torchrun")
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     # In a thread: what else listens at that port may never answer.
-    found: list[Processes | Exception] = []
-    connecting = threading.Thread(target=lambda: found.append(_connected(rank, size, timeout)), daemon=True)
+    outcome: list[Processes | Exception] = []
+    connecting = threading.Thread(target=lambda: outcome.append(_connected(rank, size, timeout)), daemon=True)
     connecting.start()
     connecting.join(timeout + SILENCE + 2 * _PATIENCE)
-    world = found[0] if found else TimeoutError(f"no answer within {timeout:.0f} seconds")
+    world = outcome[0] if outcome else TimeoutError(f"no answer within {timeout:.0f} seconds")
     if isinstance(world, Processes):
         if torch.cuda.is_available():  # here, since it is the choice of a thread
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())

@@ -126,10 +126,10 @@ class RealRanks(RankExchange):
         self.waited += time.monotonic() - start
 
     def _take_flags(self, about: Tensor) -> list[int]:
-        found: list[list[int]] = about.tolist()
-        for _, flags in found:
+        headers: list[list[int]] = about.tolist()
+        for _, flags in headers:
             self.flags |= flags
-        return [length for length, _ in found]
+        return [length for length, _ in headers]
 
     def _buffer(self, name: str, size: int) -> Tensor:
         """Memory (uint8) that is used again in each step: fresh memory costs more than what is done with it."""
@@ -141,13 +141,13 @@ class RealRanks(RankExchange):
     # State.
 
     def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = {name: torch.cat(self.world.gather_rows(tensor) or [tensor]) for name, tensor in own.items()}
+        state = {name: torch.cat(self.world.gather_rows(tensor) or [tensor]) for name, tensor in own.items()}
         if self.owner_residual is not None:
             # What this rank does not own is zero: the sum puts the owners' parts together.
             parts = self.world.gather_rows(self.owner_residual[None])
             if parts:
-                found["mlp_owner_residual"] = torch.cat(parts).sum(0)
-        return found if self.world.first else {}
+                state["mlp_owner_residual"] = torch.cat(parts).sum(0)
+        return state if self.world.first else {}
 
     def _load_owner_residual(self, residual: Tensor) -> None:
         super()._load_owner_residual(residual)

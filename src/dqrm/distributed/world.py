@@ -70,9 +70,9 @@ class World:
         Raises:
             UserError: of the lowest rank that raised one.
         """
-        found, error = None, None
+        result, error = None, None
         try:
-            found = action()
+            result = action()
         except UserError as refused:
             error = str(refused)
         except OSError as failed:
@@ -80,7 +80,7 @@ class World:
         for rank, message in enumerate(self.gather(error)):
             if message is not None:
                 raise UserError(message if self.size == 1 else f"rank {rank}: {message}")
-        return found  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], T]) -> T:
         """What `action` gives on rank 0, on all ranks; it runs there only.

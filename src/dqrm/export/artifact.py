@@ -54,8 +54,8 @@ class Artifact:
 
     @property
     def content(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.container.content
-        return found
+        header: dict[str, Any] = self.container.content
+        return header
 
     def model(self, in_memory: bool = False) -> ClickModel:
         """The model in eval mode, on memory-mapped tables: no row is read before it is used. The rest is in memory.
@@ -126,10 +126,10 @@ class Artifact:
         path = vocabulary_path(self.path, str(described.get("sha256")))
         if not path.is_file():
             raise UserError(f"{self.path} needs its vocabularies beside it: {path} is missing")
-        found = Container.open(path, VOCABULARY_KIND)
-        if found.checksum != described.get("sha256"):
+        container = Container.open(path, VOCABULARY_KIND)
+        if container.checksum != described.get("sha256"):
             raise UserError(f"{path} belongs to another export than {self.path}; export both again")
-        return found
+        return container
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each part of the file, and of the vocabularies beside it; 'file' is all of the file."""
@@ -184,12 +184,12 @@ def _check(content: Any) -> None:
     if len(rows) > MOST_TABLES:
         raise ValueError(f"{len(rows)} tables, more than {MOST_TABLES}")
     described_plan(described)
-    for name, found, known in (
+    for name, value, known in (
         ("quantization", content["quantization"]["method"], ("qat", "ptq", "none")),
         ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),
     ):
-        if found not in known:
-            raise ValueError(f"{name} {str(found)[:40]!r}, which is none of {', '.join(known)}")
+        if value not in known:
+            raise ValueError(f"{name} {str(value)[:40]!r}, which is none of {', '.join(known)}")
     _ = content["options"], BaseRate.of(content)
     origin = content["provenance"]
     texts = (origin["dqrm"], origin["data"]["fingerprint"], origin["run"]["checkpoint"])

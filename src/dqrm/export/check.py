@@ -46,16 +46,16 @@ def looked_up(batch: Batch, opened: Artifact, dataset: Dataset) -> Batch:
         with source.open("rb") as file:  # polars would take brackets in the name of a folder for a pattern
             known = pl.read_parquet(file, columns=["key", "row"]).sort("key")
         shipped = Vocabulary.read(opened.vocabulary(number), f"the exported vocabulary of {column.name}")
-        found, rows = shipped.lookup(known["key"]), known["row"].to_numpy()
-        wrong = np.flatnonzero(found != rows)
+        shipped_rows, rows = shipped.lookup(known["key"]), known["row"].to_numpy()
+        wrong = np.flatnonzero(shipped_rows != rows)
         if len(wrong) or shipped.rows != column.rows:
             what = f"{shipped.rows} rows, expected {column.rows}"
             if len(wrong):
                 at = int(wrong[0])
-                what = f"row {found[at]} for {known['key'][at]!r}, expected {rows[at]}"
+                what = f"row {shipped_rows[at]} for {known['key'][at]!r}, expected {rows[at]}"
             raise UserError(f"the exported vocabulary of column {column.name} has {what}: nothing was written")
         row_of = np.zeros(column.rows, np.int32)
-        row_of[rows] = found
+        row_of[rows] = shipped_rows
         if column.multi:
             values, offsets = batch.bags[number - dataset.num_single]
             bags.append((torch.from_numpy(row_of[values.numpy()]), offsets))
@@ -93,17 +93,17 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def compare(found: Tensor, expected: Tensor, leave_out: int = 0) -> float:
+def compare(logits: Tensor, expected: Tensor, leave_out: int = 0) -> float:
     """The largest difference between the probabilities of two sets of logits; infinite where one is not finite.
 
     Args:
         leave_out: how many rows with the largest differences do not count; below the number of rows.
     """
-    if found.shape != expected.shape:
+    if logits.shape != expected.shape:
         return float("inf")
-    if not len(found):
+    if not len(logits):
         return 0.0
-    differences = (found.double().sigmoid() - expected.double().sigmoid()).abs()
+    differences = (logits.double().sigmoid() - expected.double().sigmoid()).abs()
     difference = differences.sort(descending=True).values[leave_out].item()
-    finite = bool(found.isfinite().all() and expected.isfinite().all())
+    finite = bool(logits.isfinite().all() and expected.isfinite().all())
     return float(difference) if finite else float("inf")

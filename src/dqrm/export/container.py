@@ -156,12 +156,12 @@ class Container:
         try:
             described = json.loads(text)
             metadata = described.pop("__metadata__")
-            found, version = metadata["format"], metadata["format_version"]
+            stored_kind, version = metadata["format"], metadata["format_version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             ours = b'"header_sha256"' in text
             raise UserError(f"{path} {'has a damaged header' if ours else 'is not a dqrm model'}, {made}") from None
-        if found != kind:
-            raise UserError(f"{path} is of format {str(found)[:40]!r}, not {kind}, {made}")
+        if stored_kind != kind:
+            raise UserError(f"{path} is of format {str(stored_kind)[:40]!r}, not {kind}, {made}")
         if version != str(FORMAT_VERSION):
             raise UserError(
                 f"{path} has format version {str(version)[:20]}, this dqrm reads version {FORMAT_VERSION}; "
@@ -210,7 +210,7 @@ class Container:
         """
         file, memory = self._open(), None
         try:
-            watch, found = Watch(file, self.path, "the loaded model", "load it again"), {}
+            watch, tensors = Watch(file, self.path, "the loaded model", "load it again"), {}
             for name in filter(wanted, self.entries):
                 entry = self.entries[name]
                 start, end = entry["data_offsets"]
@@ -218,14 +218,14 @@ class Container:
                 if dtype is None or prod(shape) * dtype.itemsize != end - start:
                     raise UserError(f"{self.path} is damaged: '{name}' is {brief(entry)}; export it again")
                 if prod(shape) == 0:
-                    found[name] = torch.empty(shape, dtype=dtype)
+                    tensors[name] = torch.empty(shape, dtype=dtype)
                 elif mapped(name):
                     memory = _map(file) if memory is None else memory
                     flat = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=self.header_bytes + start)
-                    found[name] = flat.view(shape)
-                    _expect_random_reads(found[name])
+                    tensors[name] = flat.view(shape)
+                    _expect_random_reads(tensors[name])
                 else:
-                    found[name] = _read(file, self.header_bytes + start, prod(shape), dtype).view(shape)
+                    tensors[name] = _read(file, self.header_bytes + start, prod(shape), dtype).view(shape)
             watch.check()
         except (OSError, ValueError, RuntimeError) as error:
             file.close()
@@ -235,8 +235,8 @@ class Container:
             raise
         if memory is None:
             file.close()
-            return found, None
-        return found, watch
+            return tensors, None
+        return tensors, watch
 
     def read(self, name: str) -> bytes:
         """The bytes of a tensor, compared with its checksum.
@@ -244,9 +244,9 @@ class Container:
         Raises:
             UserError: they differ.
         """
-        found = b"".join(self.pieces(name))
-        self._compare(name, hashlib.sha256(found).hexdigest())
-        return found
+        content = b"".join(self.pieces(name))
+        self._compare(name, hashlib.sha256(content).hexdigest())
+        return content
 
     def verify(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Compare the bytes of each wanted tensor with its checksum.
@@ -290,15 +290,15 @@ def _map(file: IO[bytes]) -> mmap.mmap:
 
 def _read(file: IO[bytes], at: int, count: int, dtype: torch.dtype) -> Tensor:
     """`count` elements from position `at` of a file, in memory: what happens to the file later does not matter."""
-    found = torch.empty(count, dtype=dtype)
-    rest = found.view(torch.uint8).numpy().data
+    elements = torch.empty(count, dtype=dtype)
+    rest = elements.view(torch.uint8).numpy().data
     file.seek(at)
     while rest:
         done = file.readinto(rest)  # type: ignore[attr-defined]
         if not done:
             raise OSError("it was truncated while it was read")
         rest = rest[done:]
-    return found
+    return elements
 
 
 def brief(error: Any) -> str:

@@ -76,10 +76,10 @@ def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: 
 
 def subsample_negatives(run: Run, dataset: Dataset | None) -> float | None:
     """None where the dataset is gone and the run, of an older dqrm, does not say."""
-    found: float | None = (
+    fraction: float | None = (
         run.info["data"].get("subsample_negatives") if dataset is None else dataset.subsample_negatives
     )
-    return found
+    return fraction
 
 
 def known_schema(run: Run) -> dict[str, Any]:

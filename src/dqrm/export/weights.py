@@ -45,10 +45,10 @@ class EncodedWeights:
         }
         linear = list(self._layers.values())
         if ptq is not None:
-            found = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
-            if found:
+            trained = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
+            if trained:
                 raise UserError(
-                    f"the run was trained in {min(found)} bits; `dqrm export` packs it as it is, and quantization "
+                    f"the run was trained in {min(trained)} bits; `dqrm export` packs it as it is, and quantization "
                     "after training needs a run in FP32 (--bits 32)"
                 )
         self._trained_bits = (model.tables.bits, linear[0].bits)
@@ -70,11 +70,11 @@ class EncodedWeights:
         """All tensors, those of wider elements first."""
         tables: QuantEmbeddingBagCollection = self._model.tables
         dtype, width = storage(tables.embedding_dim, self.table_bits)
-        found = [Entry("tables.codes", dtype, (len(tables.weight), width), self._codes)]
-        found.append(Entry.of("tables.scale", self.scale))
+        entries = [Entry("tables.codes", dtype, (len(tables.weight), width), self._codes)]
+        entries.append(Entry.of("tables.scale", self.scale))
         for path, stack in self.packed.items():
-            found += [Entry.of(f"{path}.{key}", tensor) for key, tensor in stack.state_dict().items()]
-        return sorted(found, key=lambda entry: -entry.dtype.itemsize)
+            entries += [Entry.of(f"{path}.{key}", tensor) for key, tensor in stack.state_dict().items()]
+        return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
     def reference(self) -> ClickModel:
         """What the packed model must give: the trained model itself, or with weights quantized by the plain formula."""
@@ -104,17 +104,17 @@ class EncodedWeights:
             return torch.ones(len(tables.table_rows))
         if ptq is None:
             return tables.current_scale().clone()
-        found, done, total = [], 0, len(tables.weight)
+        scales, done, total = [], 0, len(tables.weight)
         for number, rows in enumerate(tables.table_rows):
             self._tell("searching scales", done, total)
             table = tables.table(number)
             if ptq.granularity == "table":
-                found.append(table_scale(partial(pieces, table), self.table_bits, ptq.clip).view(1))
+                scales.append(table_scale(partial(pieces, table), self.table_bits, ptq.clip).view(1))
             else:
-                found += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in pieces(table)]
+                scales += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in pieces(table)]
             done += rows
         self._tell("searching scales", total, total)
-        return torch.cat(found) if found else torch.empty(0)
+        return torch.cat(scales) if scales else torch.empty(0)
 
     def _codes(self) -> Iterable[Tensor]:
         tables, done = self._model.tables, 0
@@ -139,11 +139,11 @@ class _Requantized(TableLayout):
         self.weight, self.scale, self.bits = tables.weight.detach(), scale, bits
 
     def forward(self, ids: Tensor, bags: Any = ()) -> Tensor:
-        found = []
+        looked_up = []
         for part, first, tables in self._groups(ids, bags):
             self._refuse_outside(part, first, tables)
             rows = (part.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1)
             numbers = torch.arange(first, first + tables).repeat(len(rows) // max(1, tables))
             scale = self.scale[rows if len(self.scale) == len(self.weight) else numbers]
-            found.append(fake_quantize(self.weight[rows].float(), scale[:, None], self.bits))
-        return self._pooled(found, len(ids), bags)
+            looked_up.append(fake_quantize(self.weight[rows].float(), scale[:, None], self.bits))
+        return self._pooled(looked_up, len(ids), bags)

@@ -41,10 +41,10 @@ class Clamps:
     def counter(self, values: int, device: torch.device) -> Tensor:
         """Counts `values` weights as looked up; returns int64 [1], to which those that are clamped are added."""
         self._looked_up += values
-        found = self._clamped.get(device)
-        if found is None:
-            found = self._clamped[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        return found
+        clamped = self._clamped.get(device)
+        if clamped is None:
+            clamped = self._clamped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return clamped
 
     def forward_begins(self) -> None:
         """A training forward: from time to time, look at the counts of those before it."""
@@ -63,8 +63,8 @@ class Clamps:
 
     def take(self) -> tuple[int, int]:
         """(clamped, looked up) since the last call."""
-        found = sum(int(count) for count in self._clamped.values()), self._looked_up
+        counts = sum(int(count) for count in self._clamped.values()), self._looked_up
         for count in self._clamped.values():
             count.zero_()
         self._looked_up = 0
-        return found
+        return counts

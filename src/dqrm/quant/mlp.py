@@ -71,7 +71,7 @@ class _Layers(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, layers = ctx.saved_tensors, ctx.layers
         y, grad = saved[-1], grads[0].contiguous()
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for number in range(len(layers) - 1, -1, -1):
             x, used, scale = saved[3 * number : 3 * number + 3]
             grad = grad.to(used.dtype)
@@ -80,12 +80,12 @@ class _Layers(torch.autograd.Function):
             if shown is not None and shown.dtype != grad.dtype:
                 shown = shown.to(grad.dtype)
             grad, scaled, bias_grad = kernels.start_linear(grad, shown, scale)
-            found += [bias_grad, grad.t().mm(x)]
+            gradients += [bias_grad, grad.t().mm(x)]
             if number:
                 grad = scaled.mm(used)
             y = x
         x_grad = scaled.mm(used) if ctx.needs_input_grad[0] else None
-        return x_grad, None, *reversed(found)
+        return x_grad, None, *reversed(gradients)
 
 
 class QuantMLP(nn.Sequential):
@@ -126,8 +126,8 @@ class QuantMLP(nn.Sequential):
             layers.append(_Layer(module.bits, module.granularity == "channel", relu, bf16))
             bias = module.quantized_bias()
             parameters += [module.weight, module.weight.new_zeros(module.out_features) if bias is None else bias]
-        found: Tensor = _Layers.apply(x, layers, *parameters)
-        return found
+        result: Tensor = _Layers.apply(x, layers, *parameters)
+        return result
 
     def _packed(self, x: Tensor, modules: list[nn.Module]) -> Tensor:
         ours = False  # whether nobody else has seen x

@@ -125,14 +125,14 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
             ValueError: the number of columns or of bags is not that of the tables.
         """
         self.check_source()  # before, since a file that was cut short would end the process
-        found = [
+        looked_up = [
             self._values(
                 part, self.row_offsets[first : first + tables], self.rows_per_table[first : first + tables], first
             )
             for part, first, tables in self._groups(ids, bags)
         ]
         self.check_source()  # after, since a file may change while it is read
-        return self._pooled(found, len(ids), bags)
+        return self._pooled(looked_up, len(ids), bags)
 
     def extra_repr(self) -> str:
         return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, bits={self.bits}"

@@ -59,8 +59,8 @@ def table_scale(pieces: Pieces, bits: int, clip: str = "none") -> Tensor:
         raise ValueError("pieces is an iterator, expected a list or a function, because a table is read several times")
     again: Callable[[], Iterable[Tensor]] = pieces if callable(pieces) else lambda: pieces
     if clip == "none":
-        found = [max_abs(piece.detach()) for piece in again() if piece.numel()]
-        return scale_from_max(_finite(torch.stack(found).amax().cpu() if found else torch.zeros(())), bits)
+        maxima = [max_abs(piece.detach()) for piece in again() if piece.numel()]
+        return scale_from_max(_finite(torch.stack(maxima).amax().cpu() if maxima else torch.zeros(())), bits)
     counts = torch.zeros(2 * _BINS, dtype=torch.int64)
     largest, total, only = torch.zeros(()), 0, torch.zeros(0)
     for block in _blocks(again()):
@@ -256,7 +256,7 @@ class _Histogram:
     def gains(self, scales: Tensor, bits: int) -> Tensor:
         """By how much less than sum(w**2) the squared error on `scales` (float64 [N]) is."""
         low, high = code_limits(bits)
-        found = []
+        gains = []
         for some in scales.split(max(1, _LOOKUPS // -low)):
             thresholds = (torch.arange(-low, dtype=torch.float64) + 0.5)[:, None] * some
             bins = (thresholds.float().view(torch.int32) >> _DROPPED).long()
@@ -265,8 +265,8 @@ class _Histogram:
                 above_sum[bins] - thresholds * above[bins] + count[bins] * inside.square() / (2 * self.widths[bins])
                 for above_sum, above, count in zip(self.sum_above, self.number_above, self.counts)
             )
-            found.append(2 * some * (_sum(positive[:high]) + _sum(negative)))
-        return torch.cat(found)
+            gains.append(2 * some * (_sum(positive[:high]) + _sum(negative)))
+        return torch.cat(gains)
 
 
 def _best_on_histogram(histogram: _Histogram, unclipped: Tensor, bits: int) -> Tensor:

@@ -114,13 +114,13 @@ class TableLayout(nn.Module):
             (integers(values).contiguous(), number, 1) for number, (values, _) in enumerate(bags, start=single)
         ]
 
-    def _pooled(self, found: list[Tensor], samples: int, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _pooled(self, looked_up: list[Tensor], samples: int, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The rows [N, dim] that each group looked up as one vector per sample and table [B, T, dim]."""
-        vectors = [found[0].view(samples, self.num_single, self.embedding_dim)] if self.num_single else []
+        vectors = [looked_up[0].view(samples, self.num_single, self.embedding_dim)] if self.num_single else []
         if not bags:
             empty = (samples, 0, self.embedding_dim)
             return vectors[0] if vectors else self.row_offsets.new_empty(empty, dtype=torch.float32)
-        for part, (values, offsets) in zip(found[-len(bags) :], bags):
+        for part, (values, offsets) in zip(looked_up[-len(bags) :], bags):
             position = torch.arange(len(values), device=values.device)
             vectors.append(
                 F.embedding_bag(position, part, integers(offsets, "offsets are").long(), mode=self.pooling)[:, None]

@@ -70,11 +70,11 @@ class LoadedModel(ClickModel):
         if source is None:
             return np.empty(0, np.float32)
         ingest.check([source], encoder.plan)
-        found, done = [np.empty(0, np.float32)], 0
+        scored, done = [np.empty(0, np.float32)], 0
         for block in encoder.blocks(source):
-            found.append(probabilities(partial(logits_of, self), block.batch, batch_size, done))
+            scored.append(probabilities(partial(logits_of, self), block.batch, batch_size, done))
             done += len(block.batch)
-        return np.concatenate(found)
+        return np.concatenate(scored)
 
     def _reader(self) -> RawEncoder:
         if self._encoder is None:

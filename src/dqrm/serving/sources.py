@@ -121,12 +121,12 @@ def scored_format(path: Path, doing: str = "evaluated") -> Format:
         UserError: it is of none that can be.
     """
     known = formats()
-    found = known.get(path.suffix)
-    if found is None or found.not_evaluated:
+    file_format = known.get(path.suffix)
+    if file_format is None or file_format.not_evaluated:
         names = [f"a {suffix}" for suffix, other in known.items() if not other.not_evaluated]
-        why = f"; {found.not_evaluated}" if found is not None else ""
+        why = f"; {file_format.not_evaluated}" if file_format is not None else ""
         raise UserError(f"{path} cannot be {doing}, expected {either(['a run folder', *names])} file{why}")
-    return found
+    return file_format
 
 
 def open_source(model: Model, config: PredictConfig, progress: Progress | None = None) -> Source:

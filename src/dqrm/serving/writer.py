@@ -79,11 +79,11 @@ def predict(
             for kept, batch in ahead(log.blocks(advance)):
                 if number is None:
                     number = held.enter_context(_fastest(score, batch, batch_size, threads))
-                found = probabilities(score, batch, batch_size, rows)
+                scored = probabilities(score, batch, batch_size, rows)
                 with _writing(output):
-                    probability = pl.Series(PROBABILITY, found)
+                    probability = pl.Series(PROBABILITY, scored)
                     sink.add(kept.hstack([probability]) if kept.width else probability.to_frame())
-                rows += len(found)
+                rows += len(scored)
                 if progress:
                     progress("scoring", done, log.size)
             with _writing(output):
@@ -160,18 +160,18 @@ def probabilities(score: Score, batch: Batch, size: int, before: int = 0) -> NDA
             f"the model predicts {logits[at]} for row {before + at + 1} of the log, expected a finite number; its "
             "training diverged"
         )
-    found: NDArray[np.float32] = torch.from_numpy(logits).sigmoid().numpy()
-    return found
+    result: NDArray[np.float32] = torch.from_numpy(logits).sigmoid().numpy()
+    return result
 
 
 def _logits(score: Score, batch: Batch, size: int) -> NDArray[np.float32]:
-    found = np.empty(len(batch), np.float32)
+    logits = np.empty(len(batch), np.float32)
     with torch.inference_mode():
         for at in range(0, len(batch), size):
             part = _slice(batch, at, min(at + size, len(batch)))
             # No broadcasting: [B, 1] would silently become something else.
-            found[at : at + size] = score(part).detach().float().cpu().reshape(len(part)).numpy()
-    return found
+            logits[at : at + size] = score(part).detach().float().cpu().reshape(len(part)).numpy()
+    return logits
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:

@@ -200,8 +200,8 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
     Raises:
         UserError: the file is missing or damaged, or has no tensor of that name.
     """
-    for found, tensor in _tensors(checkpoint / WEIGHTS, name):
-        if found == name:
+    for key, tensor in _tensors(checkpoint / WEIGHTS, name):
+        if key == name:
             return tensor
     raise UserError(f"{checkpoint / WEIGHTS} lacks the key '{name}': it does not match the model, or is damaged")
 

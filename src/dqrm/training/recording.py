@@ -47,11 +47,11 @@ def _open(path: Path, size: int, log: Log) -> IO[bytes]:
     Where it is shorter, it ends after its last whole line, and `log` is told.
     """
     file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
-    found = file.seek(0, os.SEEK_END)
-    if found < size:
+    length = file.seek(0, os.SEEK_END)
+    if length < size:
         file.seek(0)
         size = file.read().rfind(b"\n") + 1
-        log(f"{path} has {found} bytes where the checkpoint knew of more: what is missing of its lines is lost")
+        log(f"{path} has {length} bytes where the checkpoint knew of more: what is missing of its lines is lost")
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file

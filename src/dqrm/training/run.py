@@ -138,9 +138,9 @@ class Run:
                 what = f"{'is not a folder' if path.exists() else 'does not exist'}, expected a run folder"
             raise UserError(f"{path} {what}")
         info = read_json(path / _INFO)
-        found = info.get("format_version") if isinstance(info, dict) else None
-        if found != FORMAT_VERSION:
-            raise UserError(f"{path} is a run of format version {found}, this dqrm reads version {FORMAT_VERSION}")
+        version = info.get("format_version") if isinstance(info, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} is a run of format version {version}, this dqrm reads version {FORMAT_VERSION}")
         require(path / _INFO, info, _SHAPE)
         return cls(path, info)
 
@@ -263,11 +263,11 @@ def _require_free(path: Path) -> None:
 
 def _contents(path: Path) -> set[str]:
     """What a folder holds of value."""
-    found = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_INFO}.partial"}
+    names = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_INFO}.partial"}
     metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
     if metrics.is_file() and not metrics.stat().st_size:
-        found.discard(metrics.name)
-    return found - ({checkpoints.name} if checkpoints.is_dir() and not any(checkpoints.iterdir()) else set())
+        names.discard(metrics.name)
+    return names - ({checkpoints.name} if checkpoints.is_dir() and not any(checkpoints.iterdir()) else set())
 
 
 def versions() -> dict[str, str]:

@@ -33,11 +33,11 @@ class State:
             self.clamping = Clamping(**self.clamping)
 
 
-def check_keys(path: Path, found: dict[str, Any]) -> None:
+def check_keys(path: Path, content: dict[str, Any]) -> None:
     """Raise UserError unless a state.json that was read has the keys of `State`, and no others."""
     known = [field.name for field in fields(State)]
     # Older runs lack some fields.
     later = ("clamping", "callbacks")
-    require(path, found, dict.fromkeys((name for name in known if name not in later), ANYTHING))
-    if unknown := [name for name in found if name not in known]:
+    require(path, content, dict.fromkeys((name for name in known if name not in later), ANYTHING))
+    if unknown := [name for name in content if name not in known]:
         raise UserError(f"{path} has the unknown key '{unknown[0]}': another version of dqrm wrote it")

@@ -76,11 +76,11 @@ def _tags(head: bytes, size: int) -> bytes:
 
 def _field(tag: int, length: int) -> bytes:
     """The beginning of a length-delimited field."""
-    found = [tag]
+    header = [tag]
     while length >= 128:
-        found.append(length % 128 + 128)
+        header.append(length % 128 + 128)
         length //= 128
-    return bytes([*found, length])
+    return bytes([*header, length])
 
 
 def _refer(head: Any, location: str, offset: int, length: int) -> None:

@@ -127,18 +127,18 @@ def look_up_tables(graph: Graph, tables: PackedEmbeddingBagCollection) -> str:
     graph.streamed["tables.codes"] = tables.codes
     if tables.scale_per_row:
         graph.streamed["tables.scale"] = tables.scale[:, None]
-    single, found = tables.num_single, []
+    single, vectors = tables.num_single, []
     if single:
         ids = graph.input("ids", np.int64, ["batch", single])
-        found.append(_look_up(graph, tables, ids, slice(0, single), axis=2))
+        vectors.append(_look_up(graph, tables, ids, slice(0, single), axis=2))
     for number in range(single, len(tables.table_rows)):
         name = number - single
         values = graph.input(f"values_{name}", np.int64, [f"n_{name}"])
         offsets = graph.input(f"offsets_{name}", np.int64, ["batch"])
         rows = _look_up(graph, tables, values, slice(number, number + 1), axis=1)
         pooled = _pool(graph, rows, values, offsets, tables.embedding_dim, tables.pooling)
-        found.append(graph.node("Unsqueeze", pooled, graph.ints(1)))
-    return concat(graph, found, 1)
+        vectors.append(graph.node("Unsqueeze", pooled, graph.ints(1)))
+    return concat(graph, vectors, 1)
 
 
 def _look_up(graph: Graph, tables: PackedEmbeddingBagCollection, ids: str, of: slice, axis: int) -> str:
