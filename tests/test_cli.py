@@ -113,7 +113,7 @@ def test_what_the_user_got_wrong_is_one_sentence(capsys, generated, bags_data, t
         ("train", data, "-o", tmp_path / "x", "--config", "no.yaml"): "cannot read the configuration no.yaml",
         ("train", "--resume", out, "--epochs=3"): "it takes no --epochs",
         ("train", "--resume", tmp_path / "no"): "does not exist",
-        ("eval", out, bags_data.path): "is other data than",
+        ("eval", out, bags_data.path): "is not the dataset that",
         ("eval", out, data, "--split", "tset"): "did you mean 'test'",
         ("eval", data, data): "expected a run folder",
         ("info", tmp_path / "no"): "does not exist",

@@ -120,11 +120,11 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(resumed):
 
 @pytest.mark.slow
 def test_resumed_by_four_what_two_had_begun(stopped, work, tmp_path):
-    """What error compensation kept is dropped, which rank 0 says; the rest goes on as four simulated ranks would."""
+    """The residuals of error compensation are reset, as rank 0 reports; the rest goes on as four simulated ranks."""
     grown = shutil.copytree(stopped[1][0], work / "grown")
     ran, ended = launched(work / "four", 4, {"grown": ["train", "--resume", grown]})
     run, probe = ran["grown"]
-    assert ended.err.count("was saved by 2 ranks and goes on with 4: what error compensation kept is dropped") == 1
+    assert ended.err.count("by 2 ranks and resumes with 4: the residuals of error compensation are reset") == 1
     assert min(map(int, probe[3]["weights"])) == steps_saved(stopped[1][0])[-1]
     assert summary(run)["exchange"]["ranks"] == 4
     assert state(newest(run))["train_rows"] == 5 * 1715
@@ -133,14 +133,14 @@ def test_resumed_by_four_what_two_had_begun(stopped, work, tmp_path):
     (other / "run.json").write_text(told.replace('"simulate_ranks": 0', '"simulate_ranks": 4'))
     said = []
     resume(other, log=said.append)
-    assert sum("goes on with 4" in line for line in said) == 1
+    assert sum("resumes with 4" in line for line in said) == 1
     same_run(run, other)
 
 
 def test_resumed_by_one_what_two_had_begun(stopped, resumed, capsys, tmp_path):
     run = shutil.copytree(stopped[1][0], tmp_path / "run")
     said = " ".join(here(capsys, "train", "--resume", run).split())
-    assert "was saved by 2 ranks and goes on with 1: what error compensation kept is dropped" in said
+    assert "was saved by 2 ranks and resumes with 1: the residuals of error compensation are reset" in said
     assert "exchange" not in summary(run)
     assert not (newest(run) / "exchange.safetensors").exists()
     assert (state(newest(run))["step"], state(newest(run))["train_rows"]) == (135, 5 * 1715)

@@ -187,7 +187,7 @@ def test_eval_takes_onnx_of_the_same_data_and_no_pt2(generated, bags_data, tmp_p
     found = evaluate(tmp_path / "m.onnx", generated.path)
     assert found["auc"] == pytest.approx(expected["auc"], abs=5e-7)
     assert found["log_loss"] == pytest.approx(expected["log_loss"], abs=1e-6)
-    with pytest.raises(UserError, match="other data than"):
+    with pytest.raises(UserError, match="is not the dataset that"):
         evaluate(tmp_path / "m.onnx", bags_data.path)
     (tmp_path / "m.pt2").write_bytes(b"PK")
     with pytest.raises(UserError, match="can run code"):

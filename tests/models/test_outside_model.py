@@ -65,7 +65,7 @@ def test_it_is_quantized_after_training_exported_and_refused_by_name_where_no_gr
     assert found["largest_difference"] < 1e-6
     dqrm.export_run(tmp_path / "m.dqrm", tmp_path / "m.pt2")
     pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")
-    with pytest.raises(UserError, match=r"no ONNX graph of model 'sums', only of dlrm, dcn"):
+    with pytest.raises(UserError, match=r"model 'sums' has no ONNX graph, expected one of dlrm, dcn"):
         dqrm.export_run(tmp_path / "m.dqrm", tmp_path / "m.onnx")
 
 

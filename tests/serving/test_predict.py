@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_the_old_output(tmp_path, monkeypatch, small, suffix,
     output = tmp_path / f"p.{suffix}"
     output.write_text("old")
     monkeypatch.setattr(owner, name, full)
-    with pytest.raises(UserError, match=r"cannot write to .*: (the disk is full .*|full); nothing of it was kept"):
+    with pytest.raises(UserError, match=r"cannot write to .*: (the disk is full .*|full); no output was kept"):
         predict(score, log, output, batch_size=2)
     assert os.listdir(tmp_path) == [output.name]
     assert output.read_text() == "old"

@@ -155,7 +155,7 @@ def test_a_run_folder_on_the_command_line(shipped, wanted, tmp_path, capsys):
     arguments = ("predict", tmp_path / "moved" / "run", shipped / "log.parquet", "-o", tmp_path / "q.parquet")
     code, _, err = command(capsys, *arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert "is not there; name it with --data\n" in err
+    assert "does not exist; name it with --data\n" in err
     assert command(capsys, *arguments, "--data", tmp_path / "moved" / "data")[0] == 0
     assert in_order(tmp_path / "q.parquet") == wanted
 

@@ -267,7 +267,7 @@ def test_what_cannot_run_is_refused_before_any_work(generated, bags_data, tmp_pa
     with pytest.raises(UserError, match=r"exists and is not empty; `dqrm train --resume"):
         train(generated, tmp_path / "run", tiny())
     (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(UserError, match="is other data than"):
+    with pytest.raises(UserError, match="is not the dataset that"):
         resume(tmp_path / "run", bags_data)
     with pytest.raises(UserError, match="does not exist"):
         resume(tmp_path / "nothing")

@@ -1,7 +1,7 @@
 """Gradient codecs: blocks of values <-> bytes on the wire.
 
 An encoded part is its scales (float32, one per block; int8 and int4 only), then its values (float32, bf16, int8, or two
-int4 codes per byte), padded to four bytes. What is sent is exactly these bytes.
+int4 codes per byte), padded to four bytes. Exactly these bytes are sent.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def mix(*parts: int) -> int:
 
 
 def padded(count: int) -> int:
-    """`count` bytes up to the next multiple of four, so that what follows can be read as float32."""
+    """`count` bytes, rounded up to a multiple of four, so that what follows can be read as float32."""
     return -(-count // 4) * 4
 
 
@@ -45,7 +45,7 @@ class Codec:
 
     @property
     def bits(self) -> int:
-        """Bits of a code; 0 where there are none."""
+        """Bits of a code; 0 for codecs without codes."""
         return _BITS.get(self.name, 0)
 
     @property
@@ -55,7 +55,7 @@ class Codec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of values before they are packed: int8 codes, bfloat16 or float32."""
+        """Dtype of values before they are packed: int8 codes, bfloat16 or float32."""
         return torch.int8 if self.bits else _DTYPES[self.name]
 
     @property
@@ -63,7 +63,7 @@ class Codec:
         return self.name == "fp32"
 
     def sizes(self, blocks: int, values: int) -> tuple[int, int]:
-        """Bytes of the scales and of the values (padding included) of a number of blocks with a number of values."""
+        """Bytes of the scales and of the values (padding included) of `blocks` blocks with `values` values in total."""
         if self.bits:
             return 4 * blocks, padded(-(-values * self.bits // 8))
         return 0, padded(values * _DTYPES[self.name].itemsize)

@@ -1,12 +1,11 @@
 """The exchange of the MLP's gradients, as bytes: encode for each owner, sum at the owner, encode the sum, decode.
 
 The values are cut into blocks that share a scale, and each block has an owner rank. A rank encodes its gradient and
-sends each owner its blocks (all-to-all); the owner decodes what the ranks sent, adds it up in FP32 in the order of the
-ranks, encodes the sum, and all ranks get it (all-gather). So codes cross the wire twice, as in a ring all-reduce, and
-no sum of codes can wrap around. Nothing here talks to other processes: `real` does, and `simulated` calls the same
-functions.
+sends each owner its blocks (all-to-all); the owner decodes the ranks' messages, sums them in FP32 in the order of the
+ranks, encodes the sum, and all ranks get it (all-gather). So codes are sent twice, as in a ring all-reduce, and no sum
+of codes can overflow. This module does not communicate: `real` does, and `simulated` calls the same functions.
 
-Which owner a block has changes no bit of the result.
+The choice of owners does not change the result.
 """
 
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ class MLPLayout:
         """The blocks of parameter `number`, as (starts in it, lengths), for each owner: equal shards."""
         begins, lengths = self._blocks[number]
         owner = torch.arange(len(begins)) * owners // max(len(begins), 1)
-        # A parameter of few blocks must not always fall to the first ranks.
+        # A parameter of few blocks must not always go to the first ranks.
         owner = (owner + number) % owners
         return [(begins[owner == rank], lengths[owner == rank]) for rank in range(owners)]
 
@@ -55,7 +54,7 @@ class Bucket:
 
     Args:
         layout: of the parameters.
-        owners: how many ranks share the summing.
+        owners: number of ranks that share the summation.
         codec: how values are encoded.
         device: where the gradients are.
 
@@ -76,7 +75,7 @@ class Bucket:
             for owner in range(owners)
         ]
         self._blocks = [Blocks(starts, lengths) for starts, lengths in each]
-        self._all = Blocks(*(torch.cat(parts) for parts in zip(*each)))  # encoded in one go
+        self._all = Blocks(*(torch.cat(parts) for parts in zip(*each)))  # encoded in one call
         self._values: Tensor | None = None
         self._total: Tensor | None = None
         self._packed = [blocks.packed() for blocks in self._blocks]
@@ -103,8 +102,8 @@ class Bucket:
         seed: int,
         scales: Tensor | None = None,
     ) -> None:
-        """The same into tensors of these sizes."""
-        if self._values is None:  # kept: fresh memory costs more than encoding
+        """The same, into tensors of these sizes."""
+        if self._values is None:  # kept: allocating costs more than encoding
             self._values = torch.empty(self._all.total, dtype=self.codec.dtype, device=gradient.device)
         values, scales = self.codec.quantize(gradient, self._all, residual, seed, scales, self._values)
         counts = [blocks.total for blocks in self._blocks]
@@ -113,7 +112,7 @@ class Bucket:
             self.codec.write(message, part, own)
 
     def reduce(self, owner: int, messages: Sequence[Tensor], residual: Tensor | None, seed: int) -> Tensor:
-        """The sum over the ranks of what they sent this owner, encoded: uint8 [sizes[owner]]."""
+        """The sum of the ranks' messages to this owner, encoded: uint8 [sizes[owner]]."""
         blocks, total = self._packed[owner], self._total
         if total is None or len(total) != blocks.total:
             total = self._total = torch.zeros(blocks.total, device=messages[0].device)
@@ -122,6 +121,6 @@ class Bucket:
         return self.codec.encode(total, blocks, residual, seed)
 
     def decode(self, messages: Sequence[Tensor], gradient: Tensor) -> None:
-        """What the owners sent, in their order, into the flat gradient."""
+        """Decode the owners' messages, in their order, into the flat gradient."""
         for blocks, message in zip(self._blocks, messages):
             self.codec.decode(message, blocks, gradient)

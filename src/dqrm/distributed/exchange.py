@@ -1,5 +1,5 @@
-"""One step's exchange: the interface, and what real ranks (`real`) and simulated ones (`simulated`) share. One rank
-alone is `local`.
+"""One step's exchange: the interface, and the common part of real ranks (`real`) and simulated ones (`simulated`). A
+single rank is in `local`.
 
     exchange.begin(step)
     for rank in exchange.local:     the ranks whose shard of the batch this process runs: one, or all simulated ones
@@ -32,19 +32,19 @@ PARTS = ("ids", "table_scales", "table_values", "mlp_scales", "mlp_values")
 """Parts of a rank's payload."""
 
 Gradient = tuple[Tensor, Tensor]
-# Kinds of messages, each with a random stream of its own.
+# Kinds of messages; each has its own random stream.
 MLP, TABLES, MLP_OWNER, TABLES_OWNER = range(4)
 
 
 class Exchange(ABC):
-    """The gradients of the ranks of a step, summed.
+    """Sums the gradients of all ranks in each step.
 
     Args:
         size: world size. local: the ranks that run in this process.
         device: of `loss_sums`.
 
     Attributes:
-        reduction: how the loss of a shard is reduced over its samples: 'mean', or 'sum' where other ranks have more.
+        reduction: how the loss of a shard is reduced over its samples: 'mean', or 'sum' if there are other ranks.
         flags: bits that any rank set for this step, joined over the ranks when it has ended.
         loss_sums: sum over the epoch's samples so far of each local rank's loss, float64 [local ranks].
     """
@@ -57,12 +57,12 @@ class Exchange(ABC):
         self.loss_sums = torch.zeros(len(local), dtype=torch.float64, device=device)
 
     def begin(self, step: int, flags: int = 0) -> None:
-        """A step begins; `flags` (bits) are joined over the ranks by the time it ends."""
+        """Start a step; `flags` (bits) are joined over the ranks by the end of it."""
         self.step, self.flags = step, flags
 
     @abstractmethod
     def objective(self, loss: Tensor, samples: int) -> Tensor:
-        """What to differentiate: this shard's part of the mean loss over the `samples` of the whole batch."""
+        """The objective to differentiate: this shard's part of the mean loss over the `samples` of the whole batch."""
 
     @abstractmethod
     def add_losses(self, losses: Tensor, samples: int) -> None:
@@ -70,27 +70,27 @@ class Exchange(ABC):
 
     @abstractmethod
     def collect(self, rank: int) -> None:
-        """Take the gradients that the backward pass of this rank's shard has left."""
+        """Take the gradients of the backward pass of this rank's shard."""
 
     @abstractmethod
     def finish(self) -> Gradient | None:
-        """Exchange. Returns the tables' gradient as rows int64 [U], none twice, and values float32 [U, dim]; None where
-        it is in `.grad`, as the MLP's is."""
+        """Exchange. Returns the tables' gradient as unique rows int64 [U] and values float32 [U, dim]; None if it is in
+        `.grad`, as the MLP's is."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything of all ranks that a resumed run needs; on rank 0, and empty on the others."""
+        """The state of all ranks that a resumed run needs; on rank 0, and empty on the others."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (nothing, where there is no state)
-        """Restore what `state` gave on rank 0; each rank finds its own in it.
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (nothing without state)
+        """Restore the state that `state` returned on rank 0; each rank takes its own part.
 
         Raises:
             ValueError: the world size differs; nothing is restored.
         """
 
     def report(self) -> dict[str, Any]:
-        """Averages per step: payload bytes in all and by part, bytes sent to other ranks, milliseconds waited; empty
-        where nothing is sent."""
+        """Averages per step: payload bytes in total and by part, bytes sent to other ranks, milliseconds waited; empty
+        if nothing is sent."""
         return {}
 
 
@@ -103,13 +103,13 @@ class RankExchange(Exchange):
         config: codecs and strategies.
         size: world size.
         local: the ranks that run in this process.
-        owners: how many ranks share the summing of the MLP's gradients.
+        owners: number of ranks that share the summation of the MLP's gradients.
         seed: of stochastic rounding.
 
     Attributes:
         payload: bytes of one rank's encoded gradients so far, by part (`PARTS`), each counted once: of the first local
-            rank. sent: bytes that this process has given to collectives for other ranks. waited: seconds that it stood
-            still for them. steps: exchanges so far.
+            rank. sent: bytes that this process has passed to collectives for other ranks. waited: seconds that it was
+            blocked in them. steps: exchanges so far.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class RankExchange(Exchange):
             config.table_exchange == "auto" and size >= ALL_TO_ALL_FROM
         )
         compensate = config.mlp_compensation and not self.mlp_codec.lossless
-        # What ranks lose, and what the owners of sums lose; the latter by value, whoever owns it.
+        # Residuals of the ranks, and of the owners' sums; the latter by value, whoever owns it.
         self.residuals = torch.zeros(len(local), self.layout.total, device=device) if compensate else None
         self.owner_residual = torch.zeros(self.layout.total, device=device) if compensate else None
         # The MLP's gradients of each local rank, flat; the reduced ones take the place of the first.
@@ -225,7 +225,7 @@ class RankExchange(Exchange):
             "waited_ms": round(1e3 * self.waited / steps, 4),
         }
 
-    # What both kinds of ranks do.
+    # Common to both kinds of ranks.
 
     def _seed(self, part: int, rank: int = 0) -> int:
         return mix(self.seed, self.step, part, rank)
@@ -234,7 +234,7 @@ class RankExchange(Exchange):
         return None if self.residuals is None else self.residuals[local]
 
     def _local_rows(self) -> Gradient:
-        """The tables' gradient that a backward pass left, each row once."""
+        """The tables' gradient of a backward pass, with unique rows."""
         grad = self.tables.weight.grad
         self.tables.weight.grad = None
         if grad is None:  # no table was looked up
@@ -254,7 +254,7 @@ class RankExchange(Exchange):
         return messages, total
 
     def _row_scales(self, gradient: Gradient) -> Tensor | None:
-        """What a rank's scales would be, where they are shared."""
+        """The scales of a rank's gradient if scales are shared, else None."""
         return self.row_codec.scales(*gradient) if self.config.shared_scales else None
 
     def _count(self, parts: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Heartbeats: which of several processes died or hangs."""
+"""Heartbeats, to determine which of several processes died or hangs."""
 
 import threading
 import time
@@ -14,24 +14,24 @@ class Liveness:
     """Every second each rank stores its heartbeat in the launch's store: (beat count, collectives entered).
 
     Attributes:
-        entered: collectives that this rank has entered; whoever enters one counts it here.
+        entered: collectives that this rank has entered; each caller increments it.
     """
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size, self.entered = store, rank, size, 0
         self._ended = threading.Event()
-        self._heard: str | None = None  # why the ranks end
+        self._heard: str | None = None  # cause of the ranks' end
         threading.Thread(target=self._beat, daemon=True, name="dqrm-heartbeat").start()
 
     def stop(self) -> None:
-        """No further heartbeat."""
+        """Stop the heartbeat."""
         self._ended.set()
 
     def _beat(self) -> None:
         count = 0
         while not self._ended.wait(_BEAT if count else 0):
             count += 1
-            with suppress(RuntimeError):  # the store is gone: whoever waits for an exchange will say why
+            with suppress(RuntimeError):  # the store is gone: the rank that waits for an exchange reports it
                 self._store.set(f"beat/{self._rank}", f"{count} {self.entered}")
                 if self._heard is None and self._store.check(["cause"]):  # before the store may be gone
                     self._heard = self._store.get("cause").decode()
@@ -45,12 +45,12 @@ class Liveness:
         return beats
 
     def report(self, message: str) -> None:
-        """Leave word for the other ranks that this one ends, and why; the first word counts."""
+        """Store the cause of this rank's end for the other ranks; the first one is kept."""
         with suppress(RuntimeError):
             self._store.compare_set("cause", "", message)
 
     def cause(self, error: Exception, seconds: float) -> str:
-        """One sentence on what ended the exchange, the same on all ranks that can still read it."""
+        """One sentence on the cause of the end, the same on all ranks that can still read it."""
         try:
             if not self._store.check(["cause"]):
                 suspect = self._suspect(seconds)

@@ -1,4 +1,4 @@
-"""One rank alone: nothing is gathered, copied or sent, and all gradients stay in `.grad`."""
+"""A single rank: nothing is gathered, copied or sent, and all gradients stay in `.grad`."""
 
 import torch
 from torch import Tensor

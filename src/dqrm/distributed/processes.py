@@ -1,4 +1,4 @@
-"""The processes that `torchrun` started, one per rank, which the environment tells its number. `join` connects them."""
+"""The processes that `torchrun` started, one per rank, as described by the environment. `join` connects them."""
 
 import os
 import sys
@@ -20,15 +20,15 @@ from dqrm.errors import UserError
 
 T = TypeVar("T")
 START_TIMEOUT = 300.0
-# How much longer to wait for the store that knows the heartbeats.
+# How much longer to wait for the store that holds the heartbeats.
 _PATIENCE = 4.0
-# Bytes sent at once where a whole table is sent.
+# Bytes sent at a time when a whole table is sent.
 _PIECE = 1 << 28
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes(World):
-    """The world of one of several processes."""
+    """The world of one process among several."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size = rank, size
@@ -46,9 +46,9 @@ class Processes(World):
             self.group = dist.group.WORLD
 
     def close(self) -> None:
-        """Leave the others; whoever keeps their store stays until all have left, or for some seconds."""
+        """Leave the group; the rank that hosts the store waits until all have left, or for some seconds."""
         self._liveness.stop()
-        # In threads: where a rank is missing, the store may never answer, and the group may wait for it.
+        # In threads: if a rank is missing, the store may never answer, and the group may wait for it.
         threads = [
             threading.Thread(target=leave, daemon=True) for leave in (dist.destroy_process_group, self._sign_off)
         ]
@@ -120,14 +120,14 @@ class Processes(World):
             raise RankLost(f"{cause}; the last checkpoint, if there is one, can be resumed") from error
 
     def report(self, message: str) -> None:
-        """Leave word for the other ranks that this one ends, and why; the first word counts."""
+        """Store the cause of this rank's end for the other ranks; the first one is kept."""
         self._liveness.report(message)
 
 
 @contextmanager
 def _gloo_unheard() -> Iterator[None]:
-    """While ranks are connected: Gloo of torch 2.9 says so in a line of its own on standard output, where a summary in
-    JSON goes. What fails is raised, not printed.
+    """While ranks are connected: Gloo of torch 2.9 prints a line on standard output, which is for a summary in JSON.
+    Failures are raised, not printed.
     """
     try:
         kept = os.dup(1)
@@ -150,7 +150,7 @@ _current: World | None = None
 
 @contextmanager
 def join(timeout: float = START_TIMEOUT) -> Iterator[World]:
-    """The world that this process was started into, for as long as the block runs; nested calls get the same one.
+    """The world of this process, for as long as the block runs; nested calls get the same one.
 
     Args:
         timeout: seconds to wait for the other ranks to start.
@@ -192,14 +192,14 @@ def _connect(timeout: float) -> Processes:
     if rank >= size:
         raise UserError(f"RANK is {rank}, expected less than WORLD_SIZE, which is {size}; start ranks with torchrun")
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    # In a thread: what else listens at that port may never answer.
+    # In a thread: another program at that port may never answer.
     outcome: list[Processes | Exception] = []
     connecting = threading.Thread(target=lambda: outcome.append(_connected(rank, size, timeout)), daemon=True)
     connecting.start()
     connecting.join(timeout + SILENCE + 2 * _PATIENCE)
     world = outcome[0] if outcome else TimeoutError(f"no answer within {timeout:.0f} seconds")
     if isinstance(world, Processes):
-        if torch.cuda.is_available():  # here, since it is the choice of a thread
+        if torch.cuda.is_available():  # here, since the setting is per thread
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
         return world
     reason = str(world).splitlines()[0] if str(world) else type(world).__name__

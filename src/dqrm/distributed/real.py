@@ -1,7 +1,7 @@
 """The exchange between real processes, over torch.distributed: gloo on the CPU, NCCL on CUDA.
 
-When the backward pass is done, two all-to-all collectives exchange everything: the first takes each owner its part of
-the MLP's gradients, with the length of the rows' message; the second takes everybody the owners' sums and the rows.
+After the backward pass, two all-to-all collectives exchange everything: the first sends each owner its part of
+the MLP's gradients, with the length of the rows' message; the second sends every rank the owners' sums and the rows.
 Fewer, larger collectives proved faster than overlapping them with the backward pass (docs/distributed.md).
 """
 
@@ -24,10 +24,10 @@ HEADER = 8
 
 
 class RealRanks(RankExchange):
-    """See `RankExchange`; all ranks begin with rank 0's `parameters`.
+    """See `RankExchange`; all ranks start from rank 0's `parameters`.
 
     Raises:
-        RankLost: from every method, when another rank does not answer.
+        RankLost: from every method, if another rank does not answer.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RealRanks(RankExchange):
         return bucket.reduce(self.rank, list(parts[:, HEADER:]), self.owner_residual, self._seed(MLP_OWNER)), lengths
 
     def _to_everybody(self, total: Tensor, rows: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-        """The second: the owners' sums into the gradients; returns the rows' messages of the ranks to this one."""
+        """The second: owners' sums into the gradients; returns the rows' messages of the ranks to this one."""
         owned = self.bucket.sizes
         sizes = [owned[self.rank] + len(message) for message in rows]
         sent = self._buffer("sent_all", sum(sizes))
@@ -115,11 +115,11 @@ class RealRanks(RankExchange):
         """The maximum over the ranks, in place."""
         with self._waiting():
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.world.group)
-        self.sent += 2 * (self.size - 1) * values.nbytes // self.size  # what a ring sends
+        self.sent += 2 * (self.size - 1) * values.nbytes // self.size  # as in a ring
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Around collectives."""
+        """Around collectives: measure the time waited."""
         start = time.monotonic()
         with self.world.guard():
             yield
@@ -132,7 +132,7 @@ class RealRanks(RankExchange):
         return [length for length, _ in headers]
 
     def _buffer(self, name: str, size: int) -> Tensor:
-        """Memory (uint8) that is used again in each step: fresh memory costs more than what is done with it."""
+        """Memory (uint8) that is reused in each step: allocating costs more than using it."""
         kept = self._kept.get(name)
         if kept is None or len(kept) < size:
             kept = self._kept[name] = torch.empty(size + size // 8, dtype=torch.uint8, device=self.device)
@@ -143,7 +143,7 @@ class RealRanks(RankExchange):
     def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {name: torch.cat(self.world.gather_rows(tensor) or [tensor]) for name, tensor in own.items()}
         if self.owner_residual is not None:
-            # What this rank does not own is zero: the sum puts the owners' parts together.
+            # Parts that this rank does not own are zero: the sum puts the owners' parts together.
             parts = self.world.gather_rows(self.owner_residual[None])
             if parts:
                 state["mlp_owner_residual"] = torch.cat(parts).sum(0)

@@ -19,7 +19,7 @@ class SimulatedRanks(RankExchange):
 
     def __init__(self, tables: Any, parameters: Sequence[nn.Parameter], config: ExchangeConfig, seed: int) -> None:
         size = config.simulate_ranks
-        super().__init__(tables, parameters, config, size, range(size), 1, seed)  # owners decide no bit: one
+        super().__init__(tables, parameters, config, size, range(size), 1, seed)  # one owner: the result is the same
 
     def collect(self, rank: int) -> None:
         super().collect(rank)

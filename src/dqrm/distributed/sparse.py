@@ -1,6 +1,6 @@
 """The exchange of the tables' gradients, as bytes: rows and values <-> messages, and the two ways to sum them.
 
-A message holds rows in rising order with their values:
+A message holds rows in ascending order with their values:
 
     number of rows (int32) | rows of each table (uint16, int32 from 65,536 rows on) | ids | scales and values (`codecs`)
 
@@ -45,13 +45,13 @@ class RowCodec:
         """A message, and the bytes of its parts: 'ids', 'scales', 'values'.
 
         Args:
-            rows: int64 [U] in the contiguous weight, rising, none twice.
+            rows: int64 [U] in the contiguous weight, ascending, unique.
             values: float32 [U, dim].
             seed: of stochastic rounding.
-            scales: float32 [tables], instead of the values' own.
+            scales: float32 [tables], replacing those of the values.
         """
         if scales is not None and self.per_row:
-            raise ValueError("scales are of tables, but each row has one of its own")
+            raise ValueError("got scales of tables, but the codec has one per row")
         message, (ids, scale_bytes, total) = kernels.encode_rows(
             rows, values, self._bounds, self._widths, self.per_row, self.codec.dtype, self.codec.bits, scales,
             seed if self.codec.stochastic else None,
@@ -65,7 +65,7 @@ class RowCodec:
         )
 
     def scales(self, rows: Tensor, values: Tensor) -> Tensor | None:
-        """The scale of each table's values: float32 [tables], 0 where a table has none; None without scales."""
+        """The scale of each table's values: float32 [tables], 0 for tables without values; None without scales."""
         if not self.codec.bits:
             return None
         scale = values.new_zeros(self.tables)
@@ -77,23 +77,23 @@ class RowCodec:
 
 
 def add_up(codec: RowCodec, messages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The sum of several messages, in their order: rows rising, none twice, and float32 values."""
+    """The sum of several messages, in their order: unique rows in ascending order, and float32 values."""
     parts = [codec.decode(message) for message in messages]
     return kernels.sum_duplicates(torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts]))
 
 
 def split(rows: Tensor, values: Tensor, owners: int) -> list[tuple[Tensor, Tensor]]:
-    """The rows of each owner, in rising order."""
+    """The rows of each owner, in ascending order."""
     owner = rows % owners
     return [(rows[owner == rank], values[owner == rank]) for rank in range(owners)]
 
 
 def reduce(codec: RowCodec, messages: Sequence[Tensor], seed: int) -> tuple[Tensor, dict[str, int]]:
-    """An owner's message: the sum of what the ranks sent it, encoded again."""
+    """An owner's message: the sum of the ranks' messages to it, encoded again."""
     return codec.encode(*add_up(codec, messages), seed=seed)
 
 
 def join(codec: RowCodec, messages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The owners' messages as one gradient; no row is in two of them."""
+    """The owners' messages as one gradient; each row is in one of them only."""
     parts = [codec.decode(message) for message in messages]
     return torch.cat([rows for rows, _ in parts]), torch.cat([values for _, values in parts])

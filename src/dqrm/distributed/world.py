@@ -1,7 +1,7 @@
-"""The world of one run: who its ranks are and what they must agree on.
+"""The world of one run: its ranks, and what they must agree on.
 
-This one is of one rank, in which everything is immediate; `processes.join` gives it, or that of the processes that
-`torchrun` started.
+This one has a single rank, for which everything is immediate; `processes.join` returns it, or the world of the
+processes that `torchrun` started.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,11 @@ class RankLost(UserError):
 
 
 class World:
-    """The ranks of a run; by default one alone.
+    """The ranks of a run; by default a single one.
 
     Attributes:
-        rank: this process's number. size: how many there are. local_rank: its number on its machine.
-        group: the process group that everything travels in; None alone.
+        rank: this process's number. size: number of ranks. local_rank: its number on its machine.
+        group: the process group of all communication; None for a single rank.
     """
 
     rank = 0
@@ -43,7 +43,7 @@ class World:
         yield
 
     def set_timeout(self, seconds: float) -> None:
-        """From now on wait so long for a rank."""
+        """Set how long to wait for a rank from now on."""
 
     def gather(self, item: T) -> list[T]:
         """The items of all ranks, in their order, on every rank; small Python objects."""
@@ -61,11 +61,11 @@ class World:
         return [tensor]
 
     def device(self, name: str) -> str:
-        """The device of this rank for a configuration's `device`: each rank on a machine has a GPU of its own."""
+        """The device of this rank for a configuration's `device`: each rank on a machine has its own GPU."""
         return name
 
     def together(self, action: Callable[[], T]) -> T:
-        """What `action` gives, unless it fails on some rank: then all ranks raise what the first of them refused.
+        """The result of `action`, unless it fails on some rank: then all ranks raise the error of the first of them.
 
         Raises:
             UserError: of the lowest rank that raised one.
@@ -83,7 +83,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """What `action` gives on rank 0, on all ranks; it runs there only.
+        """The result of `action` on rank 0, on all ranks; it runs there only.
 
         Raises:
             UserError: of rank 0, on all ranks.
@@ -102,6 +102,6 @@ class World:
                     )
 
     def broadcast_model(self, module: nn.Module) -> None:
-        """Rank 0's parameters and persistent buffers into those of all ranks, without a second copy."""
+        """Broadcast rank 0's parameters and persistent buffers to all ranks, without a second copy."""
         for tensor in module.state_dict(keep_vars=True).values():
             self.broadcast(tensor.detach())

@@ -25,7 +25,7 @@ MOST_TABLES = 4096
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artifact.
+    """An open artifact.
 
     Attributes:
         path: the file.
@@ -60,13 +60,13 @@ class Artifact:
     def model(self, in_memory: bool = False) -> ClickModel:
         """The model in eval mode, on memory-mapped tables: no row is read before it is used. The rest is in memory.
 
-        Scoring raises UserError once the file was changed in place; one that was renamed onto it does not matter.
+        Scoring raises UserError if the file was changed in place; a file that was renamed onto it does not matter.
 
         Args:
-            in_memory: read the tables too; then nothing that happens to the file matters.
+            in_memory: read the tables too; later changes of the file then have no effect.
 
         Raises:
-            UserError: the header describes another model than the tensors are.
+            UserError: the header describes a different model than the tensors.
         """
         try:
             tensors, watch = self.container.tensors(
@@ -83,13 +83,13 @@ class Artifact:
             raise UserError(f"{self.path} is damaged: {what}; export it again") from None
 
     def _large(self) -> tuple[str, ...]:
-        """The tensors that grow with the tables' rows."""
+        """The names of the tensors whose size grows with the number of rows."""
         per_row = self.container.entries["tables.scale"]["shape"] != [len(self.content["model"]["table_rows"])]
         return ("tables.codes", "tables.scale") if per_row else ("tables.codes",)
 
     @property
     def base_rate(self) -> BaseRate:
-        """Which click rate its probabilities are on."""
+        """The click rate that its probabilities are on."""
         return BaseRate.of(self.content)
 
     def vocabulary(self, number: int) -> bytes:
@@ -145,7 +145,7 @@ class Artifact:
         return sizes
 
     def bits_per_weight(self) -> float:
-        """Bits of codes, scales and biases for each trained number of the model."""
+        """Bits of codes, scales and biases for each trained parameter of the model."""
         sizes = self.sizes()
         return 8 * sum(sizes[part] for part in WEIGHTS) / weight_count(self.content["model"])
 
@@ -166,11 +166,11 @@ class Artifact:
 
 
 def _check(content: Any) -> None:
-    """Raise KeyError, TypeError or ValueError unless a header has what its readers take from it."""
+    """Raise KeyError, TypeError or ValueError unless a header has the keys and types that its readers need."""
     described, columns = content["model"], content["schema"]["columns"]
     names = [*content["schema"]["dense"], *(column["name"] for column in columns)]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError("column names that are no text")
+        raise ValueError("column names that are not text")
     rows = [column["rows"] for column in columns]
     if rows != described["table_rows"] or [column["multi"] for column in columns] != described["multi"]:
         raise ValueError("columns that are not those of its tables")
@@ -180,7 +180,7 @@ def _check(content: Any) -> None:
         check_bits(key, described[key])
     numbers = [described[key] for key in ("table_bits", "mlp_bits", "activation_bits", "num_dense")]
     if not all(type(number) is int for number in [*numbers, *rows]):
-        raise ValueError("a size that is no whole number")
+        raise ValueError("a size that is not a whole number")
     if len(rows) > MOST_TABLES:
         raise ValueError(f"{len(rows)} tables, more than {MOST_TABLES}")
     described_plan(described)
@@ -189,14 +189,14 @@ def _check(content: Any) -> None:
         ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),
     ):
         if value not in known:
-            raise ValueError(f"{name} {str(value)[:40]!r}, which is none of {', '.join(known)}")
+            raise ValueError(f"{name} {str(value)[:40]!r}, expected one of {', '.join(known)}")
     _ = content["options"], BaseRate.of(content)
     origin = content["provenance"]
     texts = (origin["dqrm"], origin["data"]["fingerprint"], origin["run"]["checkpoint"])
     figures = [value for metrics in origin["run"]["metrics"].values() if metrics for value in metrics.values()]
     sound = all(isinstance(text, str) for text in texts) and type(origin["run"]["step"]) is int
     if not sound or not all(value is None or isinstance(value, (int, float)) for value in figures):
-        raise ValueError("a provenance that is no text and figures")
+        raise ValueError("a provenance that is not of text and numbers")
 
 
 def vocabulary_name(number: int) -> str:

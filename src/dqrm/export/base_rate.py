@@ -1,4 +1,4 @@
-"""Which click rate a file's probabilities are on: that of the log, or of the rows that `subsample_negatives` left."""
+"""The click rate that a file's probabilities are on: the log's, or that of the rows left by `subsample_negatives`."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from dqrm.data.subsampling import logit_offset
 
 @dataclass(frozen=True)
 class BaseRate:
-    """What an exported file says of it.
+    """Whether and how an exported file corrects for subsampled negatives.
 
     Attributes:
         subsample_negatives: fraction of the negatives that was dropped before training; None: unknown.
-        corrected: whether the file's probabilities are on the log's own click rate all the same.
+        corrected: whether the file's probabilities are on the log's own click rate nevertheless.
     """
 
     subsample_negatives: float | None
@@ -22,12 +22,12 @@ class BaseRate:
 
     @classmethod
     def chosen(cls, subsample_negatives: float | None, correct: bool) -> "BaseRate":
-        """Of a file that is to be written."""
+        """For a file that is to be written."""
         return cls(subsample_negatives, correct and bool(subsample_negatives))
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "BaseRate":
-        """As a header says. Files that are older than the correction do not: theirs are uncorrected.
+        """As recorded in a header. Older files do not record it: their probabilities are not corrected.
 
         Raises:
             ValueError, TypeError or KeyError: the header holds something else.

@@ -1,4 +1,4 @@
-"""Comparing an exported file with the model it came from: rows to score, and by how much the probabilities differ."""
+"""Comparison of an exported file with its model: rows to score, and the largest difference of probabilities."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from dqrm.export.artifact import Artifact
 
 
 def sample(described: Mapping[str, Any], dataset: Dataset | None, rows: int) -> tuple[Batch, str]:
-    """Rows to score, and what they are of: the first ones of the dataset's test split, or generated ones.
+    """Rows to score, and their description: the first ones of the dataset's test split, or generated ones.
 
     Args:
         described: the model, as an artifact's header describes it.
@@ -32,8 +32,8 @@ def sampled_split(dataset: Dataset) -> str | None:
 
 
 def looked_up(batch: Batch, opened: Artifact, dataset: Dataset) -> Batch:
-    """The rows of a batch as the artifact reads them from a log: their ids become the keys that the dataset knows them
-    by, and those are looked up in the artifact's own vocabularies, as predict does. Row 0 has no key and stays.
+    """The rows of a batch as the artifact reads them from a log: their ids become the keys that the dataset has for
+    them, and those are looked up in the artifact's own vocabularies, as predict does. Row 0 has no key and stays.
 
     All keys are looked up, one column after the other, and not only those of the batch.
 
@@ -43,7 +43,7 @@ def looked_up(batch: Batch, opened: Artifact, dataset: Dataset) -> Batch:
     single, bags = [], []
     for number, column in enumerate(dataset.columns):
         source = dataset.vocabulary_path(column.name)
-        with source.open("rb") as file:  # polars would take brackets in the name of a folder for a pattern
+        with source.open("rb") as file:  # polars would read brackets in a folder's name as a glob pattern
             known = pl.read_parquet(file, columns=["key", "row"]).sort("key")
         shipped = Vocabulary.read(opened.vocabulary(number), f"the exported vocabulary of {column.name}")
         shipped_rows, rows = shipped.lookup(known["key"]), known["row"].to_numpy()
@@ -66,7 +66,7 @@ def looked_up(batch: Batch, opened: Artifact, dataset: Dataset) -> Batch:
 
 
 def generate(described: Mapping[str, Any], rows: int, seed: int = 0) -> Batch:
-    """`rows` random samples: ids from all over each table, its first and last row among them; bags of 0 to 4 ids."""
+    """`rows` random samples: ids over the whole of each table, first and last row included; bags of 0 to 4 ids."""
     random = np.random.default_rng(seed)
     single, bags = [], []
     for count, multi in zip(described["table_rows"], described["multi"]):

@@ -12,13 +12,13 @@ class ExportConfig:
     """What `dqrm export` and `dqrm quantize` write.
 
     Raises:
-        ValueError: a value that is not of its field's type or range.
+        ValueError: a value of the wrong type or out of range.
     """
 
     checkpoint: Literal["best", "last"] = "best"
     """The checkpoint that is best on validation, or the last."""
     data: str | None = None
-    """The dataset folder that the run was trained on; none: where it was then."""
+    """The dataset folder that the run was trained on; none: the path recorded in the run."""
     vocabulary: Literal["embed", "beside", "none"] = "embed"
     """Which id has which row: in the artifact, in a second file beside it, or left out (.dqrm only)."""
     correct_subsampling: bool = True
@@ -36,10 +36,10 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class PTQConfig(BitsOfParts):
-    """Post-training quantization: of a model that was trained in FP32.
+    """Post-training quantization of a model that was trained in FP32.
 
     Raises:
-        ValueError: another number of bits, or a value that is not of its field's type.
+        ValueError: an unsupported number of bits, or a value of the wrong type.
     """
 
     bits: Literal[2, 4, 8, 16] = 4

@@ -2,8 +2,8 @@
 
     8 bytes      length of the header, little-endian
     header       JSON, as safetensors defines it: each tensor's dtype, shape and place; `__metadata__` has
-                   format          what kind of file of ours it is
-                   format_version  a number; a reader refuses one that it does not know
+                   format          the kind of dqrm file
+                   format_version  a number; a reader refuses unknown versions
                    content         JSON text: what the tensors are
                    checksums       JSON text: SHA-256 of each tensor's bytes
                    header_sha256   of length and header, with 64 zeros in its place
@@ -49,7 +49,7 @@ _READ = 1 << 22
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to be written: what it is, and its content in pieces, which together are its elements in order."""
+    """One tensor to be written: its description, and its content in pieces, which hold its elements in order."""
 
     name: str
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Entry":
-        """A tensor that is in memory."""
+        """A tensor in memory."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
     @property
@@ -69,7 +69,7 @@ class Entry:
 def write(path: Path, kind: str, content: Any, entries: Sequence[Entry]) -> str:
     """Write a file, piece by piece; the caller renames it into place. Returns its header's checksum.
 
-    Entries of wider elements should come first, so that each one is aligned.
+    Entries with wider elements should come first, so that each one is aligned.
 
     Raises:
         OSError: a full disk, a folder that may not be written.
@@ -113,7 +113,7 @@ def write(path: Path, kind: str, content: Any, entries: Sequence[Entry]) -> str:
 
 @dataclass(frozen=True)
 class Container:
-    """An opened file: its content, its tensors by name, and its header's checksum."""
+    """An open file: its content, its tensors by name, and its header's checksum."""
 
     path: Path
     kind: str
@@ -126,10 +126,10 @@ class Container:
 
     @classmethod
     def open(cls, path: Path, kind: str) -> "Container":
-        """Read and check the header; tensors are not looked at.
+        """Read and check the header; tensor data is not read.
 
         Raises:
-            UserError: no such file; not one of ours; truncated; another format version; a damaged header.
+            UserError: no such file; not a dqrm file; truncated; another format version; a damaged header.
         """
         made = "expected a .dqrm file that `dqrm export` wrote"
         if path.is_dir():
@@ -185,7 +185,7 @@ class Container:
         return cls(path, kind, content, own, described, 8 + length, checksums, opened)
 
     def _open(self) -> IO[bytes]:
-        """The file again; UserError where another one has taken its place since its header was read."""
+        """Reopen the file; UserError if it was replaced since its header was read."""
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -200,10 +200,10 @@ class Container:
     ) -> tuple[dict[str, Tensor], Watch | None]:
         """The wanted tensors: read into memory, or memory-mapped, and then no byte is read before it is used.
 
-        Not by the safetensors library, whose mapping the system refuses where the file is larger than its memory.
+        Not by the safetensors library, whose mapping the system refuses if the file is larger than the memory.
 
         Returns:
-            The tensors, and what tells whether the file that they are mapped from was changed; None where none is.
+            The tensors, and a `Watch` on the file that they are mapped from; None if no tensor is mapped.
 
         Raises:
             UserError: a tensor that does not match its bytes, or a file that was replaced or cannot be mapped.
@@ -229,7 +229,7 @@ class Container:
             watch.check()
         except (OSError, ValueError, RuntimeError) as error:
             file.close()
-            raise UserError(f"{self.path} cannot be brought into memory: {brief(error)}") from None
+            raise UserError(f"{self.path} cannot be read into memory: {brief(error)}") from None
         except BaseException:
             file.close()
             raise
@@ -265,7 +265,7 @@ class Container:
             raise UserError(f"{self.path} is damaged: the checksum of '{name}' does not match; export it again")
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor, some megabytes at a time."""
+        """The bytes of a tensor, a few megabytes at a time."""
         start, end = self.entries[name]["data_offsets"]
         try:
             with self._open() as file:
@@ -281,7 +281,7 @@ class Container:
 
 
 def _map(file: IO[bytes]) -> mmap.mmap:
-    """A file in memory; writing to it, which nothing here does, would change a copy."""
+    """Map a file, copy on write: writing to it, which nothing here does, would change a copy."""
     if sys.platform == "win32":
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
@@ -289,7 +289,7 @@ def _map(file: IO[bytes]) -> mmap.mmap:
 
 
 def _read(file: IO[bytes], at: int, count: int, dtype: torch.dtype) -> Tensor:
-    """`count` elements from position `at` of a file, in memory: what happens to the file later does not matter."""
+    """`count` elements from position `at` of a file, in memory: later changes of the file have no effect."""
     elements = torch.empty(count, dtype=dtype)
     rest = elements.view(torch.uint8).numpy().data
     file.seek(at)
@@ -302,13 +302,13 @@ def _read(file: IO[bytes], at: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def brief(error: Any) -> str:
-    """What an error says, no longer than a sentence: it may quote what a damaged file holds."""
+    """An error's text, no longer than a sentence: it may quote the content of a damaged file."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:300] + "..."
 
 
 def _check_values(tree: Any) -> None:
-    """Raise ValueError over text that is no Unicode and numbers that are not finite; JSON can hold both."""
+    """Raise ValueError for text that is not valid Unicode and numbers that are not finite; JSON can hold both."""
     if isinstance(tree, dict):
         _check_values([*tree, *tree.values()])
     elif isinstance(tree, list):
@@ -321,7 +321,7 @@ def _check_values(tree: Any) -> None:
 
 
 def _end(entries: list[dict[str, Any]]) -> int:
-    """Where the last tensor ends; ValueError or TypeError unless they are described in the right types and lie end to
+    """The end of the last tensor; ValueError or TypeError unless all are described in the right types and stored end to
     end, each byte in one of them."""
     for entry in entries:
         start, end = entry["data_offsets"]
@@ -336,10 +336,10 @@ def _end(entries: list[dict[str, Any]]) -> int:
 
 
 def _expect_random_reads(tensor: Tensor) -> None:
-    """Tell the system to read only the pages of a large mapped tensor that are asked for, not their neighbours too."""
+    """Advise the system to read only the requested pages of a large mapped tensor, without read-ahead."""
     if tensor.nbytes < _READ or sys.platform == "win32":
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.nbytes - start
-    with suppress(AttributeError):  # a libc without madvise; it is advice, so what it returns does not matter
+    with suppress(AttributeError):  # a libc without madvise; it is advice, so its result does not matter
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_RANDOM))

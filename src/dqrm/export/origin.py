@@ -1,4 +1,4 @@
-"""Where an exported file comes from: the run, the dataset that it was trained on, and what the file says of both."""
+"""The origin of an exported file: its run, the dataset that it was trained on, and their record in the file."""
 
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,30 @@ def require_dataset(content: dict[str, Any], data: Dataset | str | Path, source:
     """The dataset folder `data`, if it is the one that the artifact was trained on.
 
     Raises:
-        UserError: it is another one, or none.
+        UserError: it is a different dataset, or not one.
     """
     dataset = Dataset.of(data)
     wanted = content["provenance"]["data"]["fingerprint"]
     if dataset.fingerprint != wanted:
         raise UserError(
-            f"{dataset.path} is other data than {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
+            f"{dataset.path} is not the dataset that {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
             f"expected {wanted[:16]}"
         )
     return dataset
 
 
 def dataset_of(run: Run, data: str | None, needed: bool, otherwise: str = "") -> Dataset | None:
-    """The dataset folder `data`, or without one that on which the run was trained; None where it is gone.
+    """The dataset folder `data`, by default the one on which the run was trained; None if it no longer exists.
 
     Args:
-        needed: raise UserError where it is gone, or holds other data by now.
-        otherwise: what to do then, besides naming the folder.
+        needed: raise UserError if it no longer exists, or holds other data by now.
+        otherwise: the remedy in the message, besides naming the folder.
     """
     path = data or run.info["data"]["path"]
     if data is None and not Path(path).is_dir():
         if needed:
             raise UserError(
-                f"the dataset folder {path}, on which {run.path} was trained, is not there; name it with --data"
+                f"the dataset folder {path}, on which {run.path} was trained, does not exist; name it with --data"
                 f"{otherwise}"
             )
         return None
@@ -56,7 +56,7 @@ def dataset_of(run: Run, data: str | None, needed: bool, otherwise: str = "") ->
 
 
 def watch_checkpoint(run: Run, step: int, user: str, remedy: str) -> Watch:
-    """Of the file of a checkpoint, which its tables are memory-mapped from; see `Watch`."""
+    """A `Watch` on the file of a checkpoint that its tables are memory-mapped from."""
     path = checkpoint_path(run.checkpoints, step) / WEIGHTS
     try:
         return Watch(path.open("rb"), path, user, remedy)
@@ -65,7 +65,7 @@ def watch_checkpoint(run: Run, step: int, user: str, remedy: str) -> Watch:
 
 
 def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: Progress) -> None:
-    """Raise UserError where what is read of a dataset is damaged: rows to compare by, vocabularies to be shipped."""
+    """Raise UserError if the parts of a dataset that the export reads are damaged: rows to compare, vocabularies."""
     split = sampled_split(dataset)
     used = [*([split] if split else []), *(["vocabulary"] if shipped else [])]
     if config.verify and used:
@@ -75,7 +75,7 @@ def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: 
 
 
 def subsample_negatives(run: Run, dataset: Dataset | None) -> float | None:
-    """None where the dataset is gone and the run, of an older dqrm, does not say."""
+    """The dataset's value, else that in run.json; None if the dataset is gone and an older version wrote run.json."""
     fraction: float | None = (
         run.info["data"].get("subsample_negatives") if dataset is None else dataset.subsample_negatives
     )
@@ -88,7 +88,7 @@ def known_schema(run: Run) -> dict[str, Any]:
 
 
 def provenance(run: Run, state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Where the model comes from; no folder of this machine in it."""
+    """The origin of the model, without paths of this machine."""
     best, summary = state["best"], run.summary
     at_best = best is not None and best["step"] == state["step"]
     return {

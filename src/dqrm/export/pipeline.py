@@ -1,6 +1,6 @@
-"""From a run, or an artifact, to an exported file that has been compared with the model it came from.
+"""Export of a run or an artifact to a file that is compared with its model.
 
-The file is written and checked in a folder beside its place and renamed at the end: whatever fails leaves the old file.
+The file is written and checked in a folder beside its target and renamed at the end; on failure the old file stays.
 """
 
 import json
@@ -133,7 +133,7 @@ def _from_run(
     write(first, artifact.KIND, content, entries)
     difference = None if ptq is None else compare(logits_of(model, batch), expected)
     watch.check()
-    del model, weights, reference, entries  # and with them the mapping of the checkpoint
+    del model, weights, reference, entries  # which also unmaps the checkpoint
     opened = Artifact.open(first, verify=True)
     if shipped and dataset is not None:
         batch = looked_up(batch, opened, dataset)
@@ -169,14 +169,14 @@ def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
 def _finish(
     opened: Artifact, rate: BaseRate, made: Path, target: Format, batch: Batch, expected: Tensor, where: str
 ) -> dict[str, Any]:
-    """Write the other formats from the artifact, then compare the file with what the trained model gave."""
+    """Write the other formats from the artifact, then compare the file with the trained model's outputs."""
     model = _model(opened, rate)
     target.write(model, made, _metadata(opened, rate))
     model.tables.check_source()
     logits = target.open(made)(batch)
     difference = judged = compare(logits, expected)
     if opened.content["model"]["activation_bits"] != 32 and not target.is_artifact and difference < TIPPED:
-        # Another order of summation may tip the code of an input that lies between two: one row in a hundred may.
+        # Another order of summation may round an input between two codes the other way: allowed in 1 % of rows.
         judged = compare(logits, expected, leave_out=len(batch) // 100)
     if not judged <= TOLERANCE:
         raise UserError(
@@ -196,7 +196,7 @@ def _finish(
 TOLERANCE = 1e-5
 """The largest difference between probabilities of an exported file and of the model that it came from."""
 TIPPED = 1e-2
-"""The same for single rows where a model quantizes the inputs of its layers and another runtime sums them."""
+"""The same for single rows if a model quantizes the inputs of its layers and another runtime sums them."""
 
 
 def _metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
@@ -208,8 +208,8 @@ def _metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
 def _vocabulary(
     dataset: Dataset | None, config: ExportConfig, made: Path, progress: Progress
 ) -> tuple[dict[str, Any], list[Entry]]:
-    """What the artifact says of the vocabularies of a dataset (None: it has none), and those that go into it itself;
-    `vocabulary: beside` writes them into a file of their own."""
+    """The artifact's description of the vocabularies of a dataset (None: it has none), and those that it embeds;
+    `vocabulary: beside` writes them into a second file."""
     if dataset is None:
         return {"mode": "none"}, []
     vocabularies = list(_vocabularies(dataset, made.parent, progress))
@@ -241,7 +241,7 @@ def _pieces(path: Path) -> Iterator[Tensor]:
 
 
 def _move(files: list[Path], folder: Path) -> None:
-    """Rename the files into the folder, the last one being what makes the others valid; on an error, none."""
+    """Rename the files into the folder, the last one, on which the others depend, at the end; on an error, none."""
     moved: list[Path] = []
     try:
         for path in files:
@@ -266,7 +266,7 @@ def _workshop(output: Path) -> Iterator[Path]:
         if not output.parent.is_dir():
             raise UserError(f"cannot write {output}: there is no folder {output.parent}")
         if folder.exists() and not lock.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} is needed for the work and was not made by dqrm export; move it")
+            raise UserError(f"{folder} is needed as a temporary folder and was not made by dqrm export; move it")
         folder.mkdir(exist_ok=True)
         with exclusive(lock, f"another process is exporting to {output}; wait for it, or name another output"):
             try:
@@ -276,10 +276,10 @@ def _workshop(output: Path) -> Iterator[Path]:
                 yield folder
             finally:
                 with suppress(OSError):
-                    # The lock goes last: a folder that a kill leaves behind is known by it.
+                    # The lock is removed last: it identifies a folder that a killed export left behind.
                     for path in folder.iterdir():
                         if path != lock:
                             path.unlink()
                     shutil.rmtree(folder)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; what was there is untouched") from None
+        raise UserError(f"cannot write {output}: {error.strerror or error}; the existing file is unchanged") from None

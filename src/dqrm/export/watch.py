@@ -1,4 +1,4 @@
-"""Whether a file that is read while it is used is still what it was when it was opened."""
+"""Detects whether a file in use has changed since it was opened."""
 
 import weakref
 from pathlib import Path
@@ -9,7 +9,7 @@ from dqrm.identity import FileIdentity
 
 
 class Watch:
-    """Keeps a file open, so that `check` is of this very file even where another one has taken its name since.
+    """Keeps a file open, so that `check` is about this very file even if another one has taken its name.
 
     Args:
         path: its name, for messages. user: what uses it ("the loaded model").

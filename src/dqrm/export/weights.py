@@ -48,7 +48,7 @@ class EncodedWeights:
             trained = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
             if trained:
                 raise UserError(
-                    f"the run was trained in {min(trained)} bits; `dqrm export` packs it as it is, and quantization "
+                    f"the run was trained in {min(trained)} bits; `dqrm export` packs it unchanged; quantization "
                     "after training needs a run in FP32 (--bits 32)"
                 )
         self._trained_bits = (model.tables.bits, linear[0].bits)
@@ -77,7 +77,7 @@ class EncodedWeights:
         return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
     def reference(self) -> ClickModel:
-        """What the packed model must give: the trained model itself, or with weights quantized by the plain formula."""
+        """The reference for the packed model: the trained model, or one with weights quantized by the plain formula."""
         model = self._model
         if (self.table_bits, self.mlp_bits) == self._trained_bits:
             return model
@@ -91,7 +91,7 @@ class EncodedWeights:
         return type(model).from_parts(model.config, model.num_dense, tables, stacks)
 
     def _layer_scale(self, layer: QuantLinear, ptq: PTQConfig | None) -> Tensor | None:
-        """Of a layer that is quantized after training; None: its own."""
+        """The scale of a layer that is quantized after training; None: its own."""
         if not layer.weight.isfinite().all() or not (layer.bias is None or layer.bias.isfinite().all()):
             raise ValueError("a layer of the MLP holds weights that are NaN or infinite: its training diverged")
         if ptq is None or self.mlp_bits == 32:

@@ -1,9 +1,9 @@
-"""The operations of a training step that plain torch makes many of, and the backends that provide them.
+"""The fused operations of a training step, each several operations in plain torch, and the backends that provide them.
 
-Knows memory only and imports nothing else of dqrm. Each function here is one operation: its contract is its docstring,
-and `choose` says which backend computes it. A backend is a module (or any object) with `takes` and a function of the
-same name and arguments for each operation that it takes: `cpu` is compiled C, `plain` is plain torch, runs everywhere
-and says what the result is. To add one (another device, another compiler), write it and put it into `BACKENDS`.
+Operates on memory only and imports nothing else of dqrm. Each function here is one operation: its docstring is the
+contract, and `choose` selects the backend that computes it. A backend is a module (or any object) with `takes` and a
+function of the same name and arguments for each operation that it provides: `cpu` is compiled C; `plain` is in plain
+torch, runs everywhere and is the reference. To add one (another device, another compiler), add it to `BACKENDS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,23 +21,23 @@ __all__ = ["BACKENDS", "OPERATIONS", "Backend", "Blocks", "TableRanges", "choose
 
 class Backend(Protocol):
     def takes(self, operation: str, *tensors: Tensor | None) -> bool:
-        """Whether it computes this operation on these tensors: device, dtypes, contiguity. Called at each operation."""
+        """Whether it computes this operation on these tensors: device, dtypes, contiguity. Called before each one."""
 
 
 BACKENDS: list[Backend] = [cpu, plain]
-"""In order of preference."""
+"""Backends in order of preference."""
 OPERATIONS: dict[str, Callable[..., Any]] = {}
-"""What a backend may provide, by name."""
+"""The operations that a backend may provide, by name."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def native() -> bool:
-    """Whether the compiled CPU kernels are there."""
+    """Whether the compiled CPU kernels are available."""
     return library() is not None
 
 
 def traced() -> bool:
-    """Whether torch records what happens now (torch.compile, torch.export, torch.jit.trace)."""
+    """Whether torch is tracing (torch.compile, torch.export, torch.jit.trace)."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -106,7 +106,7 @@ def lookup_packed(
 def add_rows(
     weight: Tensor, rows: Tensor, values: Tensor, factor: float = 1.0, ranges: TableRanges | None = None
 ) -> Tensor:
-    """weight[rows[i]] += factor * values[i] in place, rows repeated or not; on CPU in the order of i. Gives `weight`.
+    """weight[rows[i]] += factor * values[i] in place, rows repeated or not; on CPU in the order of i. Returns `weight`.
 
     Args:
         weight: float32 [R, dim]. rows: int64 [N]. values: float32 [N, dim].
@@ -126,7 +126,7 @@ def add_rows_stochastic(
     """`add_rows` on bf16 weights with stochastic rounding; no row twice. seed: below 2**32.
 
     A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
-    far below the weight's precision arrive on average, where rounding to nearest would lose them all. The random bits
+    far below the weight's precision act on average, where rounding to nearest would lose them all. The random bits
     are a hash of (seed, row, column): the same on every device, in any order.
     """
     backend = choose("add_rows_stochastic", weight, rows, values, None if ranges is None else ranges.scale)
@@ -135,9 +135,9 @@ def add_rows_stochastic(
 
 @_operation
 def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Each of the rows int64 [N] once, rising, and the sum of its values float32 [N, dim]: int64 [U], float32 [U, dim].
+    """Sum the values float32 [N, dim] of equal rows int64 [N]: unique rows int64 [U], ascending, and float32 [U, dim].
 
-    The sums run in the order of the input: the same bits every time.
+    The sums run in the order of the input, so their bits are reproducible.
     """
     return choose("sum_duplicates", rows, values).sum_duplicates(rows, values)
 
@@ -150,9 +150,9 @@ def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
 
 @_operation
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
-    """max|table|, reading only the blocks of `block` rows whose flag in `dirty` (uint8) is set; cleans them.
+    """max|table|, reading only the blocks of `block` rows whose flag in `dirty` (uint8) is set; clears the flags.
 
-    maxima: float32, the maximum of each block, brought up to date.
+    maxima: float32, the maximum of each block, updated in place.
     """
     return choose("blocks_max", table, dirty, maxima).blocks_max(table, block, dirty, maxima)
 
@@ -164,7 +164,7 @@ def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> floa
 def quantize_weights(
     weights: Sequence[Tensor], formats: Sequence[tuple[bool, int, bool]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of each weight [outputs, inputs]: values as float32, or codes as bf16, and the scale float32 [outputs] or [1].
+    """Quantized weights [outputs, inputs]: values as float32, or codes as bf16; scales float32 [outputs] or [1].
 
     Args:
         formats: of each weight, whether it has a scale per channel, its highest code, and whether codes are wanted.
@@ -174,7 +174,7 @@ def quantize_weights(
 
 @_operation
 def finish_linear(y: Tensor, scale: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """y * scale + bias, then ReLU where asked for: bf16 [B, outputs], as `y`, which may be overwritten.
+    """y * scale + bias, then ReLU if requested: bf16 [B, outputs], as `y`, which may be overwritten.
 
     scale: float32 [outputs] or [1]. bias: float32 [outputs].
     """
@@ -183,10 +183,10 @@ def finish_linear(y: Tensor, scale: Tensor, bias: Tensor, relu: bool) -> Tensor:
 
 @_operation
 def start_linear(grad: Tensor, y: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of the same: the gradient before the ReLU, that times `scale`, and the gradient of the bias.
+    """The backward of `finish_linear`: gradient before the ReLU, the same times `scale`, and the gradient of the bias.
 
     Args:
-        grad: float32 or bf16 [B, outputs]. y: what the ReLU gave, of the same dtype; None: no ReLU.
+        grad: float32 or bf16 [B, outputs]. y: output of the ReLU, of the same dtype; None: no ReLU.
         scale: float32 [outputs] or [1]; None: the second result is the first.
     """
     return choose("start_linear", grad, y, scale).start_linear(grad, y, scale)
@@ -194,7 +194,7 @@ def start_linear(grad: Tensor, y: Tensor | None, scale: Tensor | None) -> tuple[
 
 @_operation
 def interact(dense: Tensor | None, tables: Tensor, pairs: Tensor, self_interaction: bool) -> Tensor:
-    """The dense vector beside each pair's dot product, differentiable: [B, dim + P] ([B, P] without dense).
+    """The dense vector and each pair's dot product, concatenated; differentiable: [B, dim + P] ([B, P] without dense).
 
     Args:
         dense: float32 or bf16 [B, dim], vector 0, or None. tables: float32 [B, T, dim], the vectors after it.
@@ -203,9 +203,9 @@ def interact(dense: Tensor | None, tables: Tensor, pairs: Tensor, self_interacti
     return choose("interact", dense, tables).interact(dense, tables, pairs, self_interaction)
 
 
-# ---- blocks of values that share a scale, encoded for the wire and decoded again
+# ---- blocks of values that share a scale, encoded for sending and decoded again
 #
-# z = x + residual is encoded, and the residual becomes z - value(z): error compensation (DQRM paper). Stochastic
+# z = x + residual is encoded, and the residual is set to z - value(z): error compensation (DQRM paper). Stochastic
 # rounding is floor(z / scale + u), u from a hash of (seed, key): the same in any process, in any order, on any device.
 
 
@@ -220,12 +220,12 @@ def quantize_blocks(
     x: Tensor, blocks: Blocks, scale: Tensor, bits: int, residual: Tensor | None = None, seed: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Codes of x + residual: int8 [total], in the order of the blocks; the residual is brought up to date in place.
+    """Codes of x + residual: int8 [total], in the order of the blocks; the residual is updated in place.
 
     Args:
         x: float32, flat. scale: float32 [blocks]. residual: float32, flat, indexed by the blocks' keys.
         seed: below 2**32; rounds stochastically instead of half to even.
-        out: where the codes go; default: a new tensor.
+        out: output tensor for the codes; default: a new tensor.
     """
     backend = choose("quantize_blocks", x, residual, blocks.starts, scale, out)
     return backend.quantize_blocks(x, blocks, scale, bits, residual, seed, out)
@@ -271,7 +271,7 @@ def encode_rows(
     """A message of `distributed.sparse`, uint8, and its bytes before the scales, of the scales, and in all.
 
     Args:
-        rows: int64 [U], rising. values: float32 [U, dim].
+        rows: int64 [U], ascending. values: float32 [U, dim].
         bounds, widths: int64 [tables + 1] and [tables]: first row of each table, and bytes of an id.
         per_row: one scale per row instead of one per table.
         dtype, bits: of the encoded values (see `Codec`). given: float32 [tables], scales to use. seed: below 2**32.

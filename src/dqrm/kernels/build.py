@@ -1,8 +1,8 @@
 """Compiles the kernels for this machine, once, and loads them; without a compiler, loads those of the wheel.
 
-What is compiled is kept in the user's cache folder under a name that holds source, flags, compiler and processor: any
-change of these compiles again (a few seconds). A wheel has libraries for several levels of processors, of the same
-bits. With neither the package works in plain torch.
+Compiled kernels are kept in the user's cache folder under a name that depends on source, flags, compiler and processor:
+any change of these compiles again (a few seconds). A wheel has libraries for several levels of processors, with equal
+results. With neither the package works in plain torch.
 """
 
 import ctypes
@@ -26,10 +26,10 @@ _NATIVE = ("-march=native", "-shared")
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, and a warning says why, where there are none.
+    """The compiled kernels; None, with a warning that says why, if they are not available.
 
-    The environment variable DQRM_NATIVE chooses: 0 for none, `wheel` for those of the wheel; otherwise they are
-    compiled for this machine, and those of the wheel are taken where that fails.
+    The environment variable DQRM_NATIVE selects: 0 for none, `wheel` for those of the wheel; otherwise they are
+    compiled for this machine, and those of the wheel are used if that fails.
     """
     choice = os.environ.get("DQRM_NATIVE", "1")
     if choice == "0":
@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _shipped() -> ctypes.CDLL | None:
-    """The wheel's library for the best level that this processor has, if it was built from these sources."""
+    """The wheel's library for the highest level that this processor supports, if it was built from these sources."""
     ability = torch.backends.cpu.get_cpu_capability().lower()
     levels = list(LEVELS)
     for level in reversed(levels[: levels.index(ability) + 1 if ability in levels else 1]):
@@ -111,7 +111,7 @@ def _run(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on; a home folder may be shared by machines."""
+    """What -march=native depends on; a home folder may be shared by several machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -1,4 +1,4 @@
-"""Every operation in compiled C (`kernels.c`, `blocks.c`), on all of torch's threads; memory passes as pointers."""
+"""All operations in compiled C (`kernels.c`, `blocks.c`), on all of torch's threads; memory is passed as pointers."""
 
 import ctypes
 import functools
@@ -21,7 +21,7 @@ _F32, _I64, _U8 = (torch.float32,), (torch.int64,), (torch.uint8,)
 _FLOATS, _IDS = (torch.float32, torch.bfloat16), (torch.int64, torch.int32)
 _STORED = (torch.int8, torch.bfloat16, torch.float32)
 _KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
-# What the tensors of each operation may be, in the order in which `kernels` names them to `takes`.
+# Valid tensors of each operation, in the order in which `kernels` passes them to `takes`.
 _DTYPES: dict[str, Any] = {
     "lookup": (_IDS, _FLOATS, _F32),
     "lookup_packed": (_IDS, _U8, _F32),
@@ -46,7 +46,7 @@ _DTYPES: dict[str, Any] = {
 
 
 def takes(operation: str, *tensors: Tensor | None) -> bool:
-    """Whether these are on the CPU, contiguous and of the operation's dtypes, and the library is there."""
+    """Whether these are on the CPU, contiguous and of the operation's dtypes, and the library is available."""
     for tensor, dtypes in zip(tensors, _DTYPES[operation]):
         if tensor is not None and not (
             type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in dtypes and tensor.is_contiguous()
@@ -92,7 +92,7 @@ _functions: dict[str, Any] = {}
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """One kernel; tensors pass as pointers, None as a null pointer."""
+    """One kernel; tensors are passed as pointers, None as a null pointer."""
     function = _functions.get(name)
     if function is None:
         function = getattr(library(), f"dqrm_{name}")
@@ -131,7 +131,7 @@ def lookup_packed(
 
 
 def _before_update(weight: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Refuse what would write elsewhere; tell torch of the write, which it cannot see."""
+    """Refuse writes outside the weight; tell torch's version counter of the write, which it cannot see."""
     if values.shape != (len(rows), weight.shape[1]):
         raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {weight.shape[1]}]")
     wrong = _call("outside", rows, len(rows), len(weight))
@@ -185,7 +185,7 @@ _spare: dict[int, list[Any]] = {}
 
 
 class _Lent(np.ndarray):
-    """Memory that goes back to `_spare` when the last tensor on it has gone."""
+    """Memory that returns to `_spare` when the last tensor on it is freed."""
 
     def __del__(self, spare: dict[int, list[Any]] = _spare) -> None:
         if len(kept := spare.setdefault(len(self), [])) < 4:
@@ -195,7 +195,7 @@ class _Lent(np.ndarray):
 
 
 def _lend(size: int) -> Tensor:
-    """uint8 [size], used again later: fresh memory of a megabyte costs more than writing to it, page by page."""
+    """uint8 [size], reused later: allocating a megabyte costs more than writing to it, page by page."""
     try:
         memory = _spare[size].pop()
     except (KeyError, IndexError):
@@ -219,8 +219,8 @@ def quantize_weights(
 def _plan(
     shapes: tuple[torch.Size, ...], formats: tuple[tuple[bool, int, bool], ...]
 ) -> tuple[Any, int, list[int], Any]:
-    """What the kernel is told, the bytes of memory it needs, the number of each weight's scales, and where its values
-    are: (dtype, shape, stride, offset)."""
+    """The kernel's arguments, the bytes of memory it needs, the number of each weight's scales, and the layout of its
+    values: (dtype, shape, stride, offset)."""
     plan: list[int] = []
     places = []
     scales: list[int] = []
@@ -251,7 +251,7 @@ def start_linear(grad: Tensor, y: Tensor | None, scale: Tensor | None) -> tuple[
 
 
 class _Interact(torch.autograd.Function):
-    """The pairs' products without the full matrix of them; sums in FP32."""
+    """The pairs' products without the full matrix of products; sums in FP32."""
 
     @staticmethod
     def forward(ctx: Any, dense: Tensor | None, tables: Tensor, self_interaction: bool, width: int) -> Tensor:
@@ -259,7 +259,7 @@ class _Interact(torch.autograd.Function):
         ctx.self_interaction = self_interaction
         out = tables.new_empty(len(tables), width, dtype=tables.dtype if dense is None else dense.dtype)
         if _call("interact", dense, _half(dense), tables, *tables.shape, self_interaction, out, width):
-            raise MemoryError("the interaction needs more memory than there is")
+            raise MemoryError("the interaction needs more memory than is available")
         return out
 
     @staticmethod
@@ -272,7 +272,7 @@ class _Interact(torch.autograd.Function):
             "interact_backward", grad, dense, _half(dense), tables, *tables.shape, ctx.self_interaction, grad.shape[1],
             grad_dense, grad_tables,
         ):  # fmt: skip
-            raise MemoryError("the interaction's gradient needs more memory than there is")
+            raise MemoryError("the interaction's gradient needs more memory than is available")
         return grad_dense, grad_tables, None, None
 
 
@@ -346,7 +346,7 @@ def encode_rows(
         "encode_rows", rows, values, count, dim, bounds, widths, tables, per_row, _KINDS[dtype], bits, given,
         seed is not None, seed or 0, out, sizes,
     ):  # fmt: skip
-        raise MemoryError("encoding rows needs more memory than there is")
+        raise MemoryError("encoding rows needs more memory than is available")
     lengths: list[int] = sizes.tolist()
     return out[: lengths[2]], lengths
 
@@ -359,5 +359,5 @@ def decode_rows(
     if count and _call(
         "decode_rows", message, count, dim, bounds, widths, len(widths), per_row, _KINDS[dtype], bits, rows, values
     ):
-        raise MemoryError("decoding rows needs more memory than there is")
+        raise MemoryError("decoding rows needs more memory than is available")
     return rows, values

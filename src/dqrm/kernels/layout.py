@@ -1,4 +1,4 @@
-"""What operations are told about memory: blocks of values that share a scale, and the scales of tables in a weight."""
+"""Memory layouts that operations take: blocks of values that share a scale, and the scales of tables in a weight."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TableRanges(NamedTuple):
-    """Scales of the tables in one weight, for whoever changes its rows to raise."""
+    """Scales of the tables in one weight, for code that changes its rows to raise."""
 
     starts: Tensor
     """int64 [tables], the first row of each."""
@@ -38,7 +38,7 @@ class Blocks:
 
     @classmethod
     def of_rows(cls, counts: Tensor, dim: int, per_row: bool) -> "Blocks":
-        """Blocks of gradients [U, dim]: each row, or the rows of each table that has some; counts: int64 [tables]."""
+        """Blocks of gradients [U, dim]: each row, or each table's rows if it has any; counts: int64 [tables]."""
         lengths = counts.new_full((int(counts.sum()),), dim) if per_row else counts[counts > 0] * dim
         return cls(lengths.cumsum(0) - lengths, lengths)
 
@@ -46,7 +46,7 @@ class Blocks:
         return len(self.starts)
 
     def packed(self) -> "Blocks":
-        """The same blocks, lying one after the other in a tensor of their values; keys stay."""
+        """The same blocks, contiguous in a tensor of their values; keys stay."""
         return Blocks(self.offsets, self.lengths, self.keys)
 
     @cached_property

@@ -1,6 +1,6 @@
-"""Every operation in plain torch: on any device, of any floating-point dtype, and what a traced model records.
+"""All operations in plain torch: on any device, in any floating-point dtype, and as recorded in a traced model.
 
-What is documented in `kernels` is not said again. The first functions are those of `common.h`.
+See `kernels` for their documentation. The first functions correspond to those of `common.h`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dqrm.kernels.layout import Blocks, TableRanges
 
 SMALLEST_MAXIMUM = 1e-8
 _MASK = 0xFFFFFFFF
-# Rows read at once: torch may copy what it reduces.
+# Rows read at a time: torch may copy what it reduces.
 _CHUNK = 1 << 20
 
 
@@ -43,7 +43,7 @@ def _hash(position: Tensor, seed: int) -> Tensor:
 
 
 def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """bf16, up with the probability of the distance to the lower neighbour: what is cut off plus 16 bits carries."""
+    """Stochastically rounded bf16: 16 random bits are added to the low 16 bits, which are then cut off."""
     rounded = (x.view(torch.int32) + random.int() & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
@@ -58,7 +58,7 @@ def lookup(
 ) -> int:  # fmt: skip
     ids = ids.reshape(-1, len(starts)).long()
     outside = (ids < 0) | (ids >= table_rows)
-    if ids.is_cpu and outside.any():  # elsewhere the check would stall every step
+    if ids.is_cpu and outside.any():  # on other devices the check would synchronize in every step
         return int(outside.view(-1).nonzero()[0])
     rows = (ids + starts).view(-1)
     rows_out.copy_(rows)
@@ -139,7 +139,7 @@ def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
     within = torch.arange(block, device=table.device)
     for chunk in dirty.nonzero()[:, 0].split(_CHUNK // block):
-        # The last block may be short: its last row stands for those that are not there.
+        # The last block may be short: its last row is repeated for those that are missing.
         rows = (chunk[:, None] * block + within).clamp_(max=len(table) - 1).view(-1)
         maxima[chunk] = table.index_select(0, rows).abs().view(len(chunk), block * table.shape[1]).amax(1).float()
     dirty.zero_()
@@ -155,7 +155,7 @@ def quantize_weights(
     quantized = []
     for weight, (per_channel, highest, codes) in zip(weights, formats):
         magnitude = weight.detach().abs()
-        if not magnitude.numel():  # no inputs or no outputs: nothing to take a maximum of
+        if not magnitude.numel():  # no inputs or no outputs: the maximum is not defined
             largest = magnitude.new_zeros(len(weight) if per_channel else 1)
         else:
             largest = magnitude.amax(1) if per_channel else magnitude.amax().view(1)
@@ -219,7 +219,7 @@ def cast_blocks(
     stochastic = seed is not None and dtype == torch.bfloat16
     cast = _bf16_stochastic(z, _hash(blocks.key, seed or 0) >> 16) if stochastic else z.to(dtype)
     if residual is not None:
-        residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - cast.float()  # not inf - inf
+        residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - cast.float()  # avoids inf - inf
     return cast if out is None else out.copy_(cast)
 
 
@@ -243,7 +243,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """The inverse: float32 [..., dim]. Arithmetic only: not every exporter and runtime knows shifts."""
+    """The inverse: float32 [..., dim]. Arithmetic only: some exporters and runtimes do not support shifts."""
     rest, parts = packed.float(), []
     for part in range(8 // bits - 1, 0, -1):
         unit = float(1 << (bits * part))

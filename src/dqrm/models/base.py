@@ -1,8 +1,8 @@
-"""What training, exchange and export know of a model, whatever it computes.
+"""The interface of click models, which training, exchange and export use.
 
 A click model is its tables, stacks of linear layers by name, and a function from dense columns and table vectors to the
-logit. A subclass says which layers there are (`plan`) and how the logit comes from them (`logits`); layers are built,
-drawn, packed and loaded by their module paths.
+logit. A subclass lists its layers (`plan`) and computes the logit from them (`logits`); layers are built,
+initialized, packed and loaded by their module paths.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
 
-# Table values drawn at once; a piece stays in the processor's cache for all three passes over it.
+# Table values drawn at a time; a piece stays in the processor's cache for all three passes over it.
 _PIECE = 1 << 18
 
 
@@ -52,8 +52,8 @@ def mlp(widths: Sequence[int], last_relu: bool, batch_norm: bool = False, dropou
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` that takes batches of one sample in training too, normalized as in evaluation: an epoch's last
-    batch may be one."""
+    """`nn.BatchNorm1d` that also trains on batches of one sample, normalized as in evaluation: the last batch of an
+    epoch may have one."""
 
     def forward(self, input: Tensor) -> Tensor:
         if len(input) > 1:
@@ -62,7 +62,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 def build_stack(layers: Sequence[Layer], qat: QATConfig) -> QuantMLP:
-    """A stack to be trained; its weights are still to be drawn."""
+    """A stack to be trained; its weights are drawn later."""
     modules: list[nn.Module] = []
     for layer in layers:
         modules.append(QuantLinear(layer.inputs, layer.outputs, layer.bias, qat=qat))
@@ -89,7 +89,7 @@ def build_tables(
         table_rows: rows of each table, single-valued columns first.
         multi: for each table, whether its column is multi-valued (a bag of ids per sample); default: none is.
         dtype: of the master weights: torch.float32, or torch.bfloat16 for half the memory.
-        weight: the initial weights [sum(table_rows), embedding_dim], not copied; default: still to be drawn.
+        weight: the initial weights [sum(table_rows), embedding_dim], not copied; default: drawn later.
     """
     return QuantEmbeddingBagCollection(
         table_rows,
@@ -110,13 +110,13 @@ class ClickModel(nn.Module, ABC):
             then built and drawn here.
         multi: with rows: for each table, whether its column is multi-valued (a bag of ids per sample); default: none.
         config: architecture.
-        qat: what is quantized to how many bits.
-        seed: decides all initial weights, the same on every machine and device.
-        precision: 'bf16' multiplies in bf16 while training; evaluation is always FP32, as what is exported is.
+        qat: what is quantized, and to how many bits.
+        seed: determines all initial weights, which are the same on every machine and device.
+        precision: 'bf16' multiplies in bf16 in training; evaluation is always FP32, like exported models.
         table_dtype: with rows: of the tables' master weights.
 
     Raises:
-        ValueError: neither dense columns nor tables, or an architecture that is not possible for them.
+        ValueError: neither dense columns nor tables, or an architecture that is not valid for them.
     """
 
     logit_offset: float | None = None
@@ -151,7 +151,7 @@ class ClickModel(nn.Module, ABC):
 
     @classmethod
     def default_config(cls) -> ModelConfig:
-        """The architecture where none is given."""
+        """The default architecture."""
         return ModelConfig()
 
     @classmethod
@@ -160,7 +160,7 @@ class ClickModel(nn.Module, ABC):
         """The stacks of a model for a number of dense columns and tables.
 
         Raises:
-            ValueError: an architecture that is not possible for them.
+            ValueError: an architecture that is not valid for them.
         """
 
     @abstractmethod
@@ -169,14 +169,14 @@ class ClickModel(nn.Module, ABC):
 
     @classmethod
     def describe(cls, config: ModelConfig) -> str:
-        """The architecture in a few words, for people."""
+        """The architecture in a few words, for messages."""
         return f"{cls.__name__} of embedding dim {config.embedding_dim}"
 
     @classmethod
     def from_parts(
         cls, config: ModelConfig, num_dense: int, tables: nn.Module, stacks: Mapping[str, nn.Module]
     ) -> "ClickModel":
-        """A model of parts that are there already, in eval mode; no weights are drawn."""
+        """A model of existing parts, in eval mode; no weights are drawn."""
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._assemble(config, num_dense, tables, stacks)
@@ -222,8 +222,8 @@ class ClickModel(nn.Module, ABC):
 
     @torch.no_grad()
     def redraw_tables(self, seed: int, epoch: int = 0, tables: Sequence[int] | None = None) -> None:
-        """Draw these tables (default: all) as `reset_parameters` does, in epochs above 0 with other values, and compute
-        scales of all tables. Optimizer state is the caller's."""
+        """Draw these tables (default: all) as `reset_parameters` does, with new values in epochs above 0, and compute
+        scales of all tables. The caller resets optimizer state."""
         self._draw_tables(range(len(self.tables.table_rows)) if tables is None else tables, seed, epoch)
         self.tables.refresh_scale()
 
@@ -257,8 +257,8 @@ class ClickModel(nn.Module, ABC):
 
         Raises:
             IndexError: an id outside its table (on CPU).
-            InputError, which is a UserError and a ValueError: no tensors (a numpy array: use torch.from_numpy), or of
-                another dtype, shape, number of rows or device.
+            InputError, which is a UserError and a ValueError: not tensors (a numpy array: use torch.from_numpy), or a
+                mismatch of dtype, shape, number of rows or device.
         """
         logits = self.sampled_logits(dense, ids, bags)
         return logits + self.logit_offset if self.logit_offset else logits

@@ -1,13 +1,13 @@
 """DCNv2: deep and cross network, version 2 (arXiv 2008.13535).
 
-    x0 = dense columns beside the tables' vectors
+    x0 = dense columns and the tables' vectors, concatenated
     cross layer:    x[l+1] = x0 * (W[l] x[l] + b[l]) + x[l]             W[l] a full matrix, or U[l] V[l] of low rank
 
     parallel:   x0 --+-- cross layers --+-- linear -- logit             stacked:   x0 -- cross layers -- deep -- linear
                      +-- deep ----------+
 
-The deep network is an MLP with ReLU, with batch normalization before it and dropout after it where the configuration
-says so. All linear layers are quantized, those of the cross network too.
+The deep network is an MLP with ReLU, optionally with batch normalization before it and dropout after it.
+All linear layers are quantized, those of the cross network too.
 """
 
 from typing import Any

@@ -66,7 +66,7 @@ class DLRM(ClickModel):
             self.register_buffer("pairs", pairs(vectors, config.self_interaction), persistent=False)
 
     def logits(self, dense: Tensor, vectors: Tensor) -> Tensor:
-        """The top MLP's, of the dense vector [B, dim] beside each pair's dot product, or ('cat') beside all vectors."""
+        """The top MLP on the dense vector [B, dim] and each pair's dot product, or ('cat') on all vectors."""
         bottom, config = self.bottom, self.config
         below = None if bottom is None else bottom(dense)
         if config.interaction == "cat":

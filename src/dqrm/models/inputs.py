@@ -1,4 +1,4 @@
-"""What a model may be called with; everything else is refused in one sentence, before anything is computed."""
+"""Validation of a model's arguments; invalid ones are refused in one sentence, before anything is computed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from dqrm.quant.uniform import no_tensor
 
 
 class InputError(UserError, ValueError):
-    """An argument that the model cannot take."""
+    """An argument that the model does not accept."""
 
 
 def checked(
     dense: Any, ids: Any, bags: Any, model: Any, tables: Any
 ) -> tuple[Tensor, Tensor, Sequence[tuple[Tensor, Tensor]]]:
-    """The arguments of a `ClickModel`, dense as it is multiplied: float32, or what the model's parameters are cast to.
+    """The validated arguments of a `ClickModel`; dense as float32, or as the dtype that the model's parameters have.
 
-    Other floating types are converted. Integers are not: they are not what a log's numeric columns were made into, and
-    more often ids in the wrong place. It looks at types and shapes only: the lookup finds ids outside their table.
+    Other floating types are converted. Integers are not: numeric columns of a log are prepared as floats, and integers
+    are more often ids in the wrong place. Only types and shapes are checked: the lookup finds ids outside their table.
 
     Args:
         tables: the model's.
@@ -34,7 +34,7 @@ def checked(
     num_dense = model.num_dense
     device = tables._buffers[
         "row_offsets"
-    ].device  # around nn.Module's lookup of attributes, which takes longer than all
+    ].device  # bypasses nn.Module's attribute lookup, which takes longer than all checks together
     if type(bags) in (tuple, list) and not bags and _plain(dense, ids, num_dense, tables, device):
         return dense, ids, bags
     _check_matrix("ids", ids, tables.num_single, "one for each single-valued table", device)
@@ -53,7 +53,7 @@ def checked(
 
 
 def _plain(dense: Any, ids: Any, num_dense: int, tables: Any, device: torch.device) -> bool:
-    """Whether nothing is left to look at or to convert: what most calls are, at the cost of a microsecond or two."""
+    """Whether nothing has to be checked or converted, as in most calls, at the cost of a microsecond or two."""
     return (
         isinstance(dense, Tensor)
         and isinstance(ids, Tensor)
@@ -93,7 +93,7 @@ def _check_integers(name: str, given: Tensor) -> None:
 def _floats(dense: Tensor, model: Any) -> Tensor:
     if not dense.is_floating_point():
         raise InputError(
-            f"dense is {dense.dtype}, expected torch.float32; use dense.float() if these are the numbers meant"
+            f"dense is {dense.dtype}, expected torch.float32; use dense.float() if these are the intended values"
         )
     own = next((weight for stack in model.stacks().values() for weight in stack.parameters()), None)
     return dense.to(torch.float32 if own is None else own.dtype)

@@ -1,6 +1,6 @@
-"""Which models there are, and how one is built: from a configuration, or from the packed tensors of an artifact.
+"""The register of models, and how one is built: from a configuration, or from the packed tensors of an artifact.
 
-A model of your own: a subclass of `ClickModel`, and `MODELS["its name"] = ItsClass` before it is trained or loaded.
+For a model of your own, subclass `ClickModel` and set `MODELS["its name"] = ItsClass` before it is trained or loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def build_model(
 
     Args:
         num_dense, table_rows, multi: as of `ClickModel`.
-        table_weight: the tables' initial weights [sum(table_rows), embedding_dim], used as they are and not copied.
+        table_weight: the tables' initial weights [sum(table_rows), embedding_dim], not copied.
 
     Raises:
         UserError, ValueError: as `model_class` and `ClickModel`.
@@ -70,10 +70,10 @@ def table_dtype(config: Config) -> torch.dtype:
 
 
 def describe_model(model: ClickModel, table_bits: int, mlp_bits: int) -> dict[str, Any]:
-    """What `packed_model` needs of a trained model besides its tensors, which are of the given bits.
+    """What `packed_model` needs to know of a trained model besides its tensors, which have the given bits.
 
     Raises:
-        ValueError: the model is not of the class that its configuration names, so that the artifact would be another's.
+        ValueError: the model is not of the class that its configuration names, so the artifact would load another one.
     """
     if not isinstance(model, model_class(model.config)):
         raise ValueError(f"model is '{model.config.model}' in the configuration of a {type(model).__name__}")
@@ -93,7 +93,7 @@ def described_config(described: Mapping[str, Any]) -> ModelConfig:
     """The configuration of a described model.
 
     Raises:
-        KeyError: a field of its model is missing. UserError, ValueError: an unknown one, or an impossible value.
+        KeyError: a field of its model is missing. UserError, ValueError: an unknown one, or an invalid value.
     """
     config: ModelConfig = build(ModelConfig, described["config"], "model")
     _ = [described["config"][name] for name in config.header()]
@@ -111,7 +111,7 @@ def described_plan(described: Mapping[str, Any]) -> Plan:
 
 
 def weight_count(described: Mapping[str, Any]) -> int:
-    """How many numbers a described model has: rows of tables, weights and biases."""
+    """The number of parameters of a described model: rows of tables, weights and biases."""
     count: int = sum(described["table_rows"]) * described["config"]["embedding_dim"]
     layers = (layer for stack in described_plan(described).values() for layer in stack)
     return count + sum((layer.inputs + (layer.bias or layer.batch_norm)) * layer.outputs for layer in layers)

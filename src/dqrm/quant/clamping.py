@@ -1,7 +1,7 @@
-"""How many of the weights that training looked up had outgrown their table's scale and were clamped.
+"""Counts of the weights that were looked up in training, and of those that exceeded their table's range (clamped).
 
-Under `running_max` none is. Between two periodic refreshes any may be: codes then stand for less than the weights say,
-and the model learns past what it computes.
+With `running_max` none is clamped. Between two periodic refreshes any may be: the forward pass then uses a smaller
+magnitude than the master weight, whose further growth has no effect.
 """
 
 import warnings
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 MANY = 1e-3
-"""Share of the weights looked up in an interval from which on clamping costs accuracy that is worth a warning."""
-# Training forwards between two looks at the counts, where nobody else takes them.
+"""Fraction of the weights looked up in an interval above which clamping is worth a warning."""
+# Training forwards between two checks of the counts, unless the caller takes them.
 _INTERVAL = 100
 
 
 def advice(clamped: int, looked_up: int, flags: bool = False) -> str:
-    """The sentence that says what share was clamped and what helps, in names of flags or of arguments."""
+    """The warning's text: the fraction that was clamped and the remedy, in terms of flags or of Python arguments."""
     rule, period = ("--scale-refresh running_max", "--scale-period") if flags else (
         "scale_refresh='running_max'", "scale_period")  # fmt: skip
     return (
@@ -26,10 +26,10 @@ def advice(clamped: int, looked_up: int, flags: bool = False) -> str:
 
 
 class Clamps:
-    """Counts of one table, or of all tables of a model that share it; on many clamped weights, one warning.
+    """Counts of one table, or of all tables of a model that share it; warns once if many weights are clamped.
 
     Attributes:
-        quiet: whether somebody else takes the counts and warns.
+        quiet: whether the caller takes the counts and warns instead.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Clamps:
         self._warned = False
 
     def counter(self, values: int, device: torch.device) -> Tensor:
-        """Counts `values` weights as looked up; returns int64 [1], to which those that are clamped are added."""
+        """Count `values` weights as looked up; returns int64 [1], to add the number of clamped ones to."""
         self._looked_up += values
         clamped = self._clamped.get(device)
         if clamped is None:
@@ -47,13 +47,13 @@ class Clamps:
         return clamped
 
     def forward_begins(self) -> None:
-        """A training forward: from time to time, look at the counts of those before it."""
+        """Count a training forward; at regular intervals, check the counts so far."""
         self._forwards += 1
         if self._forwards % _INTERVAL == 0:
             self.check()
 
     def check(self) -> None:
-        """Warn if many weights were clamped since the last look, unless that was done before."""
+        """Warn, once, if many weights were clamped since the last check."""
         if self.quiet or self._warned or not self._looked_up:
             return
         clamped, looked_up = self.take()

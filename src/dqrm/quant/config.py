@@ -22,7 +22,7 @@ def check_registered(field: str, name: str, register: Mapping[str, Any]) -> None
 
 
 def registered(name: str, register: dict[str, Any]) -> Any:
-    """The entry of a register; one that is given as its import path is imported now, and not before it is used."""
+    """The entry of a register; one that is given as an import path is imported here, on first use."""
     if isinstance(register[name], str):
         module, _, attribute = register[name].rpartition(".")
         register[name] = getattr(import_module(module), attribute)
@@ -30,7 +30,7 @@ def registered(name: str, register: dict[str, Any]) -> Any:
 
 
 class BitsOfParts:
-    """Mixin: `bits`, unless the part has bits of its own."""
+    """Mixin: bits of tables and MLP weights, which default to `bits`."""
 
     bits: int
     table_bits: int | None
@@ -88,7 +88,7 @@ class QATConfig(BitsOfParts):
                 f"bias_bits is {self.bias_bits}, but the MLP is not quantized, and a bias has no scale but its weight's"
             )
         check_registered("quantizer", self.quantizer, QUANTIZERS)
-        # Resolved at once: what is stored says which rule it was.
+        # Resolved here, so that what is stored records the rule that applied.
         if self.scale_refresh is None:
             object.__setattr__(self, "scale_refresh", "running_max" if self.scale_period is None else "periodic")
         if self.scale_period is None:

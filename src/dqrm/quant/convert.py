@@ -28,16 +28,16 @@ def prepare_qat(
     A module keeps its identity, name, parameters, hooks and device; only its class changes. An optimizer built before
     still holds the right parameters, tied weights stay tied, and a state dict of the unprepared model still loads.
     Subclasses of those layers are left alone, since their own forward would be lost (lazy layers; in
-    `nn.MultiheadAttention` the output projection, and its input projection is no layer at all); so is what is prepared
-    already. Where that leaves nothing quantized, a warning says so.
-    A parent that reads `child.weight` instead of calling the child goes around the quantization. The one in torch that
-    does, `nn.TransformerEncoderLayer` in evaluation, has that path switched off.
+    `nn.MultiheadAttention` the output projection; its input projection is not a layer); so are layers that are already
+    prepared. If nothing is quantized, a warning says so.
+    A parent that reads `child.weight` instead of calling the child bypasses the quantization. In torch only
+    `nn.TransformerEncoderLayer` does, in evaluation; that path is disabled.
 
     Args:
         model: any module; returned.
         config: bits, granularity and when scales are refreshed; default INT4 with scales that clamp no weight.
         filter_fn: called as filter_fn(module, fqn), fqn being the module's fully qualified name, as in torchao; False
-            leaves that module as it is.
+            leaves that module unchanged.
 
     Raises:
         ValueError: a layer uses an option that a quantized table cannot have; names the layer. Nothing is swapped then.
@@ -74,7 +74,7 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     Quantized weights count bits/8 bytes each plus 4 per scale, everything else its own dtype.
 
     Returns:
-        {'tables': bytes, 'mlp': bytes (weights and biases of everything that is no table), 'total': bytes}.
+        {'tables': bytes, 'mlp': bytes (weights and biases of everything that is not a table), 'total': bytes}.
     """
     sizes = {"tables": 0, "mlp": 0}
     seen: set[int] = set()
@@ -101,7 +101,7 @@ def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | Non
         scale, bits: of the weight, where they are not the layer's own (quantization after training).
 
     Raises:
-        ValueError: inputs are to be quantized, but no training step has shown their range.
+        ValueError: inputs are to be quantized, but their range is unknown because the layer was not trained.
     """
     bits = layer.bits if bits is None else bits
     weight = layer.weight.detach().float()
@@ -111,7 +111,7 @@ def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | Non
     if layer.activation_bits != 32:
         if not layer.activation_max > 0:
             raise ValueError(
-                "the inputs of a linear layer are to be quantized, but no training step has shown their range"
+                "the inputs of a linear layer are to be quantized, but their range is unknown before a training step"
             )
         activation_scale = scale_from_max(layer.activation_max.detach(), layer.activation_bits)
     return PackedLinear(
@@ -159,9 +159,9 @@ def _pack(module: nn.Module) -> nn.Module | None:
 def convert(model: nn.Module) -> nn.Module:
     """Turn every quantized layer of `model`, as `prepare_qat` made it, into its packed form for inference, in place.
 
-    A module keeps its identity, name, hooks and what else was set on it; its FP32 weight is gone, and its state dict
-    holds codes and scales. Layers at 32 bits stay, and so do subclasses of the layers. What the model gives in
-    evaluation does not change.
+    A module keeps its identity, name, hooks and other attributes; its FP32 weight is dropped, and its state dict holds
+    codes and scales. Layers at 32 bits and subclasses of the layers are left unchanged. The model's outputs in
+    evaluation do not change.
 
     Args:
         model: any module; returned, in eval mode.

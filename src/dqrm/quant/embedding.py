@@ -104,16 +104,16 @@ class QuantizedTables(FakeQuantized):
     def only_looked_up_rows_change(self) -> None:
         """Promise that nothing but the optimizer changes the weight, and only rows that a training forward looked up.
 
-        And that an update follows each training forward; where one follows several, say `same_step` between them.
+        Also that an update follows each training forward; with gradient accumulation, call `same_step` in between.
         True of plain SGD and Adagrad on sparse gradients, not of momentum or dense weight decay. A periodic refresh of
         the scale then reads the rows looked up since the last one, and is as exact as before; with running_max an
-        evaluation reads none. Loading a state dict and moving the module are noticed; after any other change call
+        evaluation reads none. Loading a state dict and moving the module are detected; after any other change call
         `refresh_scale`.
         """
         self.weight_fake_quantizer.only_looked_up_rows_change(self.weight)
 
     def same_step(self) -> None:
-        """The next training forward belongs to the last one's step: one tick of the clock, and no other refresh."""
+        """The next training forward belongs to the same step: the step count does not advance, nothing is refreshed."""
         self.weight_fake_quantizer.same_step()
 
     def rows_changed(self, rows: Tensor) -> None:
@@ -126,7 +126,7 @@ class QuantizedTables(FakeQuantized):
 
 
 class _OneTable(QuantizedTables):
-    """What `QuantEmbedding` and `QuantEmbeddingBag` share: bits and scale of the one table in `weight`."""
+    """Common base of `QuantEmbedding` and `QuantEmbeddingBag`: bits and scale of the one table in `weight`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
@@ -169,7 +169,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
-        ValueError: max_norm or scale_grad_by_freq is asked for, or another number of bits.
+        ValueError: max_norm or scale_grad_by_freq is set, or the number of bits is not supported.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -184,11 +184,11 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
-        ValueError: mode 'max', max_norm or scale_grad_by_freq is asked for, or another number of bits.
+        ValueError: mode 'max', max_norm or scale_grad_by_freq is set, or the number of bits is not supported.
     """
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        # Rows of ids together with include_last_offset: torch 2.9 reads past the end, `pool` tells it otherwise.
+        # Ids [B, L] together with include_last_offset: torch 2.9 reads past the end; `pool` works around it.
         if self.bits == 32 and (offsets is not None or not self.include_last_offset):
             return super().forward(input, offsets, per_sample_weights)
         return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
@@ -210,7 +210,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
 
     Raises:
-        ValueError: a table without rows, single-valued tables after multi-valued ones, or another pooling or bits.
+        ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         return self._pooled(list(values.split(lengths)) if bags else [values], len(ids), bags)
 
     def _plain_rows(self, groups: list[tuple[Tensor, int, int]], weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The same rows [N, dim] and their numbers, differentiable in all ways: dense gradients, other quantizers."""
+        """The same rows [N, dim] and their numbers in plain autograd, for dense gradients and other quantizers."""
         quantizer, pieces = self.weight_fake_quantizer, []
         for ids, first, tables in groups:
             self._refuse_outside(ids, first, tables)

@@ -16,7 +16,7 @@ from dqrm.quant.packed import PackedLinear
 
 @torch.no_grad()
 def fold_batch_norm(layer: PackedLinear, norm: nn.BatchNorm1d) -> PackedLinear:
-    """A packed layer that gives what `norm`, in evaluation, makes of the output of `layer`.
+    """A packed layer equivalent to `layer` followed by `norm` in evaluation.
 
     Raises:
         ValueError: `norm` keeps no running statistics.

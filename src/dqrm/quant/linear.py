@@ -65,7 +65,7 @@ class QuantLinear(FakeQuantized, nn.Linear):
             granularity: 'channel' (one scale per output row) or 'tensor' (one for the whole weight).
 
     Raises:
-        ValueError: another number of bits or another granularity.
+        ValueError: an unsupported number of bits or granularity.
     """
 
     bits: int
@@ -99,14 +99,14 @@ class QuantLinear(FakeQuantized, nn.Linear):
         return F.linear(self.quantized_input(input), weight, bias)
 
     def quantized_bias(self) -> Tensor | None:
-        """The bias as it is added: [outputs], or None."""
+        """The bias, fake-quantized if configured: [outputs], or None."""
         bias: Tensor | None = self.bias
         if bias is None or self.bias_bits == 32:
             return bias
         return fake_quantize(bias, self.current_scale(), self.bias_bits)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input as it is multiplied; in training, its range widens the running maximum."""
+        """The input, fake-quantized if configured; in training, it updates the running maximum."""
         if self.activation_bits == 32:
             return x
         check_floats("input", x)

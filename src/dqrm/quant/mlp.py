@@ -1,7 +1,7 @@
-"""A stack of quantized linear layers with ReLU between them, as one step of autograd.
+"""A stack of quantized linear layers with ReLU between them, as one autograd function.
 
-Per layer, a matrix product and one pass over the result; between layers nothing else. That lets a quantized MLP
-cost what an unquantized one costs.
+Each layer is a matrix product and one pass over the result, so that a quantized MLP costs about as much as an
+unquantized one.
 """
 
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ class _Layers(torch.autograd.Function):
             x, used, scale = saved[3 * number : 3 * number + 3]
             grad = grad.to(used.dtype)
             shown = y if layers[number].relu else None
-            # The next layer may have taken y in another dtype; what is 0 there is 0 here.
+            # The next layer may have converted y to another dtype; zeros stay zeros.
             if shown is not None and shown.dtype != grad.dtype:
                 shown = shown.to(grad.dtype)
             grad, scaled, bias_grad = kernels.start_linear(grad, shown, scale)
@@ -101,8 +101,8 @@ class QuantMLP(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """float [B, inputs] -> [B, outputs]; not differentiable twice.
 
-        Layers that were put in place of others, have hooks, are no longer float32 or have a quantizer that is not
-        `fusible` run one by one, as they are.
+        Layers that were replaced, have hooks, are no longer float32 or have a quantizer that is not `fusible` run one
+        by one.
         """
         check_floats("x", x)
         modules = list(self)
@@ -130,13 +130,13 @@ class QuantMLP(nn.Sequential):
         return result
 
     def _packed(self, x: Tensor, modules: list[nn.Module]) -> Tensor:
-        ours = False  # whether nobody else has seen x
+        ours = False  # whether x was created here, so that it may be overwritten
         for module in modules:
             plain = not _hooked(module)
             if plain and ours and type(module) is nn.ReLU:
                 x = x.relu_()
             elif plain and type(module) is PackedLinear:
-                x = module.forward(x)  # around __call__, which costs as much as a small product
+                x = module.forward(x)  # bypasses __call__, which costs as much as a small product
             else:
                 x = module(x)
             ours = plain and type(module) is PackedLinear
@@ -148,7 +148,7 @@ def _fusible(module: nn.Module) -> bool:
         return False
     if type(module) is not QuantLinear:
         return type(module) is nn.ReLU
-    # Not by attribute: nn.Module.__getattr__ is called so often in a step that it shows in its time.
+    # Not by attribute: nn.Module.__getattr__ is called so often in a step that it shows in the step time.
     weight: Any = module._parameters["weight"]
     quantizer: Any = module._modules["weight_fake_quantizer"]
     fusible: bool = weight.dtype == torch.float32 and quantizer.fusible

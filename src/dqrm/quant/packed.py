@@ -1,6 +1,6 @@
-"""Inference on packed codes: what `convert` puts in the place of trained layers, and what an artifact loads as.
+"""Inference on packed codes: the layers that `convert` swaps in, and that a loaded artifact consists of.
 
-Codes, scales and values are those that training used in evaluation, so a packed layer gives what the trained one gave.
+Codes, scales and values are those that trained layers use in evaluation, so a packed layer gives the same results.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from dqrm.quant.uniform import check_bits, check_floats, fake_quantize
 
 
 class _Packed(nn.Module):
-    """Mixin: codes and scales move with the module but are never cast: they are what was trained."""
+    """Mixin: codes and scales move with the module but are never cast, which would change them."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for name, buffer in self._buffers.items():
@@ -38,10 +38,10 @@ class _PackedTables(_Packed):
     bits: int
     embedding_dim: int
     source: Any = None
-    """What codes are memory-mapped from: its `check()` raises where that was changed. None: they are in memory."""
+    """The file that the codes are memory-mapped from; its `check()` raises if it was changed. None: codes in memory."""
 
     def check_source(self) -> None:
-        """Raise where the file that the codes are mapped from was changed: they may be another model's."""
+        """Raise if the file that the codes are mapped from was changed: they may belong to another model."""
         if self.source is not None and not torch.compiler.is_compiling():
             self.source.check()
 
@@ -71,7 +71,7 @@ class _PackedTables(_Packed):
         self.register_buffer("scale", scale)
 
     def _values(self, ids: Tensor, starts: Tensor, table_rows: Tensor, first: int) -> Tensor:
-        """Values float32 [N, dim] of integer ids [..., T] of T tables, which are number first, first + 1, ..."""
+        """Values float32 [N, dim] of integer ids [..., T] of the T tables first, first + 1, ..."""
         scale = self.scale if self.scale_per_row else self.scale[first : first + len(table_rows)]
         values, wrong = kernels.lookup_packed(ids, starts, table_rows, self.codes, self.bits, scale, self.embedding_dim)
         if wrong >= 0:
@@ -91,7 +91,7 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
     Args:
         table_rows, embedding_dim, multi, pooling: as of `QuantEmbeddingBagCollection`.
         bits: 2, 4, 8, 16, or 32 (float32 rows).
-        codes: [sum(table_rows), width], used as they are and not copied; default: not initialized.
+        codes: [sum(table_rows), width], not copied; default: not initialized.
         scale: float32, one per table or one per row; ignored with 32 bits.
 
     Raises:
@@ -139,12 +139,12 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
 
 
 class _OnePackedTable(_PackedTables):
-    """What `PackedEmbedding` and `PackedEmbeddingBag` share."""
+    """Common base of `PackedEmbedding` and `PackedEmbeddingBag`."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, codes: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.dtype = torch.float32  # of what it gives
+        self.dtype = torch.float32  # of the output
         self._init_storage(num_embeddings, bits, codes, scale, 1)
 
     def _rows(self, ids: Tensor) -> Tensor:

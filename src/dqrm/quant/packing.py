@@ -3,8 +3,7 @@
 A row of `dim` codes takes w = ceil(dim * bits / 8) bytes. Byte j holds the codes j, j + w, j + 2w, ... of the row, the
 first in its lowest bits, each plus 2**(bits-1) so that it is not negative (4 bits: first half in the low nibbles,
 second half in the high ones). So a row unpacks into contiguous halves or quarters, and by arithmetic alone, which
-every exporter and runtime knows, where shifts and masks are not always known. Places without a code (dim no multiple of
-8 / bits) hold code 0.
+every exporter and runtime supports, unlike shifts and masks. Padding (dim not a multiple of 8 / bits) holds code 0.
 """
 
 import torch
@@ -59,14 +58,14 @@ def encode(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def decode(stored: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
-    """The float32 values [..., dim] that stored rows stand for; `scale` is broadcast against them."""
+    """The float32 values [..., dim] of stored rows; `scale` is broadcast against them."""
     if bits == 32:
         return stored
     codes = unpack(stored, bits, dim) if bits in PACKED_BITS else stored.float()
     return codes * scale
 
 
-# Weights encoded at once: a table is never held in FP32 a second time.
+# Number of weights encoded at a time: a table is never held in FP32 a second time.
 _CHUNK = 1 << 22
 
 

@@ -5,7 +5,7 @@ nearest to the weights, that is with the least sum of (w - value)**2; a few outl
 
 Both searches try scales and improve each: for given codes c the best scale is <w, c> / <c, c>. A row's candidates are
 computed from its weights. A table's come from a histogram, one pass, because its weights may not fit into memory. What
-they find is then compared, exactly and in float64, with the scale of the largest magnitude: no result is worse than
+they return is then compared, exactly and in float64, with the scale of the largest magnitude: no result is worse than
 that one, and none is below the quantizer's floor of 1e-8 / n. Sums are taken in an order that depends on nothing but
 the weights, so neither the pieces in which a table arrives nor the number of threads change a scale by a single bit.
 """
@@ -23,14 +23,14 @@ CLIPS = ("none", "mse")
 # A table in pieces [rows, dim]: the pieces, or a function that yields them at each call.
 Pieces = Sequence[Tensor] | Callable[[], Iterable[Tensor]]
 
-# Weights worked on at once (they stay in the processor's cache), and read at once.
+# Weights processed at a time (they stay in the processor's cache), and read at a time.
 _BLOCK = 1 << 16
 _READ = 1 << 20
 # Scales tried per row over its whole range, and then around the best of them.
 _COARSE, _FINE = 96, 16
 # Scales up to this multiple of the largest magnitude's: with few weights a coarser grid may happen to fit better.
 _WIDEST = 1.5
-# Halvings, of the exponent, that locate the smallest scale worth trying, and the least that is.
+# Bisection steps, on the exponent, for the smallest ratio worth trying; and the lower bound of these ratios.
 _HALVINGS, _LEAST = 8, 2.0**-12
 # A histogram bin is the sign, the exponent and the first 10 of 23 bits of the mantissa of a float32.
 _DROPPED = 13
@@ -51,7 +51,7 @@ def table_scale(pieces: Pieces, bits: int, clip: str = "none") -> Tensor:
         pieces: the table's rows, [rows, dim] each; a memory-mapped table is one piece. Computed in float32.
 
     Raises:
-        ValueError: another number of bits or another clip; weights that are NaN or infinite; an iterator, which can be
+        ValueError: an unsupported number of bits or clip; weights that are NaN or infinite; an iterator, which can be
             read only once.
     """
     _check(bits, clip)
@@ -84,7 +84,7 @@ def row_scales(piece: Tensor, bits: int, clip: str = "none") -> Tensor:
     does not depend on the others. Computed in float32.
 
     Raises:
-        ValueError: another number of bits or another clip; not two dimensions; weights that are NaN or infinite.
+        ValueError: an unsupported number of bits or clip; not two dimensions; weights that are NaN or infinite.
     """
     _check(bits, clip)
     if piece.ndim != 2:
@@ -109,7 +109,7 @@ def _check(bits: int, clip: str) -> None:
 
 def _finite(largest: Tensor) -> Tensor:
     if not largest.isfinite().all():
-        raise ValueError("there are NaN or infinite weights, and no scale fits those")
+        raise ValueError("weights are NaN or infinite, expected finite ones")
     return largest
 
 
@@ -154,7 +154,7 @@ def _best_per_column(w: Tensor, unclipped: Tensor, bits: int) -> Tensor:
 
 
 def _squared_error(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """What quantizing the columns of `w` on `scale` loses: float64 [rows]."""
+    """The squared error of quantizing the columns of `w` on `scale`: float64 [rows]."""
     return _sum(w.double().sub_(dequantize(quantize(w, scale, bits), scale)).square_())
 
 
@@ -183,7 +183,7 @@ def _keep_better(error: Tensor, ratio: Tensor, new_error: Tensor, new_ratio: Ten
 
 
 def _least_ratio(u: Tensor, error: Tensor, low: int, scratch: Tensor) -> Tensor:
-    """A ratio below which what is clipped alone loses more than `error`."""
+    """A ratio below which clipping alone costs more than `error`."""
     magnitude, over = torch.abs(u, out=scratch[0]), scratch[1]
     smallest, largest = torch.full_like(error, _LEAST), torch.ones_like(error)
     for _ in range(_HALVINGS):
@@ -230,7 +230,7 @@ def _exact(blocks: Iterable[Tensor], scales: list[Tensor], bits: int) -> tuple[l
 
 
 class _Histogram:
-    """How good a scale is, estimated from counts: the weights of a bin are taken as evenly spread.
+    """Estimates the error of a scale from counts: the weights of a bin are taken as evenly spread.
 
     With thresholds t = (j - 1/2) * scale between codes j - 1 and j, the squared error is sum(w**2) - gain,
 
@@ -254,7 +254,7 @@ class _Histogram:
         return x.flip(1).cumsum(1).flip(1) - x
 
     def gains(self, scales: Tensor, bits: int) -> Tensor:
-        """By how much less than sum(w**2) the squared error on `scales` (float64 [N]) is."""
+        """The squared error on each of `scales` (float64 [N]), subtracted from sum(w**2)."""
         low, high = code_limits(bits)
         gains = []
         for some in scales.split(max(1, _LOOKUPS // -low)):
@@ -274,7 +274,7 @@ def _best_on_histogram(histogram: _Histogram, unclipped: Tensor, bits: int) -> T
     tried = min(_TRIED, 8 * _LOOKUPS >> bits)
     floor = scale_from_max(torch.zeros(()), bits).double()
     steps = torch.arange(tried, dtype=torch.float64)
-    # By powers, for tables with far outliers, and evenly.
+    # Spaced geometrically, for tables with far outliers, and linearly.
     ratios = torch.cat([torch.exp2(steps * (-24 / tried)), 0.5 + (_WIDEST - 0.5) / tried * (1 + steps)]).sort()[0]
     for _ in range(2):
         scales = (unclipped.double() * ratios).clamp_(min=floor)

@@ -1,7 +1,7 @@
-"""What gives a layer's weight its scales and its values on them: a child module, `weight_fake_quantizer`.
+"""The interface of quantizers: the child module `weight_fake_quantizer`, with a layer's scales and fake quantization.
 
-The layer says which rows of its weight it uses; its quantizer owns the scales, turns those rows into the values that
-their codes stand for, and is told what happens to the weight. To add one: subclass `WeightFakeQuantizer` and enter it
+The layer passes the rows of its weight that it uses; its quantizer owns the scales, fake-quantizes those rows, and is
+notified of changes to the weight. To add one: subclass `WeightFakeQuantizer` and enter it
 in `config.QUANTIZERS`; `QATConfig.quantizer` then names it. A scale may be learned: a parameter instead of a buffer.
 """
 
@@ -22,13 +22,13 @@ _NAME = "weight_fake_quantizer"
 # Code limits; blocks to mark (`ranges.BlockMaxima`) or None; where clamped weights are counted, or None; whether scales
 # are raised to what the rows need.
 LookupArguments = tuple[tuple[int, int], Any, Tensor | None, bool]
-# Where state dicts of before there was such a child had the same values.
+# Keys of the same values in state dicts of versions without this child module.
 _MOVED = ("scale", "scale_ticks")
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The parts of a weight [rows, dim] that have a scale each."""
+    """The parts of a weight [rows, dim] that have one scale each."""
 
     count: int
     table_rows: tuple[int, ...] | None = None
@@ -67,8 +67,8 @@ class WeightFakeQuantizer(nn.Module):
         groups: what has a scale of its own.
 
     Attributes:
-        clamps: counts of weights that were clamped, for those who keep them.
-        scale_ticks: how many training steps there were, for those whose scales depend on it.
+        clamps: counts of weights that were clamped, for quantizers that count them.
+        scale_ticks: number of training steps so far, for quantizers whose scales depend on it.
     """
 
     scale: Tensor
@@ -84,15 +84,15 @@ class WeightFakeQuantizer(nn.Module):
         self._limits = (0, 0) if bits == 32 else code_limits(bits)
         self._scale_known = False
 
-    # What a forward asks for.
+    # Called by the forward pass.
 
     def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
-        """A forward begins, whose gradient for the weight is sparse or dense: make `scale` what it uses."""
+        """Before each forward, whose gradient for the weight is sparse or dense: bring `scale` up to date."""
         if not self._scale_known:
             self.refresh(weight)
 
     def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
-        """Values [..., groups, dim] of the groups `group` as their codes give them; same shape and dtype.
+        """Fake-quantized values [..., groups, dim] of the groups `group`; same shape and dtype.
 
         Differentiable: by default the gradient passes unchanged to the values, and the scale gets none.
         """
@@ -103,12 +103,12 @@ class WeightFakeQuantizer(nn.Module):
         return self._limits, None, None, False
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
-        """This forward, not by compiled code, looks up rows int64 [N]; position i is of table first + i % tables."""
+        """A forward without compiled code looks up rows int64 [N]; position i is of table first + i % tables."""
 
     def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:
         """This forward has looked up rows int64 [N] of the weight."""
 
-    # What evaluation, state dicts and packing ask for.
+    # Called by evaluation, state dicts and packing.
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scales that a forward in evaluation uses: float32 [groups], without a gradient."""
@@ -118,14 +118,14 @@ class WeightFakeQuantizer(nn.Module):
 
     @torch.no_grad()
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
-        """Set the scales from the weight, by default from its largest magnitudes; `everything`: all rows may be new."""
+        """Set the scales from the weight, by default from its largest magnitudes; `everything`: any row may be new."""
         self.scale.copy_(scale_from_max(self.groups.largest(weight), self.bits))
         self._scale_known = True
 
     def synchronize(self, weight: Tensor) -> None:
-        """A state dict, a copy or a move comes next: bring the scales up to date."""
+        """Before a state dict, a copy or a move: bring the scales up to date."""
 
-    # What happens to the weight.
+    # Notifications of changes to the weight.
 
     def rows_changed(self, rows: Tensor, weight: Tensor) -> None:
         """An optimizer has changed these rows (int64 [U]), whichever process looked them up."""
@@ -135,13 +135,13 @@ class WeightFakeQuantizer(nn.Module):
         return None
 
     def raised(self, weight: Tensor) -> None:
-        """All rows that have changed since the last forward fit their scales."""
+        """The scales cover all rows that have changed since the last forward."""
 
     def only_looked_up_rows_change(self, weight: Tensor) -> None:
         """See `QuantizedTables.only_looked_up_rows_change`."""
 
     def same_step(self) -> None:
-        """The next training forward belongs to the last one's step."""
+        """The next training forward belongs to the same step as the last one."""
 
     def weights_replaced(self, weight: Tensor, ticks: int) -> None:
         """Call after weights and scales were replaced; `ticks` is the new step count."""
@@ -219,7 +219,7 @@ class FakeQuantized(nn.Module):
             if prefix + name in state_dict:
                 state_dict[inside + name] = state_dict.pop(prefix + name)
         if not any(key.startswith(inside) for key in state_dict):
-            if prefix + "weight" in state_dict:  # else it is a partial state dict, which is not about this layer
+            if prefix + "weight" in state_dict:  # else a partial state dict, without this layer
                 quantizer.reset()
             state_dict.update({inside + name: value for name, value in quantizer.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -26,9 +26,9 @@ _FORWARDS_KEPT = 64
 
 
 def raise_to(scale: Tensor, largest: Tensor, bits: int) -> None:
-    """In place: scales [tables] at least those of weights whose largest magnitudes are `largest` [tables].
+    """Raise scales [tables] in place to at least those of the largest magnitudes `largest` [tables].
 
-    As scales, not as products: never below what the same maximum gave when it was exact.
+    Compares scales, not magnitudes: the result is never below the exact scale of the same magnitude.
     """
     torch.maximum(scale, scale_from_max(largest, bits), out=scale)
 
@@ -36,7 +36,7 @@ def raise_to(scale: Tensor, largest: Tensor, bits: int) -> None:
 class BlockMaxima:
     """max|w| of every block of 16 rows, so that an exact refresh reads only the blocks that were looked up since.
 
-    Right as long as only rows that a training forward looked up can have changed; costs 5 bytes per block (0.5 % of a
+    Correct as long as only rows that a training forward looked up can have changed; costs 5 bytes per block (0.5 % of a
     float32 table of dim 16).
     """
 
@@ -77,8 +77,8 @@ class TableMax(WeightFakeQuantizer):
     """Scales of tables in one weight from their largest magnitudes, and the clock that says when to refresh them.
 
     Its state is the buffer `scale` (float32 [tables]; 0 until it is first computed) and `scale_ticks` (int64 scalar):
-    how many training forwards there were, so that a resumed run refreshes at the same steps. Activation checkpointing
-    runs a forward twice and so ticks twice.
+    the number of training forwards, so that a resumed run refreshes at the same steps. Activation checkpointing runs a
+    forward twice and so counts it twice.
     """
 
     fusible = True
@@ -158,7 +158,7 @@ class TableMax(WeightFakeQuantizer):
         """With running_max: raise scales to what every row needs, whatever has changed it.
 
         Reads all rows unless it is known that nothing but rows looked up has changed. Evaluation, copies and state
-        dicts ask for it, and each training step whose gradients are dense: it goes over the whole table anyway.
+        dicts call it, and each training step whose gradients are dense: its update reads the whole table in any case.
         """
         self._raise_scale(weight)
         if not self._running or not self._scale_known or self._promised:
@@ -219,10 +219,10 @@ class TableMax(WeightFakeQuantizer):
         self._step_goes_on = False
         if self._blocks is not None:
             self._blocks.all_changed()
-        self._covered(weight)  # the scales that came with weights are theirs: what was saved is what is evaluated
+        self._covered(weight)  # evaluation uses the scales that were saved with the weights
 
     def current_scale(self, weight: Tensor) -> Tensor:
-        """The scales that a forward in evaluation uses: float32 [tables]. The clock does not tick."""
+        """The scales that a forward in evaluation uses: float32 [tables]. Does not advance the step count."""
         self.synchronize(weight)
         if not self._scale_known:
             self.refresh(weight)
@@ -230,7 +230,7 @@ class TableMax(WeightFakeQuantizer):
         return self.scale
 
     def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
-        """In training, one tick of the clock."""
+        """In training, advance the step count by one and refresh what is due."""
         # An update may follow in training, or while gradients are recorded in evaluation.
         learning = self.training or (torch.is_grad_enabled() and weight.requires_grad)
         self._raising = learning and self._running

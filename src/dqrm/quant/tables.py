@@ -1,4 +1,4 @@
-"""Embedding tables apart from quantization: layout in one shared weight, valid ids, pooling."""
+"""Embedding tables without quantization: layout in one shared weight, valid ids, pooling."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,7 +13,7 @@ from dqrm.quant.uniform import no_tensor
 INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
-"""What ids and offsets may be; all but the first two are converted."""
+"""Dtypes of ids and offsets; all but the first two are converted."""
 
 
 def integers(ids: Tensor, what: str = "ids are") -> Tensor:
@@ -36,14 +36,14 @@ def refuse_id(id: int, table: int, rows: int) -> None:
 
 
 def pool(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
-    """What the `nn.EmbeddingBag` `bag` gives for ids `input`, the i-th of which looked up row i of `rows`."""
+    """The output of the `nn.EmbeddingBag` `bag` for ids `input`, the i-th of which looked up row i of `rows`."""
     input = integers(input)
     if input.dim() == 2 and input.shape[1] == 1 and per_sample_weights is None and bag.padding_idx is None:
         return rows  # one id per bag: nothing to pool
     # Pool by position, whatever the shape of the input.
     position = torch.arange(input.numel(), dtype=input.dtype, device=input.device).view(input.shape)
     padding = None
-    if bag.padding_idx is not None:  # one more row, which the pooling is told to leave out
+    if bag.padding_idx is not None:  # one more row, which pooling leaves out as its padding_idx
         padding = input.numel()
         position = position.masked_fill(input == bag.padding_idx, padding)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
@@ -53,7 +53,7 @@ def pool(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_samp
         offsets,
         mode=bag.mode,
         per_sample_weights=per_sample_weights,
-        # Rows of ids have no offsets; torch 2.9 would take the last one that it makes of them for the end.
+        # Ids [B, L] have no offsets; torch 2.9 would take the last one that it generates for the end.
         include_last_offset=bag.include_last_offset and offsets is not None,
         padding_idx=padding,
     )
@@ -89,7 +89,7 @@ class TableLayout(nn.Module):
         return [number >= self.num_single for number in range(len(self.table_rows))]
 
     def _groups(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, int, int]]:
-        """What is looked up together, as (ids, first table, tables): the single-valued tables, then each other one."""
+        """Ids that are looked up together, as (ids, first table, tables): single-valued tables, then each other one."""
         single, tables = self.num_single, len(self.table_rows)
         if not isinstance(ids, Tensor):
             raise TypeError(no_tensor("ids", ids))

@@ -32,7 +32,7 @@ def code_limits(bits: int) -> tuple[int, int]:
 
 
 def no_tensor(name: str, given: Any) -> str:
-    """What to say of an argument that is not a tensor."""
+    """The message about an argument that is not a tensor."""
     what = f"a {type(given).__module__}.{type(given).__name__}".replace("builtins.", "")
     how = f"torch.from_numpy({name})" if type(given).__module__ == "numpy" else f"torch.tensor({name})"
     return f"{name} is {what}, expected a torch.Tensor" + ("" if given is None else f"; use {how}")

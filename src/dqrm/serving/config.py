@@ -11,7 +11,7 @@ class PredictConfig:
     """How `dqrm predict` reads a log and writes probabilities.
 
     Raises:
-        ValueError: a value that is not of its field's type or range.
+        ValueError: a value of the wrong type or out of range.
     """
 
     keep: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ class PredictConfig:
     data: str | None = None
     """The dataset folder to take vocabularies from: of a file without them, or of a run whose dataset was moved."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a malformed line does: stop with its file and line number, or be left out of the output and counted."""
+    """Malformed lines: stop with file and line number, or leave them out of the output and count them."""
     delimiter: str | None = None
     """Field separator of a text log; none: as in the log that the model was trained on."""
     multi_separator: str | None = None
@@ -29,7 +29,7 @@ class PredictConfig:
     threads: int = 0
     """CPU threads for arithmetic; 0: the fastest number when scoring starts, at most torch's default."""
     in_memory: bool = False
-    """Read the whole model into memory first, so that nothing that happens to its file matters."""
+    """Read the whole model into memory first, so that later changes of its file have no effect."""
     verify: bool = True
     """Compare model and vocabularies with their checksums first, which reads all of the model."""
 

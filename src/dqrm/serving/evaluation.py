@@ -20,7 +20,7 @@ from dqrm.training.evaluation import evaluate as evaluate_model
 from dqrm.training.evaluation import evaluate_run, measure_on, score_split
 from dqrm.training.threads import SHORT, given_threads, tell_threads
 
-# Of each number of threads.
+# For each number of threads.
 _CALLS = 3
 _BATCH_SIZE = 8192
 
@@ -40,23 +40,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a model on a split of the dataset that it was trained on: see `training.metrics.click_metrics`.
 
-    Of a dataset with `subsample_negatives` they are those of the log's own click rate: each negative counts for those
-    that were dropped, and a trained model's logits are corrected as in an exported file, whose own are taken as they
-    are. With correct_subsampling False those of the rows as they are, and of the model without `logit_offset`.
+    With `subsample_negatives` the metrics are at the log's own click rate: each negative is weighted by the number of
+    negatives it represents, and a trained model's logits are corrected as in an exported file (whose own are used
+    unchanged). With correct_subsampling False negatives are not reweighted, and `logit_offset` is not added.
 
     Args:
         model: a run folder, an exported file (.dqrm or .onnx), or a model in memory, which stays in its mode.
         batch_size: rows scored at a time; None: a run's eval_batch_size, else 8192.
         verify: compare the split, and what is read of a run or an artifact, with their checksums first.
-        threads: CPU threads for arithmetic; 0: the fastest number now, at most torch's. log: is told which.
+        threads: CPU threads; 0: the fastest number as measured, at most torch's. log: called with the number.
         checkpoint: of a run: 'best' on validation (None) or 'last'.
         device: of a run: as in `TrainingConfig`.
 
     Returns:
-        rows, auc, log_loss, accuracy, ne, calibration; where negatives were dropped base_rate ("true" or "sampled").
+        rows, auc, log_loss, accuracy, ne, calibration; if negatives were subsampled base_rate ("true" or "sampled").
 
     Raises:
-        UserError: `model` is none of these, is damaged or was trained on other data; the split is damaged; a prediction
+        UserError: `model` is none of these, damaged or trained on other data; the split is damaged; a prediction
             is not finite.
     """
     path, more = path_of(model), (progress, verify, correct_subsampling, threads, log)
@@ -89,7 +89,7 @@ def evaluate_file(
 
     Args:
         verify: compare the artifact (other files have none) and the split with their checksums first.
-        threads: of another file than the artifact, its runtime's.
+        threads: of the runtime, for formats other than the artifact.
     """
     path, opened = Path(path), None
     kind = scored_format(path)
@@ -100,7 +100,7 @@ def evaluate_file(
     if verify:
         dataset.verify(split, tell=progress)
     dataset.validate(split)
-    if opened is not None:  # the very file that was compared, and no other that has its name since
+    if opened is not None:  # the file that was verified, even if it was replaced since
         model = opened.model()
         return evaluate_model(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
     threads = given_threads(threads) or _runtime_threads(kind, path, dataset.split(split), batch_size)
@@ -112,14 +112,14 @@ def evaluate_file(
 
 
 def _runtime_threads(kind: Format, path: Path, part: Split, batch_size: int) -> int:
-    """On which number of its threads, one or torch's, a runtime scores faster now; one where that is done at once.
+    """The faster number of a runtime's threads on this machine now, one or torch's; one if the work is short.
 
-    A session keeps its number and holds the model, so that they are measured one after the other.
+    A session keeps its number and holds the model, so they are measured one after the other.
     """
     most, seconds = torch.get_num_threads(), {}
     for number in (1, most) if part.rows else ():
         score, batch = kind.open(path, number), next(iter(part.batches(batch_size)))
-        score(batch)  # its first call is slower
+        score(batch)  # the first call is slower
         started = time.perf_counter()
         for _ in range(_CALLS):
             score(batch)

@@ -1,4 +1,4 @@
-"""The model that `dqrm.load` gives: a packed one that scores rows of raw values, too."""
+"""The model that `dqrm.load` returns: packed, and able to score rows of raw values."""
 
 import threading
 from functools import cache, partial
@@ -20,14 +20,14 @@ from dqrm.options import build
 from dqrm.serving.sources import LogFormat
 from dqrm.serving.writer import probabilities
 
-# One for all models: a lock of each would keep them from being copied and pickled.
+# One for all models: a lock of its own would keep a model from being copied and pickled.
 _READING = threading.Lock()
 
 
 class LoadedModel(ClickModel):
     """A model of packed layers: model(dense, ids, bags) -> logits, model.score(rows) -> probabilities.
 
-    It is of the class that was trained, too: `load` gives a DLRM that is also a LoadedModel.
+    It is also an instance of the class that was trained: `load` of a DLRM gives a DLRM that is a LoadedModel.
     """
 
     _opened: Artifact
@@ -44,14 +44,14 @@ class LoadedModel(ClickModel):
         loaded: LoadedModel = model
         return loaded
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles find the class by the one that was trained
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles restore the class from the trained one
         return _empty, (type(self).__bases__[1],), self.__dict__
 
     def score(self, rows: Any, batch_size: int = 8192) -> NDArray[np.float32]:
-        """The probability of a click for each row of raw values, as they stand in the log: float32 [N], in order.
+        """The probability of a click for each row of raw values, as in the log: float32 [N], in order.
 
-        What `dqrm predict` gives for the same rows in a file. Columns may stand in any order, and others beside them do
-        not matter; a label is not needed. A value that is missing is None (or null, NaN, pandas' NA). Ids that the
+        The same as `dqrm predict` gives for these rows in a file. Columns may be in any order, and additional ones are
+        ignored; a label is not needed. A missing value is None (or null, NaN, pandas' NA). Ids that the
         model does not know are looked up as row 0 of their table. May be called from several threads; the first call
         reads the vocabularies.
 
@@ -61,7 +61,7 @@ class LoadedModel(ClickModel):
             batch_size: rows scored at a time.
 
         Raises:
-            UserError: a column or key that is not there, a value that cannot be what it should be (names row and
+            UserError: a missing column or key, an invalid value (names row and
                 column), an unsupported object, or an artifact without vocabularies.
         """
         if batch_size < 1:
@@ -104,14 +104,14 @@ def load(
     Called like the trained model: model(dense float32 [B, D], ids [B, S], bags) -> logits float32 [B]. The tables stay
     in the file, memory-mapped; the rest is read. No code from the file is run. `model.score(rows)` takes raw values.
 
-    A file that is in use is replaced by renaming a new one onto it: the loaded model goes on with the old one. Scoring
-    raises UserError where the file was changed in place instead. (One cut short in the very moment between that check
-    and the lookup still ends the process with SIGBUS, as every memory-mapped file does.)
+    To replace a file in use, rename a new one onto it: the loaded model continues with the old one. Scoring
+    raises UserError if the file was changed in place instead. (If it is truncated between that check and the lookup,
+    the process still ends with SIGBUS, as with every memory-mapped file.)
 
     Args:
         verify: compare every tensor's bytes with its checksum first, which reads the whole file.
         data: the dataset folder, for `score` of a model that was exported without vocabularies.
-        in_memory: read the tables into memory too; then nothing that happens to the file matters.
+        in_memory: read the tables into memory too; later changes of the file then have no effect.
 
     Raises:
         UserError: no such file, or a file that is not an artifact, truncated, damaged, or of a different version.

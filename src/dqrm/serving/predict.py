@@ -1,4 +1,4 @@
-"""`dqrm predict`: a model, a raw log, probabilities."""
+"""`dqrm predict`: probabilities of a model for a raw log."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +24,7 @@ def predict(
     config: PredictConfig = _DEFAULTS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score every row of raw logs, in a stream: the log may be larger than memory.
+    """Score every row of raw logs as a stream: the log may be larger than memory.
 
     The log is read as the model's own was: the same columns, layout, crosses and transformations; it needs no label.
     Ids that the model does not know are looked up as row 0 of their table.
@@ -37,8 +37,8 @@ def predict(
         output: .parquet, .csv or .tsv: the kept columns, then `probability` (float32), for each row of the log.
 
     Returns:
-        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, threads (that it computed on;
-        torch's number is as before afterwards), output, and subsampling: which click rate the probabilities are on.
+        rows, skipped (malformed lines), damaged, unseen, seconds, rows_per_second, threads (the number used; torch's
+        own is restored afterwards), output, and subsampling: the click rate that the probabilities are on.
 
     Raises:
         UserError: the model is damaged or lacks vocabularies, a column is missing (names it), a malformed line, or
@@ -57,7 +57,7 @@ def predict(
 
 
 def _require_another(output: Path, opened: Source, data: str | None) -> None:
-    """Raise UserError where the output would overwrite what the scoring reads: the model, or a dataset's file."""
+    """Raise UserError if the output would overwrite a file that scoring reads: the model's or a dataset's."""
     for read in (*opened.files, *([] if data is None else [Path(data)])):
         for own in (read, *read.rglob("*")):
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What can be scored: a run folder, a file that `dqrm export` wrote, or a model in memory."""
+"""Sources for scoring: a run folder, a file that `dqrm export` wrote, or a model in memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,7 +58,7 @@ class LogFormat:
         """As the artifact says. data: the dataset folder, for one without vocabularies; verify: of that folder.
 
         Raises:
-            UserError: the artifact lacks them, or is damaged; the folder holds another dataset.
+            UserError: the artifact lacks them, or is damaged; the folder is another dataset.
         """
         if data is not None:
             return cls.of_dataset(require_dataset(opened.content, data, opened.path), verify, progress)
@@ -69,7 +69,7 @@ class LogFormat:
         ]
         if options is None:
             raise UserError(
-                f"{opened.path} does not say how its log was read, since its dataset was gone when it was exported; "
+                f"{opened.path} does not record how its log was read, since its dataset was missing at export; "
                 "name the dataset folder with --data (in Python data=...)"
             )
         return cls(options, columns, vocabularies)
@@ -81,7 +81,7 @@ class Source:
 
     Attributes:
         name: for messages. scoring: inside, once, a function from a batch to logits [B]. log: how its log is read.
-        rate: which click rate the probabilities are on. files: what is read while it scores.
+        rate: the click rate that the probabilities are on. files: files that are read while it scores.
         threads: CPU threads to score on; 0: the fastest number.
     """
 
@@ -110,7 +110,7 @@ def path_of(model: Any) -> Path | None:
 
 
 def is_exported_file(path: Path) -> bool:
-    """Whether the path is, or by its suffix should be, that of an exported file and not of a run folder."""
+    """Whether the path is, or by its suffix should be, that of an exported file rather than of a run folder."""
     return not path.is_dir() and (path.exists() or path.suffix in formats())
 
 
@@ -118,7 +118,7 @@ def scored_format(path: Path, doing: str = "evaluated") -> Format:
     """The format of an exported file that is to be scored. doing: for the error.
 
     Raises:
-        UserError: it is of none that can be.
+        UserError: its format cannot be scored.
     """
     known = formats()
     file_format = known.get(path.suffix)
@@ -130,17 +130,17 @@ def scored_format(path: Path, doing: str = "evaluated") -> Format:
 
 
 def open_source(model: Model, config: PredictConfig, progress: Progress | None = None) -> Source:
-    """Open whatever can be scored, with the log format that it was trained on.
+    """Open a source for scoring, with the log format that it was trained on.
 
     Raises:
-        UserError: it is damaged or something else, its vocabularies are missing, or its data does not match.
+        UserError: it is damaged or not a source, its vocabularies are missing, or its data does not match.
     """
     path = path_of(model)
     if path is None:
         return _of_module(model, config, progress)
     if not is_exported_file(path):
         return _of_run(path, config, progress)
-    # Whatever its name is: an artifact says so in its header.
+    # Whatever its name is: an artifact is recognized by its header.
     if path.suffix in formats() and not formats()[path.suffix].is_artifact:
         return _of_file(path, config, progress)
     opened = Artifact.open(path, config.verify)
@@ -169,7 +169,7 @@ def _of_run(path: Path, config: PredictConfig, progress: Progress | None) -> Sou
 
 
 def _of_file(path: Path, config: PredictConfig, progress: Progress | None) -> Source:
-    """A file of a format without vocabularies: those of the dataset folder serve."""
+    """A file of a format without vocabularies: those of the dataset folder are used."""
     kind = scored_format(path, "scored")
     if config.data is None:
         raise UserError(
@@ -183,7 +183,7 @@ def _of_file(path: Path, config: PredictConfig, progress: Progress | None) -> So
 
 
 def _of_module(model: Any, config: PredictConfig, progress: Progress | None) -> Source:
-    """A model in memory: one that `dqrm.load` gave knows its artifact, another needs the dataset folder."""
+    """A model in memory: one from `dqrm.load` has its artifact, another needs the dataset folder."""
     from dqrm.serving.loaded import LoadedModel
 
     name, scoring = type(model).__name__, evaluating(model, sampled=False)

@@ -1,9 +1,9 @@
-"""Scores raw logs: batches of a `RawLog` go through a model, probabilities go to a file, a block at a time.
+"""Scoring of raw logs: batches of a `RawLog` go through a model, probabilities to a file, one block at a time.
 
     log = RawLog(["log.txt"], RawEncoder(options, columns, vocabularies, keep=["I1"]))
     predict(lambda batch: model(batch.dense, batch.ids, batch.bags), log, Path("predictions.parquet"))
 
-Memory does not grow with the log: the parts of a Parquet file wait on disk.
+Memory does not grow with the log: the parts of a Parquet file are kept on disk.
 """
 
 import time
@@ -28,9 +28,9 @@ Score = Callable[[Batch], torch.Tensor]
 Progress = Callable[[str, int, int | None], None]
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KINDS = (".parquet", *_SEPARATORS)
-# Rows and bytes held before they become a part on disk: few enough for memory, enough that there are few parts.
+# Rows and bytes held before they are written as a part: few enough for memory, enough that there are few parts.
 _PART_ROWS, _PART_BYTES = 1 << 20, 1 << 26
-# Rows of a block below which no other is expected.
+# Rows of a block below which it is taken to be the only one.
 _SHORT_BLOCK = 1 << 15
 
 
@@ -45,8 +45,8 @@ def predict(
     """Writes the kept columns of every row of the log and its `probability`, float32, in the order of the log.
 
     score: the logits [B] of a batch on the CPU. output: .parquet, .csv or .tsv; an existing file is replaced once the
-    new one is whole. progress: called with what is done, bytes of the log done, and of how many. threads: CPU threads
-    for arithmetic; 0: the fastest number for the first block, at most as many as before.
+    new one is complete. progress: called with the stage, bytes of the log done, and their total. threads: CPU threads;
+    0: the fastest number for the first block, at most as many as before.
 
     Returns:
         rows, skipped (malformed lines), damaged (files that ended early, in words), unseen (for each column the share
@@ -96,7 +96,7 @@ def predict(
 
 
 def _outcome(log: RawLog, rows: int, seconds: float, threads: int | None) -> dict[str, Any]:
-    """What `predict` returns."""
+    """The result of `predict`."""
     return {
         "rows": rows,
         "skipped": log.skipped,
@@ -109,22 +109,22 @@ def _outcome(log: RawLog, rows: int, seconds: float, threads: int | None) -> dic
 
 
 def _fastest(score: Score, block: Batch, size: int, threads: int) -> AbstractContextManager[int]:
-    """Computing on the number of threads that scores the first block of a log fastest."""
+    """Inside, torch uses the number of threads that scores the first block of a log fastest."""
     part = _slice(block, 0, min(size, len(block)))
 
     def call() -> None:
         with torch.inference_mode():
             score(part)
 
-    # A short block is the whole log, or all that a pipe gives at once.
+    # A short block is the whole log, or all that a pipe delivers at once.
     return scoring_threads(call, -(-len(block) // size) if len(block) < _SHORT_BLOCK else None, threads)
 
 
 def check_output(output: Path, log: RawLog) -> None:
-    """Whether predictions for a log could be written to `output`.
+    """Check that predictions for a log can be written to `output`.
 
     Raises:
-        UserError: another kind of file, one of the log's own, a folder, or a kind that cannot hold a kept column.
+        UserError: an unsupported suffix, a file of the log, a folder, or a kind of file that cannot hold a kept column.
     """
     suffix = output.suffix.lower()
     if suffix not in KINDS:
@@ -188,12 +188,12 @@ def _slice(batch: Batch, start: int, stop: int) -> Batch:
 
 @contextmanager
 def _writing(output: Path) -> Iterator[None]:
-    """What goes wrong inside is about the disk, in one sentence."""
+    """Inside, errors are about the disk, and raised as one sentence."""
     try:
         yield
     except (OSError, pl.exceptions.PolarsError) as error:
         why = why_not_written(error, partial_path(output).parent)
-        raise UserError(f"cannot write to {output}: {why}; nothing of it was kept") from None
+        raise UserError(f"cannot write to {output}: {why}; no output was kept") from None
 
 
 class _Text:
@@ -217,12 +217,12 @@ class _Text:
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # what it still holds goes nowhere
+            with suppress(OSError):  # its buffered content is discarded
                 self._file.close()
 
 
 class _Parquet:
-    """Rows become one Parquet file by way of parts beside it: polars cannot append to a file, but can stream many."""
+    """Rows are written to one Parquet file by way of parts beside it: polars cannot append, but can stream many."""
 
     def __init__(self, path: Path, schema: pl.Schema) -> None:
         self._path, self._folder = path, path.with_name(path.name + ".parts")
@@ -261,7 +261,7 @@ class _Parquet:
 
 
 def _remove_parts(folder: Path) -> None:
-    """Only what is named as a part goes, whoever made the folder."""
+    """Remove only files with the name of a part, whoever made the folder."""
     with suppress(OSError):
         for part in folder.glob("part-*.parquet"):
             part.unlink()

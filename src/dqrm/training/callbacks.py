@@ -1,4 +1,4 @@
-"""What a user adds to a training run: callbacks, given as objects (`dqrm.train(..., callbacks=[...])`), or by name in
+"""Callbacks of a training run, given as objects (`dqrm.train(..., callbacks=[...])`), or by name in
 the configuration (`training.callbacks`), as
 
     class PrintLoss(Callback):
@@ -32,18 +32,18 @@ class Callback:
 
     @property
     def name(self) -> str:
-        """Under which its state is saved: the class's name. Two callbacks of a run need two."""
+        """Key of its state in checkpoints, by default the class's name; unique among the callbacks of a run."""
         return type(self).__name__
 
     def on_epoch_start(self, trainer: "Trainer") -> None:
         """Before the first step of epoch `trainer.state.epoch` (from 0); not when a run resumes within one."""
 
     def on_step_end(self, trainer: "Trainer", loss: Tensor) -> None:
-        """After the update of step `trainer.state.step` (from 1), before what is due then is evaluated and saved.
+        """After the update of step `trainer.state.step` (from 1), before the evaluation and checkpoint due at it.
 
         Args:
             loss: mean over the batch, a scalar without a graph on the model's device; with several ranks this rank's
-                part of it, which add up to it.
+                share of it; all shares add up to it.
         """
 
     def on_evaluation(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class RedrawTables(Callback):
     Embeddings of rare ids overfit in the second epoch, the rest of the model does not (MEDA, arXiv 2305.19531).
 
     Args:
-        min_rows: rows from which on a table is redrawn.
+        min_rows: tables with at least this number of rows are redrawn.
     """
 
     def __init__(self, min_rows: int = 10_000) -> None:
@@ -93,8 +93,8 @@ def build_callbacks(named: Sequence[str], given: Sequence[Callback] = ()) -> lis
         given: objects.
 
     Raises:
-        UserError: an unknown name or option, a value of the wrong type, an object that is no Callback, or two callbacks
-            of the same name.
+        UserError: an unknown name or option, a value of the wrong type, an object that is not a Callback, or two
+            callbacks of the same name.
     """
     callbacks = [*map(_build, named), *given]
     for callback in callbacks:
@@ -125,7 +125,7 @@ def _build(text: str) -> Callback:
 
 
 def overriding(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., None]]:
-    """The methods `hook` of those callbacks that have one of their own."""
+    """The methods `hook` of the callbacks that override it."""
     return [getattr(each, hook) for each in callbacks if getattr(type(each), hook) is not getattr(Callback, hook)]
 
 
@@ -158,7 +158,7 @@ def load_callbacks(
     """Restore what `save_callbacks` gave; a callback without saved state starts fresh.
 
     Raises:
-        UserError: a callback that was there is missing: without it the run would go on otherwise.
+        UserError: a callback of the saved run is missing: without it the resumed run would differ.
     """
     known = {callback.name: callback for callback in callbacks}
     if missing := [name for name in values if name not in known]:

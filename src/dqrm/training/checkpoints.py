@@ -2,8 +2,8 @@
 
 state.json is written last: it lists the size and the SHA-256 of the other files, and has a checksum of its own.
 
-A folder is written under another name, flushed to disk and renamed, so one that bears its name is whole. Two are kept:
-the newest, from which a run resumes, and the best on validation.
+A folder is written under a temporary name, flushed to disk and renamed, so one with the final name is complete. Two are
+kept: the newest, from which a run resumes, and the best on validation.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, requ
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-EXCHANGE, CALLBACKS = "exchange.safetensors", "callbacks.safetensors"  # where there is something to remember
+EXCHANGE, CALLBACKS = "exchange.safetensors", "callbacks.safetensors"  # only if they have content
 STATE = "state.json"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-# Bytes written and hashed at once.
+# Bytes written and hashed at a time.
 _PIECE = 1 << 24
 
 METRICS = {"rows": COUNT, "*": (NUMBER, None)}
 BEST = {"step": COUNT, "epoch": COUNT, "train_loss": NUMBER, "metrics": METRICS}
-# What resuming takes from state.json is required there; a model needs less.
+# Keys that loading a model needs are required here; those that resuming needs, in `state.check_keys`.
 _SHAPE = {
     "step": COUNT, "best": (BEST, None), "epoch?": COUNT, "batch?": COUNT, "loss_sum?": NUMBER, "loss_rows?": COUNT,
     "without_better?": COUNT, "rate_factor?": NUMBER, "finished?": FLAG, "metrics_bytes?": COUNT,
@@ -110,8 +110,8 @@ def save_checkpoint(
 def save_file(tensors: Mapping[str, Tensor], path: Path, files: dict[str, dict[str, Any]]) -> None:
     """Write a safetensors file in a stream, and note its size and SHA-256 in `files`.
 
-    Not by the safetensors library, which would leave it to a second reading to hash it, and makes files that only
-    their owner may read. The digest is of what was in memory, so it also tells what the disk got wrong.
+    Not by the safetensors library, which would need a second read for the hash, and makes files that only their owner
+    may read. The digest is of the content in memory, so it also detects errors of the disk.
 
     Raises:
         OSError: a full disk, a folder that may not be written.
@@ -168,7 +168,7 @@ def verify_checkpoint(checkpoint: Path, *names: str) -> None:
         then = f"deleting {checkpoint} leaves {checkpoint_path(checkpoint.parent, max(others)).name} to continue from"
     else:  # the best one: what comes after it cannot be it
         then = "`--checkpoint last` of eval and export takes the newest checkpoint instead"
-    then += ", and --no-verify takes it as it is"
+    then += ", and --no-verify skips this check"
     checksums.verify(checkpoint, state, names or state.get(checksums.FILES, ()), STATE, then)
 
 
@@ -188,7 +188,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = read_json(file)
     require(file, state, _SHAPE)
     if f"{_PREFIX}{state['step']:09d}" != checkpoint.name:
-        raise UserError(f"{file} has step = {state['step']}, but the folder is named for another step")
+        raise UserError(f"{file} has step = {state['step']}, but the folder has the name of another step")
     if not checksums.sealed(state):
         raise UserError(f"{file} is damaged: it does not match its own checksum")
     return state
@@ -296,7 +296,7 @@ def _random_state() -> dict[str, Tensor]:
 def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 if only not in (None, name):
                     continue
                 yield name, opened.get_tensor(name)

@@ -1,4 +1,4 @@
-"""A run's account of the table weights that training clamped (`quant/clamping.py`)."""
+"""Counts of the table weights that were clamped in a run (`quant/clamping.py`)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Clamping:
         return self.clamped / self.looked_up if self.looked_up else None
 
     def figures(self) -> dict[str, float]:
-        """The share since the last evaluation, for metrics.jsonl."""
+        """The fraction since the last evaluation, for metrics.jsonl."""
         looked_up = self.looked_up - self.looked_up_before
         return {"clamped_weights": (self.clamped - self.clamped_before) / looked_up} if looked_up else {}
 
     def evaluated(self, warn: Callable[[str], None]) -> None:
-        """An evaluation ends the interval: warn where many weights were clamped in it, once in a run."""
+        """Called at each evaluation: warn, once per run, if many weights were clamped since the one before."""
         if not self.told and self.figures().get("clamped_weights", 0.0) > MANY:
             self.told = True
             warn(advice(self.clamped - self.clamped_before, self.looked_up - self.looked_up_before, flags=True))

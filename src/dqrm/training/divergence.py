@@ -1,4 +1,4 @@
-"""Why a training diverged, as far as its data can tell."""
+"""The likely cause of a diverged training run, from its data."""
 
 from dqrm.data.dataset import Dataset
 
@@ -7,7 +7,7 @@ WIDE = 100.0
 
 
 def too_wide(dataset: Dataset) -> str:
-    """What to do about dense columns whose values alone make a loss infinite; nothing where there are none."""
+    """Advice on dense columns whose values alone make a loss infinite; empty if there are none."""
     wide = dataset.wide(above=WIDE)
     if not wide:
         return ""

@@ -1,4 +1,4 @@
-"""What a run needs of the machine: its device, its optional packages, and signals that stop it cleanly."""
+"""What a run needs from its machine: a device, optional packages, and signals that stop it cleanly."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
     """The torch device of a configuration's `device`.
 
     Raises:
-        UserError: CUDA was asked for and is not there.
+        UserError: CUDA was requested but is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_environment(options: TrainingConfig) -> None:
-    """Raise UserError if the device or an optional package that a run asks for is not here."""
+    """Raise UserError if the requested device or an optional package is not available."""
     resolve_device(options.device)
     if options.tensorboard:
         try:
@@ -55,7 +55,7 @@ def stop_signals(quiet: bool = False) -> Iterator[threading.Event]:
     def stop(number: int, frame: Any) -> None:
         stopped.set()
         if not quiet:
-            os.write(2, b"\nStopping after this step and saving; once more ends at once.\n")
+            os.write(2, b"\nStopping after this step and saving; a second signal ends at once.\n")
         for restored, handler in previous.items():
             signal.signal(restored, handler)
 

@@ -1,4 +1,4 @@
-"""Run a model over a split and measure it."""
+"""Evaluate a model on a split of a dataset."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +32,7 @@ def predict_logits(
 ) -> np.ndarray:
     """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards.
 
-    With share (rank, ranks), of the rank's part: whole batches, so that no logit depends on who computes it. `sampled`:
+    With share (rank, ranks), of the rank's part: whole batches, so that logits do not depend on the ranks. `sampled`:
     without the model's `logit_offset`.
     """
     with evaluating(model, sampled) as score:
@@ -41,7 +41,7 @@ def predict_logits(
 
 @contextmanager
 def evaluating(model: ClickModel, sampled: bool) -> Iterator[Callable[[Batch], torch.Tensor]]:
-    """Inside, the model is in evaluation mode; yields what gives the logits of a batch."""
+    """Inside, the model is in evaluation mode; yields a function from a batch to its logits."""
     device, training = model.tables.row_offsets.device, model.training
 
     def score(batch: Batch) -> torch.Tensor:
@@ -82,7 +82,7 @@ def score_split(
 def evaluate_shared(
     model: ClickModel, dataset: Dataset, split: str, batch_size: int, world: World, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """`evaluate` with the split's batches shared out among the ranks; all get the figures, which are the same as alone.
+    """`evaluate` with the split's batches shared among the ranks; all get the metrics of a single process.
 
     Raises:
         UserError: as `evaluate`, on all ranks.
@@ -105,18 +105,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of `model` on a split of a dataset or dataset folder: see `metrics.click_metrics`.
 
-    Of a dataset with `subsample_negatives` they are those of the log's own click rate: each negative counts for those
-    that were dropped, and a trained model's logits are corrected as in an exported file, whose own are taken as they
-    are. `base_rate` among the figures is "true" then; "sampled" with correct_subsampling False: of the rows as they
-    are, as in training.
+    With `subsample_negatives` the metrics are at the log's own click rate: each negative is weighted by the number of
+    negatives it represents, and a trained model's logits are corrected as in an exported file (whose own are used
+    unchanged). `base_rate` in the result is then "true"; with correct_subsampling False it is "sampled", and the
+    negatives are not reweighted, as in training.
 
     Args:
         verify: compare the split with its checksums first; once in a process while it does not change.
-        threads: CPU threads for arithmetic; 0: the fastest number now, at most torch's, which is as before afterwards.
-        log: told the number.
+        threads: CPU threads; 0: the fastest number as measured, at most torch's, which is restored afterwards.
+        log: called with a line that names the number.
 
     Raises:
-        UserError: the split is damaged, a prediction is no finite number, or `model` is no model.
+        UserError: the split is damaged, a prediction is not finite, or `model` is not a model.
     """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "tables"):
         raise UserError(
@@ -160,7 +160,7 @@ def evaluate_run(
         verify: compare the split and the checkpoint with their checksums first.
 
     Raises:
-        UserError: no run, other data than it was trained on, damage, or as `evaluate`.
+        UserError: not a run, not the dataset that it was trained on, damaged files, or as `evaluate`.
     """
     run, dataset, where = Run.open(path), Dataset.of(data), resolve_device(device)
     run.require_same_data(dataset)
@@ -173,7 +173,7 @@ def evaluate_run(
 
 
 def measure_on(logits: np.ndarray, dataset: Dataset, split: str, true_rate: bool) -> dict[str, Any]:
-    """Metrics of the logits of a split on the log's click rate, or on that of its rows as they are, and which it is."""
+    """Metrics of the logits of a split at the log's click rate, or at that of its rows; and which of the two."""
     if not dataset.subsample_negatives:
         return measure(logits, dataset, split)
     weight = negative_weight(dataset.subsample_negatives) if true_rate else 1.0
@@ -184,7 +184,7 @@ def measure(logits: np.ndarray, dataset: Dataset, split: str, negative_weight: f
     """Metrics of the logits of a split: of its rows as they are, or with a weight for its negatives.
 
     Raises:
-        UserError: a prediction is no finite number.
+        UserError: a prediction is not finite.
     """
     if not np.isfinite(logits).all():
         raise UserError(f"the model predicts {logits[~np.isfinite(logits)][0]} on {split}: its training diverged")

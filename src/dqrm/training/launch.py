@@ -1,7 +1,7 @@
 """Start a training run with `train(dataset, "runs/a", config)`, continue it with `resume("runs/a")`.
 
-The same on one rank and on several, which `torchrun` starts: everything that can be refused is refused before the first
-step, on every rank and with the same sentence.
+One rank or several, which `torchrun` starts: whatever can be refused is refused before the first step, on every rank
+and with the same message.
 """
 
 import shlex
@@ -38,7 +38,7 @@ def train(
     verify: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Train a model on `dataset` and leave a run folder at `output`.
+    """Train a model on `dataset` and write a run folder at `output`.
 
     Args:
         dataset: a prepared dataset folder.
@@ -48,7 +48,7 @@ def train(
         log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; on several ranks, one does so on
             each machine.
-        callbacks: what is called at epochs, steps and evaluations, besides those that `config` names.
+        callbacks: objects, in addition to the callbacks that `config` names.
 
     Returns:
         The content of summary.json.
@@ -72,7 +72,7 @@ def train(
         for told in world.together(lambda: check_selection(config, data)):
             if world.first:
                 log(told) if log else warnings.warn(told, stacklevel=2)
-        model = world.together(run.new_model)  # before the folder is made: an impossible model must not leave one
+        model = world.together(run.new_model)  # before the folder is made: an invalid model must not leave one
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
@@ -87,16 +87,16 @@ def resume(
     verify: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Continue the run at `output` exactly where its newest checkpoint stands; returns its summary.
+    """Resume the run at `output` from its newest checkpoint; returns its summary.
 
     Args:
         output: a run folder.
-        dataset: its data, where the folder has moved since; the fingerprint must be the same.
+        dataset: its data, if the folder was moved; the fingerprint must be the same.
         verify: compare dataset and checkpoint with their checksums first.
         callbacks: those that `train` was given; one that is missing is refused.
 
     Raises:
-        UserError: no run there, other data, a damaged checkpoint, or as `train`.
+        UserError: not a run, not the same dataset, a damaged checkpoint, or as `train`.
     """
     with join() as world, ExitStack() as held:
         world.require_same({"the command": "train --resume"})
@@ -109,7 +109,7 @@ def resume(
             callbacks = world.together(lambda: _registered(run.config, callbacks))
             world.together(lambda: check_environment(run.config.training))
             world.together(lambda: held.enter_context(run.continued()) if world.first else None)
-            done = world.on_first(lambda: run.summary)  # who held the lock may have finished it
+            done = world.on_first(lambda: run.summary)  # the process that held the lock may have finished it
         if done is not None:
             if log and world.first:
                 log(f"{output} is finished; nothing to continue.")
@@ -130,15 +130,15 @@ def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:
-    """Raise UserError on all ranks unless the data is as it was written (one rank looks on each machine) and makes
-    sense."""
+    """Raise UserError on all ranks unless the data is intact (one rank per machine checks) and its values are
+    valid."""
     if verify:
         world.together(lambda: data.verify(tell=progress) if world.local_rank == 0 else None)
     world.together(lambda: data.validate(*data.rows))
 
 
 def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:
-    """The data to continue a run on: as given, or where the run says."""
+    """The data to resume on: as given, or as run.json says."""
     if dataset is None:
         try:
             return Dataset(run.info["data"]["path"])
@@ -150,7 +150,7 @@ def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:
 
 
 def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
-    """Raise UserError on all ranks unless they can train this together; set how long they wait for each other."""
+    """Raise UserError on all ranks unless they can train this together; set the timeout of collectives."""
     facts = {name: value for values in config.to_dict().values() for name, value in values.items()}
     world.require_same(facts | {"the data's fingerprint": dataset.fingerprint, "the version of dqrm": __version__})
     size, simulated = world.size, config.exchange.simulate_ranks

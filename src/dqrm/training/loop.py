@@ -1,5 +1,5 @@
-"""The training loop: epochs, and what is due between steps: logs, evaluations, checkpoints, callbacks; `step` has the
-order of one step.
+"""The training loop: epochs, and the logs, evaluations, checkpoints and callbacks between steps; one step is in
+`step`.
 
 `launch` starts it. A run that was killed at any moment and resumed ends with the same weights as one that was not, bit
 for bit on CPU: the checkpoint holds weights, scales and their step count, optimizer state, random state, the position
@@ -47,7 +47,7 @@ from dqrm.training.selection import choose, chosen_by
 from dqrm.training.state import State, check_keys
 from dqrm.training.step import TrainStep
 
-# What a rank can tell the others (or itself) with a step: a signal told it to stop; the last checkpoint is old.
+# Flags that a rank sends with a step: a signal asked it to stop; the last checkpoint is old.
 _STOP, _SAVE = 1, 2
 
 
@@ -83,7 +83,7 @@ class Trainer:
         self.model.to(self.device).train()
         self.step = TrainStep(self.model, self.config, self.world)
         self.optimizers, self.exchange = self.step.optimizers, self.step.exchange
-        self.model.tables.clamps.quiet = True  # what it counts is told here
+        self.model.tables.clamps.quiet = True  # the loop reports the counts
         if last is not None:
             self._load_state(last)
         self.stopped = threading.Event()
@@ -98,7 +98,7 @@ class Trainer:
         try:
             with stop_signals(quiet=self.world.size > 1) as self.stopped:
                 for _ in self._steps():
-                    if self.exchange.flags & _STOP:  # all ranks know that one of them was told to
+                    if self.exchange.flags & _STOP:  # set on all ranks once one of them got a signal
                         if self.world.size > 1:
                             self.log("Stopping after this step and saving.")
                         self._count_time()
@@ -110,7 +110,7 @@ class Trainer:
                 self.recorder.close()
 
     def _steps(self) -> Iterator[None]:
-        """One yield per training step, evaluations and checkpoints done."""
+        """Yields after each training step, once its evaluations and checkpoints are done."""
         state, options = self.state, self.options
         part = self.dataset.split("train")
         batches = part.num_batches(options.batch_size)
@@ -185,7 +185,7 @@ class Trainer:
         return bool((every and step % every == 0) or (saves and step % saves == 0) or self.exchange.flags & _SAVE)
 
     def _old(self) -> bool:
-        """Whether the last checkpoint has become too old; by rank 0's clock, which tells the others with its step."""
+        """Whether the last checkpoint is too old; rank 0's clock decides, and its flag is sent with the step."""
         minutes = self.options.checkpoint_minutes
         return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
@@ -300,8 +300,8 @@ class Trainer:
             self.exchange.load_state(exchange)
         else:
             self.log(
-                f"{self.run.path} was saved by {before} ranks and goes on with {now}: what error compensation kept is "
-                "dropped"
+                f"{self.run.path} was saved by {before} ranks and resumes with {now}: the residuals of error "
+                "compensation are reset"
             )
 
     def _finish(self) -> dict[str, Any]:

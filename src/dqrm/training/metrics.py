@@ -1,8 +1,8 @@
-"""How good predicted clicks are: a table of metrics, which all others read. Add one as
+"""Metrics of predicted click probabilities, in one register. To add one:
 
     METRICS["brier"] = Metric(lambda s: float(np.mean((s.probabilities - s.labels) ** 2)), higher_is_better=False)
 
-and it is computed in each evaluation, written down, shown, and can be `select_by`.
+It is then computed in each evaluation, logged, shown, and accepted as `select_by`.
 """
 
 import math
@@ -25,7 +25,7 @@ class Scores:
         labels: 0 or 1, int8 [N].
         logits: float [N]. probabilities: float64 [N].
         row_weights: of the rows as the data has them, float64 [N], above 0; None: 1 each.
-        weights: the same with each negative counted as often as it stands for others; None: 1 each.
+        weights: the same, with each negative times the number of negatives it represents; None: 1 each.
         groups: integers [N], the group (as the user) of each row; negative: in none; None where the data has none.
     """
 
@@ -78,7 +78,7 @@ class Metric:
         needs_group: only computed of data with a group column.
         needs_both_labels: not defined where all labels are equal.
         logged: in the line that training prints for each evaluation.
-        legend: what it means, for whoever does not know; shown below tables with it.
+        legend: a short explanation; shown below tables that contain it.
     """
 
     compute: Callable[[Scores], float | None]
@@ -100,7 +100,7 @@ def _auc(scores: Scores) -> float | None:
 def _ne(scores: Scores) -> float | None:
     weights, negatives = scores.weights, len(scores.labels) - scores.positives
     rows = len(scores.labels) if weights is None else weights.sum()
-    # Not as 1 - rate, which is 0 beside a click of an overwhelming weight.
+    # Not as 1 - rate, which rounds to 0 beside a click of an overwhelming weight.
     of_zeros = negatives if weights is None else (weights * (scores.labels == 0)).sum()
     shares = scores.clicks / rows, of_zeros / rows
     if not scores.both_labels or not all(shares):
@@ -134,14 +134,14 @@ METRICS: dict[str, Metric] = {
         legend="AUC within each group, averaged over impressions",
     ),
     "gauc_coverage": Metric(
-        lambda scores: scores.gauc[1], None, needs_group=True, legend="share of impressions that gauc is of"
+        lambda scores: scores.gauc[1], None, needs_group=True, legend="fraction of impressions that gauc covers"
     ),
 }
 """Metrics by name, in the order in which they are shown."""
 
 
 def legend(names: Iterable[str]) -> str:
-    """What metrics mean, in one line; empty where all of them go without saying."""
+    """The legends of metrics, in one line; empty if they have none."""
     return "; ".join(f"{name}: {METRICS[name].legend}" for name in names if name in METRICS and METRICS[name].legend)
 
 
@@ -159,7 +159,7 @@ def click_metrics(
         logits: float, [N].
         weights: of the rows, float [N], finite and >= 0; each figure is then that of the weighted rows.
         groups: integers [N], the group (as the user) of each row; negative: in none.
-        negative_weight: how many negatives each row with label 0 stands for, in all figures but `rows`, and `auc` and
+        negative_weight: how many negatives each row with label 0 represents, in all figures but `rows`, and `auc` and
             `gauc`, which are of the rows as they are.
 
     Returns:
@@ -174,7 +174,7 @@ def click_metrics(
     computed = {name: metric for name, metric in METRICS.items() if groups is not None or not metric.needs_group}
     rows = {"rows": len(labels)}
     if weights is not None and not (weights > 0).all():
-        # A row without weight is no row: it must not decide whether both labels are there.
+        # Rows of weight 0 are left out: they must not decide whether both labels occur.
         some = weights > 0
         labels, logits, weights = labels[some], logits[some], weights[some]
         groups = None if groups is None else groups[some]
@@ -226,12 +226,12 @@ def group_auc(
     if not len(impressions):
         return None, 0.0
     if weights is not None:
-        # Each side of a group as shares of it: in one sum over all groups, large weights would swallow small ones.
+        # Each side of a group as fractions of it: in one sum over all groups, large weights would swallow small ones.
         sizes = np.diff(np.r_[begins, len(order)])
         own = np.where(clicked, np.repeat(of_ones, sizes), np.repeat(of_zeros, sizes))
         each = each / own
         of_ones, of_zeros = np.ones_like(of_ones), np.ones_like(of_zeros)
-    # Runs of equal logits within a group: whoever has the other label in one is neither above nor below.
+    # Runs of equal logits within a group: a pair within a run is a tie.
     runs = np.flatnonzero(new_group | np.r_[True, logits[1:] != logits[:-1]])
     ones, zeros = (np.add.reduceat(each * side, runs) for side in (clicked, ~clicked))
     firsts = np.flatnonzero(new_group[runs])
@@ -244,6 +244,6 @@ def group_auc(
 
 
 def groups_with_both_labels(labels: Array, groups: Array) -> int:
-    """How many groups have rows of both labels: the ones that `group_auc` covers."""
+    """The number of groups that have rows of both labels: those that `group_auc` covers."""
     clicked = labels == 1
     return len(np.intersect1d(groups[clicked & (groups >= 0)], groups[~clicked & (groups >= 0)]))

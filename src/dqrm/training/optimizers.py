@@ -1,8 +1,8 @@
-"""Update rules for sparse gradients: what a step reads and writes is the rows of the batch, never a whole table.
+"""Optimizers for sparse gradients: a step reads and writes the rows of the batch, never a whole table.
 
 They are ordinary `torch.optim.Optimizer`s on parameters whose `.grad` is a sparse COO tensor, as tables of click models
-and `QuantEmbeddingBag(sparse=True)` have. torch's own SGD and Adagrad refuse weight decay on such gradients, and a
-row-wise Adagrad it does not have.
+and `QuantEmbeddingBag(sparse=True)` have. torch's own SGD and Adagrad refuse weight decay on such gradients, and
+torch has no row-wise Adagrad.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,9 +21,9 @@ from dqrm.quant.storage import Storage, storage_of
 
 
 class SparseOptimizer(Optimizer):
-    """Lazy L2 and the loop over parameters; a subclass says in `_update` how rows move: those of a gradient, no others.
+    """Base class: lazy L2 and the loop over parameters; `_update` of a subclass updates the rows of a gradient only.
 
-    State of a row is kept in `self.state[weight]` as tensors of as many rows as the weight.
+    The state of rows is kept in `self.state[weight]`, as tensors with as many rows as the weight.
 
     Attributes:
         tables: the module whose only parameter with sparse gradients this optimizer updates; its scales are then raised
@@ -42,7 +42,7 @@ class SparseOptimizer(Optimizer):
         self._storages: dict[torch.dtype, type[Storage]] = {}
         for group in self.param_groups:
             for weight in group["params"]:
-                if self._storage(weight).rounds:  # the random bits of a step depend on how many there were
+                if self._storage(weight).rounds:  # the random bits of a step depend on the step count
                     self.state[weight]["steps"] = torch.zeros((), dtype=torch.int64)
 
     def _storage(self, weight: Tensor) -> type[Storage]:
@@ -66,7 +66,7 @@ class SparseOptimizer(Optimizer):
         raise NotImplementedError
 
     def reset_rows(self, rows: slice) -> None:
-        """Set the state of these rows of the first parameter back to that of a new optimizer (0)."""
+        """Reset the state of these rows of the first parameter to that of a new optimizer (0)."""
         weight = self.param_groups[0]["params"][0]
         for value in self.state[weight].values():
             if isinstance(value, Tensor) and value.dim() and len(value) == len(weight):
@@ -209,7 +209,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any], list[Any], OptimizerConfig, int], Pai
     "adagrad": _adagrad,
     "rowwise_adagrad": partial(_adagrad, rowwise=True),
 }
-"""By name, what makes the optimizers (of the tables, of everything else) of (tables, others, configuration, seed)."""
+"""Constructors by name: (tables, others, configuration, seed) -> optimizers (of the tables, of everything else)."""
 
 
 def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int = 0) -> Pair:

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: lines of metrics.jsonl, and the same figures for TensorBoard."""
+"""The metrics that a run records: lines of metrics.jsonl, and the same values for TensorBoard."""
 
 import json
 import os
@@ -12,9 +12,9 @@ class Recorder:
     """The metrics of a run folder, open to append to.
 
     Args:
-        folder: of the run. size: of metrics.jsonl as the checkpoint knows it, which the run continues from; 0: a new
+        folder: of the run. size: of metrics.jsonl as recorded in the checkpoint that the run resumes from; 0: a new
             run. step: of that checkpoint.
-        tensorboard: write event files, too. log: told where lines are lost.
+        tensorboard: write event files, too. log: called if lines are lost.
     """
 
     def __init__(self, folder: Path, size: int, step: int, tensorboard: bool, log: Log) -> None:
@@ -31,7 +31,7 @@ class Recorder:
                     self._events.add_scalar(f"{line['kind']}/{name}", value, line["step"])
 
     def sync(self) -> int:
-        """Bytes of metrics.jsonl, all of which are on the disk now: what a checkpoint remembers."""
+        """Flush metrics.jsonl to disk; returns its size in bytes, which the checkpoint records."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -44,14 +44,14 @@ class Recorder:
 def _open(path: Path, size: int, log: Log) -> IO[bytes]:
     """metrics.jsonl, opened for appending, truncated to the `size` recorded in a checkpoint: later lines are rewritten.
 
-    Where it is shorter, it ends after its last whole line, and `log` is told.
+    If it is shorter, it is cut after its last whole line, and `log` is called.
     """
     file = open(path, "a+b")  # noqa: SIM115 (open as long as the run)
     length = file.seek(0, os.SEEK_END)
     if length < size:
         file.seek(0)
         size = file.read().rfind(b"\n") + 1
-        log(f"{path} has {length} bytes where the checkpoint knew of more: what is missing of its lines is lost")
+        log(f"{path} has {length} bytes, fewer than the checkpoint recorded: the missing lines are lost")
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file

@@ -1,6 +1,6 @@
-"""The run folder: what a training run leaves behind, and how to open it again.
+"""The run folder: the files of a training run, and how to open it again.
 
-run.json        what was asked for and on what: configuration, data fingerprint, columns, versions (written first)
+run.json        configuration, data fingerprint, columns, versions (written first)
 metrics.jsonl   one line per evaluation and per `log_every` steps
 summary.json    the result (written last: a run without it is not finished)
 checkpoints/    see `checkpoints`
@@ -69,10 +69,10 @@ class Run:
 
     @classmethod
     def plan(cls, path: Path, config: Config, dataset: Dataset) -> "Run":
-        """A run that is still to be started: nothing is written yet.
+        """A new run, before it is started: nothing is written yet.
 
         Raises:
-            UserError: the folder exists and holds something.
+            UserError: the folder exists and is not empty.
         """
         _require_free(path)
         columns = [{"name": column.name, "rows": column.rows, "multi": column.multi} for column in dataset.columns]
@@ -90,16 +90,16 @@ class Run:
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """Make the folder and write run.json, as the only process that may: inside, no other one trains there.
+        """Make the folder, lock it and write run.json; inside, no other process trains there.
 
         Raises:
-            UserError: the folder cannot be written; another process holds it, or has started a run in it meanwhile.
+            UserError: the folder cannot be written; another process holds the lock, or has started a run in it.
         """
         with ExitStack() as held:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(self.exclusive())
-                _require_free(self.path)  # between looking and locking, another process may have trained
+                _require_free(self.path)  # between check and lock, another process may have trained
                 self.checkpoints.mkdir(exist_ok=True)
                 write_json(self.path / _INFO, self.info)
             except OSError as error:
@@ -111,7 +111,7 @@ class Run:
         """Inside, no other process trains into this folder.
 
         Raises:
-            UserError: one does already, or has put another run in its place since this one was opened.
+            UserError: another process trains there, or has replaced the run since this one was opened.
         """
         with self.exclusive():
             if Run.open(self.path).info != self.info:
@@ -146,7 +146,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration that the run was started with, without the fields that there are no more."""
+        """The configuration that the run was started with, without fields that no longer exist."""
         sections = {
             section: {name: value for name, value in values.items() if name not in _REMOVED}
             for section, values in self.info["config"].items()
@@ -155,7 +155,7 @@ class Run:
 
     @property
     def dropped(self) -> str | None:
-        """What the run was started with and this dqrm goes on without, as a sentence."""
+        """Settings of the run that this dqrm no longer supports, as a sentence."""
         used = {n: v for values in self.info["config"].values() for n, v in values.items() if n in _REMOVED and v}
         return "; ".join(f"{self.path}: {n} was {v}; it is no longer supported and dropped" for n, v in used.items())
 
@@ -188,11 +188,11 @@ class Run:
                 verify_checkpoint(checkpoint)
 
     def require_same_data(self, dataset: Dataset) -> None:
-        """Raise UserError unless `dataset` is the one that the run was trained on: its ids mean other rows."""
+        """Raise UserError unless `dataset` is the one that the run was trained on: another maps ids to other rows."""
         wanted = self.info["data"]["fingerprint"]
         if dataset.fingerprint != wanted:
             raise UserError(
-                f"{dataset.path} is other data than {self.path} was trained on: fingerprint "
+                f"{dataset.path} is not the dataset that {self.path} was trained on: fingerprint "
                 f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
             )
 
@@ -253,8 +253,8 @@ class Run:
 
 
 def _require_free(path: Path) -> None:
-    """Raise UserError unless a run may start in the folder `path`; one that a run left before it began is as good as
-    an empty one."""
+    """Raise UserError unless a run may start in the folder `path`; a folder that a run left before it began counts
+    as empty."""
     if not path.exists() or (path.is_dir() and not _contents(path)):
         return
     hint = f"`dqrm train --resume {shlex.quote(str(path))}` continues it, or" if (path / _INFO).exists() else "please"
@@ -262,7 +262,7 @@ def _require_free(path: Path) -> None:
 
 
 def _contents(path: Path) -> set[str]:
-    """What a folder holds of value."""
+    """The names in a folder that a new run must not overwrite."""
     names = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_INFO}.partial"}
     metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
     if metrics.is_file() and not metrics.stat().st_size:
@@ -271,7 +271,7 @@ def _contents(path: Path) -> set[str]:
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """The versions that the run was made with."""
     import numpy
 
     return {

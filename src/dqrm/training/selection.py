@@ -1,5 +1,5 @@
-"""Choosing by validation figures: which state of a run is its result, when it stops early and when its learning rate
-falls; and before the first step, whether what was asked for can act on this data.
+"""Selection by validation metrics: the best checkpoint, early stopping and drops of the learning rate; and a check
+before the first step that these options can act on the data.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from dqrm.training.state import State
 
 
 def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Config) -> bool:
-    """Bring an evaluation on validation into the state: the best so far, or one more without a better one, after which
-    the learning rate may fall and the run may be finished.
+    """Update the state after an evaluation on validation: a new best, or one more evaluation without improvement, after
+    which the learning rate may drop and the run may be finished.
 
-    Without validation rows there is nothing to choose by: the last state is the result.
+    Without validation rows nothing can be selected: the last state is the result.
 
     Returns:
-        Whether it is the best so far; no figure is none.
+        Whether it is the best so far; False without a value of the metric.
     """
     options, value = config.training, metrics[config.training.select_by]
     sign = 1 if METRICS[options.select_by].higher_is_better else -1
@@ -40,14 +40,14 @@ def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Con
 
 
 def chosen_by(state: State, select_by: str) -> str:
-    """In words, by what the result of a run was chosen."""
+    """How the result of a run was selected, in words."""
     if state.best is not None and state.best["metrics"][select_by] is not None:
         return f"best validation {select_by}"
     return "last state (no validation figure)"
 
 
 def check_selection(config: Config, dataset: Dataset) -> list[str]:
-    """What the user should hear before training: early stopping, or a falling learning rate, that can never act.
+    """Warnings before training: early stopping, or a drop of the learning rate, that can never act.
 
     Raises:
         UserError: select_by, early_stopping or plateau_factor need a metric that this data cannot give, or there is no
@@ -67,19 +67,19 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
     clicks = dataset.info["clicks"]["validation"]
     if not rows:
         raise UserError(
-            f"{name} is {asked[name]}, but {dataset.path} has no validation rows to judge by; prepare the data with "
+            f"{name} is {asked[name]}, but {dataset.path} has no validation rows; prepare the data with "
             "some, or leave it out"
         )
     if metric.needs_both_labels and clicks in (0, rows):
         raise UserError(
             f"{name} is {asked[name]}, but all {rows} validation rows of {dataset.path} have the label "
-            f"{int(clicks > 0)}, so there is no {options.select_by} to judge by; select_by log_loss needs none"
+            f"{int(clicks > 0)}, so {options.select_by} is not defined; use select_by log_loss"
         )
     count = evaluations(config, dataset.rows["train"])
     does = {"early_stopping": "it will never stop the run early", "plateau_patience": "the learning rate will not drop"}
     return [
         f"{name} is {wait}, but the run has {count} evaluation{'s' * (count != 1)} (epochs {options.epochs}, "
-        f"eval_every {options.eval_every}, max_steps {options.max_steps}) and it can act from {wait + 2} on: "
+        f"eval_every {options.eval_every}, max_steps {options.max_steps}), fewer than the {wait + 2} that it needs: "
         f"{does[name]}; set eval_every, or train for more epochs"
         for name, wait in asked.items()
         if count < wait + 2  # the first one is the best so far, and after the last there is nothing to change
@@ -103,7 +103,7 @@ def selecting(name: str) -> Metric:
     """The metric that `select_by` names.
 
     Raises:
-        UserError: there is none of that name, or no value of it is better than another.
+        UserError: there is no metric of that name, or no checkpoint can be selected by it.
     """
     choices = {each: metric for each, metric in METRICS.items() if metric.higher_is_better is not None}
     return registered("select_by", name, choices)
@@ -122,5 +122,5 @@ def _check_groups(dataset: Dataset, name: str, metric: Metric) -> None:
     if not groups_with_both_labels(np.asarray(part.labels()), groups):
         raise UserError(
             f"select_by is {name}, but in {dataset.path} no {dataset.group} of the validation split has rows of both "
-            "labels; select_by auc or log_loss needs none"
+            "labels; use select_by auc or log_loss"
         )

@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint's state.json holds."""
+"""The progress of a run, as stored in a checkpoint's state.json."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +11,7 @@ from dqrm.training.clamping import Clamping
 
 @dataclass
 class State:
-    """Where a run stands; with the weights and optimizers, all that resuming needs."""
+    """The progress of a run; with the weights and optimizers, all that resuming needs."""
 
     step: int = 0
     epoch: int = 0
@@ -29,7 +29,7 @@ class State:
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.clamping, dict):  # as JSON has it
+        if isinstance(self.clamping, dict):  # as read from JSON
             self.clamping = Clamping(**self.clamping)
 
 

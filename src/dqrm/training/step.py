@@ -44,7 +44,7 @@ class TrainStep:
         else:
             self.exchange = LocalExchange(tables[0].device)
         self._seed = config.training.seed
-        # With one rank, masks are drawn on from the state that the checkpoint holds.
+        # With one rank, dropout masks continue from the generator state in the checkpoint.
         self._drops = self.exchange.size > 1 and any(isinstance(module, nn.Dropout) for module in model.modules())
 
     def __call__(
@@ -67,13 +67,13 @@ class TrainStep:
         exchange.begin(number, flags)
         for rank in local:
             shard = batch if len(local) == 1 else batch.share(rank, exchange.size)
-            if self._drops:  # masks of the rank's own, whichever process it is and whether or not the run was resumed
+            if self._drops:  # masks depend on step and rank only: the same in simulated and resumed runs
                 torch.manual_seed(mix(self._seed, number, rank))
             loss = self.forward(shard)
             losses.append(loss.detach())
             self.backward(exchange.objective(loss, len(batch) if samples is None else samples))
             exchange.collect(rank)
-        if self._drops:  # the state that is saved does not depend on who runs which ranks
+        if self._drops:  # the saved state must not depend on which process runs which ranks
             torch.manual_seed(mix(self._seed, number))
         self.update(rate, exchange.finish())
         return losses[0] if len(losses) == 1 else torch.stack(losses)
@@ -92,7 +92,7 @@ class TrainStep:
         loss.backward()
 
     def update(self, rate: float, of_tables: Gradient | None = None) -> None:
-        """Change the weights by their gradients at learning rate `rate`; `of_tables` is what an exchange gave."""
+        """Update the weights from their gradients at learning rate `rate`; `of_tables` is the result of an exchange."""
         tables, others = self.optimizers
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -1,9 +1,9 @@
-"""How many CPU threads training and scoring compute on where their configuration leaves it open.
+"""The number of CPU threads of training and scoring where their configuration leaves it open.
 
-Threads of one step wait for each other many times, so that beside a program that holds one core all of torch's threads
-are often ten times slower than one; and small models gain nothing by a second one in any case. So candidates train a
-small stand-in of the model for a moment, or score the first batch a few times, and the fastest is taken. The bits of a
-result depend on the number: it is kept for the whole run or file, and told (run.json, what `predict` returns).
+Threads of one step wait for each other many times, so that beside a program that occupies one core all of torch's
+threads are often ten times slower than one; and small models gain nothing from a second one. So candidates train a
+small substitute of the model for a moment, or score the first batch a few times, and the fastest is taken. The bits of
+a result depend on the number: it is kept for the whole run or file, and reported (run.json, the result of `predict`).
 """
 
 import os
@@ -24,9 +24,9 @@ _SECONDS = 0.3  # of each candidate
 _ROUNDS = 6
 # The same of scoring, whose calls are longer and whose jobs are shorter.
 _SCORING_SECONDS, _SCORING_ROUNDS = 0.1, 3
-# Seconds of scoring on one thread that are not worth measuring for.
+# Seconds of scoring on one thread below which measuring does not pay.
 SHORT = 1.0
-_ROWS = 1000  # of a table of the stand-in, at most
+_ROWS = 1000  # of a table of the substitute, at most
 
 
 def choose_threads(run: Run) -> int:
@@ -54,7 +54,7 @@ def choose_threads(run: Run) -> int:
 
 def given_threads(threads: int = 0, on_cpu: bool = True) -> int | None:
     """The number of threads where nothing is to be measured: `threads` unless it is 0, else torch's number where it is
-    1, OMP_NUM_THREADS says so or the work is not done on a CPU. None where the fastest is to be found."""
+    1, OMP_NUM_THREADS says so or the work is not done on a CPU. None where it has to be measured."""
     if threads:
         return threads
     most = torch.get_num_threads()
@@ -66,9 +66,9 @@ def threads_to_score(score: Callable[[], object], calls: int | None = None, thre
 
     Args:
         score: scores one batch of those that are to be scored.
-        calls: how many of its size there are in all; None: many. Of a few, one thread scores all before the fastest
-            number was found, and one never waits for another.
-        threads: what the user asked for; 0: nothing.
+        calls: the total number of such batches; None: many. If one thread scores all in less time than measuring takes,
+            it is used.
+        threads: the configured number; 0: not configured.
     """
     if (given := given_threads(threads)) is not None:
         return given
@@ -87,7 +87,7 @@ def threads_to_score(score: Callable[[], object], calls: int | None = None, thre
 def scoring_threads(
     score: Callable[[], object], calls: int | None = None, threads: int = 0, log: Log | None = None
 ) -> Iterator[int]:
-    """Inside, torch computes on `threads_to_score`, which `log` is told; afterwards on as many threads as before."""
+    """Inside, torch uses `threads_to_score` threads, which `log` reports; afterwards, the number from before."""
     number = threads_to_score(score, calls, threads)
     tell_threads(number, log)
     with threads_set(number):
@@ -95,7 +95,7 @@ def scoring_threads(
 
 
 def tell_threads(number: int, log: Log | None) -> None:
-    """Which number it is, to whom it may concern."""
+    """Report the number of threads."""
     if log:
         log(f"Scoring on {number} CPU thread{'s' * (number != 1)}.")
 
@@ -121,12 +121,12 @@ def fastest(
                 steps[number], now = steps[number] + 1, time.perf_counter()
             seconds[number] += now - started
         if sum(seconds.values()) > 2 * part * rounds * len(numbers):
-            break  # steps so long, on a machine so busy, that one round costs more than all should
+            break  # steps are so slow that one round takes longer than all rounds should
     return max(numbers, key=lambda number: steps[number] / seconds[number])
 
 
 def _batch(size: int, dense: int, rows: Sequence[int], multi: Sequence[bool]) -> Batch:
-    """So many samples with random values, one id in each bag."""
+    """A batch of `size` samples with random values, one id in each bag."""
     ids = (torch.rand(size, len(rows)) * torch.tensor(rows)).int()
     bags = tuple((ids[:, number].contiguous(), torch.arange(size)) for number, many in enumerate(multi) if many)
     single = [number for number, many in enumerate(multi) if not many]

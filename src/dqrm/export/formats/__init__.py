@@ -29,10 +29,10 @@ for _format in (DqrmFormat(), OnnxFormat(), TorchExportFormat(), ExecuTorchForma
 
 
 def formats() -> dict[str, Format]:
-    """All formats by suffix: the above, what was registered since, and those of installed packages.
+    """All formats by suffix: the built-in ones, registered ones, and those of installed packages.
 
     Raises:
-        UserError: one of those cannot be imported.
+        UserError: one of them cannot be imported.
     """
     _add_installed()
     return FORMATS
@@ -53,10 +53,10 @@ def format_of(path: Path, purpose: str = "what to write") -> Format:
     """The format of a file, by its suffix.
 
     Args:
-        purpose: what the suffix says, for the error.
+        purpose: what the suffix selects, for the error.
 
     Raises:
-        UserError: there is none of this suffix.
+        UserError: no format has this suffix.
     """
     known = formats()
     if path.suffix not in known:
@@ -73,10 +73,10 @@ def either(names: dict[str, Format] | list[str]) -> str:
 def score_file(path: Path, threads: int = 0) -> Score:
     """A function from a batch to logits float32 [B], running an exported file of any format.
 
-    Only for files of one's own: torch.export.load unpickles, so a .pt2 from a stranger can run code.
+    Only for trusted files: torch.export.load unpickles, so a .pt2 from a stranger can run code.
 
     Args:
-        threads: of the runtime; 0: its default. Torch's are the process's own, ExecuTorch's portable kernels use one.
+        threads: of the runtime; 0: its default. Torch's are per process; ExecuTorch's portable kernels use one.
 
     Raises:
         UserError: no such file, its runtime is not installed, or the file is damaged.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dqrm.errors import UserError
 
-if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not wait for torch
+if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not import torch
     from torch import Tensor
 
     from dqrm.data.batches import Batch
@@ -23,16 +23,16 @@ if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not wait
 class Format(ABC):
     """A kind of file that a model is exported to: how it is written, opened and described.
 
-    A new one is a subclass in a file of its own, and a line in `dqrm.export.formats`; that of another package calls
+    To add one, write a subclass in a file of its own and a line in `dqrm.export.formats`; another package calls
     `register`, or names the class as an entry point of the group `dqrm.formats`. Formats are imported for the help of
-    the command line: whatever takes long to import is imported in the methods.
+    the command line: slow imports belong in the methods.
 
     Attributes:
         suffix: of its files, with the dot.
-        summary: what it is and what reads it, for the help.
-        extra: the extra of dqrm that writing or opening it needs; None: none.
+        summary: a description and what reads it, for the help.
+        extra: the extra of dqrm that is needed to write or open it; None: none.
         not_evaluated: why `dqrm eval` and `dqrm predict` do not take it; None: they do.
-        is_artifact: it is the artifact, which every export begins with: packed weights, vocabularies, a header.
+        is_artifact: whether it is the artifact, which each export writes first: packed weights, vocabularies, a header.
     """
 
     suffix: ClassVar[str]
@@ -46,13 +46,13 @@ class Format(ABC):
         """Write a model.
 
         Args:
-            model: of packed layers, in eval mode, as `Artifact.model` gives it.
-            path: the file, in a folder of the export's own. Afterwards all files in it whose names begin with no dot
-                are moved to the folder above it.
+            model: with packed layers, in eval mode, as `Artifact.model` returns it.
+            path: the file, in a temporary folder of the export. Afterwards all files in it whose names do not begin
+                with a dot are moved to the folder above it.
             metadata: what to store with it, as text: `content` reads it again.
 
         Raises:
-            UserError: the extra is missing, or the model has something that the format cannot express.
+            UserError: the extra is missing, or the format cannot express a part of the model.
             OSError: the file cannot be written.
         """
 
@@ -68,15 +68,15 @@ class Format(ABC):
         """
 
     def content(self, path: Path) -> dict[str, Any]:
-        """What the file carries of the artifact's header; not called where it is not evaluated.
+        """The part of the artifact's header that the file carries; not called for formats that are not evaluated.
 
         Raises:
             UserError: it carries none, or is damaged.
         """
-        raise UserError(f"{path} does not say where it comes from, expected a file that `dqrm export` wrote")
+        raise UserError(f"{path} does not record its origin, expected a file that `dqrm export` wrote")
 
     def companions(self, path: Path) -> list[Path]:
-        """Files beside `path` that belong to it, or belonged to the file that it replaced."""
+        """Files beside `path` that belong to it, or to the file that it replaced."""
         return []
 
     def sizes(self, opened: Artifact, path: Path) -> dict[str, int]:
@@ -89,13 +89,13 @@ class Format(ABC):
         return {**weights, "graph and rest": total - sum(weights.values()), "file": total}
 
     def missing(self, doing: str) -> UserError:
-        """The error where its extra is not installed. doing: "writing" or "running"."""
+        """The error for a missing extra. doing: "writing" or "running"."""
         extra = f"dqrm[{self.extra}]"
         return UserError(f"{doing} {self.suffix} needs the extra {extra}: pip install '{extra}'")
 
 
 def beside(path: Path, pattern: str) -> list[Path]:
-    """The files in the folder of `path` whose names are its own and then what the regular expression matches."""
+    """The files in the folder of `path` whose names are its own and a match of the regular expression `pattern`."""
     named = re.compile(re.escape(path.name) + pattern)
     return [file for file in path.parent.iterdir() if named.fullmatch(file.name) and file.is_file()]
 

@@ -1,4 +1,4 @@
-"""The artifact as one of the export formats; what it holds is in `dqrm.export.artifact`."""
+"""The artifact as one of the export formats; its content is described in `dqrm.export.artifact`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DqrmFormat(Format):
     is_artifact = True
 
     def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
-        """Nothing to do: an export writes the artifact before all else."""
+        """Nothing to do: an export writes the artifact first."""
 
     def open(self, path: Path, threads: int = 0) -> Score:
         from dqrm.export.artifact import Artifact

@@ -28,7 +28,7 @@ class ExecuTorchFormat(Format):
     suffix = ".pte"
     summary = "an ExecuTorch program, for phones and other devices"
     extra = "executorch"
-    not_evaluated = "a .pte does not say which data its model was trained on"
+    not_evaluated = "a .pte does not record which data its model was trained on"
 
     def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         try:
@@ -76,14 +76,14 @@ def pieces(batch: Batch) -> list[Batch]:
     from dqrm.data.batches import Batch
 
     parts, at = [], 0
-    # For each multi-valued table, where each sample's ids begin, and where the last one's end.
+    # For each multi-valued table, the offsets of the samples' ids, and the end of the last one's.
     bounds = [torch.cat([offsets.long(), torch.tensor([len(values)])]) for values, offsets in batch.bags]
     while at < len(batch):
         end = min(at + MAX_BATCH, len(batch))
         for bound in bounds:
             end = min(end, int(torch.searchsorted(bound, int(bound[at]) + MAX_VALUES, right=True)) - 1)
         if end <= at:
-            raise UserError(f"sample {at} has more than {MAX_VALUES} ids in one column, the most that a .pte takes")
+            raise UserError(f"sample {at} has more than {MAX_VALUES} ids in one column, the maximum of a .pte")
         bags = tuple(
             (values[bound[at] : bound[end]], bound[at:end] - bound[at])
             for (values, _), bound in zip(batch.bags, bounds)

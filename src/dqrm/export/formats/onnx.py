@@ -37,7 +37,7 @@ class OnnxFormat(Format):
         known = {given.name for given in session.get_inputs()}
 
         def score(batch: Batch) -> Tensor:
-            # By numpy: torch's threads, once woken, would go on spinning beside the runtime's own.
+            # In numpy: torch's threads, once started, would spin beside the runtime's own.
             feeds = {"dense": batch.dense.numpy(), "ids": batch.ids.numpy().astype(np.int64)}
             for number, (values, offsets) in enumerate(batch.bags):
                 feeds[f"values_{number}"] = values.numpy().astype(np.int64)

@@ -1,7 +1,7 @@
 """An ONNX model as a file, its large tensors streamed into it: a table is never in memory a second time.
 
-A protobuf message may come in pieces: parsers merge what they read one after the other. So the model without its tables
-is followed by one more piece per table, of nothing but that table.
+A protobuf message may come in pieces, which parsers merge. So the model without its tables
+is followed by one more piece per table, which contains only that table.
 """
 
 import secrets
@@ -15,7 +15,7 @@ from torch import Tensor
 INLINE_LIMIT = 2**31 - 1
 """Size in bytes above which tables go into a file of their own: the limit of a protobuf message."""
 ALIGNMENT = 1 << 16
-"""Where tensors begin in that file: a multiple that every system can map into memory."""
+"""Alignment of the tensors in that file, for which every system can map them into memory."""
 _CHUNK_BYTES = 1 << 24
 # Field numbers of onnx.proto, as tags of length-delimited fields.
 _GRAPH, _INITIALIZER, _RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))
@@ -24,8 +24,8 @@ _GRAPH, _INITIALIZER, _RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))
 def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write an onnx.ModelProto with further initializers.
 
-    From 2 GB on the tensors go into `<name>.data` beside it; or into `<name>.<8 hexadecimal digits>.data` where the
-    folder above, to which an export moves its files, has a file of that name: the model there needs it until then.
+    From 2 GB on the tensors go into `<name>.data` beside it; or into `<name>.<8 hexadecimal digits>.data` if the
+    folder above, to which an export moves its files, has a file of that name, which the model there still needs.
 
     Args:
         tensors: uint8, int16 or float32, on the CPU.
@@ -68,7 +68,7 @@ def _head(name: str, tensor: Tensor) -> Any:
 
 
 def _tags(head: bytes, size: int) -> bytes:
-    """What precedes `size` bytes of raw data, so that both are a model with one graph with one initializer."""
+    """The bytes before `size` bytes of raw data, so that both are a model with one graph with one initializer."""
     head += _field(_RAW_DATA, size)
     head = _field(_INITIALIZER, len(head) + size) + head
     return _field(_GRAPH, len(head) + size) + head

@@ -1,7 +1,7 @@
-"""What the ONNX graphs of all models are made of: nodes and initializers, stacks of linear layers, tables.
+"""Common parts of the ONNX graphs of all models: nodes and initializers, stacks of linear layers, tables.
 
-Rows are gathered as bytes and become floats by arithmetic alone, so any runtime gives the trained values; no pattern is
-left that a runtime would fuse into a quantized product.
+Rows are gathered as bytes and converted to floats by arithmetic alone, so any runtime computes the trained values, and
+there is no pattern that a runtime would fuse into a quantized product.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from dqrm.quant.uniform import code_limits
 
 
 class Graph:
-    """Nodes and initializers as they are added; every value has a name."""
+    """Nodes and initializers, collected as they are added; every value has a name."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
@@ -75,7 +75,7 @@ class Graph:
 
 
 def concat(graph: Graph, parts: list[str], axis: int) -> str:
-    """The parts beside each other; one alone is itself."""
+    """Concatenate the parts along `axis`; one alone is returned unchanged."""
     return parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=axis)
 
 
@@ -160,7 +160,7 @@ def _pool(graph: Graph, rows: str, values: str, offsets: str, dim: int, pooling:
     """Rows [n, dim] as one vector per bag [B, dim]; `nn.EmbeddingBag` in operators that add in order."""
     count, bags = graph.node("Shape", values), graph.node("Shape", offsets)
     begun = _add_at(graph, graph.node("Add", count, graph.ints(1)), offsets, _filled(graph, bags, 1))
-    # The bag of each value counts the offsets up to it. Bag 0 is of values before the first offset: there are none.
+    # A value's bag is the number of offsets up to it. Bag 0 would hold values before the first offset: there are none.
     bag = graph.node("CumSum", begun, graph.constant(0, np.int64))
     bag = graph.node("Slice", bag, graph.ints(0), graph.ints(-1), graph.ints(0))
     index = graph.node("Unsqueeze", bag, graph.ints(1))

@@ -1,7 +1,7 @@
 """A click model as an ONNX file of standard operators, on packed codes: an INT4 table takes half a byte per weight.
 
-The graph is written directly (`onnx_graph`): the tables' part is the same for all models, the rest is a function of
-each.
+The graph is written directly (`onnx_graph`): the tables' part is the same for all models, the rest is one function
+per model.
 
     dense --------------------------------------------------+
                                                             +-- graph of the model -- logit -- Sigmoid
@@ -26,22 +26,22 @@ from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
 
 OPSET, OPSET_WITH_BAGS = 13, 16
-"""The oldest that have all operators: ScatterElements adds from 16 on. The IR version is the least that they need."""
+"""The oldest with all operators: ScatterElements adds from 16 on. The IR version is the lowest that supports it."""
 
 
 def write_onnx(model: ClickModel, path: Path, metadata: Mapping[str, str] = {}) -> None:
     """Write a converted model as ONNX; from 2 GB on, with its tables in `<name>.data` beside it.
 
     Inputs: dense float32 [batch, D], ids int64 [batch, S], and for each multi-valued table k (in the schema's order)
-    values_<k> int64 [n_<k>] and offsets_<k> int64 [batch], as `nn.EmbeddingBag` takes them; what the model does not
-    have is left out. Outputs: probability and logit, float32 [batch]. An id outside its table is looked up as row 0.
+    values_<k> int64 [n_<k>] and offsets_<k> int64 [batch], as `nn.EmbeddingBag` takes them; inputs that the
+    model lacks are left out. Outputs: probability and logit, float32 [batch]. An id outside its table gives row 0.
 
     Args:
         model: its quantized layers in packed form. Its tables are streamed, never copied.
         metadata: stored as the file's metadata properties.
 
     Raises:
-        UserError: the package `onnx` is missing, or nobody has written a graph of this model.
+        UserError: the package `onnx` is missing, or there is no graph for this model.
         ValueError: the model is not converted.
         OSError: the file cannot be written.
     """
@@ -68,7 +68,7 @@ def _build(graph: Graph, model: ClickModel) -> None:
     name = model.config.model
     if name not in GRAPHS:
         raise UserError(
-            f"there is no ONNX graph of model '{name}', only of {', '.join(GRAPHS)}; export a .pt2 file instead"
+            f"model '{name}' has no ONNX graph, expected one of {', '.join(GRAPHS)}; export a .pt2 file instead"
         )
     dense = graph.input("dense", np.float32, ["batch", model.num_dense]) if model.num_dense else ""
     logit = GRAPHS[name](graph, model, dense, look_up_tables(graph, packed_tables(model)))

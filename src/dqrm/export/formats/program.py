@@ -1,6 +1,6 @@
-"""A model as a program of torch.export, on packed codes: what .pt2 and .pte files hold.
+"""A model as a torch.export program on packed codes: the content of .pt2 and .pte files.
 
-It takes (dense, ids, values_0, offsets_0, values_1, ...), all but dense int64, and gives logits float32 [B].
+It takes (dense, ids, values_0, offsets_0, values_1, ...), all but dense int64, and returns logits float32 [B].
 """
 
 import inspect
@@ -41,15 +41,15 @@ def arguments(batch: Batch) -> list[Tensor]:
     """The arguments of an exported program for a batch."""
     bags = (part.long() for bag in batch.bags for part in bag)
     given = [batch.dense, batch.ids.long(), *bags]
-    # Anew where there is nothing in it: ExecuTorch ends the process over strides of 0, which numpy's empty arrays have.
+    # A new array if it is empty: ExecuTorch ends the process on strides of 0, which numpy's empty arrays have.
     return [part.contiguous() if part.numel() else torch.empty(part.shape, dtype=part.dtype) for part in given]
 
 
 def _name_arguments(module: nn.Module, names: list[str]) -> None:
-    """Make the module's forward say that it takes arguments of these names.
+    """Declare arguments of these names in the signature of the module's forward.
 
     torch.export takes its names from there. With *bags it names the arguments bags_0, bags_1, ..., but the guards on
-    their sizes speak of bags[0], bags[1], ...; torch 2.9 then cannot run the program that it loads (NameError: L).
+    their sizes refer to bags[0], bags[1], ...; torch 2.9 then cannot run the program that it loads (NameError: L).
     """
     forward = module.forward
 

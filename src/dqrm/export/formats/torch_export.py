@@ -22,7 +22,7 @@ class TorchExportFormat(Format):
 
     suffix = ".pt2"
     summary = "a torch.export program, for torch.export.load"
-    not_evaluated = "torch.export.load can run code that is in a .pt2, so dqrm opens none"
+    not_evaluated = "torch.export.load can run code from a .pt2, so dqrm does not open it"
 
     def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         import torch
@@ -57,7 +57,7 @@ class TorchExportFormat(Format):
 
 
 class _Sink(io.BytesIO):
-    """Passes writes on to a file and keeps the first error for later: torch's writer would end the process."""
+    """Forwards writes to a file and keeps the first error for later: torch's writer would end the process."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 """A model as a function of tensors alone, which torch.export can trace; and its tables and stacks as packed modules,
-converted or not: what the writers of other formats start from."""
+converted or not, from which the other formats are written."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def packed_tables(model: ClickModel) -> PackedEmbeddingBagCollection:
     """The model's tables. Unquantized ones are wrapped, not copied.
 
     Raises:
-        ValueError: they are quantized in training, but not converted.
+        ValueError: they are quantization-aware, but not converted.
     """
     tables: Any = model.tables
     if isinstance(tables, PackedEmbeddingBagCollection):
@@ -45,10 +45,10 @@ def _unquantized(layer: QuantLinear) -> PackedLinear:
 
 
 def packed_stack(stack: nn.Module, pack: Callable[[QuantLinear], PackedLinear] = _unquantized) -> QuantMLP:
-    """A stack of linear layers as it serves: packed, with ReLU; batch normalization is folded, dropout left out.
+    """A stack of linear layers for inference: packed, with ReLU; batch normalization is folded, dropout removed.
 
     Args:
-        pack: the packed form of a layer that is not packed yet; default: of those that are not quantized.
+        pack: the packed form of a layer that is not packed yet; default: of unquantized layers only.
 
     Raises:
         ValueError: an unsupported module, or as `pack`.
@@ -73,7 +73,7 @@ def packed_stack(stack: nn.Module, pack: Callable[[QuantLinear], PackedLinear] =
 
 
 def flat_model(model: ClickModel) -> ClickModel:
-    """The same model of operators that every runtime knows, as one function of tensors alone: dense, ids, then values
+    """The same model in operators that all runtimes support, as one function of tensors alone: dense, ids, then values
     and offsets of each multi-valued table. An id outside its table is looked up as row 0.
 
     Raises:
@@ -105,10 +105,10 @@ def _vectors(tables: PackedEmbeddingBagCollection, dense: Tensor, ids: Tensor, b
 
 
 def _pool(rows: Tensor, values: Tensor, offsets: Tensor, pooling: str) -> Tensor:
-    """Rows [L, dim] as one vector per bag [B, dim]; no runtime but torch knows embedding_bag."""
+    """Rows [L, dim] as one vector per bag [B, dim]; only torch itself has embedding_bag."""
     begun = torch.zeros(values.shape[0] + 1, dtype=torch.int64)
     begun = begun.scatter_add(0, offsets, torch.ones_like(offsets))
-    # The bag of each value counts the offsets up to it. Bag 0 is of values before the first offset: there are none.
+    # A value's bag is the number of offsets up to it. Bag 0 would hold values before the first offset: there are none.
     bag = begun.cumsum(0)[:-1]
     summed = rows.new_zeros(offsets.shape[0] + 1, rows.shape[1])
     summed = summed.scatter_add(0, bag[:, None].expand(-1, rows.shape[1]), rows)
