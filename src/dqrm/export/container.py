@@ -134,7 +134,7 @@ class Container:
         made = "expected a .dqrm file that `dqrm export` wrote"
         if path.is_dir():
             raise UserError(
-                f"{path} is a folder, {made}; a run folder becomes one by "
+                f"{path} is a folder, {made}; export a run folder with "
                 f"`dqrm export {shlex.quote(str(path))} -o FILE.dqrm`"
             )
         if path.exists() and not path.is_file():

@@ -93,7 +93,7 @@ class QuantMLP(nn.Sequential):
 
     Attributes:
         bf16: in training, multiply large layers in bf16, except a last layer without ReLU, whose output is the logit.
-            The result is bf16 then. Evaluation is always FP32, as what is exported is.
+            The result is bf16 then. Evaluation is always FP32, like exported models.
     """
 
     bf16 = False

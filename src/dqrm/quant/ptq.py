@@ -1,6 +1,6 @@
 """Scales for quantizing weights that are already trained (post-training quantization, PTQ).
 
-`clip` says where a range ends. 'none': at its largest magnitude, as in training. 'mse': at the scale whose values lie
+`clip` says where a range ends. 'none': at its largest magnitude, as in training. 'mse': at the scale whose values are
 nearest to the weights, that is with the least sum of (w - value)**2; a few outliers then no longer coarsen all others.
 
 Both searches try scales and improve each: for given codes c the best scale is <w, c> / <c, c>. A row's candidates are

@@ -1,4 +1,4 @@
-"""Scales from the largest magnitude: of tables, when they are refreshed and from which rows; of linear layers, at once.
+"""Scales from the largest magnitude: of tables, with the rules of their refresh; of linear layers, at each forward.
 
 A scale comes from the whole table, and reading a table of ten million rows costs more than the rest of a training step.
 With `running_max` (ours, the default) the rows just updated raise it, and an exact refresh is rare: no forward clamps a

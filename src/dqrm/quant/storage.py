@@ -1,4 +1,4 @@
-"""How the master weights of tables are kept in memory: read rows as float32, add to rows, their largest magnitude.
+"""Storage formats of the tables' master weights: read rows as float32, add to rows, their largest magnitude.
 
 A storage is a dtype with these operations. To add one: subclass `Storage` and enter it in `config.STORAGES`; its name
 is then a `table_dtype`, and modules and optimizers take weights of its dtype.

@@ -47,7 +47,7 @@ def evaluate(
     Args:
         model: a run folder, an exported file (.dqrm or .onnx), or a model in memory, which stays in its mode.
         batch_size: rows scored at a time; None: a run's eval_batch_size, else 8192.
-        verify: compare the split, and what is read of a run or an artifact, with their checksums first.
+        verify: compare the split, and the files of a run or an artifact, with their checksums first.
         threads: CPU threads; 0: the fastest number as measured, at most torch's. log: called with the number.
         checkpoint: of a run: 'best' on validation (None) or 'last'.
         device: of a run: as in `TrainingConfig`.

@@ -181,7 +181,7 @@ def measure_on(logits: np.ndarray, dataset: Dataset, split: str, true_rate: bool
 
 
 def measure(logits: np.ndarray, dataset: Dataset, split: str, negative_weight: float = 1.0) -> dict[str, Any]:
-    """Metrics of the logits of a split: of its rows as they are, or with a weight for its negatives.
+    """Metrics of the logits of a split: of its rows as in the dataset, or with its negatives reweighted.
 
     Raises:
         UserError: a prediction is not finite.
