@@ -120,7 +120,7 @@ def test_what_export_returns_and_prints(trained, exported, tmp_path, capsys):
     assert 4 < found["bits_per_weight"] < 4.2
     code, out, _ = command(capsys, "export", trained, "-o", tmp_path / "b.dqrm")
     assert code == 0
-    for word in ("table codes", "vocabularies", "header", "bits per weight", "differ by at most", "b.dqrm"):
+    for word in ("table codes", "vocabularies", "header", "bits per weight", "from the model's by at most", "b.dqrm"):
         assert word in out
     code, out, _ = command(capsys, "export", trained, "-o", tmp_path / "b.dqrm", "--json")
     assert (code, json.loads(out)["largest_difference"]) == (0, 0)
@@ -226,7 +226,7 @@ def test_a_dataset_that_has_moved(generated, bags_data, tmp_path, capsys):
     assert command(capsys, "export", tmp_path / "run", "-o", out)[0] == 2
     assert out.read_bytes() == kept
     code, _, err = command(capsys, "eval", out, bags_data.path)
-    assert (code, "other data" in err) == (2, True)
+    assert (code, "is not the dataset" in err) == (2, True)
 
 
 def test_what_export_refuses(trained, exported, generated, tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_early_stopping_without_a_figure_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"early_stopping is 2, but .* has no validation rows"):
         train(empty, tmp_path / "run", tiny(early_stopping=2, epochs=9))
     constant.info["clicks"]["validation"] = 0
-    with pytest.raises(UserError, match=r"validation rows of .* have the label 0, so there is no auc"):
+    with pytest.raises(UserError, match=r"validation rows of .* have the label 0, so auc is not defined"):
         train(constant, tmp_path / "run", tiny(early_stopping=2, epochs=9))
     assert not (tmp_path / "run").exists()
     assert check_selection(tiny(early_stopping=2, epochs=9, select_by="log_loss"), constant) == []
