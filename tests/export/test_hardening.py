@@ -45,7 +45,7 @@ def test_vocabularies_beside_survive_a_failed_export(runs, tmp_path, monkeypatch
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
         fail_at_last_rename(patch, str(output))
-        with pytest.raises(UserError, match="untouched"):
+        with pytest.raises(UserError, match="unchanged"):
             dqrm.export_run(runs[1], output, ExportConfig(vocabulary="beside"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert Artifact.open(output).vocabulary(0)
@@ -79,7 +79,7 @@ def test_external_tables_survive_a_failed_export(runs, generated, bags_data, tmp
     dqrm.train(generated, tmp_path / "other", tiny(max_steps=3, seed=5))
     with monkeypatch.context() as patch:
         fail_at_last_rename(patch, f"{tmp_path}/m.onnx")
-        with pytest.raises(UserError, match="untouched"):
+        with pytest.raises(UserError, match="unchanged"):
             dqrm.export_run(tmp_path / "other", output)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     for run in (tmp_path / "other", runs[0]):  # each time the data's name is another

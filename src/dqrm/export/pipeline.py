@@ -282,4 +282,4 @@ def _workshop(output: Path) -> Iterator[Path]:
                             path.unlink()
                     shutil.rmtree(folder)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; the existing file is unchanged") from None
+        raise UserError(f"cannot write {output}: {error.strerror or error}; an existing file is unchanged") from None
