@@ -16,7 +16,7 @@ from dqrm import checksums
 from dqrm.data.dataset import Dataset
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import NotVerified, UserError
-from dqrm.info import describe
+from dqrm.info import describe, print_description
 from dqrm.serving.evaluation import evaluate_file
 from dqrm.training.checkpoints import save_checkpoint, verify_checkpoint
 from dqrm.training.launch import resume, train
@@ -195,6 +195,26 @@ def test_folders_without_checksums_open_and_say_so_once(copy):
     sentences = [str(each.message) for each in said if issubclass(each.category, NotVerified)]
     assert len(sentences) == 2
     assert sum(str(copy / "data") in sentence for sentence in sentences) == 1
+
+
+@pytest.mark.parametrize(("folder", "sealed"), [("data", "dataset.json"), ("run", "state.json")])
+def test_info_says_that_a_folder_was_verified(copy, capsys, folder, sealed):
+    print_description(str(copy / folder))
+    assert "checksums" not in capsys.readouterr().out
+    print_description(str(copy / folder), verify=True)
+    assert f"{copy / folder}: checksums match" in unwrapped(capsys.readouterr().out)
+    assert describe(str(copy / folder), verify=True)["verified"] is True
+    for file in (copy / folder).rglob(sealed):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in content.items() if key not in ("files", "sha256")}))
+    with pytest.warns(NotVerified, match="written without checksums"):
+        print_description(str(copy / folder), verify=True)
+    assert f"{copy / folder}: not verified, no checksums" in unwrapped(capsys.readouterr().out)
+    assert describe(str(copy / folder), verify=True)["verified"] is False
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
 
 
 def test_nothing_is_hashed_twice_while_it_does_not_change(copy, monkeypatch):

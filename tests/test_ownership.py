@@ -119,6 +119,23 @@ def test_json_that_cannot_be_written_leaves_the_old_file_alone(tmp_path):
     assert [(path.name, json.loads(path.read_text())) for path in tmp_path.iterdir()] == [("a.json", {"a": 1})]
 
 
+def test_json_outlasts_a_power_cut(tmp_path, monkeypatch):
+    """The file is flushed before it takes its name, and the folder once it has it."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def call(first, *rest, name=name, real=real):
+            path = first if name == "replace" else os.readlink(f"/proc/self/fd/{first}")
+            done.append((name, str(path)))
+            return real(first, *rest)
+
+        monkeypatch.setattr(os, name, call)
+    write_json(tmp_path / "a.json", {"a": 1})
+    beside = str(tmp_path / "a.json.partial")
+    assert done == [("fsync", beside), ("replace", beside), ("fsync", str(tmp_path))]
+
+
 def test_two_writers_of_one_file(tmp_path):
     with replacing(tmp_path / "out", "busy here") as partial:
         partial.write_text("mine")

@@ -54,7 +54,7 @@ def list_files(folder: Path, names: Iterable[str], tell: Tell | None = None) -> 
 
 def verify(
     folder: Path, content: Mapping[str, Any], names: Iterable[str], listed_in: str, then: str, tell: Tell | None = None
-) -> None:
+) -> bool:
     """Compare files of a folder with the list in the content of its JSON file.
 
     Nothing is hashed twice in one process while it does not change. A folder without checksums passes, with a warning.
@@ -62,6 +62,9 @@ def verify(
     Args:
         names: the files to be used.
         listed_in: the name of the JSON file. then: what the user can do about damage.
+
+    Returns:
+        False if there are no checksums to compare with.
 
     Raises:
         UserError: a file is missing, or its size or content differs; names it.
@@ -74,7 +77,7 @@ def verify(
                 NotVerified(f"{folder} was written without checksums by an older dqrm: damage to it cannot be found"),
                 stacklevel=2,
             )
-        return
+        return False
     names = list(names)
     for name in names:
         expected = listed.get(name)
@@ -96,6 +99,7 @@ def verify(
                 f"{folder / name} is damaged: its SHA-256 begins with {digest[:16]}, expected "
                 f"{str(listed[name]['sha256'])[:16]} as listed in {listed_in}; {then}"
             )
+    return True
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

@@ -20,7 +20,10 @@ _FULL = 1 << 16
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` beside `path` and rename: a reader sees the old file or the new one, never half of one."""
+    """Write `content` beside `path` and rename: a reader sees the old file or the new one, never half of one.
+
+    The file is flushed before the rename and its folder after it, so that the new one outlasts a power cut.
+    """
     beside = path.with_name(path.name + ".partial")
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -33,6 +36,8 @@ def write_json(path: Path, content: Any) -> None:
         with suppress(OSError):
             beside.unlink()
         raise
+    with suppress(OSError):
+        flush(path.parent)
 
 
 def read_json(path: Path) -> Any:

@@ -34,15 +34,11 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         return {**opened.describe(), "verified": verify}
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
-        if verify:
-            run.verify()
         found = {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
-        return {**found, "verified": verify}
+        return {**found, "verified": verify and run.verify()}
     if (Path(path) / "dataset.json").exists():
         dataset = Dataset(path)
-        if verify:
-            dataset.verify()
-        return {"kind": "dataset", **dataset.describe(), "verified": verify}
+        return {"kind": "dataset", **dataset.describe(), "verified": verify and dataset.verify()}
     what = "is neither a dataset folder nor a run folder nor an artifact" if Path(path).exists() else "does not exist"
     raise UserError(f"{path} {what}; `dqrm prepare`, `train` and `export` make them")
 
@@ -63,6 +59,8 @@ def print_description(path: str, verify: bool = False) -> None:
             f"({len(data['dense'])} dense columns, {len(data['columns'])} tables); "
             f"`dqrm train --resume {shlex.quote(path)}` continues it"
         )
+    if verify and found["kind"] != "artifact":  # which says so beside where it comes from
+        _say(f"{path}: {'checksums match' if found['verified'] else 'not verified, no checksums to compare with'}")
 
 
 def print_dataset(dataset: Dataset) -> None:

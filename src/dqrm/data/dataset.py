@@ -170,7 +170,7 @@ class Dataset:
                     if offsets[0] != 0 or offsets[-1] != values or not rising:
                         raise UserError(f"{where}: damaged offsets of column {column.name}; prepare the data again")
 
-    def verify(self, *names: str, tell: Callable[[str, int, int | None], None] | None = None) -> None:
+    def verify(self, *names: str, tell: Callable[[str, int, int | None], None] | None = None) -> bool:
         """Compare files with their checksums: all, or those of the named splits and of `vocabulary`.
 
         Files that did not change since this process compared them are not read again. A folder that was written
@@ -178,6 +178,9 @@ class Dataset:
 
         Args:
             tell: progress, as tell(stage, bytes done, bytes in all).
+
+        Returns:
+            False if the folder was written without checksums.
 
         Raises:
             UserError: a file that is missing or damaged; names it.
@@ -192,7 +195,7 @@ class Dataset:
         if "vocabulary" in wanted:
             files += [column["vocabulary"] for column in self.info["schema"]["columns"]]
         then = "prepare the data again, or use it as it is with --no-verify"
-        checksums.verify(self.path, self.info, files, folder.INFO, then, tell)
+        return checksums.verify(self.path, self.info, files, folder.INFO, then, tell)
 
     def _take(self, info: dict[str, Any]) -> None:
         schema = info["schema"]

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,6 +70,19 @@ def prepare(
             raise UserError(
                 f"{file.path} is in {partial}, which is emptied for the work; move it, or name another output"
             )
+    with _replacing(target, partial):
+        _check_output(output)  # a run that ended meanwhile may have filled it
+        named = [item for item in given if isinstance(item, (str, Path))]
+        if (text := reads(named, partial)) is not None:
+            raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
+        _fill(partial, files, plan, tell)
+        require_same_files(named, [file for file in files if not isinstance(file, TableSource)])
+    return Dataset(output)
+
+
+@contextmanager
+def _replacing(target: Path, partial: Path) -> Iterator[None]:
+    """The folder `partial`, locked and empty: it becomes `target` at the end, or is removed if anything goes wrong."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(partial)
@@ -77,12 +90,7 @@ def prepare(
         raise UserError(f"cannot write to {partial}: {why_not_written(error)}") from None
     moved = False
     try:
-        _check_output(output)  # a run that ended meanwhile may have filled it
-        named = [item for item in given if isinstance(item, (str, Path))]
-        if (text := reads(named, partial)) is not None:
-            raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
-        _fill(partial, files, plan, tell)
-        require_same_files(named, [file for file in files if not isinstance(file, TableSource)])
+        yield
         os.replace(partial, target)
         moved = True
         (target / MARKER).unlink()
@@ -97,7 +105,6 @@ def prepare(
         raise
     finally:
         lock.close()
-    return Dataset(output)
 
 
 def _claim(partial: Path) -> IO[bytes]:
@@ -195,7 +202,6 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
     written += [column["vocabulary"] for column in columns]
     info[checksums.FILES] = checksums.list_files(path, written, tell)
     write_json(path / folder.INFO, checksums.seal(info))
-    flush(path)
 
 
 def _info(

@@ -150,11 +150,14 @@ def _pieces(tensors: Iterable[Tensor]) -> Iterator[Any]:
             yield piece.cpu().view(torch.uint8).numpy().data
 
 
-def verify_checkpoint(checkpoint: Path, *names: str) -> None:
+def verify_checkpoint(checkpoint: Path, *names: str) -> bool:
     """Compare files of a checkpoint (default: all that state.json lists) with their checksums.
 
     Files that did not change since this process compared them are not read again. A checkpoint that was written without
     checksums passes, with a warning.
+
+    Returns:
+        False if it was written without checksums.
 
     Raises:
         UserError: a file is missing or damaged; names it.
@@ -169,7 +172,7 @@ def verify_checkpoint(checkpoint: Path, *names: str) -> None:
     else:  # the best one: what comes after it cannot be it
         then = "`--checkpoint last` of eval and export takes the newest checkpoint instead"
     then += ", and --no-verify skips this check"
-    checksums.verify(checkpoint, state, names or state.get(checksums.FILES, ()), STATE, then)
+    return checksums.verify(checkpoint, state, names or state.get(checksums.FILES, ()), STATE, then)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -177,15 +177,18 @@ class Run:
         """Write summary.json, the last file."""
         write_json(self.path / _SUMMARY, summary)
 
-    def verify(self) -> None:
+    def verify(self) -> bool:
         """Compare all checkpoints with their checksums.
+
+        Returns:
+            False if one was written without checksums, or there is none.
 
         Raises:
             UserError: a file is missing or damaged; names it.
         """
-        for checkpoint in sorted(self.checkpoints.glob("step-*")):
-            if checkpoint.name.removeprefix("step-").isdecimal():
-                verify_checkpoint(checkpoint)
+        checkpoints = sorted(self.checkpoints.glob("step-*"))
+        compared = [verify_checkpoint(path) for path in checkpoints if path.name.removeprefix("step-").isdecimal()]
+        return bool(compared) and all(compared)
 
     def require_same_data(self, dataset: Dataset) -> None:
         """Raise UserError unless `dataset` is the one that the run was trained on: another maps ids to other rows."""
