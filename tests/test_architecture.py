@@ -65,6 +65,19 @@ def test_type_checkers_see_the_public_names():
     assert [name for name in dqrm.__all__ if name != "__version__"] == sorted(seen)
 
 
-def test_files_stay_short():
+# Longer than the house rule, with the reason. Nothing at present.
+LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {}
+
+
+def test_files_and_functions_stay_short():
+    files, functions = set(), set()
     for file in SOURCE.rglob("*.py"):
-        assert len(file.read_text().splitlines()) <= 405, file.name
+        text, name = file.read_text(), file.relative_to(SOURCE).as_posix()
+        if len(text.splitlines()) > 400:
+            files.add(name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60:
+                functions.add(f"{name}:{node.name}")
+    assert functions == set(LONG_FUNCTIONS)
+    assert files == set(LONG_FILES)

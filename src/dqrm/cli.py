@@ -116,20 +116,7 @@ def train(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def load() -> Config:
-        overrides = given(flags)
-        if resumed is not None:
-            extra = (
-                [f"--{name.replace('_', '-')}" for name in overrides]
-                + ["--config"] * bool(config_file)
-                + ["-o"] * bool(output)
-            )
-            if extra:
-                raise UserError(
-                    f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}"
-                )
-        elif data is None or output is None:
-            raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
-        return Config.load(config_file, overrides)
+        return _training_config(data, output, resumed, config_file, given(flags))
 
     try:
         wait = load().exchange.exchange_timeout
@@ -155,21 +142,32 @@ def train(
                 summary = continue_run(run, dataset, progress, progress.log, verify)
             else:
                 summary = start_run(dataset, run, config, progress, progress.log, verify)
-        except Interrupted:
-            if world.first:
-                messages.print(f"Stopped; `dqrm train --resume {shlex.quote(run)}` continues exactly here.")
-            sys.exit(STOPPED)
-        except KeyboardInterrupt:  # before the first step, after the last one, or the second time
-            if not world.first or not (Path(run) / "run.json").exists():
+        except (Interrupted, KeyboardInterrupt) as stop:
+            exactly = isinstance(stop, Interrupted)  # else before the first step, after the last, or the second time
+            if not exactly and not (world.first and (Path(run) / "run.json").exists()):
                 raise
-            messages.print(f"Stopped; `dqrm train --resume {shlex.quote(run)}` continues from the newest checkpoint.")
+            if world.first:
+                where = "exactly here" if exactly else "from the newest checkpoint"
+                messages.print(f"Stopped; `dqrm train --resume {shlex.quote(run)}` continues {where}.")
             sys.exit(STOPPED)
-    if not world.first:
-        return
-    if as_json:
+    if world.first and as_json:
         print_json(summary)
-    else:
+    elif world.first:
         print_summary(Path(run), summary)
+
+
+def _training_config(
+    data: str | None, output: str | None, resumed: str | None, config_file: str | None, overrides: dict[str, Any]
+) -> Config:
+    """The configuration of a new run; of one that is resumed, the defaults, which are not used."""
+    if resumed is not None:
+        extra = [f"--{name.replace('_', '-')}" for name in overrides]
+        extra += ["--config"] * bool(config_file) + ["-o"] * bool(output)
+        if extra:
+            raise UserError(f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}")
+    elif data is None or output is None:
+        raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
+    return Config.load(config_file, overrides)
 
 
 @cli.command(cls=ExportCommand, short_help="Write the model of a run as a packed file, and check it.")
@@ -325,15 +323,7 @@ def bench() -> None:
 @config_options(("What is measured", BenchStepConfig))
 def bench_step(as_json: bool, **flags: Any) -> None:
     """Whole training steps on generated data: FP32, INT4, and plain torch as the baseline."""
-    config = build(BenchStepConfig, given(flags), "bench step")
-
-    from dqrm.bench.report import print_step
-    from dqrm.bench.step import run_step
-    from dqrm.console import bars, print_json
-
-    with bars(quiet=as_json) as progress:
-        found = run_step(config, progress)
-    (print_json if as_json else print_step)(found)
+    _bench("step", build(BenchStepConfig, given(flags), "bench step"), as_json)
 
 
 @bench.command("embedding", cls=GroupedCommand, short_help="One table, forward and backward, against torch.ao.")
@@ -341,15 +331,7 @@ def bench_step(as_json: bool, **flags: Any) -> None:
 @config_options(("What is measured", BenchEmbeddingConfig))
 def bench_embedding(as_json: bool, **flags: Any) -> None:
     """Forward and backward of one table: our active rows, whole-table QAT, torch.ao, torchao, FP32."""
-    config = build(BenchEmbeddingConfig, given(flags), "bench embedding")
-
-    from dqrm.bench.embedding import run_embedding
-    from dqrm.bench.report import print_embedding
-    from dqrm.console import bars, print_json
-
-    with bars(quiet=as_json) as progress:
-        found = run_embedding(config, progress)
-    (print_json if as_json else print_embedding)(found)
+    _bench("embedding", build(BenchEmbeddingConfig, given(flags), "bench embedding"), as_json)
 
 
 @bench.command("inference", cls=GroupedCommand, short_help="Scoring: the artifact, ONNX Runtime, FP32.")
@@ -357,15 +339,7 @@ def bench_embedding(as_json: bool, **flags: Any) -> None:
 @config_options(("What is measured", BenchInferenceConfig))
 def bench_inference(as_json: bool, **flags: Any) -> None:
     """Scoring with random weights: the packed artifact, ONNX Runtime, our FP32; speed, load time and memory."""
-    config = build(BenchInferenceConfig, given(flags), "bench inference")
-
-    from dqrm.bench.inference import run_inference
-    from dqrm.bench.report import print_inference
-    from dqrm.console import bars, print_json
-
-    with bars(quiet=as_json) as progress:
-        found = run_inference(config, progress)
-    (print_json if as_json else print_inference)(found)
+    _bench("inference", build(BenchInferenceConfig, given(flags), "bench inference"), as_json)
 
 
 @bench.command("exchange", cls=GroupedCommand, short_help="Steps of several ranks: bytes and time per codec.")
@@ -373,15 +347,18 @@ def bench_inference(as_json: bool, **flags: Any) -> None:
 @config_options(("What is measured", BenchExchangeConfig))
 def bench_exchange(as_json: bool, **flags: Any) -> None:
     """Training steps of several ranks: what they send each other, and how long that takes, codec by codec."""
-    config = build(BenchExchangeConfig, given(flags), "bench exchange")
+    _bench("exchange", build(BenchExchangeConfig, given(flags), "bench exchange"), as_json)
 
-    from dqrm.bench.exchange import run_exchange
-    from dqrm.bench.report import print_exchange
+
+def _bench(kind: str, config: Any, as_json: bool) -> None:
+    from importlib import import_module
+
+    from dqrm.bench import report
     from dqrm.console import bars, print_json
 
     with bars(quiet=as_json) as progress:
-        found = run_exchange(config, progress)
-    (print_json if as_json else print_exchange)(found)
+        found = getattr(import_module(f"dqrm.bench.{kind}"), f"run_{kind}")(config, progress)
+    (print_json if as_json else getattr(report, f"print_{kind}"))(found)
 
 
 def main() -> None:

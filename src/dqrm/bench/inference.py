@@ -123,17 +123,8 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
         names.remove("onnx")
 
     about = machine(torch.device("cpu"), native())  # which also compiles the kernels, where that is still to do
-    files = {"packed": folder / f"bench-{options.arch}-int{options.bits}.dqrm"}
-    progress("writing the artifact", 0, None)
-    write_artifact(files["packed"], options, table_rows)
+    files = _write_files(options, names, table_rows, folder, progress)
     opened = Artifact.open(files["packed"])
-    if "onnx" in names:
-        from dqrm.export.formats.onnx_writer import write_onnx
-
-        progress("writing the ONNX file", 0, None)
-        files["onnx"] = files["packed"].with_suffix(".onnx")
-        write_onnx(opened.model(), files["onnx"], {})
-
     # Before this process maps the files. FP32 tables have no file of their own.
     processes: dict[str, dict[str, Any]] = {}
     for name in (name for name in names if name in files):
@@ -141,7 +132,6 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
             progress(f"processes that load: {name}, {cache}", 0, None)
             figures = _in_processes(name, files[name], files["packed"], max(options.threads), cache == "cold")
             processes[f"{name}_{cache}"] = figures
-
     progress("creating the models", 0, None)
     models = _models(opened.model(), names)
     progress("generating data", 0, None)
@@ -158,17 +148,7 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
     return {
         "variants": variants,
         "machine": about,
-        "settings": {
-            **asdict(options),
-            "table_rows": sum(table_rows),
-            "scored_rows": SCORED_ROWS,
-            "processes": PROCESSES,
-            "blocks": _BLOCKS,
-            "pause_seconds": _PAUSE_SECONDS,
-            "ratio_to_fp32": "rows per second (by the median) over those of fp32 at the same batch size and threads",
-            "page_cache": "warm: the files were just written, and every page is touched before calls are timed; "
-            "processes named _cold load a file that the system was asked to forget",
-        },
+        "settings": _settings(options, table_rows),
         "skipped": skipped,
         "memory": {"processes": processes, "fp32_tables_mb": round(4 * values / 1e6, 1)},
         "load": {name: processes.get(f"{name}_warm", {}).get("load_seconds") for name in names},
@@ -176,6 +156,36 @@ def _run(options: BenchInferenceConfig, folder: Path, data: Path, progress: Prog
         "onnx_bytes": _bytes(files["onnx"]) if "onnx" in files else None,
         "largest_difference": difference,
     }
+
+
+def _settings(options: BenchInferenceConfig, table_rows: Sequence[int]) -> dict[str, Any]:
+    return {
+        **asdict(options),
+        "table_rows": sum(table_rows),
+        "scored_rows": SCORED_ROWS,
+        "processes": PROCESSES,
+        "blocks": _BLOCKS,
+        "pause_seconds": _PAUSE_SECONDS,
+        "ratio_to_fp32": "rows per second (by the median) over those of fp32 at the same batch size and threads",
+        "page_cache": "warm: the files were just written, and every page is touched before calls are timed; "
+        "processes named _cold load a file that the system was asked to forget",
+    }
+
+
+def _write_files(
+    options: BenchInferenceConfig, names: Sequence[str], table_rows: Sequence[int], folder: Path, progress: Progress
+) -> dict[str, Path]:
+    """The files to measure, by variant."""
+    files = {"packed": folder / f"bench-{options.arch}-int{options.bits}.dqrm"}
+    progress("writing the artifact", 0, None)
+    write_artifact(files["packed"], options, table_rows)
+    if "onnx" in names:
+        from dqrm.export.formats.onnx_writer import write_onnx
+
+        progress("writing the ONNX file", 0, None)
+        files["onnx"] = files["packed"].with_suffix(".onnx")
+        write_onnx(Artifact.open(files["packed"]).model(), files["onnx"], {})
+    return files
 
 
 def _models(packed: ClickModel, names: Sequence[str]) -> dict[str, ClickModel]:
