@@ -17,7 +17,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import NotVerified, UserError
 from dqrm.info import describe, print_description
-from dqrm.serving.evaluation import evaluate_file
+from dqrm.serving.evaluation import evaluate
 from dqrm.training.checkpoints import save_checkpoint, verify_checkpoint
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
@@ -85,7 +85,7 @@ def test_what_is_read_is_compared_and_nothing_else(copy):
     flip(copy / "data" / "test" / "label.u8")
     for call in (
         lambda: dqrm.evaluate(model, copy / "data", "test"),
-        lambda: evaluate_file(copy / "m.dqrm", copy / "data"),
+        lambda: evaluate(copy / "m.dqrm", copy / "data"),
         lambda: dqrm.export_run(copy / "run", copy / "new.dqrm", config),
     ):
         assert "test/label.u8 is damaged" in refused(call)
@@ -169,7 +169,7 @@ def test_the_file_that_was_compared_is_the_one_that_is_evaluated(copy, monkeypat
         validate(self, *names)
 
     monkeypatch.setattr(Dataset, "validate", replaced)
-    assert "was replaced while it was being read" in refused(evaluate_file, copy / "m.dqrm", copy / "data")
+    assert "was replaced while it was being read" in refused(evaluate, copy / "m.dqrm", copy / "data")
 
 
 def test_an_artifact_with_other_codes_is_not_evaluated_and_scores_nothing(copy):
@@ -177,10 +177,10 @@ def test_an_artifact_with_other_codes_is_not_evaluated_and_scores_nothing(copy):
     opened = dqrm.Artifact.open(copy / "m.dqrm").container
     data[opened.header_bytes + opened.entries["tables.codes"]["data_offsets"][0]] ^= 1
     (copy / "m.dqrm").write_bytes(data)
-    assert "tables.codes" in refused(evaluate_file, copy / "m.dqrm", copy / "data")
+    assert "tables.codes" in refused(evaluate, copy / "m.dqrm", copy / "data")
     pl.DataFrame({"user": ["1"], "tags": [["t1"]]}).write_parquet(copy / "log.parquet")
     assert "tables.codes" in refused(dqrm.predict, copy / "m.dqrm", copy / "log.parquet", copy / "p.csv")
-    evaluate_file(copy / "m.dqrm", copy / "data", verify=False)
+    evaluate(copy / "m.dqrm", copy / "data", verify=False)
 
 
 def test_folders_without_checksums_open_and_say_so_once(copy):

@@ -4,31 +4,14 @@ The same field names serve in Python, in YAML (under the section's name) and as 
 field is its help. Impossible values are refused when the dataclass is built. Importing this module imports no torch.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from dqrm.errors import UserError
-from dqrm.options import build, check_fields, did_you_mean, field_types, read_yaml
+from dqrm.options import at_least, build, check_device, did_you_mean, field_types, read_yaml
 from dqrm.quant.config import STORAGES, QATConfig, check_registered
-
-# Fields that become a dimension of tensors.
-_SIZES = ("embedding_dim", "batch_size", "eval_batch_size")
-
-
-def _at_least(config: Any, **lowest: float) -> None:
-    check_fields(config)
-    for name, bound in lowest.items():
-        value = getattr(config, name)
-        if isinstance(value, int) and value >= 2**63:  # what torch and the files' counters cannot hold
-            raise ValueError(f"{name} is {value}, expected below 2^63")
-        if not (value >= bound and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}, expected {bound} or more")
-        if name in _SIZES and value >= 2**31:
-            raise ValueError(f"{name} is {value}, expected below 2^31")
-
 
 _OWNERS = {
     "bottom_mlp": "dlrm", "top_mlp": "dlrm", "interaction": "dlrm", "self_interaction": "dlrm",
@@ -73,7 +56,7 @@ class ModelConfig:
     """dcn: batch normalization in the deep network, before each ReLU; export folds it into the linear layers."""
 
     def __post_init__(self) -> None:
-        _at_least(self, embedding_dim=1, cross_layers=1, cross_rank=0, dropout=0)
+        at_least(self, embedding_dim=1, cross_layers=1, cross_rank=0, dropout=0)
         defaults = {field.name: field.default for field in fields(self)}
         for name in self._fields_of_others():
             value = getattr(self, name)
@@ -153,7 +136,7 @@ class OptimizerConfig:
     """Evaluations without improvement before the learning rate is reduced."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self, learning_rate=0, adagrad_eps=0, table_l2=0, mlp_l2=0, warmup_steps=0, decay_start_step=0,
             decay_steps=0, plateau_patience=1,
         )  # fmt: skip
@@ -208,15 +191,12 @@ class TrainingConfig:
     """Seed of the initial weights and of the order of samples."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self, epochs=1, batch_size=1, max_steps=0, eval_every=0, eval_batch_size=1, early_stopping=0,
             checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
         )  # fmt: skip
-        if self.threads > 1024:
-            raise ValueError(f"threads is {self.threads}, expected 1024 or fewer")
         check_registered("table_dtype", self.table_dtype, STORAGES)
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
-            raise ValueError(f"device is {self.device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -246,7 +226,7 @@ class ExchangeConfig:
     alone."""
 
     def __post_init__(self) -> None:
-        _at_least(self, simulate_ranks=0, exchange_timeout=1)
+        at_least(self, simulate_ranks=0, exchange_timeout=1)
         self.bucket_values  # noqa: B018 (refuses what it cannot read)
         if self.simulate_ranks > 4096:
             raise ValueError(f"simulate_ranks is {self.simulate_ranks}, expected 4096 or fewer")

@@ -11,6 +11,7 @@ A field is declared once, with its help as the docstring below it:
 import ast
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -177,6 +178,35 @@ def check_fields(instance: Any) -> None:
             object.__setattr__(instance, name, coerce(name, getattr(instance, name), wanted))
         except UserError as error:
             raise ValueError(str(error)) from None
+
+
+# Fields that become a dimension of tensors.
+_SIZES = ("embedding_dim", "batch_size", "eval_batch_size")
+
+
+def at_least(config: Any, **lowest: float) -> None:
+    """For `__post_init__`: `check_fields`, and each named field finite and no less than its bound.
+
+    Raises:
+        ValueError: a value that is not; one that no tensor, counter or machine can hold.
+    """
+    check_fields(config)
+    for name, bound in lowest.items():
+        value = getattr(config, name)
+        if isinstance(value, int) and value >= 2**63:  # what torch and the files' counters cannot hold
+            raise ValueError(f"{name} is {value}, expected below 2^63")
+        if not (value >= bound and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}, expected {bound} or more")
+        if name in _SIZES and value >= 2**31:
+            raise ValueError(f"{name} is {value}, expected below 2^31")
+        if name == "threads" and value > 1024:
+            raise ValueError(f"threads is {value}, expected 1024 or fewer")
+
+
+def check_device(device: str) -> None:
+    """For `__post_init__`: raise ValueError unless it is the name of a device of torch's that we know, or auto."""
+    if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
+        raise ValueError(f"device is {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

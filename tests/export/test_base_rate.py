@@ -151,13 +151,13 @@ def test_the_command_line_says_which_base_rate(shipped, tmp_path, capsys):
 
 def test_onnx_is_evaluated_as_the_run(shipped, tmp_path):
     pytest.importorskip("onnxruntime")
-    from dqrm.serving.evaluation import evaluate_file
+    from dqrm.serving.evaluation import evaluate
 
     dqrm.export_run(shipped / "run", tmp_path / "m.onnx")
     model = Run.open(shipped / "run").load_model()[0]
     for correct in (True, False):
         wanted = dqrm.evaluate(model, shipped / "data", "test", correct_subsampling=correct)
-        found = evaluate_file(tmp_path / "m.onnx", shipped / "data", correct_subsampling=correct)
+        found = evaluate(tmp_path / "m.onnx", shipped / "data", correct_subsampling=correct)
         assert found.pop("base_rate") == wanted.pop("base_rate")
         assert found == pytest.approx(wanted, rel=1e-4)
 

@@ -17,7 +17,7 @@ from conftest import tiny
 from dqrm import Artifact, UserError
 from dqrm.console import print_json
 from dqrm.info import describe, print_description
-from dqrm.serving.evaluation import evaluate_file
+from dqrm.serving.evaluation import evaluate
 from selection import slow
 
 BLANK = "0" * 64
@@ -120,7 +120,7 @@ def use(path, data):
         lambda: print_description(str(path), verify=True),
         lambda: print_json(describe(str(path))),
         lambda: [Artifact.open(path).vocabulary(number) for number in range(2)],
-        lambda: evaluate_file(path, data.path),
+        lambda: evaluate(path, data.path),
     ):
         try:
             with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")):
@@ -353,7 +353,7 @@ def test_foreign_files_are_refused_in_one_sentence(bags_data, tmp_path):
     (tmp_path / "array.npy").rename(tmp_path / "array.dqrm")
     paths += [tmp_path / f"{name}.dqrm" for name in ("plain", "marked", "torch", "array", "missing")]
     for path in paths:
-        for call in (dqrm.load, Artifact.open, lambda path: evaluate_file(path, bags_data.path)):
+        for call in (dqrm.load, Artifact.open, lambda path: evaluate(path, bags_data.path)):
             with pytest.raises(UserError) as error:
                 call(path)
             one_sentence(error.value, str(path))

@@ -85,10 +85,10 @@ def test_external_tables_survive_a_failed_export(runs, generated, bags_data, tmp
     for run in (tmp_path / "other", runs[0]):  # each time the data's name is another
         dqrm.export_run(run, output)
         assert len([path for path in tmp_path.iterdir() if path.is_file()]) == 2
-        from dqrm.serving.evaluation import evaluate_file
+        from dqrm.serving.evaluation import evaluate
 
         expected = dqrm.evaluate(dqrm.Run.open(run).load_model()[0], generated, "test")
-        assert evaluate_file(output, generated.path)["log_loss"] == pytest.approx(expected["log_loss"], abs=1e-6)
+        assert evaluate(output, generated.path)["log_loss"] == pytest.approx(expected["log_loss"], abs=1e-6)
 
 
 def test_rows_whose_sum_wraps_are_refused(runs, tmp_path):

@@ -12,7 +12,7 @@ from conftest import tensors, tiny
 from dqrm import ExportConfig, PredictConfig
 from dqrm.export.formats.onnx import OnnxFormat
 from dqrm.serving import evaluation
-from dqrm.serving.evaluation import evaluate_file
+from dqrm.serving.evaluation import evaluate
 from dqrm.training import launch, threads
 from dqrm.training.launch import resume, train
 
@@ -138,7 +138,7 @@ def evaluate_run(shipped, generated, log, tmp_path, **threads):
 
 
 def evaluate_artifact(shipped, generated, log, tmp_path, **threads):
-    evaluate_file(shipped / "m.dqrm", generated.path, "train", 64, **threads)
+    evaluate(shipped / "m.dqrm", generated.path, "train", 64, **threads)
 
 
 def predict(shipped, generated, log, tmp_path, **threads):
@@ -233,12 +233,12 @@ def test_onnx_is_evaluated_on_the_faster_of_one_thread_and_all(shipped, generate
         return timed
 
     monkeypatch.setattr(OnnxFormat, "open", open_on)
-    evaluate_file(tmp_path / "m.onnx", generated.path, "train", 64)
+    evaluate(tmp_path / "m.onnx", generated.path, "train", 64)
     assert opened == [1, 3, best]
     opened.clear()
-    evaluate_file(tmp_path / "m.onnx", generated.path, "train", 64, threads=2)
+    evaluate(tmp_path / "m.onnx", generated.path, "train", 64, threads=2)
     monkeypatch.setattr(evaluation, "SHORT", 1e9)
-    evaluate_file(tmp_path / "m.onnx", generated.path, "train", 64)
+    evaluate(tmp_path / "m.onnx", generated.path, "train", 64)
     assert opened == [2, 1, 1]
 
 

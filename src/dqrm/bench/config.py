@@ -1,9 +1,9 @@
 """What `dqrm bench` measures: its flags and the architectures. Importing this module imports no torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from dqrm.options import check_fields, did_you_mean
+from dqrm.options import at_least, check_device, did_you_mean
 from dqrm.quant.config import BITS
 
 NUM_DENSE = 13
@@ -109,12 +109,11 @@ class BenchStepConfig:
     """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        _at_least(self, steps=1, warmup=1, scale_period=1, samples=1, threads=0, seed=0)
+        at_least(self, steps=1, warmup=1, scale_period=1, samples=1, threads=0, seed=0)
         _check_scale(self.rows_scale)
         _check_sizes("batch_size", self.batch_size, "sizes of 1 or more, as 128-2048")
         _check_names(self.variants, (BASELINE, *SCHEMES))
-        _check_device(self.device)
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,11 @@ class BenchEmbeddingConfig:
     """Decides weights, ids and the order of variants."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        _at_least(self, rows=1, dim=1, batch_size=1, repeats=1, scale_period=1, threads=0, seed=0)
+        at_least(self, rows=1, dim=1, batch_size=1, repeats=1, scale_period=1, threads=0, seed=0)
         if self.bits not in BITS or self.bits == 32:
             raise ValueError(f"bits is {self.bits}, expected 2, 4, 8 or 16")
         _check_names(self.variants, EMBEDDING_VARIANTS)
-        _check_device(self.device)
+        check_device(self.device)
 
 
 INFERENCE_VARIANTS = ("packed", "onnx", "fp32")
@@ -182,8 +180,7 @@ class BenchInferenceConfig:
     """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        _at_least(self, repeats=1, warmup=1, seed=0)
+        at_least(self, repeats=1, warmup=1, seed=0)
         _check_scale(self.rows_scale)
         _check_sizes("batch_size", self.batch_size, "sizes of 1 or more, as 128-2048")
         _check_sizes("threads", self.threads, "numbers from 1 to 1024, as 1-2", highest=1024)
@@ -224,8 +221,7 @@ class BenchExchangeConfig:
     """Seed of weights, data and the order of variants."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        _at_least(self, ranks=2, batch_size=1, steps=1, dense_steps=1, warmup=1, scale_period=1, threads=1, seed=0)
+        at_least(self, ranks=2, batch_size=1, steps=1, dense_steps=1, warmup=1, scale_period=1, threads=1, seed=0)
         _check_scale(self.rows_scale)
         _check_names(self.variants, EXCHANGE_VARIANTS)
 
@@ -240,14 +236,6 @@ def _check_sizes(name: str, sizes: tuple[int, ...], expected: str, highest: int 
         raise ValueError(f"{name} is {'-'.join(map(str, sizes))!r}, expected {expected}")
 
 
-def _at_least(config: Any, **lowest: int) -> None:
-    for name, bound in lowest.items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected {bound} or more")
-    if isinstance(config.threads, int) and config.threads > 1024:
-        raise ValueError(f"threads is {config.threads}, expected 1024 or fewer")
-
-
 def _check_names(names: tuple[str, ...], known: tuple[str, ...]) -> None:
     if not names:
         raise ValueError(f"variants is empty; known are {', '.join(known)}")
@@ -256,8 +244,3 @@ def _check_names(names: tuple[str, ...], known: tuple[str, ...]) -> None:
             raise ValueError(f"variants has '{name}'{did_you_mean(name, known)}")
         if names.count(name) > 1:
             raise ValueError(f"variants has '{name}' twice")
-
-
-def _check_device(device: str) -> None:
-    if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
-        raise ValueError(f"device is {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'")

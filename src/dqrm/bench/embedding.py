@@ -56,24 +56,20 @@ def _run(options: BenchEmbeddingConfig, device: torch.device, progress: Progress
     clock = Clock(device)
     times = measure(modules, options, clock, progress)
 
-    variants: list[dict[str, Any]] = []
-    for name, taken in times.items():
-        variants.append({
+    spreads = {name: spread(taken, options.batch_size) for name, taken in times.items()}
+    ours = spreads["ours"]["median_ms"] if "ours" in spreads else None
+    variants = [
+        {
             "name": TITLES[name],
             "variant": name,
-            "steps": len(taken),
-            **spread(taken, options.batch_size),
+            "steps": len(times[name]),
+            **figures,
             "peak_rss_mb": peak_rss_mb(),
-        })  # fmt: skip
-    ours: float | None = next((variant["median_ms"] for variant in variants if variant["variant"] == "ours"), None)
-    for variant in variants:
-        variant["ratio_to_ours"] = round(variant["median_ms"] / ours, 3) if ours else None
-    return {
-        "variants": variants,
-        "machine": machine(device, native()),
-        "settings": asdict(options),
-        "skipped": skipped,
-    }
+            "ratio_to_ours": round(figures["median_ms"] / ours, 3) if ours else None,
+        }
+        for name, figures in spreads.items()
+    ]
+    return {"variants": variants, "machine": machine(device, native()), "settings": asdict(options), "skipped": skipped}
 
 
 def measure(
@@ -107,26 +103,6 @@ def _step(module: nn.Module, ids: Tensor, clock: Clock) -> float:
     return clock() - start
 
 
-def _ours(options: BenchEmbeddingConfig) -> nn.Module:
-    return QuantEmbeddingBag(
-        options.rows, options.dim, mode="sum", sparse=True, bits=options.bits, scale_period=options.scale_period
-    )
-
-
-def _collection(options: BenchEmbeddingConfig) -> nn.Module:
-    return QuantEmbeddingBagCollection(
-        [options.rows], options.dim, bits=options.bits, scale_period=options.scale_period
-    )
-
-
-def _fp32(options: BenchEmbeddingConfig) -> nn.Module:
-    return nn.EmbeddingBag(options.rows, options.dim, mode="sum", sparse=True)
-
-
-def _whole_table(options: BenchEmbeddingConfig) -> nn.Module:
-    return WholeTableQAT(options.rows, options.dim, options.bits)
-
-
 def _torch_ao(options: BenchEmbeddingConfig) -> nn.Module:
     if options.bits not in (4, 8):
         raise Unavailable(f"it has no default configuration of {options.bits} bits")
@@ -157,10 +133,14 @@ def _torchao(options: BenchEmbeddingConfig) -> nn.Module:
 
 
 BUILDERS: dict[str, Callable[[BenchEmbeddingConfig], nn.Module]] = {
-    "ours": _ours,
-    "collection": _collection,
-    "fp32": _fp32,
-    "whole_table": _whole_table,
+    "ours": lambda given: QuantEmbeddingBag(
+        given.rows, given.dim, mode="sum", sparse=True, bits=given.bits, scale_period=given.scale_period
+    ),
+    "collection": lambda given: QuantEmbeddingBagCollection(
+        [given.rows], given.dim, bits=given.bits, scale_period=given.scale_period
+    ),
+    "fp32": lambda given: nn.EmbeddingBag(given.rows, given.dim, mode="sum", sparse=True),
+    "whole_table": lambda given: WholeTableQAT(given.rows, given.dim, given.bits),
     "torch_ao": _torch_ao,
     "torchao": _torchao,
 }

@@ -55,39 +55,31 @@ def takes(operation: str, *tensors: Tensor | None) -> bool:
     return library() is not None
 
 
-_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
-    "lookup": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p,
-                         c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int]),
-    "lookup_packed": (c_int64, [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int64,
-                                c_void_p, c_int, c_void_p, c_int]),
-    "outside": (c_int64, [c_void_p, c_int64, c_int64, c_int]),
-    "add_rows": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int,
-                        c_int]),
-    "add_rows_stochastic": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_uint32, c_void_p, c_int64,
-                                   c_void_p, c_int, c_int]),
-    "sum_duplicates": (c_int64, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int]),
-    "raise_scales": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int, c_int]),
-    "blocks_max": (c_uint32, [c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int]),
-    "quantize_weights": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int]),
-    "finish_linear": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int]),
-    "start_linear": (None, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
-                            c_void_p, c_int]),
-    "interact": (c_int, [c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_int64, c_int]),
-    "interact_backward": (c_int, [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int64, c_int, c_int64,
-                                  c_void_p, c_void_p, c_int]),
-    "block_scales": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int]),
-    "quantize_blocks": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int,
-                               c_int, c_int, c_uint32, c_void_p, c_int]),
-    "cast_blocks": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_uint32,
-                           c_void_p, c_int]),
-    "decode_blocks": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int]),
-    "pack_nibbles": (None, [c_void_p, c_int64, c_void_p, c_int]),
-    "unpack_nibbles": (None, [c_void_p, c_int64, c_void_p, c_int]),
-    "encode_rows": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int, c_int,
-                            c_void_p, c_int, c_uint32, c_void_p, c_void_p, c_int]),
-    "decode_rows": (c_int, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_void_p,
-                            c_void_p, c_int]),
-}  # fmt: skip
+# Each kernel's arguments, then what it returns: pointer, int, 64-bit int, float, 32-bit unsigned, nothing.
+_TYPES: dict[str, Any] = {"p": c_void_p, "i": c_int, "l": c_int64, "f": c_float, "u": c_uint32, "-": None}
+_PROTOTYPES = {
+    "lookup": "pillpppilpiipppippli l",
+    "lookup_packed": "pillpppilpipi l",
+    "outside": "plli l",
+    "add_rows": "plpplfplpii -",
+    "add_rows_stochastic": "plpplfuplpii -",
+    "sum_duplicates": "ppllpppi l",
+    "raise_scales": "plplpilpii -",
+    "blocks_max": "pilllppi u",
+    "quantize_weights": "pplppi -",
+    "finish_linear": "pllplpii -",
+    "start_linear": "ppillplpppi -",
+    "interact": "piplllipli i",
+    "interact_backward": "ppiplllilppi i",
+    "block_scales": "pplpppipi -",
+    "quantize_blocks": "pplpppppiiiupi -",
+    "cast_blocks": "pplppppiiupi -",
+    "decode_blocks": "piplppppii -",
+    "pack_nibbles": "plpi -",
+    "unpack_nibbles": "plpi -",
+    "encode_rows": "ppllppliiipiuppi i",
+    "decode_rows": "pllppliiippi i",
+}
 _functions: dict[str, Any] = {}
 
 
@@ -96,7 +88,8 @@ def _call(name: str, *arguments: Any) -> Any:
     function = _functions.get(name)
     if function is None:
         function = getattr(library(), f"dqrm_{name}")
-        function.restype, function.argtypes = _PROTOTYPES[name]
+        arguments_of, result = _PROTOTYPES[name].split()
+        function.argtypes, function.restype = [_TYPES[letter] for letter in arguments_of], _TYPES[result]
         _functions[name] = function  # last: another thread may take it at once
     return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 

@@ -15,9 +15,10 @@ from dqrm.export.base_rate import BaseRate
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import require_dataset
 from dqrm.serving.sources import Model, is_exported_file, path_of, scored_format
-from dqrm.training.environment import Log, Progress
+from dqrm.training.environment import Log, Progress, resolve_device
 from dqrm.training.evaluation import evaluate as evaluate_model
-from dqrm.training.evaluation import evaluate_run, measure_on, score_split
+from dqrm.training.evaluation import measure_on, score_split
+from dqrm.training.run import Run
 from dqrm.training.threads import SHORT, given_threads, tell_threads
 
 # For each number of threads.
@@ -48,7 +49,8 @@ def evaluate(
         model: a run folder, an exported file (.dqrm or .onnx), or a model in memory, which stays in its mode.
         batch_size: rows scored at a time; None: a run's eval_batch_size, else 8192.
         verify: compare the split, and the files of a run or an artifact, with their checksums first.
-        threads: CPU threads; 0: the fastest number as measured, at most torch's. log: called with the number.
+        threads: CPU threads, or the file's runtime's; 0: the fastest number as measured, at most torch's. log: called
+            with the number.
         checkpoint: of a run: 'best' on validation (None) or 'last'.
         device: of a run: as in `TrainingConfig`.
 
@@ -59,47 +61,42 @@ def evaluate(
         UserError: `model` is none of these, damaged or trained on other data; the split is damaged; a prediction
             is not finite.
     """
-    path, more = path_of(model), (progress, verify, correct_subsampling, threads, log)
+    path, more = path_of(model), (correct_subsampling, threads, log)
     if path is not None and not is_exported_file(path):
-        return evaluate_run(path, data, split, checkpoint or "best", batch_size, device, *more)
-    what = "a model in memory" if path is None else path
+        run, dataset, where = Run.open(path), Dataset.of(data), resolve_device(device)
+        run.require_same_data(dataset)
+        _check(dataset, split, verify, progress)
+        trained, _ = run.load_model(checkpoint or "best", verify=verify)
+        size = batch_size or run.config.training.eval_batch_size
+        return evaluate_model(trained.to(where), dataset, split, size, progress, False, *more)
     if checkpoint is not None:
+        what = "a model in memory" if path is None else path
         raise UserError(f"--checkpoint {checkpoint} is for run folders; {what} holds one checkpoint only")
     if device not in ("auto", "cpu"):
         raise UserError(
             f"--device {device} is for run folders; exported files are evaluated on the cpu, models where they are"
         )
     if path is None:
-        return evaluate_model(model, data, split, batch_size or _BATCH_SIZE, *more)  # type: ignore[arg-type]
-    return evaluate_file(path, data, split, batch_size or _BATCH_SIZE, *more)
+        return evaluate_model(model, data, split, batch_size or _BATCH_SIZE, progress, verify, *more)  # type: ignore[arg-type]
+    return _evaluate_file(path, data, split, batch_size or _BATCH_SIZE, progress, verify, *more)
 
 
-def evaluate_file(
-    path: str | Path,
-    data: Dataset | str | Path,
-    split: str = "test",
-    batch_size: int = _BATCH_SIZE,
-    progress: Progress | None = None,
-    verify: bool = True,
-    correct_subsampling: bool = True,
-    threads: int = 0,
-    log: Log | None = None,
-) -> dict[str, Any]:
-    """`evaluate` of an exported file.
+def _check(dataset: Dataset, split: str, verify: bool, progress: Progress | None) -> None:
+    if verify:
+        dataset.verify(split, tell=progress)
+    dataset.validate(split)
 
-    Args:
-        verify: compare the artifact (other files have none) and the split with their checksums first.
-        threads: of the runtime, for formats other than the artifact.
-    """
-    path, opened = Path(path), None
-    kind = scored_format(path)
+
+def _evaluate_file(
+    path: Path, data: Dataset | str | Path, split: str, batch_size: int, progress: Progress | None, verify: bool,
+    correct_subsampling: bool, threads: int, log: Log | None,
+) -> dict[str, Any]:  # fmt: skip
+    kind, opened = scored_format(path), None
     if kind.is_artifact:
         opened = Artifact.open(path, verify)
     content = kind.content(path) if opened is None else opened.content
     dataset = require_dataset(content, data, path)
-    if verify:
-        dataset.verify(split, tell=progress)
-    dataset.validate(split)
+    _check(dataset, split, verify, progress)
     if opened is not None:  # the file that was verified, even if it was replaced since
         model = opened.model()
         return evaluate_model(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)

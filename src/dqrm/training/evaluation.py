@@ -15,9 +15,8 @@ from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
-from dqrm.training.environment import Log, Progress, resolve_device
+from dqrm.training.environment import Log, Progress
 from dqrm.training.metrics import click_metrics
-from dqrm.training.run import Run
 from dqrm.training.threads import scoring_threads
 
 
@@ -136,40 +135,6 @@ def evaluate(
     if correct_subsampling and model.logit_offset is None and dataset.subsample_negatives:
         logits += np.float32(logit_offset(dataset.subsample_negatives))
     return measure_on(logits, dataset, split, correct_subsampling)
-
-
-def evaluate_run(
-    path: str | Path,
-    data: Dataset | str | Path,
-    split: str = "test",
-    checkpoint: str = "best",
-    batch_size: int | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-    verify: bool = True,
-    correct_subsampling: bool = True,
-    threads: int = 0,
-    log: Log | None = None,
-) -> dict[str, Any]:
-    """Metrics of a checkpoint of a run folder: see `evaluate`.
-
-    Args:
-        checkpoint: 'best' on validation, or 'last'.
-        batch_size: samples per step; None: the run's eval_batch_size.
-        device: as in `TrainingConfig`.
-        verify: compare the split and the checkpoint with their checksums first.
-
-    Raises:
-        UserError: not a run, not the dataset that it was trained on, damaged files, or as `evaluate`.
-    """
-    run, dataset, where = Run.open(path), Dataset.of(data), resolve_device(device)
-    run.require_same_data(dataset)
-    if verify:
-        dataset.verify(split, tell=progress)
-    dataset.validate(split)
-    model, _ = run.load_model(checkpoint, verify=verify)
-    size = batch_size or run.config.training.eval_batch_size
-    return evaluate(model.to(where), dataset, split, size, progress, False, correct_subsampling, threads, log)
 
 
 def measure_on(logits: np.ndarray, dataset: Dataset, split: str, true_rate: bool) -> dict[str, Any]:
