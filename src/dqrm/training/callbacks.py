@@ -93,6 +93,52 @@ class RedrawTables(Callback):
             start += rows
 
 
+def weights_but_tables(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics of everything but the tables, by name: the tensors themselves."""
+    tables = {id(parameter) for parameter in model.get_submodule("tables").parameters()}
+    weights = {name: each.data for name, each in model.named_parameters() if id(each) not in tables}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            weights |= {f"{path}.{name}": getattr(module, name) for name in ("running_mean", "running_var")}
+    return weights
+
+
+class WarmStart(Callback):
+    """Begin with all weights but the tables' of an earlier run, as for the data of a new day.
+
+    The MLP adapts to a new embedding space, whatever the ids of the new data are: what MEDA's continual variant (arXiv
+    2407.01607) rests on. The paper keeps as many embedding spaces as there are epochs per day; here each day's tables
+    are drawn by the seed of its run.
+
+    Args:
+        run: a run folder that all ranks see, of the same architecture and as many columns; its best checkpoint is read.
+    """
+
+    def __init__(self, run: str) -> None:
+        from dqrm.training.run import Run
+
+        self.run = Run.open(run)
+
+    @torch.no_grad()
+    def on_epoch_start(self, trainer: "Trainer") -> None:
+        if trainer.state.epoch:
+            return
+        earlier = weights_but_tables(self.run.load_model(mapped=True)[0])
+        weights = weights_but_tables(trainer.model)
+        if shapes(earlier) != shapes(weights):
+            raise UserError(
+                f"warm_start: {self.run.path} has {shapes(earlier)}, expected this run's {shapes(weights)}: the same "
+                "architecture and as many columns"
+            )
+        for name, weight in weights.items():
+            weight.copy_(earlier[name])
+
+
+def shapes(weights: Mapping[str, Tensor]) -> str:
+    """Names and shapes, for people."""
+    return ", ".join(f"{name} {list(weight.shape)}" for name, weight in weights.items())
+
+
 class EMA(Callback):
     """Evaluate, select and export an exponential moving average of all weights but the tables'; training goes on with
     its own.
@@ -116,14 +162,8 @@ class EMA(Callback):
         self._of_model: dict[str, Tensor] = {}
 
     def _weights(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """What is averaged, by name: the tensors themselves, without a graph."""
         if self._model is not model:
-            tables = {id(parameter) for parameter in model.get_submodule("tables").parameters()}
-            weights = {name: each.data for name, each in model.named_parameters() if id(each) not in tables}
-            for path, module in model.named_modules():
-                if isinstance(module, torch.nn.BatchNorm1d):
-                    weights |= {f"{path}.{name}": getattr(module, name) for name in ("running_mean", "running_var")}
-            self._model, self._of_model = model, weights
+            self._model, self._of_model = model, weights_but_tables(model)
         return self._of_model
 
     @torch.no_grad()
@@ -165,7 +205,11 @@ class EMA(Callback):
         self._held = {name: value for name, value in state.items() if name != "updates"}
 
 
-CALLBACKS: dict[str, Callable[..., Callback]] = {"redraw_tables": RedrawTables, "ema": EMA}
+CALLBACKS: dict[str, Callable[..., Callback]] = {
+    "redraw_tables": RedrawTables,
+    "ema": EMA,
+    "warm_start": WarmStart,
+}
 """By name, what makes a callback of the options that a configuration gives it."""
 
 
