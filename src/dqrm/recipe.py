@@ -6,7 +6,7 @@ OPTIMIZER = "adagrad"
 CALLBACKS = ("redraw_tables",)
 EPOCHS, PATIENCE = 10, 2
 """At most so many epochs, and so many without a better one before training stops."""
-BATCH_SIZES = ((0, 64), (50_000, 128), (200_000, 512), (500_000, 1024), (2_000_000, 2048))
+BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 1024), (2_000_000, 2048))
 """(rows of the training split from which on it holds, batch size), ascending."""
 LEARNING_RATES = {
     "sgd": ((0, 0.1),),

@@ -299,7 +299,5 @@ def test_a_warm_start_from_another_architecture_is_refused(generated, tmp_path):
     train(generated, tmp_path / "monday", tiny(max_steps=2))
     config = tiny(callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
     config = replace(config, model=replace(config.model, top_mlp=(16, 1)))
-    with pytest.raises(
-        UserError, match=r"warm_start: .*top\.0\.weight \[8, .*expected this run.s .*\[16, "
-    ):
+    with pytest.raises(UserError, match=r"warm_start: .*top\.0\.weight \[8, .*expected this run.s .*\[16, "):
         train(generated, tmp_path / "tuesday", config)

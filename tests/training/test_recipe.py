@@ -38,7 +38,9 @@ def log_of(folder, rows, **config):
 
 def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_path):
     config = Config(model=SMALL, training=TrainingConfig(max_steps=3))
-    summary = train(generated, tmp_path / "run", config)
+    told = []
+    summary = train(generated, tmp_path / "run", config, log=told.append)
+    assert told[0] == "Training with adagrad, learning rate 0.01, batch size 64, at most 10 epochs (patience 2)"
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert written == summary["config"]
     wanted = {"batch_size": recipe.batch_size(generated.rows["train"]), "epochs": recipe.EPOCHS}

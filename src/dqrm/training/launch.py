@@ -65,6 +65,8 @@ def train(
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         config = world.together(lambda: resolved(asked, data))
         check_ranks(world, config, data)
+        if config != asked and log and world.first:
+            log(_described(config))
         callbacks = world.together(lambda: _registered(config, callbacks))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
@@ -136,6 +138,15 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         rate = recipe.learning_rate(optimizer.optimizer, options.batch_size)
         optimizer = replace(optimizer, learning_rate=rate)
     return replace(config, training=options, optimizer=optimizer)
+
+
+def _described(config: Config) -> str:
+    """What was resolved, as a sentence."""
+    options, optimizer = config.training, config.optimizer
+    return (
+        f"Training with {optimizer.optimizer}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
+        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} (patience {options.patience})"
+    )
 
 
 def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]:
