@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch "$@"
 
-demo: setup  ## FP32 against INT4 on a generated click log, at most 5 minutes
+demo: setup  ## INT4 against FP32 on a generated click log, at most 5 minutes
 	$(RUN) dqrm demo --output demo
 
 test: setup  ## all that is quick, about 5 minutes on 2 cores

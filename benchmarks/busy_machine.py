@@ -50,7 +50,8 @@ def rate(data: Path, model: str, threads: int, scale: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dqrm", "train", str(data), "-o", f"{folder}/run", "--json", *flags,
                    f"--threads={threads}", "--epochs=1000", f"--max-steps={max(1, round(steps * scale))}",
-                   "--device=cpu", "--log-every=0"]  # fmt: skip
+                   "--device=cpu", "--log-every=0", "--optimizer=sgd", "--learning-rate=0.1", "--callbacks=",
+                   "--patience=0"]  # fmt: skip
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         printed = subprocess.check_output(command, text=True, env=environment)
     return float(json.loads(printed)["samples_per_second"])

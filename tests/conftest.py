@@ -107,12 +107,13 @@ def small_disk(tmp_path):
 
 
 def tiny(bits: int = 4, *, optimizer: str = "sgd", period: int = 3, table_l2: float = 0.0, **training) -> Config:
-    """A small DLRM that trains in a second; keyword arguments are fields of TrainingConfig."""
+    """A small DLRM that trains in a second by plain SGD; keyword arguments are fields of TrainingConfig."""
+    given = {"epochs": 2, "batch_size": 64, "device": "cpu", "patience": 0, "callbacks": (), **training}
     return Config(
         model=ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1)),
         quantization=QATConfig(bits=bits, scale_period=period),
-        optimizer=OptimizerConfig(optimizer=optimizer, table_l2=table_l2),
-        training=TrainingConfig(**{"epochs": 2, "batch_size": 64, "device": "cpu", **training}),
+        optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=0.1, table_l2=table_l2),
+        training=TrainingConfig(**given),
     )
 
 

@@ -213,7 +213,8 @@ def steps_saved(run: Path) -> list[int]:
 def small(**fields: Any) -> dict[str, Any]:
     """Fields of a small model's configuration, trained on one thread, with these besides."""
     known = {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "batch_size": 64, "scale_period": 3,
-             "threads": 1, "device": "cpu", "eval_batch_size": 50}  # fmt: skip
+             "threads": 1, "device": "cpu", "eval_batch_size": 50, "optimizer": "sgd", "learning_rate": 0.1,
+             "epochs": 1, "patience": 0, "callbacks": ""}  # fmt: skip
     return {name: value for name, value in (known | fields).items() if value is not None}
 
 

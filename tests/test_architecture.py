@@ -8,7 +8,7 @@ import pytest
 import dqrm
 
 SOURCE = Path(dqrm.__file__).parent
-BASE = {"errors", "options", "config", "files", "identity", "checksums", "__init__"}
+BASE = {"errors", "options", "config", "files", "identity", "checksums", "recipe", "__init__"}
 # What each part may import of the others.
 ALLOWED = {
     "kernels": set(),

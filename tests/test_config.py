@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 
+from dqrm import recipe
 from dqrm.config import SECTIONS, Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
@@ -25,15 +26,34 @@ def test_field_names_are_unique_over_all_sections_so_that_flags_are():
     assert len(names) == len(set(names))
 
 
-def test_defaults_are_the_papers_kaggle_settings_in_int4():
+def test_defaults_are_the_recipe_in_int4():
     config = Config()
     assert config.model == ModelConfig(16, (512, 256, 64, 16), (512, 256, 1), "dot", False, "sum")
     assert (config.quantization.effective_table_bits, config.quantization.effective_mlp_bits) == (4, 4)
-    assert (config.quantization.scale_period, config.optimizer.learning_rate, config.training.batch_size) == (
-        200,
-        0.1,
-        128,
-    )
+    assert (config.quantization.quantizer, config.quantization.scale_refresh) == ("max", "running_max")
+    assert (config.optimizer.optimizer, config.optimizer.rate) == (recipe.OPTIMIZER, 0.02)
+    assert config.training.callbacks == recipe.CALLBACKS
+    assert (config.training.epochs, config.training.batch_size, config.training.patience) == (0, 0, recipe.PATIENCE)
+
+
+@pytest.mark.parametrize("batch", [1, 64, 255, 256, 1024, 10**6])
+def test_the_learning_rate_follows_optimizer_and_batch_size(batch):
+    rates = {name: recipe.learning_rate(name, batch) for name in ("sgd", "adagrad", "rowwise_adagrad", "your_own")}
+    adaptive = 0.01 if batch < 256 else 0.02
+    assert rates == {"sgd": 0.1, "adagrad": adaptive, "rowwise_adagrad": adaptive, "your_own": 0.01}
+    for rate in (0, 0.3):
+        assert OptimizerConfig("adagrad", rate).rate == rate
+    assert Config.load(None, {"learning_rate": "none"}).optimizer.learning_rate is None
+    assert (OptimizerConfig("sgd").rate, OptimizerConfig("adagrad").rate) == (0.1, 0.02)
+
+
+def test_the_batch_size_rises_with_the_rows():
+    sizes = [recipe.batch_size(rows) for rows in (0, 1, 8_000, 100_000, 720_000, 40_000_000)]
+    assert sizes == sorted(sizes)
+    assert {size for _, size in recipe.BATCH_SIZES} >= set(sizes)
+    for least, size in recipe.BATCH_SIZES:
+        assert recipe.batch_size(least) == size
+        assert least == 0 or recipe.batch_size(least - 1) < size
 
 
 def test_dictionary_round_trip():
@@ -72,7 +92,7 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
         ("model: [\n", "is not YAML"),
         ("training:\n  batch_size: many\n", "batch_size: got 'many', expected a whole number"),
         ("training:\n  batch_size: 1.5\n", "batch_size: got 1.5, expected a whole number"),
-        ("training:\n  batch_size: 0\n", "batch_size is 0, expected 1 or more"),
+        ("training:\n  batch_size: -1\n", "batch_size is -1, expected 0 or more"),
         ("training:\n  shuffle: random\n", "shuffle: got 'random', expected one of global, block, none"),
         ("training:\n  device: tpu\n", "device is 'tpu'"),
         ("model:\n  top_mlp: [8, 2]\n", "top_mlp ends in 2, expected 1"),
@@ -154,4 +174,3 @@ def test_python_is_refused_as_yaml_is(make, message):
 def test_a_section_default_is_a_fresh_valid_object():
     for cls in SECTIONS.values():
         assert cls() == cls()
-    assert TrainingConfig().epochs == 1

@@ -10,6 +10,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cli_helpers import command
 from dqrm.config import Config
@@ -42,6 +43,17 @@ def test_the_papers_settings_are_in_the_configurations():
         assert int4.quantization.scale_period == period
         assert (fp32.model, fp32.optimizer, fp32.training) == (int4.model, int4.optimizer, int4.training)
         assert (int4.model.embedding_dim, int4.training.batch_size, int4.optimizer.learning_rate) == (dim, batch, 0.1)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "ml1m_data"], ids=lambda path: path.stem)
+def test_a_configuration_says_whatever_the_recipe_would_choose(path):
+    """So that it means the same when the recipe's numbers change."""
+    given = yaml.safe_load(path.read_text())
+    assert {"optimizer", "learning_rate"} <= given["optimizer"].keys()
+    assert {"epochs", "batch_size", "patience", "callbacks"} <= given["training"].keys()
+    assert given["quantization"]["bits"] == 32 or {"quantizer", "scale_refresh"} <= given["quantization"].keys()
+    config = Config.load(path)
+    assert (config.optimizer.optimizer, config.training.patience, config.training.callbacks) == ("sgd", 0, ())
 
 
 def example(name):

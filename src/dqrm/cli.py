@@ -295,13 +295,12 @@ def info(path: str, verify: bool, as_json: bool) -> None:
         print_description(path, verify)
 
 
-@cli.command(cls=GroupedCommand, short_help="Generate a log, train in FP32 and in INT4, and compare.")
-@click.option(
-    "-o", "--output", default="demo", show_default=True, help="Folder for the log, the dataset and the two runs."
-)
+@cli.command(cls=GroupedCommand, short_help="Generate a log, train in INT4 and in FP32, and compare.")
+@click.option("-o", "--output", default="demo", show_default=True, help="Folder for the log, the dataset and the runs.")
 @_json
 def demo(output: str, as_json: bool) -> None:
-    """Generate a click log, train the same DLRM in FP32 and in INT4, and compare them."""
+    """Generate a click log, train a DLRM by the default recipe in INT4 and FP32 and by the DQRM paper's in FP32, and
+    compare them."""
     from dqrm.console import messages
     from dqrm.studies.demo import run_demo
     from dqrm.training.launch import Interrupted

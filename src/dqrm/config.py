@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from dqrm import recipe
 from dqrm.errors import UserError
 from dqrm.options import at_least, build, check_device, did_you_mean, field_types, read_yaml
 from dqrm.quant.config import STORAGES, QATConfig, check_registered
@@ -113,11 +114,11 @@ def _check_widths(name: str, widths: tuple[int, ...], least: int = 0) -> None:
 class OptimizerConfig:
     """Update rule and learning rate schedule."""
 
-    optimizer: str = "sgd"
+    optimizer: str = recipe.OPTIMIZER
     """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), or another
     that is registered."""
-    learning_rate: float = 0.1
-    """Step size."""
+    learning_rate: float | None = None
+    """Step size; none: by optimizer and batch size, 0.1 for sgd, 0.02 for adagrad, 0.01 for it below batch 256."""
     adagrad_eps: float = 1e-10
     """Added to Adagrad's root, against division by zero."""
     table_l2: float = 0.0
@@ -136,8 +137,10 @@ class OptimizerConfig:
     """Evaluations without improvement before the learning rate is reduced."""
 
     def __post_init__(self) -> None:
+        if self.learning_rate is not None:
+            at_least(self, learning_rate=0)
         at_least(
-            self, learning_rate=0, adagrad_eps=0, table_l2=0, mlp_l2=0, warmup_steps=0, decay_start_step=0,
+            self, adagrad_eps=0, table_l2=0, mlp_l2=0, warmup_steps=0, decay_start_step=0,
             decay_steps=0, plateau_patience=1,
         )  # fmt: skip
         if not 0 < self.plateau_factor <= 1:
@@ -147,15 +150,22 @@ class OptimizerConfig:
                 f"decay_start_step is {self.decay_start_step}, before the end of the warm-up at {self.warmup_steps}"
             )
 
+    @property
+    def rate(self) -> float:
+        """`learning_rate`; where it is none and the batch size is not known, that of the largest batches."""
+        if self.learning_rate is None:
+            return recipe.learning_rate(self.optimizer, recipe.BATCH_SIZES[-1][1])
+        return self.learning_rate
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Training loop: length, order of samples, evaluation, checkpoints, device."""
 
-    epochs: int = 1
-    """Passes over the training split."""
-    batch_size: int = 128
-    """Samples per training step."""
+    epochs: int = 0
+    """Passes over the training split at most; 0: 10, which --patience ends, or 1 without validation figures."""
+    batch_size: int = 0
+    """Samples per training step; 0: from 64 to 2048, by the rows of the training split."""
     max_steps: int = 0
     """Stop after this many steps; 0: all epochs."""
     shuffle: Literal["global", "block", "none"] = "global"
@@ -167,16 +177,19 @@ class TrainingConfig:
     select_by: str = "auc"
     """Validation metric that chooses the best checkpoint: auc, log_loss, accuracy, ne, gauc (AUC per group; needs data
     prepared with --group), or another that is registered."""
+    patience: int = recipe.PATIENCE
+    """Epochs without improvement of that metric before training stops; 0: off."""
     early_stopping: int = 0
-    """Patience: evaluations without improvement before training stops; 0: off."""
+    """The same in evaluations, of which --eval-every makes several per epoch; 0: off."""
     checkpoint_every: int = 0
     """Steps between checkpoints, besides the one at each evaluation; 0: only there."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints; 0: no time-based checkpoints."""
     log_every: int = 1000
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
-    callbacks: tuple[str, ...] = ()
-    """Callbacks by name, each with options as redraw_tables:min_rows=100000 (redraws large tables at each epoch)."""
+    callbacks: tuple[str, ...] = recipe.CALLBACKS
+    """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch) or
+    ema:decay=0.99 (averages the MLP weights); '' for none."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"
@@ -192,7 +205,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         at_least(
-            self, epochs=1, batch_size=1, max_steps=0, eval_every=0, eval_batch_size=1, early_stopping=0,
+            self, epochs=0, batch_size=0, max_steps=0, eval_every=0, eval_batch_size=1, patience=0, early_stopping=0,
             checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
         )  # fmt: skip
         check_registered("table_dtype", self.table_dtype, STORAGES)
@@ -259,7 +272,7 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
     def __post_init__(self) -> None:
-        if self.exchange.simulate_ranks > self.training.batch_size:
+        if 0 < self.training.batch_size < self.exchange.simulate_ranks:
             raise ValueError(
                 f"simulate_ranks is {self.exchange.simulate_ranks}, more than the {self.training.batch_size} samples "
                 "of a batch (batch_size), which the ranks share"

@@ -46,7 +46,8 @@ ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_s
 DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
        "dropout": 0.4, "optimizer": "rowwise_adagrad", "learning_rate": 0.01, "max_steps": 20, "log_every": 5,
        "checkpoint_every": 8}  # fmt: skip
-REDRAWN = {"callbacks": "redraw_tables:min_rows=30", "optimizer": "rowwise_adagrad", "epochs": 2, "max_steps": 40}
+REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": "rowwise_adagrad", "epochs": 2,
+           "max_steps": 40, "scale_refresh": "running_max"}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 

@@ -54,7 +54,7 @@ def make(ranks, bits=32, optimizer="sgd", qat=None, dense=3, precision="fp32", s
     config = Config(
         model=MODEL,
         quantization=QATConfig(bits=bits, scale_period=3, **(qat or {})),
-        optimizer=OptimizerConfig(optimizer),
+        optimizer=OptimizerConfig(optimizer, 0.1),
         training=TrainingConfig(precision=precision, seed=seed, batch_size=batch_size),
         exchange=ExchangeConfig(simulate_ranks=ranks, **exchange),
     )
@@ -119,7 +119,7 @@ def test_without_dense_columns_and_with_l2(ranks, pooling):
         config = Config(
             replace(MODEL, pooling=pooling),
             QATConfig(bits=32),
-            OptimizerConfig(table_l2=0.1, mlp_l2=0.1),
+            OptimizerConfig("sgd", 0.1, table_l2=0.1, mlp_l2=0.1),
             TrainingConfig(),
             ExchangeConfig(simulate_ranks=simulated, **PLAIN),
         )

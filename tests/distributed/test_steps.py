@@ -44,7 +44,7 @@ def make(exchange=None, bags=True, rule="sgd", refresh="periodic", bits=4, seed=
     config = Config(
         model=ModelConfig(embedding_dim=DIM, bottom_mlp=(16, DIM), top_mlp=(12, 1)),
         quantization=QATConfig(bits=bits, scale_period=5, scale_refresh=refresh, rescan_period=8),
-        optimizer=OptimizerConfig(optimizer=rule),
+        optimizer=OptimizerConfig(rule, 0.1),
         training=TrainingConfig(batch_size=24, seed=seed),
         exchange=ExchangeConfig(**(exchange or {})),
     )

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
 from conftest import tiny
+from dqrm.config import Config
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
 from dqrm.data.prepare import prepare
@@ -26,7 +28,11 @@ def test_the_demo(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "GENERATED" in shown
     assert "ceiling" in shown
-    assert shown.count("FP32") == shown.count("INT4") == 4  # three epochs and the test line
+    assert shown.count("INT4") == 4  # three epochs and the test line
+    assert shown.count("FP32") == 4 + shown.count(demo.PAPER)
+    paper = result["variants"][demo.PAPER]
+    assert [line["epoch"] for line in paper["evaluations"]] == [1, 2, 3, 4, 5]
+    assert f"{paper['test']['auc']:.4f}" in shown
     for name, bits in (("FP32", 32), ("INT4", 4)):
         variant = result["variants"][name]
         assert [line["epoch"] for line in variant["evaluations"]] == [1, 2, 3]
@@ -58,10 +64,15 @@ def test_the_demo_does_not_write_over_something_else(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_demo_trains_the_same_model_but_for_the_bits():
-    fp32, int4 = (replace(demo.CONFIG, quantization=bits) for bits in demo.VARIANTS.values())
+def test_the_demo_compares_the_recipe_in_two_widths_with_the_papers():
+    (_, fp32), (_, int4), (_, paper) = demo.variants_of(demo.CONFIG).values()
     assert replace(fp32, quantization=int4.quantization) == int4
-    assert (fp32.quantization.bits, int4.quantization.bits) == (32, 4)
+    assert (fp32.quantization.bits, int4.quantization) == (32, Config().quantization)
+    assert replace(int4.training, threads=0) == Config().training
+    assert int4.optimizer == Config().optimizer
+    shipped = Config.load(Path(__file__).parents[2] / "configs" / "kaggle_fp32.yaml")
+    same = replace(shipped.training, eval_every=0, threads=paper.training.threads)
+    assert (paper.quantization, paper.optimizer, paper.training) == (shipped.quantization, shipped.optimizer, same)
 
 
 @pytest.mark.slow

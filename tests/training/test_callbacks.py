@@ -9,9 +9,10 @@ import torch
 
 from conftest import tensors, tiny
 from dqrm import Callback, checksums
-from dqrm.config import ExchangeConfig
+from dqrm.config import ExchangeConfig, OptimizerConfig
 from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
+from dqrm.quant.config import QATConfig
 from dqrm.training.callbacks import CALLBACKS, RedrawTables, build_callbacks, save_callbacks
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
@@ -159,6 +160,8 @@ def test_by_name_in_python_yaml_and_flags(generated, tmp_path, monkeypatch):
     (["redraw_tables:min_rows=few"], [], "redraw_tables:min_rows: got 'few', expected a whole number"),
     (["redraw_tables:5"], [], "got 'redraw_tables:5', expected NAME:OPTION=VALUE"),
     ([], [Nudge], "got a type, expected instances of dqrm.Callback"),
+    (["warm_start:run=nowhere"], [], "nowhere does not exist, expected a run folder"),
+    (["warm_start"], [], "missing 1 required positional argument: 'run'"),
     (["redraw_tables"], [RedrawTables(5)], "two of them are named RedrawTables"),
 ])  # fmt: skip
 def test_what_is_no_callback_is_refused_before_any_work(generated, tmp_path, named, given, message):
@@ -195,6 +198,30 @@ class Snapshot(Callback):
         )
 
 
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_the_scale_of_a_table_that_has_grown_falls_with_its_redrawing(generated, tmp_path, ranks):
+    """A scale that only rises would leave nothing but zeros of the fresh rows: they are in a range of its own."""
+    before, after = Snapshot("before"), Snapshot("after")
+    config = replace(
+        tiny(epochs=2, seed=5), optimizer=OptimizerConfig("adagrad", 1.0), exchange=ExchangeConfig(ranks),
+        quantization=QATConfig(bits=4, scale_refresh="running_max", rescan_period=10**6),
+    )  # fmt: skip
+    train(generated, tmp_path / "run", config, callbacks=[before, RedrawTables(30), after])
+    (old, old_scale, *_), (new, scale, *_) = before.taken[1], after.taken[1]
+    drawn = [number for number, rows in enumerate(generated.table_rows) if rows >= 30]
+    assert drawn
+    for number, table in enumerate(new):
+        assert scale[number] == pytest.approx(float(table.abs().max()) / 7)
+        if number in drawn:
+            assert (old[number] / old_scale[number]).abs().max() <= 7.5
+            assert scale[number] < old_scale[number] / 5
+            assert ((table / scale[number]).round() == 0).float().mean() < 0.15  # of uniform values: 1/14
+            assert ((table / old_scale[number]).round() == 0).float().mean() > 0.5
+    model, _ = Run.open(tmp_path / "run").load_model("last")
+    for number in drawn:
+        assert model.tables.table(number).abs().max() <= model.tables.scale[number] * 7.001
+
+
 @pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("rule", ["adagrad", "rowwise_adagrad"])
 def test_large_tables_are_drawn_anew_with_their_scale_and_optimizer_state(generated, tmp_path, bits, rule):
@@ -229,3 +256,48 @@ def test_large_tables_are_drawn_anew_with_their_scale_and_optimizer_state(genera
         again = DLRM(13, rows, config=config.model, qat=config.quantization, seed=9)
         again.redraw_tables(5, epoch, [number])
         assert torch.equal(again.tables.table(number), table)
+
+
+# ---- warm_start
+
+
+class Start(Callback):
+    """All parameters before the first step."""
+
+    def on_epoch_start(self, trainer):
+        if not trainer.state.step:
+            self.weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_warm_start_takes_all_but_the_tables_of_the_best_checkpoint(generated, tmp_path, ranks):
+    train(generated, tmp_path / "monday", tiny(epochs=2, eval_every=9, seed=1, callbacks=("ema",)))
+    best, _ = Run.open(tmp_path / "monday").load_model("best")
+    start, config = Start(), tiny(epochs=2, seed=2, callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
+    config = replace(config, exchange=ExchangeConfig(ranks))
+    train(generated, tmp_path / "tuesday", config, callbacks=[start])
+    fresh = DLRM(13, generated.table_rows, config=config.model, qat=config.quantization, seed=2)
+    for name, value in fresh.named_parameters():
+        earlier = best.get_parameter(name)
+        assert torch.equal(start.weights[name], value if name.startswith("tables.") else earlier), name
+        assert not torch.equal(earlier, value), name
+
+
+def test_a_warm_start_is_resumed_bit_for_bit_without_the_earlier_run_being_read_twice(generated, tmp_path):
+    train(generated, tmp_path / "monday", tiny(max_steps=9, seed=1))
+    config = tiny(epochs=2, seed=2, checkpoint_every=4, callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
+    train(generated, tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "cut", config, progress=killer(40))
+    for file in (tmp_path / "monday" / "checkpoints").glob("*/*"):
+        file.unlink()
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_warm_start_from_another_architecture_is_refused(generated, tmp_path):
+    train(generated, tmp_path / "monday", tiny(max_steps=2))
+    config = tiny(callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
+    config = replace(config, model=replace(config.model, top_mlp=(16, 1)))
+    with pytest.raises(UserError, match=r"warm_start: .*top\.0\.weight \[8, .*expected this run.s .*\[16, "):
+        train(generated, tmp_path / "tuesday", config)

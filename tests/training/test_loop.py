@@ -101,7 +101,7 @@ def test_the_checkpoint_gives_the_figures_that_were_reported(generated, tmp_path
 
 def test_training_learns_and_equals_a_plain_loop(generated, tmp_path):
     """The trainer in FP32 against nn modules and torch.optim, written out."""
-    config = replace(tiny(32, shuffle="none", epochs=1), optimizer=OptimizerConfig(learning_rate=0.05))
+    config = replace(tiny(32, shuffle="none", epochs=1), optimizer=OptimizerConfig("sgd", 0.05))
     train(generated, tmp_path / "run", config)
     model = DLRM(13, generated.table_rows, config=config.model, qat=config.quantization, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
@@ -181,8 +181,8 @@ def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
     config = tiny(checkpoint_every=1, epochs=2, max_steps=35, threads=1)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in
              {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 2,
-              "max_steps": 35, "batch_size": 64, "device": "cpu", "checkpoint_every": 1,
-              "threads": 1}.items()]  # fmt: skip
+              "max_steps": 35, "batch_size": 64, "device": "cpu", "checkpoint_every": 1, "optimizer": "sgd",
+              "threads": 1, "patience": 0, "callbacks": ""}.items()]  # fmt: skip
     train(generated, tmp_path / "whole", config)
     run = tmp_path / "killed"
     arguments = ["train", generated.path, "-o", run, *flags]
@@ -200,8 +200,8 @@ def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
 def test_ctrl_c_saves_and_says_how_to_resume(generated, tmp_path, number):
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command("train", generated.path, "-o", run, "--epochs=5000", "--checkpoint-every=1", "--embedding-dim=4",
-                "--bottom-mlp=8-4", "--top-mlp=8-1", "--device=cpu"),
+        command("train", generated.path, "-o", run, "--epochs=5000", "--patience=0", "--checkpoint-every=1",
+                "--embedding-dim=4", "--bottom-mlp=8-4", "--top-mlp=8-1", "--device=cpu"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for_checkpoint(run, process, 3)
@@ -222,7 +222,7 @@ def test_resuming_a_finished_run_changes_nothing(generated, tmp_path):
 
 def test_early_stopping_and_the_drop_on_a_plateau(generated, tmp_path):
     config = tiny(epochs=50, eval_every=10, early_stopping=3, seed=1)
-    config = replace(config, optimizer=OptimizerConfig(learning_rate=0.5, plateau_factor=0.1))
+    config = replace(config, optimizer=OptimizerConfig("sgd", 0.5, plateau_factor=0.1))
     summary = train(generated, tmp_path / "run", config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
@@ -244,13 +244,13 @@ def test_selection_by_log_loss(generated, tmp_path):
 
 def test_bags_without_dense_columns_are_learned(bags_data, tmp_path):
     summary = train(
-        bags_data, tmp_path / "run", replace(tiny(epochs=15, batch_size=16), optimizer=OptimizerConfig("adagrad"))
+        bags_data, tmp_path / "run", replace(tiny(epochs=15, batch_size=16), optimizer=OptimizerConfig("adagrad", 0.1))
     )
     assert summary["best"]["metrics"]["auc"] > 0.9  # the label is a function of the user
 
 
 def test_a_diverging_loss_is_said_and_the_last_good_checkpoint_kept(generated, tmp_path):
-    config = replace(tiny(32, checkpoint_every=1), optimizer=OptimizerConfig(learning_rate=1e6))
+    config = replace(tiny(32, checkpoint_every=1), optimizer=OptimizerConfig("sgd", 1e6))
     with pytest.raises(UserError, match=r"training diverged: the loss is (nan|inf) at step \d+; lower learning_rate"):
         train(generated, tmp_path / "run", config)
     for name, tensor in last(tmp_path / "run").items():

@@ -54,7 +54,7 @@ def test_an_impossible_model_leaves_no_folder(tmp_path):
 @pytest.mark.parametrize("rate", [1e12, 1e30])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_divergence_is_said_whenever_it_is_noticed(generated, tmp_path, rate, steps):
-    config = replace(tiny(max_steps=steps), optimizer=OptimizerConfig(learning_rate=rate))
+    config = replace(tiny(max_steps=steps), optimizer=OptimizerConfig("sgd", rate))
     assert "diverged" in refused(train, generated, tmp_path / "run", config)
 
 

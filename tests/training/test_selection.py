@@ -12,7 +12,7 @@ from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
 from dqrm.training.launch import train
 from dqrm.training.run import Run
-from dqrm.training.selection import check_selection, choose, chosen_by, evaluations
+from dqrm.training.selection import check_selection, choose, chosen_by, evaluations, stops
 from dqrm.training.state import State
 
 
@@ -48,13 +48,13 @@ def test_early_stopping_that_cannot_act_is_told(tmp_path):
     assert check_selection(tiny(epochs=4, early_stopping=2), data) == []
     assert check_selection(tiny(epochs=1, eval_every=2, early_stopping=2), data) == []
     assert check_selection(tiny(epochs=1), data) == []
-    plateau = replace(tiny(epochs=2), optimizer=OptimizerConfig(plateau_factor=0.5))
+    plateau = replace(tiny(epochs=2), optimizer=OptimizerConfig("sgd", 0.1, plateau_factor=0.5))
     assert "the learning rate will not drop" in check_selection(plateau, data)[0]
 
 
 def test_a_run_with_one_evaluation_more_does_stop_early(tmp_path):
     data = table(tmp_path / "d")
-    config = replace(tiny(epochs=4, early_stopping=2), optimizer=OptimizerConfig(learning_rate=0))
+    config = replace(tiny(epochs=4, early_stopping=2), optimizer=OptimizerConfig("sgd", 0))
     assert check_selection(config, data) == []
     assert train(data, tmp_path / "run", config)["epochs"] == 3
 
@@ -97,11 +97,15 @@ def test_a_run_keeps_the_resolved_widths(generated, tmp_path):
     ("auc", [None, None], 2, None),
 ])  # fmt: skip
 def test_the_best_evaluation_is_chosen(select_by, values, best, finished_at):
-    state, config = State(), replace(tiny(), optimizer=OptimizerConfig(plateau_factor=0.5, plateau_patience=2))
+    state, config = (
+        State(),
+        replace(tiny(), optimizer=OptimizerConfig("sgd", 0.1, plateau_factor=0.5, plateau_patience=2)),
+    )
     config = replace(config, training=replace(config.training, select_by=select_by, early_stopping=2))
     better = []
     for state.step, value in enumerate(values, start=1):
         better.append(choose(state, {select_by: value}, 0.1, config))
+        state.finished = stops(state, config.training, False) is not None
         if state.finished:
             break
     assert state.step == (finished_at or len(values))

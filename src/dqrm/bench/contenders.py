@@ -101,7 +101,7 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
             scale_refresh=scheme.refresh,
             scale_period=options.scale_period if scheme.refresh == "periodic" else None,
         ),
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        optimizer=OptimizerConfig("sgd", LEARNING_RATE),
         training=TrainingConfig(
             precision="bf16" if scheme.bf16 else "fp32",
             table_dtype="bf16" if scheme.bf16_tables else "fp32",

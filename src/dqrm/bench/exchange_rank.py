@@ -105,7 +105,7 @@ def _config(options: BenchExchangeConfig, variant: str) -> Config:
     return Config(
         model=ModelConfig(embedding_dim=arch.embedding_dim, bottom_mlp=arch.bottom_mlp, top_mlp=arch.top_mlp),
         quantization=QATConfig(bits=4, scale_period=options.scale_period),
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        optimizer=OptimizerConfig("sgd", LEARNING_RATE),
         training=TrainingConfig(device="cpu", threads=options.threads, seed=options.seed),
         exchange=ExchangeConfig(
             table_codec=codec,

@@ -27,10 +27,11 @@ from dqrm.training.metrics import METRICS, legend
 
 def run_one(data: str, config_file: str, seed: int, output: str, threads: int) -> dict[str, Any]:
     """Train, continue or just read the run of one configuration and seed; returns its summary."""
-    from dqrm.training.launch import resume, train
+    from dqrm.training.launch import resolved, resume, train
     from dqrm.training.run import Run
 
-    dataset, config = Dataset(data), Config.load(config_file, {"seed": seed, "threads": threads})
+    dataset = Dataset(data)
+    config = resolved(Config.load(config_file, {"seed": seed, "threads": threads}), dataset)
     if not (Path(output) / "run.json").exists():
         return train(dataset, output, config)
     begun = Run.open(output).config

@@ -11,9 +11,11 @@ the configuration (`training.callbacks`), as
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dqrm.errors import UserError
@@ -49,6 +51,14 @@ class Callback:
     def on_evaluation(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:
         """After an evaluation on validation, before the checkpoint that it entails; see `metrics.click_metrics`."""
 
+    def evaluated_weights(self, trainer: "Trainer") -> AbstractContextManager[None]:
+        """Inside, `trainer.model` has the weights that are evaluated, saved and exported, in place of those that
+        training goes on with; entered for each evaluation and each checkpoint."""
+        return nullcontext()
+
+    def on_resume(self, trainer: "Trainer") -> None:
+        """A run goes on from a checkpoint, whose weights (see `evaluated_weights`) and state are loaded."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, saved with each checkpoint (of rank 0): names to tensors or JSON values."""
         return {}
@@ -60,7 +70,9 @@ class Callback:
 class RedrawTables(Callback):
     """Redraw large tables at the start of each epoch but the first, and reset their optimizer state.
 
-    Embeddings of rare ids overfit in the second epoch, the rest of the model does not (MEDA, arXiv 2305.19531).
+    Embeddings of rare ids overfit in the second epoch, and the other layers adapt to a new embedding space: MEDA (arXiv
+    2305.19531), which draws all tables. Values depend on seed, epoch and table, so all ranks and a resumed run draw the
+    same; scales are computed from the new values.
 
     Args:
         min_rows: tables with at least this number of rows are redrawn.
@@ -81,7 +93,123 @@ class RedrawTables(Callback):
             start += rows
 
 
-CALLBACKS: dict[str, Callable[..., Callback]] = {"redraw_tables": RedrawTables}
+def weights_but_tables(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics of everything but the tables, by name: the tensors themselves."""
+    tables = {id(parameter) for parameter in model.get_submodule("tables").parameters()}
+    weights = {name: each.data for name, each in model.named_parameters() if id(each) not in tables}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            weights |= {f"{path}.{name}": getattr(module, name) for name in ("running_mean", "running_var")}
+    return weights
+
+
+class WarmStart(Callback):
+    """Begin with all weights but the tables' of an earlier run, as for the data of a new day.
+
+    The MLP adapts to a new embedding space, whatever the ids of the new data are: what MEDA's continual variant (arXiv
+    2407.01607) rests on. The paper keeps as many embedding spaces as there are epochs per day; here each day's tables
+    are drawn by the seed of its run.
+
+    Args:
+        run: a run folder that all ranks see, of the same architecture and as many columns; its best checkpoint is read.
+    """
+
+    def __init__(self, run: str) -> None:
+        from dqrm.training.run import Run
+
+        self.run = Run.open(run)
+
+    @torch.no_grad()
+    def on_epoch_start(self, trainer: "Trainer") -> None:
+        if trainer.state.epoch:
+            return
+        earlier = weights_but_tables(self.run.load_model(mapped=True)[0])
+        weights = weights_but_tables(trainer.model)
+        if shapes(earlier) != shapes(weights):
+            raise UserError(
+                f"warm_start: {self.run.path} has {shapes(earlier)}, expected this run's {shapes(weights)}: the same "
+                "architecture and as many columns"
+            )
+        for name, weight in weights.items():
+            weight.copy_(earlier[name])
+
+
+def shapes(weights: Mapping[str, Tensor]) -> str:
+    """Names and shapes, for people."""
+    return ", ".join(f"{name} {list(weight.shape)}" for name, weight in weights.items())
+
+
+class EMA(Callback):
+    """Evaluate, select and export an exponential moving average of all weights but the tables'; training goes on with
+    its own.
+
+    After each step, average = d * average + (1 - d) * weight, with d = min(decay, (1 + n) / (10 + n)) after n updates,
+    so that a short run does not average its initial weights (Polyak averaging with the warm-up of TensorFlow's
+    ExponentialMovingAverage). The running statistics of batch normalization are averaged with the weights; scales are
+    those of the averages. In a checkpoint the model's weights are the averages, and this state has the others.
+
+    Args:
+        decay: of the average, per step, at least 0 and below 1.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}, expected at least 0 and below 1")
+        self.decay, self.updates = decay, 0
+        # By name, the averages; inside `evaluated_weights`, and when loaded, the weights of training.
+        self._held: dict[str, Tensor] = {}
+        self._model: torch.nn.Module | None = None
+        self._of_model: dict[str, Tensor] = {}
+
+    def _weights(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        if self._model is not model:
+            self._model, self._of_model = model, weights_but_tables(model)
+        return self._of_model
+
+    @torch.no_grad()
+    def on_step_end(self, trainer: "Trainer", loss: Tensor) -> None:
+        if self._model is not trainer.model:  # the first step of a run
+            self.updates = 0
+        weights = self._weights(trainer.model)
+        if not self.updates:
+            self._held = {name: weight.clone() for name, weight in weights.items()}
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, weight in weights.items():
+            self._held[name].lerp_(weight, 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def evaluated_weights(self, trainer: "Trainer") -> Iterator[None]:
+        self._swap(trainer)
+        try:
+            yield
+        finally:
+            self._swap(trainer)
+
+    @torch.no_grad()
+    def _swap(self, trainer: "Trainer") -> None:
+        if not self.updates:
+            return
+        for name, weight in self._weights(trainer.model).items():
+            held, self._held[name] = self._held[name], weight.clone()
+            weight.copy_(held)
+
+    def on_resume(self, trainer: "Trainer") -> None:
+        self._swap(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, **self._held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        self._held = {name: value for name, value in state.items() if name != "updates"}
+
+
+CALLBACKS: dict[str, Callable[..., Callback]] = {
+    "redraw_tables": RedrawTables,
+    "ema": EMA,
+    "warm_start": WarmStart,
+}
 """By name, what makes a callback of the options that a configuration gives it."""
 
 
@@ -124,7 +252,7 @@ def _build(text: str) -> Callback:
         raise UserError(f"callbacks: {text}: {error}") from None
 
 
-def overriding(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., None]]:
+def overriding(callbacks: Sequence[Callback], hook: str) -> list[Callable[..., Any]]:
     """The methods `hook` of the callbacks that override it."""
     return [getattr(each, hook) for each in callbacks if getattr(type(each), hook) is not getattr(Callback, hook)]
 

@@ -8,10 +8,11 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dqrm import __version__
+from dqrm import __version__, recipe
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.distributed.processes import join
@@ -23,7 +24,7 @@ from dqrm.training.environment import Log, Progress, check_environment
 from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
-from dqrm.training.selection import check_selection, selecting
+from dqrm.training.selection import check_selection, has_figure, selecting
 from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check_ranks", "resume", "train"]
@@ -43,7 +44,7 @@ def train(
     Args:
         dataset: a prepared dataset folder.
         output: the run folder to make.
-        config: what to train and how; default INT4 with the paper's Kaggle settings.
+        config: what to train and how; default INT4 by the recipe of `dqrm.recipe`.
         progress: called as progress(stage, done, total).
         log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; on several ranks, one does so on
@@ -58,11 +59,14 @@ def train(
             into `output`, or the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
-    config = config or Config()
-    with join(config.exchange.exchange_timeout) as world, ExitStack() as held:
+    asked = config or Config()
+    with join(asked.exchange.exchange_timeout) as world, ExitStack() as held:
         world.require_same({"the command": "train"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
+        config = world.together(lambda: resolved(asked, data))
         check_ranks(world, config, data)
+        if config != asked and log and world.first:
+            log(_described(config))
         callbacks = world.together(lambda: _registered(config, callbacks))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
@@ -122,6 +126,29 @@ def resume(
         return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
 
 
+def resolved(config: Config, dataset: Dataset) -> Config:
+    """The configuration with the batch size, learning rate and epochs that it leaves to the data."""
+    options, optimizer, rows = config.training, config.optimizer, dataset.rows
+    if not options.batch_size:
+        options = replace(options, batch_size=recipe.batch_size(rows["train"]))
+    if not options.epochs:
+        judged = has_figure(options.select_by, dataset)
+        options = replace(options, epochs=recipe.EPOCHS if judged and options.patience else 1)
+    if optimizer.learning_rate is None:
+        rate = recipe.learning_rate(optimizer.optimizer, options.batch_size)
+        optimizer = replace(optimizer, learning_rate=rate)
+    return replace(config, training=options, optimizer=optimizer)
+
+
+def _described(config: Config) -> str:
+    """What was resolved, as a sentence."""
+    options, optimizer = config.training, config.optimizer
+    return (
+        f"Training with {optimizer.optimizer}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
+        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} (patience {options.patience})"
+    )
+
+
 def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]:
     """All callbacks of a run; raises UserError unless everything that its configuration names is registered."""
     registered("optimizer", config.optimizer.optimizer, OPTIMIZERS)
@@ -152,7 +179,8 @@ def _data_of(run: Run, dataset: Dataset | str | Path | None) -> Dataset:
 def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
     """Raise UserError on all ranks unless they can train this together; set the timeout of collectives."""
     facts = {name: value for values in config.to_dict().values() for name, value in values.items()}
-    world.require_same(facts | {"the data's fingerprint": dataset.fingerprint, "the version of dqrm": __version__})
+    of_all = {"the version of dqrm": __version__, "the data's fingerprint": dataset.fingerprint}
+    world.require_same(of_all | facts)  # in this order: the data decides some of the others
     size, simulated = world.size, config.exchange.simulate_ranks
     if size > 1 and simulated > 1:
         raise UserError(f"simulate_ranks is {simulated}, but {size} real ranks were started; use one or the other")

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -43,7 +44,7 @@ from dqrm.training.metrics import METRICS
 from dqrm.training.optimizers import learning_rate
 from dqrm.training.recording import Recorder
 from dqrm.training.run import Run, versions
-from dqrm.training.selection import choose, chosen_by
+from dqrm.training.selection import choose, chosen_by, stops
 from dqrm.training.state import State, check_keys
 from dqrm.training.step import TrainStep
 
@@ -86,6 +87,8 @@ class Trainer:
         self.model.tables.clamps.quiet = True  # the loop reports the counts
         if last is not None:
             self._load_state(last)
+            for resumes in overriding(callbacks, "on_resume"):
+                resumes(self)
         self.stopped = threading.Event()
         self.recorder: Recorder | None = None
         if self.world.first:
@@ -177,7 +180,7 @@ class Trainer:
         if not np.isfinite(state.loss_sum):
             raise UserError(
                 f"training diverged: the loss is {state.loss_sum} at step {state.step}; "
-                f"{too_wide(self.dataset)}lower learning_rate (now {self.config.optimizer.learning_rate})"
+                f"{too_wide(self.dataset)}lower learning_rate (now {self.config.optimizer.rate})"
             )
 
     def _due(self) -> bool:
@@ -201,7 +204,7 @@ class Trainer:
             self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
         if evaluate_now:
-            self._evaluate(train_loss)
+            self._evaluate(train_loss, epoch_ends)
         if epoch_ends:
             state.epoch += 1
             state.batch, state.loss_sum, state.loss_rows = 0, 0.0, 0
@@ -213,11 +216,22 @@ class Trainer:
         ):
             self._save()
 
-    def _evaluate(self, train_loss: float) -> None:
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights that are evaluated and saved: those of training, unless a callback says."""
+        with ExitStack() as held:
+            for weights in overriding(self.callbacks, "evaluated_weights"):
+                held.enter_context(weights(self))
+            yield
+
+    def _evaluate_on(self, split: str) -> dict[str, Any]:
+        size = self.options.eval_batch_size
+        return evaluate_shared(self.model, self.dataset, split, size, self.world, self.progress)
+
+    def _evaluate(self, train_loss: float, epoch_ends: bool) -> None:
         state, options, position = self.state, self.options, self._position()
-        metrics = evaluate_shared(
-            self.model, self.dataset, "validation", options.eval_batch_size, self.world, self.progress
-        )
+        with self._evaluated_weights():
+            metrics = self._evaluate_on("validation")
         better = choose(state, metrics, train_loss, self.config)
         self._write({
             "kind": "evaluation",
@@ -236,6 +250,9 @@ class Trainer:
             + (", ".join(figures) or "has no rows")
             + (" (best so far)" if better else "")
         )
+        if not state.finished and (why := stops(state, options, epoch_ends)):
+            state.finished = True
+            self.log(why)
         state.clamping.evaluated(self.warn)
         for evaluated in overriding(self.callbacks, "on_evaluation"):
             evaluated(self, metrics)
@@ -253,11 +270,12 @@ class Trainer:
         self._sum_loss()
         exchange = self.exchange.state()
         if self.recorder is not None:
-            state.callbacks, tensors = save_callbacks(self.callbacks)
             state.metrics_bytes = self.recorder.sync()
             keep = {state.best["step"]} if state.best else set()
-            more = {EXCHANGE: exchange, CALLBACKS: tensors}
-            save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, asdict(state), keep, more)
+            with self._evaluated_weights():
+                state.callbacks, tensors = save_callbacks(self.callbacks)
+                more, saved = {EXCHANGE: exchange, CALLBACKS: tensors}, asdict(state)
+                save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, saved, keep, more)
         self.saved_at = time.monotonic()
 
     def _load_weights(self, step: int) -> None:
@@ -306,13 +324,11 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the chosen checkpoint on test and write the summary."""
-        state = self.state
-        model = self.model
-        if state.best and state.best["step"] != state.step:
-            self._load_weights(state.best["step"])
-        test = None
-        if self.dataset.rows.get("test"):
-            test = evaluate_shared(model, self.dataset, "test", self.options.eval_batch_size, self.world, self.progress)
+        state, model = self.state, self.model
+        with self._evaluated_weights():
+            if state.best and state.best["step"] != state.step:
+                self._load_weights(state.best["step"])
+            test = self._evaluate_on("test") if self.dataset.rows.get("test") else None
         seconds = max(state.train_seconds, 1e-9)
         summary = {
             "best": state.best,

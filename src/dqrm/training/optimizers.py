@@ -191,7 +191,7 @@ Pair = tuple[SparseOptimizer, Optimizer]
 
 
 def _sgd(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int) -> Pair:
-    rate = config.learning_rate
+    rate = config.rate
     mlp = torch.optim.SGD(others, rate, weight_decay=config.mlp_l2, fused=bool(others))
     return SparseSGD(tables, rate, config.table_l2, seed), mlp
 
@@ -199,7 +199,7 @@ def _sgd(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: in
 def _adagrad(
     tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int, *, rowwise: bool = False
 ) -> Pair:
-    rate, eps = config.learning_rate, config.adagrad_eps
+    rate, eps = config.rate, config.adagrad_eps
     mlp = torch.optim.Adagrad(others, rate, eps=eps, weight_decay=config.mlp_l2)
     return SparseAdagrad(tables, rate, config.table_l2, eps, rowwise, seed), mlp
 
@@ -227,7 +227,7 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     DLRM's policy: linear warm-up over `warmup_steps`; from `decay_start_step` on, quadratic decay over `decay_steps`:
     rate * ((start + decay_steps - step) / decay_steps)**2, and its last value afterwards, so never exactly 0.
     """
-    rate = config.learning_rate
+    rate = config.rate
     if step < config.warmup_steps:
         return rate * (step + 1) / config.warmup_steps
     if config.decay_steps and step >= config.decay_start_step:

@@ -38,6 +38,8 @@ from dqrm.training.checkpoints import (
 FORMAT_VERSION = 1
 # Fields of configurations of older runs.
 _REMOVED = {"table_compensation_rows"}
+# What held in runs that lack these fields, where their defaults are others now.
+_BEFORE: dict[str, dict[str, Any]] = {"training": {"patience": 0, "callbacks": []}}
 _INFO, _SUMMARY, _LOCK = "run.json", "summary.json", ".lock"
 _SHAPE = {
     "config": {"*": OBJECT},
@@ -148,7 +150,7 @@ class Run:
     def config(self) -> Config:
         """The configuration that the run was started with, without fields that no longer exist."""
         sections = {
-            section: {name: value for name, value in values.items() if name not in _REMOVED}
+            section: _BEFORE.get(section, {}) | {name: v for name, v in values.items() if name not in _REMOVED}
             for section, values in self.info["config"].items()
         }
         return Config.from_dict(sections, str(self.path / _INFO))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dqrm.config import Config
+from dqrm.config import Config, TrainingConfig
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.options import registered
@@ -16,7 +16,7 @@ from dqrm.training.state import State
 
 def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Config) -> bool:
     """Update the state after an evaluation on validation: a new best, or one more evaluation without improvement, after
-    which the learning rate may drop and the run may be finished.
+    which the learning rate may drop.
 
     Without validation rows nothing can be selected: the last state is the result.
 
@@ -34,9 +34,24 @@ def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Con
     state.without_better += 1
     if state.without_better % config.optimizer.plateau_patience == 0:
         state.rate_factor *= config.optimizer.plateau_factor
-    if options.early_stopping and state.without_better >= options.early_stopping:
-        state.finished = True
     return better
+
+
+def stops(state: State, options: TrainingConfig, epoch_ends: bool) -> str | None:
+    """Why the run ends after this evaluation, which the state knows already, as a sentence; None: it goes on."""
+    if state.best is None or state.best["metrics"][options.select_by] is None:
+        return None
+    best, epoch = state.best, state.epoch + 1
+    if options.early_stopping and state.without_better >= options.early_stopping:
+        waited = f"{state.without_better} evaluation{'s' * (state.without_better > 1)}"
+    elif epoch_ends and options.patience and epoch - best["epoch"] >= options.patience:
+        waited = f"{epoch - best['epoch']} epoch{'s' * (epoch > best['epoch'] + 1)}"
+    else:
+        return None
+    return (
+        f"Stopped in epoch {epoch}: no better validation {options.select_by} for {waited}; the result is step "
+        f"{best['step']} of epoch {best['epoch']} with {best['metrics'][options.select_by]:.4f}"
+    )
 
 
 def chosen_by(state: State, select_by: str) -> str:
@@ -64,16 +79,16 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
     if not asked:
         return []
     name = next(iter(asked))
-    clicks = dataset.info["clicks"]["validation"]
     if not rows:
         raise UserError(
             f"{name} is {asked[name]}, but {dataset.path} has no validation rows; prepare the data with "
             "some, or leave it out"
         )
-    if metric.needs_both_labels and clicks in (0, rows):
+    if not has_figure(options.select_by, dataset):
+        label = int(dataset.info["clicks"]["validation"] > 0)
         raise UserError(
-            f"{name} is {asked[name]}, but all {rows} validation rows of {dataset.path} have the label "
-            f"{int(clicks > 0)}, so {options.select_by} is not defined; use select_by log_loss"
+            f"{name} is {asked[name]}, but all {rows} validation rows of {dataset.path} have the label {label}, so "
+            f"{options.select_by} is not defined; use select_by log_loss"
         )
     count = evaluations(config, dataset.rows["train"])
     does = {"early_stopping": "it will never stop the run early", "plateau_patience": "the learning rate will not drop"}
@@ -84,6 +99,12 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
         for name, wait in asked.items()
         if count < wait + 2  # the first one is the best so far, and after the last there is nothing to change
     ]
+
+
+def has_figure(name: str, dataset: Dataset) -> bool:
+    """Whether the validation split gives the metric that `select_by` names, apart from its groups."""
+    rows, clicks = dataset.rows["validation"], dataset.info["clicks"]["validation"]
+    return rows > 0 and not (selecting(name).needs_both_labels and clicks in (0, rows))
 
 
 def evaluations(config: Config, rows: int) -> int:

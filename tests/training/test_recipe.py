@@ -1,0 +1,175 @@
+"""The recipe of no flags: what it leaves to the data, when it stops, and which state is its result."""
+
+import json
+import os
+import signal
+import subprocess
+from dataclasses import replace
+
+import polars as pl
+import pytest
+import yaml
+
+from conftest import tiny
+from dqrm import Callback, recipe
+from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.data.config import PrepareConfig
+from dqrm.data.prepare import prepare
+from dqrm.training.evaluation import evaluate
+from dqrm.training.launch import resolved, resume, train
+from dqrm.training.run import Run
+from dqrm.training.selection import stops
+from dqrm.training.state import State
+from training.test_loop import Killed, assert_same_run, command, killer, wait_for_checkpoint
+
+SMALL = ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1))
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def log_of(folder, rows, **config):
+    log = pl.DataFrame(
+        {"label": [0, 1] * (rows // 2), "a": [n % 7 for n in range(rows)], "b": [n % 5 for n in range(rows)]}
+    )
+    return prepare(log, folder, PrepareConfig(categorical=("a", "b"), **config))
+
+
+def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_path):
+    config = Config(model=SMALL, training=TrainingConfig(max_steps=3))
+    told = []
+    summary = train(generated, tmp_path / "run", config, log=told.append)
+    assert told[0] == "Training with adagrad, learning rate 0.01, batch size 64, at most 10 epochs (patience 2)"
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert written == summary["config"]
+    wanted = {"batch_size": recipe.batch_size(generated.rows["train"]), "epochs": recipe.EPOCHS}
+    assert {name: written["training"][name] for name in wanted} == wanted
+    assert written["training"]["callbacks"] == list(recipe.CALLBACKS)
+    assert written["optimizer"]["optimizer"] == "adagrad"
+    assert written["optimizer"]["learning_rate"] == recipe.learning_rate("adagrad", wanted["batch_size"])
+    large = replace(config, training=TrainingConfig(batch_size=4096))
+    assert resolved(large, generated).optimizer.learning_rate == 0.02
+    given = Config(SMALL, optimizer=OptimizerConfig("sgd", 0.3), training=TrainingConfig(epochs=7, batch_size=9))
+    assert resolved(given, generated) == given
+
+
+@pytest.mark.parametrize(("splits", "options", "epochs"), [
+    ({"validation_fraction": 0.2}, {}, recipe.EPOCHS),
+    ({"validation_fraction": 0.2}, {"patience": 0}, 1),
+    ({"validation_fraction": 0}, {}, 1),
+    ({"validation_fraction": 0}, {"epochs": 4}, 4),
+    ({"validation_fraction": 0.003, "split": "time"}, {}, 1),  # one row: no AUC
+    ({"validation_fraction": 0.003, "split": "time"}, {"select_by": "log_loss"}, recipe.EPOCHS),
+])  # fmt: skip
+def test_without_a_figure_to_stop_by_there_is_one_epoch(tmp_path, splits, options, epochs):
+    data = log_of(tmp_path / "data", 400, **splits)
+    assert resolved(Config(training=TrainingConfig(**options)), data).training.epochs == epochs
+
+
+def test_a_run_of_no_validation_rows_ends_after_its_epoch(tmp_path):
+    data = log_of(tmp_path / "data", 400, validation_fraction=0)
+    summary = train(data, tmp_path / "run", Config(training=TrainingConfig(threads=1)))
+    assert (summary["epochs"], summary["selection"]) == (1, "last state (no validation figure)")
+
+
+@pytest.mark.parametrize(("patience", "aucs", "ends"), [
+    (1, [[0.6], [0.7], [0.6]], 3),
+    (2, [[0.6], [0.7], [0.6], [0.7]], 4),  # the same again is no better
+    (2, [[0.6], [0.5], [0.7], [0.6], [0.65]], 5),
+    (1, [[0.5, 0.7, 0.6], [0.6, 0.6, 0.6]], 2),  # evaluations within an epoch do not wait
+    (1, [[0.6], [0.5, 0.7, 0.6], [0.6, 0.75]], None),
+    (0, [[0.6], [0.5], [0.4]], None),
+    (1, [[None], [None]], None),
+    (3, [[0.6], [0.5], [0.4]], None),
+])  # fmt: skip
+def test_patience_counts_epochs(patience, aucs, ends):
+    state, options, stopped = State(), TrainingConfig(patience=patience), None
+    for state.epoch, values in enumerate(aucs):
+        for number, value in enumerate(values):
+            state.step += 1
+            best = state.best and state.best["metrics"]["auc"]
+            if value is None or best is None or value > best:
+                state.best = {"step": state.step, "epoch": state.epoch + 1, "metrics": {"auc": value}}
+            if why := stops(state, options, number + 1 == len(values)):
+                stopped = why
+                break
+        if stopped:
+            break
+    assert (stopped and state.epoch + 1) == ends
+    if stopped:
+        epochs = "1 epoch" if patience == 1 else f"{patience} epochs"
+        assert f"Stopped in epoch {ends}: no better validation auc for {epochs}; the result is step" in stopped
+
+
+class Collapse(Callback):
+    """From epoch 3 on, sets the weights of the last layer back to what ranks nothing."""
+
+    def on_step_end(self, trainer, loss):
+        if trainer.state.epoch >= 2:
+            trainer.model.top[-1].weight.data.mul_(-1)
+
+
+def test_a_collapse_is_not_the_result(generated, tmp_path):
+    told = []
+    config = Config(model=SMALL, training=TrainingConfig(patience=2, seed=3, batch_size=64, threads=1, device="cpu"))
+    summary = train(generated, tmp_path / "run", config, log=told.append, callbacks=[Collapse()])
+    aucs = [line["auc"] for line in lines(tmp_path / "run") if line["kind"] == "evaluation"]
+    best = aucs.index(max(aucs)) + 1
+    assert summary["epochs"] == len(aucs) == best + 2 < recipe.EPOCHS
+    assert summary["best"]["epoch"] == best
+    assert aucs[-1] < max(aucs) - 0.002
+    assert sum(line.startswith(f"Stopped in epoch {best + 2}: no better validation auc for 2 epochs") for line in told)
+    model, _ = Run.open(tmp_path / "run").load_model()
+    assert evaluate(model, generated, "validation")["auc"] == max(aucs)
+    assert evaluate(model, generated, "test") == summary["test"]
+
+
+@pytest.mark.parametrize("call", [40, 75, 110])
+def test_a_resumed_run_stops_where_the_whole_one_does(generated, tmp_path, call):
+    config = tiny(
+        epochs=9, patience=2, optimizer="adagrad", checkpoint_every=5, callbacks=("redraw_tables:min_rows=9",)
+    )
+    config = replace(config, optimizer=OptimizerConfig("adagrad", 0.5))
+    whole = train(generated, tmp_path / "whole", config)
+    assert whole["epochs"] < 9
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "cut", config, progress=killer(call))
+    assert resume(tmp_path / "cut")["epochs"] == whole["epochs"]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_of_before_there_was_a_recipe_is_resumed_as_it_was(generated, tmp_path):
+    """Its run.json names neither patience nor callbacks."""
+    config = tiny(epochs=4, optimizer="adagrad", checkpoint_every=2)
+    whole = train(generated, tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "old", config, progress=killer(9))
+    info = json.loads((tmp_path / "old" / "run.json").read_text())
+    del info["config"]["training"]["callbacks"], info["config"]["training"]["patience"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(info))
+    assert Run.open(tmp_path / "old").config == config
+    assert resume(tmp_path / "old")["steps"] == whole["steps"]
+    assert_same_run(tmp_path / "whole", tmp_path / "old")
+
+
+@pytest.mark.parametrize("callbacks", ["redraw_tables:min_rows=30,ema:decay=0.9"])
+@pytest.mark.parametrize("refresh", ["running_max", "periodic"])
+def test_sigkill_in_epoch_two_changes_no_bit(generated, tmp_path, callbacks, refresh):
+    batches = -(-generated.rows["train"] // 64)
+    values = tiny(epochs=3, optimizer="adagrad", checkpoint_every=1, callbacks=tuple(callbacks.split(",")), threads=1)
+    values = values.to_dict() | {"quantization": {"scale_refresh": refresh}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    arguments = ["train", generated.path, "--config", tmp_path / "c.yaml", "-o"]
+    process = subprocess.Popen(command(*arguments, tmp_path / "cut"), stdout=subprocess.DEVNULL)
+    try:
+        wait_for_checkpoint(tmp_path / "cut", process, batches + batches // 2)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    stood = max((tmp_path / "cut" / "checkpoints").glob("step-*[0-9]"))
+    assert batches < int(stood.name[5:]) < 2 * batches
+    subprocess.run(command("train", "--resume", tmp_path / "cut"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(*arguments, tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
