@@ -307,7 +307,8 @@ class Config:
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "Config":
         """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
 
-        Overriding `bits` overrides table_bits and mlp_bits of the file as well, unless they are overridden too.
+        Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file as well, unless they are
+        overridden too.
 
         Raises:
             UserError: as `from_dict`; or the file cannot be read.
@@ -315,7 +316,7 @@ class Config:
         sections = _checked(read_yaml(path), str(path)) if path else {}
         overrides = dict(overrides or {})
         if "bits" in overrides:
-            for name in ("table_bits", "mlp_bits"):
+            for name in ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows"):
                 sections.get("quantization", {}).pop(name, None)
         for name, value in overrides.items():
             section = _section_of(name)

@@ -145,8 +145,11 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
             "true base rate, and `dqrm export` corrects the model's probabilities to it"
         )
     bits = [quantization[name] or quantization["bits"] for name in ("table_bits", "mlp_bits")]
+    small = ""
+    if quantization.get("small_table_bits"):
+        small = f" ({quantization['small_table_bits']} below {quantization['small_table_rows']:,} rows)"
     results.print(
-        f"Tables {bits[0]} bits, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
+        f"Tables {bits[0]} bits{small}, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
     if exchange := summary.get("exchange"):
@@ -160,17 +163,19 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
 def print_artifact(found: dict[str, Any]) -> None:
     """Columns and tables, sizes, and where the model comes from."""
     from dqrm.models.registry import described_config, model_class
+    from dqrm.quant.packing import storage_bytes
 
     model, schema, provenance = found["model"], found["schema"], found["provenance"]
     sizes, run = found["sizes"], provenance["run"]
     columns = [(column["name"], column["multi"]) for column in schema["columns"]]
-    width = sizes["table codes"] / max(1, sum(model["table_rows"]))
+    bits = model["table_bits"] if isinstance(model["table_bits"], list) else [model["table_bits"]] * len(columns)
+    widths = [storage_bytes(model["config"]["embedding_dim"], each) for each in bits]
     print_table(
         f"{found['path']}: {model['num_dense']} dense columns, {len(columns)} tables",
-        ["column", "rows", "ids per sample", "codes"],
+        ["column", "rows", "ids per sample", "bits", "codes"],
         [
-            [name, figure(rows), "many" if multi else "1", size(round(rows * width))]
-            for (name, multi), rows in zip(columns, model["table_rows"])
+            [name, figure(rows), "many" if multi else "1", str(each), size(rows * width)]
+            for (name, multi), rows, each, width in zip(columns, model["table_rows"], bits, widths)
         ],
     )
     if schema["dense"]:
@@ -179,7 +184,8 @@ def print_artifact(found: dict[str, Any]) -> None:
     config = described_config(model)
     _say(
         f"{model_class(config).describe(config)}; "
-        f"tables {model['table_bits']} bits, MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
+        f"tables {_told(bits, model['table_bits'])} bits, MLP {model['mlp_bits']} bits "
+        f"({_METHODS[found['quantization']['method']]})"
     )
     print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
@@ -196,6 +202,13 @@ def print_artifact(found: dict[str, Any]) -> None:
         before += ", on the sampled rows" if found["subsampling"]["subsample_negatives"] else ""
         print_table(f"The run's metrics{before}", ["split", *names], rows)
         results.print(legend(names))
+
+
+def _told(bits: Sequence[int], described: Any) -> str:
+    """'4', or '4 (7 of them) and 8 (3)'."""
+    if not isinstance(described, list):
+        return str(described)
+    return " and ".join(f"{each} ({bits.count(each)} of {len(bits)})" for each in sorted({*bits}))
 
 
 def print_export(found: dict[str, Any]) -> None:

@@ -26,6 +26,8 @@ VARIANTS = {
     "activations": {"activation_bits": 8}, "FP32 MLP, activations": {"mlp_bits": 32, "activation_bits": 8},
     "per tensor": {"linear_granularity": "tensor"}, "bias": {"bias_bits": 8}, "bf16 tables": {"table_dtype": "bf16"},
     "bf16 arithmetic": {"precision": "bf16"}, "cat": {"interaction": "cat"}, "self": {"self_interaction": True},
+    "small tables": {"small_table_bits": 8, "small_table_rows": 50},
+    "small tables, FP32": {"table_bits": 32, "small_table_bits": 8, "small_table_rows": 50},
     "odd dim": {"embedding_dim": 5, "bottom_mlp": (8, 5)}, "mean": {"pooling": "mean"},
 }  # fmt: skip
 
@@ -67,7 +69,7 @@ def same_answers(run, path, dataset, which="best"):
 @pytest.mark.parametrize(
     ("data", "variant"),
     [("generated", name) for name in VARIANTS]
-    + [("bags_data", name) for name in ("2 bits", "4 bits", "32 bits", "cat", "mean")],
+    + [("bags_data", name) for name in ("2 bits", "4 bits", "32 bits", "cat", "mean", "small tables")],
 )
 def test_the_artifact_answers_as_the_run(data, variant, request, tmp_path):
     dataset = request.getfixturevalue(data)

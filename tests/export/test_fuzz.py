@@ -314,7 +314,7 @@ def test_tensors_on_top_of_each_other_are_refused(exported, tmp_path):
         one_sentence(error.value, str(path))
 
 
-@pytest.mark.parametrize("version", ["2", "17", "0", "", "1.0", "v1"])
+@pytest.mark.parametrize("version", ["3", "17", "0", "", "1.0", "v1"])
 def test_another_format_version_is_refused_with_both_named(exported, bags_data, tmp_path, version):
     _, header, body = parts(exported)
     path = tmp_path / "model.dqrm"

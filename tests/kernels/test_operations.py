@@ -63,6 +63,26 @@ def lookup(tables, dtype, bits, ids_dtype, numbers, raising):
     return out, rows_out, scale, clamped, dirty
 
 
+@case(*product([(3, 1, 50, 2), (300, 20, 1, 7)], [0, 5, 300], [FP32, BF16], [random_rows, odd], [False, True]))
+def lookup_of_several_bits(table_rows, batch, dtype, numbers, raising):
+    starts, rows = starts_of(table_rows)
+    weight, ids = numbers(sum(table_rows), 3, dtype=dtype), random_ids(table_rows, batch, torch.int32)
+    scale, highest = torch.full((4,), 0.01), torch.tensor([7, 0, 1, 127], dtype=torch.int32)
+    out, rows_out = torch.zeros(ids.numel(), 3), torch.zeros(ids.numel(), dtype=torch.int64)
+    clamped = torch.zeros(1, dtype=torch.int64)
+    assert kernels.lookup(ids, starts, rows, weight, scale, highest, out, rows_out, clamped, raising) == -1
+    for table, high in enumerate(highest.tolist()):  # what its own lookup gives
+        one, (first, end) = slice(table, table + 1), (int(starts[table]), int(starts[table] + rows[table]))
+        own, found = torch.full((1,), 0.01), torch.zeros(batch, 3)
+        kernels.lookup(
+            ids[:, one].contiguous(), starts[one] * 0, rows[one], weight[first:end], own if high else None,
+            (-high - 1, high), found, torch.zeros(batch, dtype=torch.int64), None, raising and high > 0,
+        )  # fmt: skip
+        same(out.view(batch, 4, 3)[:, table], found)
+        assert high or scale[table] == torch.tensor(0.01)
+    return out, rows_out, scale, clamped
+
+
 @case(*product([-1, 4], [3, 40]))
 def lookup_(id, position):  # out of range
     ids = torch.zeros(21, 2, dtype=torch.int32)
@@ -92,18 +112,22 @@ def ranges(first, scale=0.05):
     return TableRanges(torch.tensor(first), torch.full((len(first),), scale), 7)
 
 
+SEVERAL = torch.tensor([7, 0, 127, 1, 32767], dtype=torch.int32)
+
+
 def gradient(name):
     rows, dim = ROW_GRADIENTS[name]
     return here(rows), dim
 
 
-UPDATES = [*product(ROW_GRADIENTS, [1.0, -0.3], [False, True], [random_rows, odd])]
+UPDATES = [*product(ROW_GRADIENTS, [1.0, -0.3], [False, True, "several"], [random_rows, odd])]
 
 
 @case(*UPDATES)
 def add_rows(name, factor, raising, numbers):
     rows, dim = gradient(name)
     raised = ranges([0, 1, 5, 6, 300]) if raising else None
+    raised = raised._replace(highest=here(SEVERAL)) if raising == "several" else raised
     weight = random_rows(901, dim, seed=2)
     assert kernels.add_rows(weight, rows, numbers(len(rows), dim), factor, raised) is weight
     return weight, None if raised is None else raised.scale
@@ -115,6 +139,7 @@ def add_rows_stochastic(name, factor, raising, numbers):
     rows, weight, found = rows.unique(), random_rows(901, dim, seed=2, dtype=BF16), []
     for seed in (0, 1, 2**31, 2**32 - 1):
         raised = ranges([0, 1, 5, 6, 300]) if raising else None
+        raised = raised._replace(highest=here(SEVERAL)) if raising == "several" else raised
         found.append(kernels.add_rows_stochastic(weight.clone(), rows, numbers(len(rows), dim), factor, seed, raised))
         found.append(None if raised is None else raised.scale)
     return found
@@ -136,7 +161,9 @@ def sum_duplicates_(largest):
 def raise_scales(dtype, scale, numbers, count):
     raised, rows = ranges([0, 20, 21, 30], scale), torch.arange(count) * 7 % 33
     kernels.raise_scales(rows, numbers(33, 3, dtype=dtype), raised)
-    return (raised.scale,)
+    several = ranges([0, 20, 21, 30], scale)._replace(highest=here(SEVERAL[1:]))
+    kernels.raise_scales(rows, numbers(33, 3, dtype=dtype), several)
+    return raised.scale, several.scale
 
 
 @case(*product([(1, 1), (15, 3), (16, 16), (17, 17), (1003, 17)], [FP32, BF16], [*ODD, None], [0, 1]))

@@ -16,7 +16,7 @@ DEFAULTS = {
     "bias_bits": 32,
     "activation_bits": 32,
 }
-BITS_FIELDS = ["bits", "table_bits", "mlp_bits", "bias_bits", "activation_bits"]
+BITS_FIELDS = ["bits", "table_bits", "mlp_bits", "small_table_bits", "bias_bits", "activation_bits"]
 
 
 def test_defaults():
@@ -25,7 +25,9 @@ def test_defaults():
 
 
 def test_the_fields_are_these_and_no_others():
-    assert {field.name for field in dataclasses.fields(QATConfig)} == {*DEFAULTS, "table_bits", "mlp_bits"}
+    assert {field.name for field in dataclasses.fields(QATConfig)} == {
+        *DEFAULTS, "table_bits", "mlp_bits", "small_table_bits", "small_table_rows",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BITS_FIELDS)

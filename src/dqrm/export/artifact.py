@@ -10,15 +10,17 @@ from typing import Any
 
 from dqrm.errors import UserError
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.container import FORMAT_VERSION, Container, brief
+from dqrm.export.container import Container, brief
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import described_plan, packed_model, weight_count
+from dqrm.quant.mixed import widths
 from dqrm.quant.uniform import check_bits
 
 KIND, VOCABULARY_KIND = "dqrm-model", "dqrm-vocabulary"
 _VOCABULARY = "vocabulary."
 WEIGHTS = ("table codes", "table scales", "MLP codes", "MLP scales", "biases")
 """The parts of a file that are weights, as `Artifact.sizes` names them."""
+_OTHER_BITS = ("mlp_bits", "activation_bits")
 MOST_TABLES = 4096
 """Pairs of tables take memory: a small file could ask for more than there is."""
 
@@ -84,8 +86,12 @@ class Artifact:
 
     def _large(self) -> tuple[str, ...]:
         """The names of the tensors whose size grows with the number of rows."""
-        per_row = self.container.entries["tables.scale"]["shape"] != [len(self.content["model"]["table_rows"])]
-        return ("tables.codes", "tables.scale") if per_row else ("tables.codes",)
+        names: list[str] = []
+        model = self.content["model"]
+        for prefix, _, numbers in widths(model["table_bits"], len(model["table_rows"])):
+            per_row = self.container.entries[f"tables.{prefix}scale"]["shape"] != [len(numbers)]
+            names += [f"tables.{prefix}{name}" for name in (("codes", "scale") if per_row else ("codes",))]
+        return tuple(names)
 
     @property
     def base_rate(self) -> BaseRate:
@@ -155,7 +161,7 @@ class Artifact:
             return {
                 "kind": "artifact",
                 "path": str(self.path),
-                "format_version": FORMAT_VERSION,
+                "format_version": self.container.version,
                 "sizes": self.sizes(),
                 "bits_per_weight": round(self.bits_per_weight(), 4),
                 **self.content,
@@ -176,9 +182,12 @@ def _check(content: Any) -> None:
         raise ValueError("columns that are not those of its tables")
     if len(content["schema"]["dense"]) != described["num_dense"]:
         raise ValueError("dense columns that are not those of its model")
-    for key in ("table_bits", "mlp_bits", "activation_bits"):
-        check_bits(key, described[key])
-    numbers = [described[key] for key in ("table_bits", "mlp_bits", "activation_bits", "num_dense")]
+    each = described["table_bits"] if isinstance(described["table_bits"], list) else [described["table_bits"]]
+    if isinstance(described["table_bits"], list) and (len(each) != len(rows) or len({*each}) < 2):
+        raise ValueError("bits that are not those of its tables")
+    for key, bits in (*(("table_bits", bits) for bits in each), *((key, described[key]) for key in _OTHER_BITS)):
+        check_bits(key, bits)
+    numbers = [*each, *(described[key] for key in (*_OTHER_BITS, "num_dense"))]
     if not all(type(number) is int for number in [*numbers, *rows]):
         raise ValueError("a size that is not a whole number")
     if len(rows) > MOST_TABLES:
@@ -215,4 +224,4 @@ def _part(name: str) -> str:
     owner, _, last = name.rpartition(".")
     if last == "bias":
         return "biases"
-    return f"{'table' if owner == 'tables' else 'MLP'} {'codes' if last == 'codes' else 'scales'}"
+    return f"{'table' if owner.partition('.')[0] == 'tables' else 'MLP'} {'codes' if last == 'codes' else 'scales'}"

@@ -48,6 +48,10 @@ class PTQConfig(BitsOfParts):
     """Bits of the embedding tables; none: as --bits."""
     mlp_bits: Literal[2, 4, 8, 16, 32] | None = None
     """Bits of the MLP weights (one scale per output channel); none: as --bits."""
+    small_table_bits: Literal[2, 4, 8, 16, 32] | None = None
+    """Bits of embedding tables with fewer than small_table_rows rows; none: as the others."""
+    small_table_rows: int | None = None
+    """With small_table_bits: rows from which on a table has the bits of the others; none: 10,000."""
     granularity: Literal["table", "row"] = "table"
     """One scale per embedding table, or one per row of it (4 bytes more for each row)."""
     clip: Literal["none", "mse"] = "mse"
@@ -55,3 +59,4 @@ class PTQConfig(BitsOfParts):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._resolve_small_tables()

@@ -36,6 +36,10 @@ from dqrm.export.watch import Watch
 from dqrm.identity import FileIdentity
 
 FORMAT_VERSION = 1
+"""What is written unless the content needs a newer reader, so that an older dqrm opens what it can."""
+MIXED_BITS_VERSION = 2
+"""Tables of several bit widths, which lie in a tensor for each width."""
+_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION)
 _DTYPES = {
     torch.uint8: ("U8", 1), torch.int8: ("I8", 1), torch.int16: ("I16", 2), torch.int32: ("I32", 4),
     torch.int64: ("I64", 8), torch.float32: ("F32", 4),
@@ -66,7 +70,7 @@ class Entry:
         return prod(self.shape) * _DTYPES[self.dtype][1]
 
 
-def write(path: Path, kind: str, content: Any, entries: Sequence[Entry]) -> str:
+def write(path: Path, kind: str, content: Any, entries: Sequence[Entry], version: int = FORMAT_VERSION) -> str:
     """Write a file, piece by piece; the caller renames it into place. Returns its header's checksum.
 
     Entries with wider elements should come first, so that each one is aligned.
@@ -84,7 +88,7 @@ def write(path: Path, kind: str, content: Any, entries: Sequence[Entry]) -> str:
     def header(checksums: dict[str, str], own: str = _BLANK) -> bytes:
         metadata = {
             "format": kind,
-            "format_version": str(FORMAT_VERSION),
+            "format_version": str(version),
             "content": json.dumps(content, allow_nan=False),
             "checksums": json.dumps(checksums),
             "header_sha256": own,
@@ -123,6 +127,7 @@ class Container:
     header_bytes: int
     _checksums: dict[str, str]
     _opened: FileIdentity
+    version: int = FORMAT_VERSION
 
     @classmethod
     def open(cls, path: Path, kind: str) -> "Container":
@@ -162,9 +167,10 @@ class Container:
             raise UserError(f"{path} {'has a damaged header' if ours else 'is not a dqrm model'}, {made}") from None
         if stored_kind != kind:
             raise UserError(f"{path} is of format {str(stored_kind)[:40]!r}, not {kind}, {made}")
-        if version != str(FORMAT_VERSION):
+        if version not in map(str, _KNOWN):
+            known = " and ".join(f"version {each}" for each in _KNOWN)
             raise UserError(
-                f"{path} has format version {str(version)[:20]}, this dqrm reads version {FORMAT_VERSION}; "
+                f"{path} has format version {str(version)[:20]}, this dqrm reads {known}; "
                 "another version of dqrm wrote it"
             )
         try:
@@ -182,7 +188,7 @@ class Container:
         if size != 8 + length + end:
             what = "truncated" if size < 8 + length + end else "damaged"
             raise UserError(f"{path} is {what}: it has {size:,} bytes, expected {8 + length + end:,}; export it again")
-        return cls(path, kind, content, own, described, 8 + length, checksums, opened)
+        return cls(path, kind, content, own, described, 8 + length, checksums, opened, int(version))
 
     def _open(self) -> IO[bytes]:
         """Reopen the file; UserError if it was replaced since its header was read."""

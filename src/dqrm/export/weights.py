@@ -1,6 +1,6 @@
 """A trained model's weights as the tensors of an artifact, table by table: no table is in memory in FP32 twice."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from dqrm.models.base import ClickModel
 from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mixed import widths
 from dqrm.quant.packed import PackedLinear
 from dqrm.quant.packing import encode, pieces, storage
 from dqrm.quant.ptq import row_scales, table_scale
@@ -36,7 +37,7 @@ class EncodedWeights:
     """
 
     def __init__(self, model: ClickModel, ptq: PTQConfig | None = None, progress: Progress | None = None) -> None:
-        self._model, self._tell = model, progress or (lambda what, done, total: None)
+        self._model, self._tell, self._packed = model, progress or (lambda what, done, total: None), 0
         self._layers = {
             f"{path}.{number}": layer
             for path, stack in model.stacks().items()
@@ -45,17 +46,20 @@ class EncodedWeights:
         }
         linear = list(self._layers.values())
         if ptq is not None:
-            trained = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
-            if trained:
+            quantized = {model.tables.bits, *(layer.bits for layer in linear)} - {32}
+            if quantized:
                 raise UserError(
-                    f"the run was trained in {min(trained)} bits; `dqrm export` packs it unchanged; quantization "
+                    f"the run was trained in {min(quantized)} bits; `dqrm export` packs it unchanged; quantization "
                     "after training needs a run in FP32 (--bits 32)"
                 )
-        self._trained_bits = (model.tables.bits, linear[0].bits)
-        self.table_bits = model.tables.bits if ptq is None else ptq.effective_table_bits
+        rows, trained = model.tables.table_rows, model.tables.table_bits
+        self._bits = trained if ptq is None else tuple(map(ptq.bits_of_table, rows))
+        self._trained_bits = (trained, linear[0].bits)
+        default = model.tables.bits if ptq is None else ptq.effective_table_bits
+        self.table_bits = list(self._bits) if len({*self._bits}) > 1 else min(self._bits, default=default)
         self.mlp_bits = linear[0].bits if ptq is None else ptq.effective_mlp_bits
         try:
-            self.scale = self._table_scales(ptq)
+            self.scales = self._table_scales(ptq)
             scales = {id(layer): self._layer_scale(layer, ptq) for layer in linear}
             self._scales = {path: scales[id(layer)] for path, layer in self._layers.items()}
 
@@ -69,9 +73,13 @@ class EncodedWeights:
     def entries(self) -> list[Entry]:
         """All tensors, those of wider elements first."""
         tables: QuantEmbeddingBagCollection = self._model.tables
-        dtype, width = storage(tables.embedding_dim, self.table_bits)
-        entries = [Entry("tables.codes", dtype, (len(tables.weight), width), self._codes)]
-        entries.append(Entry.of("tables.scale", self.scale))
+        entries = []
+        for prefix, bits, numbers in widths(self.table_bits, len(tables.table_rows)):
+            dtype, width = storage(tables.embedding_dim, bits)
+            shape = (sum(tables.table_rows[number] for number in numbers), width)
+            scale = torch.cat([self.scales[number] for number in numbers]) if numbers else torch.empty(0)
+            entries.append(Entry(f"tables.{prefix}codes", dtype, shape, partial(self._codes, numbers)))
+            entries.append(Entry.of(f"tables.{prefix}scale", scale))
         for path, stack in self.packed.items():
             entries += [Entry.of(f"{path}.{key}", tensor) for key, tensor in stack.state_dict().items()]
         return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
@@ -79,7 +87,7 @@ class EncodedWeights:
     def reference(self) -> ClickModel:
         """The reference for the packed model: the trained model, or one with weights quantized by the plain formula."""
         model = self._model
-        if (self.table_bits, self.mlp_bits) == self._trained_bits:
+        if (self._bits, self.mlp_bits) == self._trained_bits:
             return model
         stacks = {path: deepcopy(stack) for path, stack in model.stacks().items()}
         for path, scale in self._scales.items():
@@ -87,7 +95,7 @@ class EncodedWeights:
                 owner, _, number = path.rpartition(".")
                 layer: Any = stacks[owner].get_submodule(number)
                 layer.weight.data = fake_quantize(layer.weight.data, scale[:, None], self.mlp_bits)
-        tables = _Requantized(model.tables, self.scale, self.table_bits)
+        tables = _Requantized(model.tables, self.scales, self._bits)
         return type(model).from_parts(model.config, model.num_dense, tables, stacks)
 
     def _layer_scale(self, layer: QuantLinear, ptq: PTQConfig | None) -> Tensor | None:
@@ -98,52 +106,61 @@ class EncodedWeights:
             return None
         return row_scales(layer.weight.detach().float(), self.mlp_bits, ptq.clip)
 
-    def _table_scales(self, ptq: PTQConfig | None) -> Tensor:
+    def _table_scales(self, ptq: PTQConfig | None) -> list[Tensor]:
+        """Of each table, one scale or one per row: float32 [1] or [rows]."""
         tables: QuantEmbeddingBagCollection = self._model.tables
         if self.table_bits == 32:
-            return torch.ones(len(tables.table_rows))
+            return list(torch.ones(len(tables.table_rows)).split(1)) if tables.table_rows else []
         if ptq is None:
-            return tables.current_scale().clone()
+            return list(tables.current_scale().clone().split(1)) if tables.table_rows else []
         scales, done, total = [], 0, len(tables.weight)
-        for number, rows in enumerate(tables.table_rows):
+        for number, (rows, bits) in enumerate(zip(tables.table_rows, self._bits)):
             self._tell("searching scales", done, total)
             table = tables.table(number)
-            if ptq.granularity == "table":
-                scales.append(table_scale(partial(pieces, table), self.table_bits, ptq.clip).view(1))
+            if bits == 32:
+                scales.append(torch.ones(1))
+            elif ptq.granularity == "table":
+                scales.append(table_scale(partial(pieces, table), bits, ptq.clip).view(1))
             else:
-                scales += [row_scales(piece.float(), self.table_bits, ptq.clip) for piece in pieces(table)]
+                scales.append(torch.cat([row_scales(piece.float(), bits, ptq.clip) for piece in pieces(table)]))
             done += rows
         self._tell("searching scales", total, total)
-        return torch.cat(scales) if scales else torch.empty(0)
+        return scales
 
-    def _codes(self) -> Iterable[Tensor]:
-        tables, done = self._model.tables, 0
-        per_row = len(self.scale) == len(tables.weight)
-        for number in range(len(tables.table_rows)):
+    def _codes(self, numbers: Sequence[int]) -> Iterable[Tensor]:
+        """Of these tables, in this order."""
+        tables = self._model.tables
+        for number in numbers:
+            done, scales = 0, self.scales[number]
             for piece in pieces(tables.table(number)):
                 low, high = torch.aminmax(piece)  # NaN, if any is
                 if not bool((low.isfinite() & high.isfinite()).item()):
                     raise UserError(f"table {number} holds weights that are NaN or infinite: the training diverged")
-                scale = self.scale[done : done + len(piece)] if per_row else self.scale[number : number + 1]
-                yield encode(piece, scale[:, None], self.table_bits)
+                scale = scales if len(scales) == 1 else scales[done : done + len(piece)]
+                yield encode(piece, scale[:, None], self._bits[number])
                 done += len(piece)
-                self._tell("packing", done, len(tables.weight))
+                self._packed += len(piece)
+                self._tell("packing", self._packed, len(tables.weight))
 
 
 class _Requantized(TableLayout):
     """Tables in FP32 whose rows are quantized as they are looked up: the plain formula, for comparison."""
 
-    def __init__(self, tables: QuantEmbeddingBagCollection, scale: Tensor, bits: int) -> None:
+    def __init__(self, tables: QuantEmbeddingBagCollection, scales: list[Tensor], bits: Sequence[int]) -> None:
         super().__init__()
         self._init_layout(tables.table_rows, tables.embedding_dim, tables.multi, tables.pooling)
-        self.weight, self.scale, self.bits = tables.weight.detach(), scale, bits
+        self.weight, self.scales, self.bits = tables.weight.detach(), scales, bits
 
     def forward(self, ids: Tensor, bags: Any = ()) -> Tensor:
         looked_up = []
         for part, first, tables in self._groups(ids, bags):
             self._refuse_outside(part, first, tables)
-            rows = (part.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1)
-            numbers = torch.arange(first, first + tables).repeat(len(rows) // max(1, tables))
-            scale = self.scale[rows if len(self.scale) == len(self.weight) else numbers]
-            looked_up.append(fake_quantize(self.weight[rows].float(), scale[:, None], self.bits))
+            vectors = [self._values(column, first + number) for number, column in enumerate(part.view(-1, tables).T)]
+            looked_up.append(torch.stack(vectors, 1).flatten(0, 1))
         return self._pooled(looked_up, len(ids), bags)
+
+    def _values(self, ids: Tensor, number: int) -> Tensor:
+        """Of a table's ids [N]: float32 [N, dim]."""
+        scale = self.scales[number]
+        scale = scale if len(scale) == 1 else scale[ids.long()]
+        return fake_quantize(self.weight[ids + self.row_offsets[number]].float(), scale[:, None], self.bits[number])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dqrm.kernels import cpu, plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, TableRanges
+from dqrm.kernels.layout import Blocks, Limits, TableRanges
 
-__all__ = ["BACKENDS", "OPERATIONS", "Backend", "Blocks", "TableRanges", "choose", "native", "traced"]
+__all__ = ["BACKENDS", "OPERATIONS", "Backend", "Blocks", "Limits", "TableRanges", "choose", "native", "traced"]
 
 
 class Backend(Protocol):
@@ -60,7 +60,7 @@ def _operation(function: _Function) -> _Function:
 
 @_operation
 def lookup(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
     dirty_starts: Tensor | None = None, block: int = 1,
 ) -> int:  # fmt: skip
@@ -69,7 +69,7 @@ def lookup(
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table.
         weight: float32 or bf16. scale: float32 [T], or None: not quantized.
-        limits: lowest and highest code. rows_out: int64 [N], set to the rows read.
+        limits: lowest and highest code, or those of each table (`Limits`). rows_out: int64 [N], set to the rows read.
         clamped: int64 [1], to which the number of weights beyond the limits is added; None: not counted.
         raising: raise `scale` first, in place, to what these rows need, so that nothing is beyond the limits.
         dirty: uint8 flags of blocks of `block` rows, set where a row is read; table t's begin at dirty_starts[t].

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dqrm.kernels import plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, TableRanges
+from dqrm.kernels.layout import Blocks, Limits, TableRanges
 
 _PLAIN = (Tensor, nn.Parameter)
 _F32, _I64, _U8 = (torch.float32,), (torch.int64,), (torch.uint8,)
@@ -58,13 +58,13 @@ def takes(operation: str, *tensors: Tensor | None) -> bool:
 # Each kernel's arguments, then what it returns: pointer, int, 64-bit int, float, 32-bit unsigned, nothing.
 _TYPES: dict[str, Any] = {"p": c_void_p, "i": c_int, "l": c_int64, "f": c_float, "u": c_uint32, "-": None}
 _PROTOTYPES = {
-    "lookup": "pillpppilpiipppippli l",
+    "lookup": "pillpppilpiippppippli l",
     "lookup_packed": "pillpppilpipi l",
     "outside": "plli l",
-    "add_rows": "plpplfplpii -",
-    "add_rows_stochastic": "plpplfuplpii -",
+    "add_rows": "plpplfplpipi -",
+    "add_rows_stochastic": "plpplfuplpipi -",
     "sum_duplicates": "ppllpppi l",
-    "raise_scales": "plplpilpii -",
+    "raise_scales": "plplpilpipi -",
     "blocks_max": "pilllppi u",
     "quantize_weights": "pplppi -",
     "finish_linear": "pllplpii -",
@@ -102,13 +102,15 @@ def _half(tensor: Tensor | None) -> bool:
 
 
 def lookup(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
-    out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits, out: Tensor,
+    rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
     dirty_starts: Tensor | None = None, block: int = 1,
 ) -> int:  # fmt: skip
+    low_high_highs = (*limits, None) if isinstance(limits, tuple) else (0, 0, limits)
     wrong: int = _call(
         "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
-        _half(weight), weight.shape[1], scale, *limits, out, rows_out, clamped, raising, dirty, dirty_starts, block,
+        _half(weight), weight.shape[1], scale, *low_high_highs, out, rows_out, clamped, raising, dirty,
+        dirty_starts, block,
     )  # fmt: skip
     return wrong
 
@@ -134,7 +136,12 @@ def _before_update(weight: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _watched(ranges: TableRanges | None) -> tuple[Any, ...]:
-    return (None, 0, None, 0) if ranges is None else (ranges.starts, len(ranges.starts), ranges.scale, ranges.highest)
+    """(starts, tables, scale, the highest code of all of them, those of each)"""
+    if ranges is None:
+        return None, 0, None, 0, None
+    highest: Any = ranges.highest
+    codes = (0, highest) if isinstance(highest, Tensor) else (highest, None)
+    return ranges.starts, len(ranges.starts), ranges.scale, *codes
 
 
 def add_rows(
@@ -162,8 +169,8 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
-    starts, tables, scale, highest = _watched(ranges)
-    _call("raise_scales", rows, len(rows), starts, tables, weight, _half(weight), weight.shape[1], scale, highest)
+    starts, tables, *scale = _watched(ranges)
+    _call("raise_scales", rows, len(rows), starts, tables, weight, _half(weight), weight.shape[1], *scale)
 
 
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:

@@ -34,13 +34,17 @@ static int64_t table_of(int64_t row, const int64_t *starts, int64_t tables, int6
     return low;
 }
 
+/* The highest code of a table: one for all, or (`highs` not NULL) one for each; 0: not quantized. */
+static inline int high_of(int high, const int32_t *highs, int64_t table) { return highs ? highs[table] : high; }
+
 /* Whether a row of this magnitude may need a larger scale; rarely true, so that who asks looks closely then. */
 static int suspect(float largest, float scale, int high) { return !(largest < scale * (float)high * 0.999999f); }
 
 /* scale[t] = max(itself, the scale of max|weight[row]|) for each of the rows, t its table; `only` (or NULL) says for which
  * tables. Rows come table after table, sample by sample, or sorted. */
 static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables, const void *weight,
-                      int half, int64_t dim, float *scale, int high, const uint8_t *only, int threads) {
+                      int half, int64_t dim, float *scale, int high, const int32_t *highs, const uint8_t *only,
+                      int threads) {
     int64_t width = dim * (half ? 2 : 4);
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
@@ -53,10 +57,11 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
             float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
             float now;
             __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
-            if (!suspect(largest, now, high)) continue;
+            int top = high_of(high, highs, table);
+            if (!top || !suspect(largest, now, top)) continue;
 #pragma omp critical(dqrm_raise)
-            if (exceeds(largest, scale[table], high)) {
-                float raised = scale_of(bits_of(largest), high);
+            if (exceeds(largest, scale[table], top)) {
+                float raised = scale_of(bits_of(largest), top);
                 __atomic_store(&scale[table], &raised, __ATOMIC_RELAXED);
             }
         }
@@ -64,18 +69,20 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
 }
 
 EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
-                              const void *weight, int half, int64_t dim, float *scale, int high, int threads) {
-    raise_for(rows, count, starts, tables, weight, half, dim, scale, high, NULL, threads);
+                              const void *weight, int half, int64_t dim, float *scale, int high, const int32_t *highs,
+                              int threads) {
+    raise_for(rows, count, starts, tables, weight, half, dim, scale, high, highs, NULL, threads);
 }
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
+ * Codes from low to high; `highs` (or NULL): from -highs[t] - 1 to highs[t] for table t, 0: it is not quantized.
  * `clamped` (or NULL): the number of weights beyond the codes is added to it. `raising`: scales are raised first to what
  * these rows need. `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t] on, are set for what is read.
  * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
                            const int64_t *table_rows, const void *weight, int half, int64_t dim, float *scale,
-                           int low, int high, float *out, int64_t *rows_out, int64_t *clamped, int raising,
-                           uint8_t *dirty, const int64_t *dirty_starts, int64_t block, int threads) {
+                           int low, int high, const int32_t *highs, float *out, int64_t *rows_out, int64_t *clamped,
+                           int raising, uint8_t *dirty, const int64_t *dirty_starts, int64_t block, int threads) {
     int64_t bad = INT64_MAX, beyond;
     int grown;
     int64_t size = half ? 2 : 4;
@@ -109,21 +116,22 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         } else {
             memcpy(to, (const float *)weight + rows_out[i] * dim, dim * 4);
         }
-        if (!scale) continue;
+        int top = high_of(high, highs, table), bottom = highs ? -top - 1 : low;
+        if (!scale || !top) continue;
         if (clamped || raising) {
             float largest = float_of(max_bits_of(to, 0, dim));
-            if (suspect(largest, s, high)) {
+            if (suspect(largest, s, top)) {
                 for (int64_t d = 0; d < dim; d++) {
                     float code = rintf(to[d] / s);
-                    beyond += code < low || code > high;
+                    beyond += code < bottom || code > top;
                 }
-                grown |= raising && exceeds(largest, s, high);
+                grown |= raising && exceeds(largest, s, top);
             }
         }
-        for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, low, high) * s;
+        for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, bottom, top) * s;
       }
     if (grown) {
-        dqrm_raise_scales(rows_out, count, starts, tables, weight, half, dim, scale, high, threads);
+        dqrm_raise_scales(rows_out, count, starts, tables, weight, half, dim, scale, high, highs, threads);
         goto again;
     }
     if (clamped) *clamped += beyond;
@@ -197,7 +205,8 @@ static inline void mark(uint8_t *grown, int64_t table, int64_t tables) {
 /* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. `scale` (or NULL), of
  * tables whose first rows are `starts`: raised to what the new rows need, while they are at hand. */
 EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
-                          float factor, const int64_t *starts, int64_t tables, float *scale, int high, int threads) {
+                          float factor, const int64_t *starts, int64_t tables, float *scale, int high,
+                          const int32_t *highs, int threads) {
     uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL; /* tables whose scale may be too small; last: any */
     if (count * dim <= LITTLE) threads = 1;
 #pragma omp parallel num_threads(threads)
@@ -225,12 +234,13 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
             if (rows[i] < starts[at] || (at + 1 < tables && rows[i] >= starts[at + 1]))
                 at = table_of(rows[i], starts, tables, last);
             last = at;
-            if (grown && suspect(float_of(max_bits_of(to, 0, dim)), scale[at], high)) mark(grown, at, tables);
+            int top = high_of(high, highs, at);
+            if (grown && top && suspect(float_of(max_bits_of(to, 0, dim)), scale[at], top)) mark(grown, at, tables);
         }
     }
     /* From what the rows are in the end: one that repeats may have been larger in between. */
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, 0, dim, scale, high, grown, threads);
+        raise_for(rows, count, starts, tables, weight, 0, dim, scale, high, highs, grown, threads);
     free(grown);
 }
 
@@ -238,7 +248,7 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
  * with the probability of its distance to the lower one: the 16 bits that are cut off, plus 16 random bits, carry. */
 EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_t *rows, const float *values,
                                      int64_t count, float factor, uint32_t seed, const int64_t *starts,
-                                     int64_t tables, float *scale, int high, int threads) {
+                                     int64_t tables, float *scale, int high, const int32_t *highs, int threads) {
     uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL;
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
@@ -260,11 +270,12 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
             }
             if (!scale) continue;
             table = table_of(rows[i], starts, tables, table);
-            if (grown && suspect(float_of(max_bits_of(to, 1, dim)), scale[table], high)) mark(grown, table, tables);
+            int top = high_of(high, highs, table);
+            if (grown && top && suspect(float_of(max_bits_of(to, 1, dim)), scale[table], top)) mark(grown, table, tables);
         }
     }
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, 1, dim, scale, high, grown, threads);
+        raise_for(rows, count, starts, tables, weight, 1, dim, scale, high, highs, grown, threads);
     free(grown);
 }
 

@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Limits = tuple[int, int] | Tensor
+"""Lowest and highest code; or for tables of several bit widths int32 [tables], the highest code of each: its codes go
+from -highest - 1 to highest, and 0 is a table that is not quantized."""
+
 
 class TableRanges(NamedTuple):
     """Scales of the tables in one weight, for code that changes its rows to raise."""
@@ -14,8 +18,8 @@ class TableRanges(NamedTuple):
     """int64 [tables], the first row of each."""
     scale: Tensor
     """float32 [tables]."""
-    highest: int
-    """The highest code."""
+    highest: int | Tensor
+    """The highest code; or int32 [tables], that of each table (0: not quantized, its scale stays)."""
 
 
 class Blocks:

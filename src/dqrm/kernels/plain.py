@@ -4,11 +4,12 @@ See `kernels` for their documentation. The first functions correspond to those o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dqrm.kernels.layout import Blocks, TableRanges
+from dqrm.kernels.layout import Blocks, Limits, TableRanges
 
 SMALLEST_MAXIMUM = 1e-8
 _MASK = 0xFFFFFFFF
@@ -25,8 +26,10 @@ def limits(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
-def scale_of(largest: Tensor, highest: int) -> Tensor:
-    return largest.float().clamp(min=SMALLEST_MAXIMUM) / highest
+def scale_of(largest: Tensor, highest: int | Tensor) -> Tensor:
+    """Where the highest code is 0 (not quantized): 0."""
+    scale = largest.float().clamp(min=SMALLEST_MAXIMUM) / highest
+    return torch.where(highest == 0, 0.0, scale) if isinstance(highest, Tensor) else scale
 
 
 def codes_of(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -52,7 +55,7 @@ def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
 
 
 def lookup(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: tuple[int, int],
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
     dirty_starts: Tensor | None = None, block: int = 1,
 ) -> int:  # fmt: skip
@@ -66,12 +69,16 @@ def lookup(
         dirty[(dirty_starts + ids.div(block, rounding_mode="floor")).view(-1)] = 1
     values = weight.detach().index_select(0, rows).float().view(*ids.shape, weight.shape[1])
     if scale is not None and values.numel():
+        each = isinstance(limits, Tensor)
+        highest: Any = limits if each else limits[1]
+        low, high = (-highest[:, None] - 1, highest[:, None]) if each else limits
         if raising:
-            torch.maximum(scale, scale_of(values.abs().amax((0, 2)), limits[1]), out=scale)
+            torch.maximum(scale, scale_of(values.abs().amax((0, 2)), highest), out=scale)
         codes = (values / scale[:, None]).round_()
         if clamped is not None:
-            clamped += ((codes < limits[0]) | (codes > limits[1])).sum()
-        values = codes.clamp_(*limits).mul_(scale[:, None])
+            clamped += (((codes < low) | (codes > high)) & (highest[:, None] > 0 if each else True)).sum()
+        quantized = codes.clamp_(low, high).mul_(scale[:, None])
+        values = torch.where(highest[:, None] > 0, quantized, values) if each else quantized
     out.copy_(values.view(out.shape))
     return -1
 
@@ -133,6 +140,7 @@ def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
     if len(rows):
         largest = weight.detach().index_select(0, rows).abs().amax(1)
         table = torch.searchsorted(starts, rows, right=True).sub_(1)
+        highest = highest[table] if isinstance(highest, Tensor) else highest
         scale.scatter_reduce_(0, table, scale_of(largest, highest), "amax")
 
 

@@ -17,8 +17,9 @@ from dqrm.models.dlrm import DLRM
 from dqrm.options import build, did_you_mean
 from dqrm.quant.config import STORAGES, registered
 from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mixed import packed_collection
 from dqrm.quant.mlp import QuantMLP
-from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
+from dqrm.quant.packed import PackedLinear
 
 MODELS: dict[str, type[ClickModel]] = {"dlrm": DLRM, "dcn": DCN}
 
@@ -69,8 +70,11 @@ def table_dtype(config: Config) -> torch.dtype:
 # Models as the header of an artifact describes them.
 
 
-def describe_model(model: ClickModel, table_bits: int, mlp_bits: int) -> dict[str, Any]:
+def describe_model(model: ClickModel, table_bits: int | list[int], mlp_bits: int) -> dict[str, Any]:
     """What `packed_model` needs to know of a trained model besides its tensors, which have the given bits.
+
+    Args:
+        table_bits: of all tables, or a list with those of each where they differ.
 
     Raises:
         ValueError: the model is not of the class that its configuration names, so the artifact would load another one.
@@ -129,14 +133,13 @@ def packed_model(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Cl
     stacks = {
         path: _packed_stack(path, layers, described, tensors) for path, layers in described_plan(described).items()
     }
-    tables = PackedEmbeddingBagCollection(
+    tables = packed_collection(
         described["table_rows"],
         config.embedding_dim,
+        described["table_bits"],
+        lambda prefix, bits, numbers: {name: tensors.pop(f"tables.{prefix}{name}") for name in ("codes", "scale")},
         multi=described["multi"],
         pooling=config.pooling,
-        bits=described["table_bits"],
-        codes=tensors.pop("tables.codes"),
-        scale=tensors.pop("tables.scale"),
     )
     if tensors:
         raise ValueError(f"'{next(iter(tensors))}' is not part of the model")

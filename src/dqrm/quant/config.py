@@ -8,6 +8,7 @@ from typing import Any, Literal
 BITS = (2, 4, 8, 16, 32)
 REFRESHES = ("periodic", "running_max")
 PERIOD, RESCAN_PERIOD = 200, 10_000  # the first is the DQRM paper's on Kaggle
+SMALL_TABLE_ROWS = 10_000
 QUANTIZERS: dict[str, Any] = {"max": "dqrm.quant.ranges.max_quantizer"}
 """What a QATConfig can name as `quantizer`: a subclass of `quant.quantizer.WeightFakeQuantizer`, or where it is."""
 
@@ -35,6 +36,8 @@ class BitsOfParts:
     bits: int
     table_bits: int | None
     mlp_bits: int | None
+    small_table_bits: int | None
+    small_table_rows: int | None
 
     @property
     def effective_table_bits(self) -> int:
@@ -45,6 +48,23 @@ class BitsOfParts:
     def effective_mlp_bits(self) -> int:
         """Bits of the MLP weights after `bits` is taken as the default."""
         return self.bits if self.mlp_bits is None else self.mlp_bits
+
+    def bits_of_table(self, rows: int) -> int:
+        """Bits of a table of so many rows."""
+        if self.small_table_bits is None or self.small_table_rows is None or rows >= self.small_table_rows:
+            return self.effective_table_bits
+        return self.small_table_bits
+
+    def _resolve_small_tables(self) -> None:
+        """Resolve the default at once, so that what is stored says it; ValueError for rows without bits, or below 1."""
+        rows = self.small_table_rows
+        if self.small_table_bits is None:
+            if rows is not None:
+                raise ValueError(f"small_table_rows is {rows}, but no small_table_bits says how many bits those have")
+        elif rows is None:
+            object.__setattr__(self, "small_table_rows", SMALL_TABLE_ROWS)
+        elif not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+            raise ValueError(f"small_table_rows is {rows!r}, expected a whole number of rows, 1 or more")
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,10 @@ class QATConfig(BitsOfParts):
     """Bits of the embedding tables; none: as --bits."""
     mlp_bits: int | None = None
     """Bits of the MLP weights; none: as --bits."""
+    small_table_bits: int | None = None
+    """Bits of embedding tables with fewer than small_table_rows rows; none: as the others."""
+    small_table_rows: int | None = None
+    """With small_table_bits: rows from which on a table has the bits of the others; none: 10,000."""
     quantizer: str = "max"
     """Where scales come from; max: from the largest magnitude."""
     scale_refresh: Literal["periodic", "running_max"] | None = None
@@ -79,7 +103,7 @@ class QATConfig(BitsOfParts):
     """Bits of the inputs of linear layers, on a running maximum; 32 keeps them FP32."""
 
     def __post_init__(self) -> None:
-        for name in ("bits", "table_bits", "mlp_bits", "bias_bits", "activation_bits"):
+        for name in ("bits", "table_bits", "mlp_bits", "small_table_bits", "bias_bits", "activation_bits"):
             value = getattr(self, name)
             if value is not None and value not in BITS:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, BITS))}")
@@ -87,6 +111,7 @@ class QATConfig(BitsOfParts):
             raise ValueError(
                 f"bias_bits is {self.bias_bits}, but the MLP is not quantized, and a bias has no scale but its weight's"
             )
+        self._resolve_small_tables()
         check_registered("quantizer", self.quantizer, QUANTIZERS)
         # Resolved here, so that what is stored records the rule that applied.
         if self.scale_refresh is None:

@@ -10,7 +10,8 @@ from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, refuse_unsupported
 from dqrm.quant.linear import QuantLinear
-from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
+from dqrm.quant.mixed import packed_collection
+from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedLinear
 from dqrm.quant.packing import encode, encode_table, storage
 from dqrm.quant.quantizer import FakeQuantized, WeightFakeQuantizer
 from dqrm.quant.uniform import scale_from_max
@@ -86,10 +87,14 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
             part = (
                 "tables" if isinstance(module, (nn.Embedding, nn.EmbeddingBag, QuantEmbeddingBagCollection)) else "mlp"
             )
-            bits, scales = 8 * parameter.element_size(), 0
-            if name == "weight" and isinstance(module, FakeQuantized) and module.bits != 32:
-                bits, scales = module.bits, module.weight_fake_quantizer.groups.count
-            sizes[part] += -(-parameter.numel() * bits // 8) + 4 * scales
+            full, stored = 8 * parameter.element_size(), [(parameter.numel(), 32, 0)]
+            if name == "weight" and isinstance(module, FakeQuantized):
+                groups, each = module.weight_fake_quantizer.groups, parameter.shape[-1]
+                stored = [(parameter.numel(), module.bits, groups.count)]
+                if groups.bits and groups.table_rows:
+                    stored = [(rows * each, bits, 1) for rows, bits in zip(groups.table_rows, groups.bits)]
+            for count, bits, scales in stored:
+                sizes[part] += count * full // 8 if bits == 32 else -(-count * bits // 8) + 4 * scales
     return {**sizes, "total": sum(sizes.values())}
 
 
@@ -136,14 +141,7 @@ def _pack(module: nn.Module) -> nn.Module | None:
     assert isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection))
     scale = module.current_scale().clone()
     if isinstance(module, QuantEmbeddingBagCollection):
-        dtype, width = storage(module.embedding_dim, module.bits)
-        codes = torch.empty(len(module.weight), width, dtype=dtype)
-        for number, rows in enumerate(codes.split(module.table_rows)):
-            rows.copy_(encode_table(module.table(number), scale[number : number + 1], module.bits))
-        return PackedEmbeddingBagCollection(
-            module.table_rows, module.embedding_dim, multi=module.multi, pooling=module.pooling, bits=module.bits,
-            codes=codes, scale=scale,
-        )  # fmt: skip
+        return _pack_collection(module, scale)
     kind = PackedEmbedding if isinstance(module, QuantEmbedding) else PackedEmbeddingBag
     packed = kind(
         module.num_embeddings, module.embedding_dim, bits=module.bits,
@@ -153,6 +151,21 @@ def _pack(module: nn.Module) -> nn.Module | None:
     if isinstance(module, QuantEmbeddingBag):
         packed.mode, packed.include_last_offset = module.mode, module.include_last_offset
     return packed
+
+
+def _pack_collection(module: QuantEmbeddingBagCollection, scale: Tensor) -> nn.Module:
+    def tensors(prefix: str, bits: int, tables: list[int]) -> dict[str, Tensor]:
+        dtype, width = storage(module.embedding_dim, bits)
+        table_rows = [module.table_rows[number] for number in tables]
+        codes = torch.empty(sum(table_rows), width, dtype=dtype)
+        for number, rows in zip(tables, codes.split(table_rows)):
+            rows.copy_(encode_table(module.table(number), scale[number : number + 1], bits))
+        return {"codes": codes, "scale": scale[tables]}
+
+    return packed_collection(
+        module.table_rows, module.embedding_dim, module.table_bits or module.bits, tensors, multi=module.multi,
+        pooling=module.pooling,
+    )  # fmt: skip
 
 
 @torch.no_grad()

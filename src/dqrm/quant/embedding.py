@@ -36,7 +36,7 @@ class _ActiveRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: tuple[int, int], blocks: Any,
+        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: kernels.Limits, blocks: Any,
         clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = sum(lookup.ids.numel() for lookup in lookups)
@@ -46,9 +46,10 @@ class _ActiveRows(torch.autograd.Function):
         for lookup in lookups:
             end = at + lookup.ids.numel()
             tables = slice(lookup.first, lookup.first + len(lookup.starts))
+            part = limits if isinstance(limits, tuple) else limits[tables]
             watched = () if blocks is None else (blocks.dirty, blocks.starts[tables], blocks.block)
             wrong = kernels.lookup(
-                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, limits, values[at:end],
+                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, part, values[at:end],
                 rows[at:end], clamped, raising, *watched,
             )  # fmt: skip
             if wrong >= 0:
@@ -135,7 +136,7 @@ class _OneTable(QuantizedTables):
 
     def _init_quantization(self, qat: QATConfig) -> None:
         refuse_unsupported(self)
-        self._add_quantizer(qat, qat.effective_table_bits, Groups(1, (len(self.weight),)))
+        self._add_quantizer(qat, qat.bits_of_table(len(self.weight)), Groups(1, (len(self.weight),)))
 
     padding_idx: int | None
 
@@ -200,6 +201,9 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
     One gather instead of one per table, and one sparse gradient for the whole collection: `weight.grad` is a COO tensor
     of row numbers in the contiguous weight and their gradients.
 
+    Attributes:
+        table_bits: bits of each table. bits: the fewest of them.
+
     Args:
         table_rows: rows of each table; the single-valued tables first, then the multi-valued ones.
         embedding_dim: values per row.
@@ -231,7 +235,10 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self.sparse = sparse
         self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
-        self._add_quantizer(qat, qat.effective_table_bits, Groups(len(self.table_rows), self.table_rows))
+        self.table_bits = tuple(map(qat.bits_of_table, self.table_rows))
+        bits = min(self.table_bits, default=qat.effective_table_bits)
+        mixed = self.table_bits if len(set(self.table_bits)) > 1 else None
+        self._add_quantizer(qat, bits, Groups(len(self.table_rows), self.table_rows, mixed))
         if _weight is None:
             self.reset_parameters()
 
@@ -299,4 +306,5 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         return torch.cat(quantized) if len(quantized) > 1 else quantized[0], rows
 
     def extra_repr(self) -> str:
-        return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, bits={self.bits}"
+        bits = "/".join(map(str, sorted({self.bits, *self.table_bits})))
+        return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, bits={bits}"

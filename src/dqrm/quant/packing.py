@@ -49,6 +49,12 @@ def storage(dim: int, bits: int) -> tuple[torch.dtype, int]:
     return (torch.int16 if bits == 16 else torch.float32), dim
 
 
+def storage_bytes(dim: int, bits: int) -> int:
+    """Bytes of a stored row of `dim` weights."""
+    dtype, width = storage(dim, bits)
+    return dtype.itemsize * width
+
+
 def encode(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Weights [rows, dim] as they are stored: [rows, width], see `storage`. `scale`: float32, broadcast."""
     if bits == 32:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqrm.kernels import TableRanges
+from dqrm.kernels import Limits, TableRanges
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QUANTIZERS, QATConfig, registered
 from dqrm.quant.storage import storage_of
-from dqrm.quant.uniform import code_limits, fake_quantize, scale_from_max
+from dqrm.quant.uniform import code_limits, fake_quantize, fake_quantize_groups, highest_codes, scale_from_max
 
 _NAME = "weight_fake_quantizer"
 # Code limits; blocks to mark (`ranges.BlockMaxima`) or None; where clamped weights are counted, or None; whether scales
 # are raised to what the rows need.
-LookupArguments = tuple[tuple[int, int], Any, Tensor | None, bool]
+LookupArguments = tuple[Limits, Any, Tensor | None, bool]
 # Keys of the same values in state dicts of versions without this child module.
 _MOVED = ("scale", "scale_ticks")
 
@@ -33,6 +33,8 @@ class Groups:
     count: int
     table_rows: tuple[int, ...] | None = None
     """Rows of each table in the weight; None: of a linear layer, with one group per row, or one in all."""
+    bits: tuple[int, ...] | None = None
+    """Bits of each table where they differ (32: not quantized); None: all have the quantizer's `bits`."""
 
     def tables(self, weight: Tensor) -> Sequence[Tensor]:
         """Each table's rows of the weight: views without a gradient."""
@@ -63,7 +65,7 @@ class WeightFakeQuantizer(nn.Module):
 
     Args:
         qat: what is quantized and how.
-        bits: of this weight: 2, 4, 8 or 16 (`max` only: or 32, not quantized).
+        bits: of this weight: 2, 4, 8 or 16 (`max` only: or 32, not quantized); the fewest, where tables differ.
         groups: what has a scale of its own.
 
     Attributes:
@@ -72,17 +74,40 @@ class WeightFakeQuantizer(nn.Module):
     """
 
     scale: Tensor
+    _highest: Tensor | None
     fusible = False
     """Whether compiled code may take the place of `fake_quantize`: for tables, rows on `scale`, which gets no gradient;
     for linear layers, a weight on the scale of its largest magnitudes."""
+    several_bits = False
+    """Whether it takes tables of several bit widths (`groups.bits`): by `scale_of` and `values_of`, which know them."""
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__()
         self.qat, self.bits, self.groups = qat, bits, groups
         self.clamps = Clamps()
         self.scale_ticks = 0
-        self._limits = (0, 0) if bits == 32 else code_limits(bits)
+        self.register_buffer("_highest", highest_codes(groups.bits) if groups.bits else None, persistent=False)
+        self._code_limits = (0, 0) if bits == 32 else code_limits(bits)
         self._scale_known = False
+
+    @property
+    def limits(self) -> Limits:
+        """Lowest and highest code, or those of each group where they differ."""
+        return self._code_limits if self._highest is None else self._highest
+
+    def scale_of(self, largest: Tensor, group: slice = slice(None)) -> Tensor:
+        """The scales of the largest magnitudes [groups] of the groups `group`: float32 [groups]; 1 where a group is not
+        quantized."""
+        if self._highest is None:
+            return scale_from_max(largest, self.bits)
+        highest = self._highest[group]
+        return torch.where(highest == 0, 1.0, scale_from_max(largest, 2) / highest.clamp(min=1))  # of 2 bits: times 1
+
+    def values_of(self, x: Tensor, scale: Tensor, group: slice = slice(None)) -> Tensor:
+        """The values of the codes of x [..., groups, dim] on `scale` float32 [groups]; STE."""
+        if self._highest is None:
+            return fake_quantize(x, scale[:, None], self.bits)
+        return fake_quantize_groups(x, scale, self._highest[group])
 
     # Called by the forward pass.
 
@@ -96,11 +121,11 @@ class WeightFakeQuantizer(nn.Module):
 
         Differentiable: by default the gradient passes unchanged to the values, and the scale gets none.
         """
-        return fake_quantize(values, self.scale[group, None], self.bits)
+        return self.values_of(values, self.scale[group], group)
 
     def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
         """Arguments for compiled code that looks up a number of rows in place of `fake_quantize`."""
-        return self._limits, None, None, False
+        return self.limits, None, None, False
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
         """A forward without compiled code looks up rows int64 [N]; position i is of table first + i % tables."""
@@ -119,7 +144,7 @@ class WeightFakeQuantizer(nn.Module):
     @torch.no_grad()
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
         """Set the scales from the weight, by default from its largest magnitudes; `everything`: any row may be new."""
-        self.scale.copy_(scale_from_max(self.groups.largest(weight), self.bits))
+        self.scale.copy_(self.scale_of(self.groups.largest(weight)))
         self._scale_known = True
 
     def synchronize(self, weight: Tensor) -> None:
@@ -176,7 +201,13 @@ class WeightFakeQuantizer(nn.Module):
 
 def new_quantizer(qat: QATConfig, bits: int, groups: Groups) -> WeightFakeQuantizer:
     """The quantizer that a configuration names, for a weight of `bits` bits."""
-    quantizer: WeightFakeQuantizer = registered("max" if bits == 32 else qat.quantizer, QUANTIZERS)(qat, bits, groups)
+    name = "max" if bits == 32 else qat.quantizer
+    quantizer: WeightFakeQuantizer = registered(name, QUANTIZERS)(qat, bits, groups)
+    if groups.bits and not quantizer.several_bits:
+        raise ValueError(
+            f"small_table_bits is {qat.small_table_bits}, but the quantizer '{name}' needs the same number of bits for "
+            f"all tables; leave small_table_bits out, or use quantizer 'max'"
+        )
     return quantizer
 
 

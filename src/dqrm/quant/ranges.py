@@ -17,20 +17,11 @@ from dqrm.quant.config import QATConfig
 from dqrm.quant.linear import LinearMax
 from dqrm.quant.quantizer import Groups, LookupArguments, WeightFakeQuantizer
 from dqrm.quant.storage import storage_of
-from dqrm.quant.uniform import fake_quantize, scale_from_max
 
 # Rows per block whose maximum is remembered: small enough that a period dirties few of them.
 _BLOCK = 16
 # Forwards whose rows running_max keeps while no optimizer changes the weight; with more, it rescans.
 _FORWARDS_KEPT = 64
-
-
-def raise_to(scale: Tensor, largest: Tensor, bits: int) -> None:
-    """Raise scales [tables] in place to at least those of the largest magnitudes `largest` [tables].
-
-    Compares scales, not magnitudes: the result is never below the exact scale of the same magnitude.
-    """
-    torch.maximum(scale, scale_from_max(largest, bits), out=scale)
 
 
 class BlockMaxima:
@@ -81,7 +72,7 @@ class TableMax(WeightFakeQuantizer):
     forward twice and so counts it twice.
     """
 
-    fusible = True
+    fusible = several_bits = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
@@ -113,7 +104,7 @@ class TableMax(WeightFakeQuantizer):
             return
         if everything and self._blocks is not None:
             self._blocks.all_changed()
-        self.scale.copy_(scale_from_max(self._largest(weight), self.bits))
+        self.scale.copy_(self.scale_of(self._largest(weight)))
         self._scale_known = True
         self._looked_up.clear()
         self._covered(weight)
@@ -140,7 +131,16 @@ class TableMax(WeightFakeQuantizer):
         self._looked_up.clear()
 
     def _ranges(self) -> kernels.TableRanges:
-        return kernels.TableRanges(self._starts, self.scale, self._limits[1])
+        limits = self.limits
+        return kernels.TableRanges(self._starts, self.scale, limits[1] if isinstance(limits, tuple) else limits)
+
+    def _raise_to(self, largest: Tensor, group: slice = slice(None)) -> None:
+        """In place: scales at least those of weights whose largest magnitudes are `largest` [groups].
+
+        As scales, not as products: never below what the same maximum gave when it was exact.
+        """
+        scale = self.scale[group]
+        torch.maximum(scale, self.scale_of(largest, group), out=scale)
 
     def _raise_for(self, rows: Tensor, weight: Tensor) -> None:
         """Raise scales to what these rows need: int64 [N] of the weight."""
@@ -164,7 +164,7 @@ class TableMax(WeightFakeQuantizer):
         if not self._running or not self._scale_known or self._promised:
             return
         if self._trained_since or _version(weight) != self._covered_at:
-            raise_to(self.scale, self._largest(weight), self.bits)
+            self._raise_to(self._largest(weight))
             self._covered(weight)
 
     def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:
@@ -176,7 +176,7 @@ class TableMax(WeightFakeQuantizer):
     def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
         counting = self.training and self.bits != 32
         counter = self.clamps.counter(rows * weight.shape[1], weight.device) if counting else None
-        return self._limits, self._blocks, counter, self._raising
+        return self.limits, self._blocks, counter, self._raising
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
         if self._blocks is not None:
@@ -186,19 +186,23 @@ class TableMax(WeightFakeQuantizer):
         """Also raise the scales to what these values need (running_max), or count what they clamp (periodic)."""
         scale = self.scale[group]
         if values.numel() and not torch.compiler.is_compiling():
-            self._meet(values.detach().view(-1, len(scale), values.shape[-1]), scale)
-        return fake_quantize(values, scale[:, None], self.bits)
+            self._meet(values.detach().view(-1, len(scale), values.shape[-1]), scale, group)
+        return self.values_of(values, scale, group)
 
-    def _meet(self, values: Tensor, scale: Tensor) -> None:
+    def _meet(self, values: Tensor, scale: Tensor, group: slice) -> None:
         if self._raising:
-            raise_to(scale, values.abs().amax((0, 2)).float(), self.bits)
+            self._raise_to(values.abs().amax((0, 2)).float(), group)
         if not self.training:
             return
         counter = self.clamps.counter(values.numel(), values.device)
         if not self._running:
-            low, high = self._limits
             codes = (values.float() / scale[:, None]).round_()
-            counter += ((codes < low) | (codes > high)).sum()
+            low, high = self._code_limits
+            if self._highest is None:
+                counter += ((codes < low) | (codes > high)).sum()
+            else:
+                highest = self._highest[group, None]
+                counter += (((codes < -highest - 1) | (codes > highest)) & (highest > 0)).sum()
 
     def same_step(self) -> None:
         self._step_goes_on = True
@@ -259,7 +263,7 @@ class TableMax(WeightFakeQuantizer):
         self._covered_at = -1
         if self._running and self._scale_known and cast:
             with torch.no_grad():  # rounding to another type makes some weights larger
-                raise_to(self.scale, self._largest(weight), self.bits)
+                self._raise_to(self._largest(weight))
         if self._blocks is not None:
             self._blocks = None
             self.only_looked_up_rows_change(weight)

@@ -7,6 +7,7 @@ With k bits, n = 2**(k-1) - 1 and, for weights w that share one scale (DQRM pape
 `round` is half to even. The floor of 1e-8 gives an all-zero range a scale that yields zeros instead of NaN.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,11 +87,16 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale
 
 
+def highest_codes(bits: Sequence[int]) -> Tensor:
+    """The highest code of each of several bit widths: int32 [N]; of 32 bits, which have no codes, 0."""
+    return torch.tensor([0 if one == 32 else code_limits(one)[1] for one in bits], dtype=torch.int32)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """dequantize(quantize(x)) forward; the straight-through estimator (STE) backward: the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: object, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
         return (x.float() / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
 
     @staticmethod
@@ -112,3 +118,14 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
         return x
     low, high = code_limits(bits)
     return _FakeQuantize.apply(x, scale.detach(), low, high)
+
+
+def fake_quantize_groups(x: Tensor, scale: Tensor, highest: Tensor) -> Tensor:
+    """`fake_quantize` of groups of several bit widths: x [..., groups, dim], scale float32 [groups].
+
+    Args:
+        highest: int32 [groups], as `highest_codes` gives them; where it is 0, `x` stays.
+    """
+    check_floats("x", x)
+    high = highest[:, None].float()
+    return torch.where(high == 0, x, _FakeQuantize.apply(x, scale.detach()[:, None], -high - 1, high))

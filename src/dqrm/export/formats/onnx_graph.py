@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from dqrm.export.formats.traceable import packed_stack
+from dqrm.quant.mixed import PackedTables
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.packing import PACKED_BITS
 from dqrm.quant.uniform import code_limits
@@ -120,37 +121,55 @@ def _decode(graph: Graph, stored: str, bits: int, dim: int, axis: int, scale: st
     return graph.node("Mul", codes, scale)
 
 
-def look_up_tables(graph: Graph, tables: PackedEmbeddingBagCollection) -> str:
+def look_up_tables(graph: Graph, tables: PackedTables) -> str:
     """One vector per sample and table: [B, T, dim]; '' without tables."""
     if not tables.table_rows:
         return ""
-    graph.streamed["tables.codes"] = tables.codes
+    single = tables.num_single
+    ids = graph.input("ids", np.int64, ["batch", single]) if single else ""
+    bags = [
+        (graph.input(f"values_{name}", np.int64, [f"n_{name}"]), graph.input(f"offsets_{name}", np.int64, ["batch"]))
+        for name in range(len(tables.table_rows) - single)
+    ]
+    if isinstance(tables, PackedEmbeddingBagCollection):
+        return _vectors(graph, tables, "tables", ids, bags)
+    vectors = []
+    for number, (part, members) in enumerate(zip(tables.parts, tables.members.values())):
+        assert isinstance(part, PackedEmbeddingBagCollection)
+        columns = [table for table in members if table < single]
+        own = graph.node("Gather", ids, graph.ints(*columns), axis=1) if columns else ""
+        many = [bags[table - single] for table in members if table >= single]
+        vectors.append(_vectors(graph, part, f"tables.parts.{number}", own, many))
+    return graph.node("Gather", concat(graph, vectors, 1), graph.ints(*tables.order.tolist()), axis=1)
+
+
+def _vectors(
+    graph: Graph, tables: PackedEmbeddingBagCollection, name: str, ids: str, bags: Sequence[tuple[str, str]]
+) -> str:
+    """The vectors [B, T, dim] of tables of one bit width; their initializers begin with `name`."""
+    graph.streamed[f"{name}.codes"] = tables.codes
     if tables.scale_per_row:
-        graph.streamed["tables.scale"] = tables.scale[:, None]
+        graph.streamed[f"{name}.scale"] = tables.scale[:, None]
     single, vectors = tables.num_single, []
     if single:
-        ids = graph.input("ids", np.int64, ["batch", single])
-        vectors.append(_look_up(graph, tables, ids, slice(0, single), axis=2))
-    for number in range(single, len(tables.table_rows)):
-        name = number - single
-        values = graph.input(f"values_{name}", np.int64, [f"n_{name}"])
-        offsets = graph.input(f"offsets_{name}", np.int64, ["batch"])
-        rows = _look_up(graph, tables, values, slice(number, number + 1), axis=1)
+        vectors.append(_look_up(graph, tables, name, ids, slice(0, single), axis=2))
+    for number, (values, offsets) in enumerate(bags, start=single):
+        rows = _look_up(graph, tables, name, values, slice(number, number + 1), axis=1)
         pooled = _pool(graph, rows, values, offsets, tables.embedding_dim, tables.pooling)
         vectors.append(graph.node("Unsqueeze", pooled, graph.ints(1)))
     return concat(graph, vectors, 1)
 
 
-def _look_up(graph: Graph, tables: PackedEmbeddingBagCollection, ids: str, of: slice, axis: int) -> str:
+def _look_up(graph: Graph, tables: PackedEmbeddingBagCollection, name: str, ids: str, of: slice, axis: int) -> str:
     """Values of ids [..., T] of the T tables `of`: ids' dimensions, then dim, which is number `axis`."""
     zero, count = graph.constant(0, np.int64), graph.constant(tables.rows_per_table[of].numpy())
     ids = graph.node("Max", graph.node("Where", graph.node("Less", ids, count), ids, zero), zero)
     rows = graph.node("Add", ids, graph.constant(tables.row_offsets[of].numpy()))
-    stored = graph.node("Gather", "tables.codes", rows)
+    stored = graph.node("Gather", f"{name}.codes", rows)
     if tables.bits == 32:
         return stored
     if tables.scale_per_row:
-        scale = graph.node("Gather", "tables.scale", rows)
+        scale = graph.node("Gather", f"{name}.scale", rows)
     else:
         scale = graph.float(tables.scale[of].numpy()[:, None])
     return _decode(graph, stored, tables.bits, tables.embedding_dim, axis, scale)

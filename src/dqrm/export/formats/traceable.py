@@ -12,18 +12,19 @@ from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.folding import fold_batch_norm
 from dqrm.quant.linear import QuantLinear
+from dqrm.quant.mixed import MixedPackedCollection, PackedTables
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
 
 
-def packed_tables(model: ClickModel) -> PackedEmbeddingBagCollection:
+def packed_tables(model: ClickModel) -> PackedTables:
     """The model's tables. Unquantized ones are wrapped, not copied.
 
     Raises:
         ValueError: they are quantization-aware, but not converted.
     """
     tables: Any = model.tables
-    if isinstance(tables, PackedEmbeddingBagCollection):
+    if isinstance(tables, PackedTables):
         return tables
     if not isinstance(tables, QuantEmbeddingBagCollection) or tables.bits != 32:
         raise ValueError(f"tables are {type(tables).__name__}, expected packed ones: convert the model first")
@@ -91,8 +92,14 @@ def flat_model(model: ClickModel) -> ClickModel:
     return flat
 
 
-def _vectors(tables: PackedEmbeddingBagCollection, dense: Tensor, ids: Tensor, bags: Sequence[Tensor]) -> Tensor:
+def _vectors(tables: Any, dense: Tensor, ids: Tensor, bags: Sequence[Tensor]) -> Tensor:
     """One vector per sample and table: float32 [B, T, dim]."""
+    if isinstance(tables, MixedPackedCollection):
+        found = []
+        for number, part in enumerate(tables.parts):
+            own, many = tables.share(number, ids, list(zip(bags[::2], bags[1::2])))
+            found.append(_vectors(part, dense, own, [tensor for pair in many for tensor in pair]))
+        return torch.cat(found, dim=1).index_select(1, tables.order)
     samples, single, vectors = dense.shape[0], tables.num_single, []
     if single:
         rows = tables._values(ids, tables.row_offsets[:single], tables.rows_per_table[:single], 0)

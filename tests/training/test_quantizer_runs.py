@@ -1,0 +1,100 @@
+"""Runs with each quantizer and option of quantization: resumed bit for bit, and exported as they were evaluated."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import dqrm
+from conftest import tiny
+from dqrm.export.artifact import Artifact
+from dqrm.info import print_description
+from dqrm.training.launch import resume, train
+from test_cli import run as command
+from training.test_loop import Killed, assert_same_run, killer
+
+pytestmark = pytest.mark.long
+OPTIONS = {
+    "small tables": {"small_table_bits": 8, "small_table_rows": 50},
+    "small tables, periodic": {"small_table_bits": 16, "small_table_rows": 50, "scale_refresh": "periodic"},
+}
+CASES = pytest.mark.parametrize("name", OPTIONS)
+
+
+def config(name, **training):
+    base = tiny(optimizer="rowwise_adagrad", max_steps=30, **training)
+    return replace(base, quantization=dqrm.QATConfig(**{"rescan_period": 7, **OPTIONS[name]}))
+
+
+@CASES
+def test_killed_and_resumed_is_as_if_never_killed(generated, tmp_path, name):
+    chosen = config(name, checkpoint_every=4, eval_every=11, log_every=5)
+    train(generated, tmp_path / "whole", chosen)
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "cut", chosen, progress=killer(14))
+    resume(tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@CASES
+def test_the_artifact_gives_the_figures_of_the_checkpoint_to_six_digits(generated, tmp_path, capsys, name):
+    train(generated, tmp_path / "run", config(name))
+    found = dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")
+    assert found["largest_difference"] == 0
+    figures = []
+    for path in (tmp_path / "run", tmp_path / "model.dqrm"):
+        code, out, err = command(capsys, "eval", path, generated.path, "--json", "--device=cpu")
+        assert code == 0, err
+        figures.append(json.loads(out))
+    assert {key: round(value, 6) for key, value in figures[0].items()} == {
+        key: round(value, 6) for key, value in figures[1].items()
+    }
+
+
+def test_the_file_says_the_bits_of_each_table_and_so_does_info(generated, tmp_path, capsys):
+    summary = train(generated, tmp_path / "run", config("small tables"))
+    dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")
+    opened = Artifact.open(tmp_path / "model.dqrm", verify=True)
+    bits = [8 if rows < 50 else 4 for rows in generated.table_rows]
+    assert opened.content["model"]["table_bits"] == bits
+    assert set(bits) == {4, 8}
+    assert opened.container.version == 2
+    sizes = opened.sizes()
+    assert sizes["table codes"] == sum(rows * 4 * each // 8 for rows, each in zip(generated.table_rows, bits))
+    assert summary["stored_bytes"]["tables"] == sizes["table codes"] + sizes["table scales"]
+    capsys.readouterr()
+    print_description(str(tmp_path / "model.dqrm"))
+    out = capsys.readouterr().out
+    assert f"tables 4 ({bits.count(4)} of 26) and 8 ({bits.count(8)} of 26) bits" in " ".join(out.split())
+    print_description(str(tmp_path / "run"))
+    assert "Tables 4 bits (8 below 50 rows)" in " ".join(capsys.readouterr().out.split())
+    uniform = train(generated, tmp_path / "uniform", tiny(max_steps=3))
+    assert uniform["stored_bytes"]["tables"] < summary["stored_bytes"]["tables"]
+    dqrm.export_run(tmp_path / "uniform", tmp_path / "uniform.dqrm")
+    assert Artifact.open(tmp_path / "uniform.dqrm").container.version == 1  # which an older dqrm reads
+
+
+@pytest.mark.parametrize("granularity", ["table", "row"])
+def test_quantization_after_training_has_bits_by_size_too(generated, tmp_path, granularity):
+    train(generated, tmp_path / "run", tiny(32, max_steps=10))
+    options = dqrm.PTQConfig(small_table_bits=8, small_table_rows=50, granularity=granularity)
+    found = dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm", ptq=options)
+    assert found["largest_difference"] < 1e-6
+    four = dqrm.export_run(tmp_path / "run", tmp_path / "four.dqrm", ptq=dqrm.PTQConfig(granularity=granularity))
+    assert found["largest_difference_from_fp32"] < four["largest_difference_from_fp32"] + 1e-3
+    assert found["bits_per_weight"] > four["bits_per_weight"]
+    dqrm.export_run(tmp_path / "model.dqrm", tmp_path / "model.onnx")
+    loaded = dqrm.load(tmp_path / "model.dqrm")
+    for number, rows in enumerate(generated.table_rows):
+        width = {8: 4, 4: 2}[8 if rows < 50 else 4]
+        part = loaded.tables.parts[0 if width == 2 else 1]
+        assert part.codes.shape[1] == width
+        assert number in loaded.tables.members[width * 2]
+
+
+def test_a_command_line_in_32_bits_takes_the_files_small_tables_with_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("quantization:\n  bits: 4\n  small_table_bits: 8\n  small_table_rows: 7\n")
+    assert dqrm.Config.load(path).quantization.bits_of_table(6) == 8
+    found = dqrm.Config.load(path, {"bits": 32}).quantization
+    assert (found.small_table_bits, found.bits_of_table(6)) == (None, 32)
