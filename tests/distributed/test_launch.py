@@ -43,7 +43,7 @@ ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:10
 SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
           "mlp_codec": "bf16", "bits": 8, "max_steps": 20}  # fmt: skip
 ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_size": 37, "table_l2": 0.1,
-        "optimizer": "adagrad", "max_steps": 20}  # fmt: skip
+        "optimizer": "adagrad", "max_steps": 20, "forward_rounding": "stochastic"}  # fmt: skip
 DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
        "dropout": 0.4, "optimizer": "rowwise_adagrad", "learning_rate": 0.01, "max_steps": 20, "log_every": 5,
        "checkpoint_every": 8}  # fmt: skip

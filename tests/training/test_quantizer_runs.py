@@ -17,6 +17,8 @@ pytestmark = pytest.mark.long
 OPTIONS = {
     "small tables": {"small_table_bits": 8, "small_table_rows": 50},
     "small tables, periodic": {"small_table_bits": 16, "small_table_rows": 50, "scale_refresh": "periodic"},
+    "stochastic": {"forward_rounding": "stochastic"},
+    "stochastic, small tables": {"forward_rounding": "stochastic", "small_table_bits": 8, "small_table_rows": 50},
 }
 CASES = pytest.mark.parametrize("name", OPTIONS)
 
@@ -34,6 +36,29 @@ def test_killed_and_resumed_is_as_if_never_killed(generated, tmp_path, name):
         train(generated, tmp_path / "cut", chosen, progress=killer(14))
     resume(tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@CASES
+def test_two_simulated_ranks_give_the_codes_of_one_and_the_same_bits_each_time(generated, tmp_path, name):
+    """At learning rate 0: each rank uses the same values of a weight."""
+    base, exchange = config(name), dqrm.ExchangeConfig(simulate_ranks=2, table_codec="fp32", mlp_codec="fp32")
+    still = replace(
+        base, optimizer=replace(base.optimizer, learning_rate=0.0), training=replace(base.training, max_steps=5)
+    )
+    losses = [
+        train(generated, tmp_path / which, chosen)["best"]["metrics"]["log_loss"]
+        for which, chosen in (("one", still), ("two", replace(still, exchange=exchange)))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+    found = [
+        json.loads((tmp_path / which / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]
+        for which in ("one", "two")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    moved = replace(base, exchange=replace(exchange, table_codec="int8", mlp_codec="int8"))
+    for which in ("a", "b"):
+        train(generated, tmp_path / which, moved)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 @CASES

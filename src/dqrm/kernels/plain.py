@@ -45,6 +45,11 @@ def _hash(position: Tensor, seed: int) -> Tensor:
     return hashed ^ hashed >> 16
 
 
+def uniform(position: Tensor, seed: int) -> Tensor:
+    """A number between 0 and 1 for each position (int64) and a seed below 2**32: float32, one of 2**16, odd / 2**17."""
+    return ((_hash(position, seed) >> 16).float() + 0.5) * 2**-16
+
+
 def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
     """Stochastically rounded bf16: 16 random bits are added to the low 16 bits, which are then cut off."""
     rounded = (x.view(torch.int32) + random.int() & -0x10000).view(torch.float32)
@@ -212,8 +217,7 @@ def quantize_blocks(
     if seed is None:
         codes = codes_of(z, spread, low, high).to(torch.int8)
     else:
-        random = ((_hash(blocks.key, seed) >> 16).float() + 0.5) * 2**-16
-        codes = (z / spread + random).floor_().clamp_(low, high).to(torch.int8)
+        codes = (z / spread + uniform(blocks.key, seed)).floor_().clamp_(low, high).to(torch.int8)
     if residual is not None:
         residual[blocks.key] = z - codes.float() * spread
     return codes if out is None else out.copy_(codes)

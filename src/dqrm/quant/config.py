@@ -97,6 +97,9 @@ class QATConfig(BitsOfParts):
     """With running_max: training steps between two exact scales from all rows."""
     linear_granularity: Literal["channel", "tensor"] = "channel"
     """One scale per output channel of a linear layer, or one per weight tensor."""
+    forward_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding of weights in training: to the nearest code, or at random to one of the two beside it, with the weight as
+    mean (slower: plain torch); evaluation and export round to the nearest."""
     bias_bits: int = 32
     """Bits of the MLP biases, on the scale of their weight row as in the DQRM reference; 32 keeps them FP32."""
     activation_bits: int = 32
@@ -124,6 +127,8 @@ class QATConfig(BitsOfParts):
                 raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
         if self.scale_refresh not in REFRESHES:
             raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
+        if self.forward_rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"forward_rounding is {self.forward_rounding!r}, expected 'nearest' or 'stochastic'")
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
 

@@ -31,16 +31,16 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 
 
 class LinearMax(WeightFakeQuantizer):
-    """The scales of the largest magnitudes, computed at each forward (a linear layer's weight is small); no state."""
+    """The scales of the largest magnitudes, computed at each forward (a linear layer's weight is small)."""
 
-    fusible = True
+    fusible = uniform = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
         self.per_channel = qat.linear_granularity == "channel"
 
     def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
-        pass
+        self.scale_ticks += self.stochastic and self.training
 
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
         pass
@@ -49,6 +49,8 @@ class LinearMax(WeightFakeQuantizer):
         return weight_scale(weight, self.bits, self.per_channel)
 
     def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
+        if self.stochastic:
+            return self.values_of(values, self.current_scale(values.detach()))
         quantized: Tensor = _FakeQuantizeWeight.apply(values, self.bits, self.per_channel)
         return quantized
 

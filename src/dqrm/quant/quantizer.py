@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqrm.kernels import Limits, TableRanges
+from dqrm.kernels import Limits, TableRanges, plain
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QUANTIZERS, QATConfig, registered
 from dqrm.quant.storage import storage_of
@@ -70,7 +70,9 @@ class WeightFakeQuantizer(nn.Module):
 
     Attributes:
         clamps: counts of weights that were clamped, for quantizers that count them.
-        scale_ticks: number of training steps so far, for quantizers whose scales depend on it.
+        scale_ticks: number of training steps so far, for quantizers whose scales or values depend on it.
+        rounding_seed: of stochastic rounding, below 2**32.
+        rounding_step: the step that its noise is of, where a training loop says it; None: `scale_ticks`.
     """
 
     scale: Tensor
@@ -78,8 +80,11 @@ class WeightFakeQuantizer(nn.Module):
     fusible = False
     """Whether compiled code may take the place of `fake_quantize`: for tables, rows on `scale`, which gets no gradient;
     for linear layers, a weight on the scale of its largest magnitudes."""
-    several_bits = False
-    """Whether it takes tables of several bit widths (`groups.bits`): by `scale_of` and `values_of`, which know them."""
+    keeps_ticks = False
+    """Whether `scale_ticks` is in its state dict (always, where it rounds stochastically)."""
+    uniform = False
+    """Whether its scales are from `scale_of` and its values from `values_of`, which know tables of several bit widths
+    (`groups.bits`) and stochastic rounding."""
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__()
@@ -87,13 +92,19 @@ class WeightFakeQuantizer(nn.Module):
         self.clamps = Clamps()
         self.scale_ticks = 0
         self.register_buffer("_highest", highest_codes(groups.bits) if groups.bits else None, persistent=False)
-        self._code_limits = (0, 0) if bits == 32 else code_limits(bits)
+        self._limits = (0, 0) if bits == 32 else code_limits(bits)
         self._scale_known = False
+        self.stochastic = qat.forward_rounding == "stochastic" and bits != 32
+        self.rounding_seed = 0
+        self.rounding_step: int | None = None
+        self._rows: dict[int, Tensor] = {}
+        if self.stochastic:
+            self.fusible = False
 
     @property
     def limits(self) -> Limits:
         """Lowest and highest code, or those of each group where they differ."""
-        return self._code_limits if self._highest is None else self._highest
+        return self._limits if self._highest is None else self._highest
 
     def scale_of(self, largest: Tensor, group: slice = slice(None)) -> Tensor:
         """The scales of the largest magnitudes [groups] of the groups `group`: float32 [groups]; 1 where a group is not
@@ -104,10 +115,19 @@ class WeightFakeQuantizer(nn.Module):
         return torch.where(highest == 0, 1.0, scale_from_max(largest, 2) / highest.clamp(min=1))  # of 2 bits: times 1
 
     def values_of(self, x: Tensor, scale: Tensor, group: slice = slice(None)) -> Tensor:
-        """The values of the codes of x [..., groups, dim] on `scale` float32 [groups]; STE."""
+        """The values of the codes of x [..., groups, dim] on `scale` float32 [groups], or [1] for all; STE."""
+        noise = self._noise(x, group) if self.stochastic and self.training else None
         if self._highest is None:
-            return fake_quantize(x, scale[:, None], self.bits)
-        return fake_quantize_groups(x, scale, self._highest[group])
+            return fake_quantize(x, scale[:, None], self.bits, noise)
+        return fake_quantize_groups(x, scale, self._highest[group], noise)
+
+    def _noise(self, x: Tensor, group: slice) -> Tensor:
+        """What stochastic rounding adds: a hash of (seed, step, row, column), as x; the same on any rank."""
+        rows = self._rows.pop(group.start or 0, None)  # of tables: as marked
+        rows = torch.arange(x.shape[-2], device=x.device) if rows is None else rows.view(x.shape[:-1])
+        position = rows[..., None] * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
+        step = self.scale_ticks if self.rounding_step is None else self.rounding_step
+        return plain.uniform(position, (self.rounding_seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**32)
 
     # Called by the forward pass.
 
@@ -128,7 +148,12 @@ class WeightFakeQuantizer(nn.Module):
         return self.limits, None, None, False
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
-        """A forward without compiled code looks up rows int64 [N]; position i is of table first + i % tables."""
+        """A forward without compiled code looks up rows int64 [N]; position i is of table first + i % tables.
+
+        `fake_quantize` of these rows, as the groups from `first` on, follows.
+        """
+        if self.stochastic and self.training:
+            self._rows[first] = rows
 
     def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:
         """This forward has looked up rows int64 [N] of the weight."""
@@ -179,6 +204,7 @@ class WeightFakeQuantizer(nn.Module):
     def reset(self) -> None:
         """Weights without scales were loaded: reset the scales."""
         self.scale_ticks = 0
+        self._rows.clear()
         if hasattr(self, "scale"):
             self.scale.detach().zero_()
 
@@ -194,7 +220,14 @@ class WeightFakeQuantizer(nn.Module):
 
         return super()._apply(moved, recurse)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.keeps_ticks or self.stochastic:
+            destination[prefix + "scale_ticks"] = torch.tensor(self.scale_ticks, dtype=torch.int64)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.keeps_ticks or self.stochastic:
+            self.scale_ticks = int(state_dict.pop(prefix + "scale_ticks", 0))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._look_at_scale()
 
@@ -203,10 +236,16 @@ def new_quantizer(qat: QATConfig, bits: int, groups: Groups) -> WeightFakeQuanti
     """The quantizer that a configuration names, for a weight of `bits` bits."""
     name = "max" if bits == 32 else qat.quantizer
     quantizer: WeightFakeQuantizer = registered(name, QUANTIZERS)(qat, bits, groups)
-    if groups.bits and not quantizer.several_bits:
+    if quantizer.uniform:
+        return quantizer
+    if groups.bits:
         raise ValueError(
             f"small_table_bits is {qat.small_table_bits}, but the quantizer '{name}' needs the same number of bits for "
             f"all tables; leave small_table_bits out, or use quantizer 'max'"
+        )
+    if quantizer.stochastic:
+        raise ValueError(
+            f"forward_rounding is 'stochastic', but the quantizer '{name}' rounds to the nearest; use quantizer 'max'"
         )
     return quantizer
 

@@ -72,7 +72,7 @@ class TableMax(WeightFakeQuantizer):
     forward twice and so counts it twice.
     """
 
-    fusible = several_bits = True
+    fusible = uniform = keeps_ticks = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
@@ -179,6 +179,7 @@ class TableMax(WeightFakeQuantizer):
         return self.limits, self._blocks, counter, self._raising
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
+        super().mark_rows(rows, first, tables)
         if self._blocks is not None:
             self._blocks.mark(rows, first, tables)
 
@@ -197,7 +198,7 @@ class TableMax(WeightFakeQuantizer):
         counter = self.clamps.counter(values.numel(), values.device)
         if not self._running:
             codes = (values.float() / scale[:, None]).round_()
-            low, high = self._code_limits
+            low, high = self._limits
             if self._highest is None:
                 counter += ((codes < low) | (codes > high)).sum()
             else:
@@ -272,14 +273,6 @@ class TableMax(WeightFakeQuantizer):
         """For copies: the version counter of their weight starts again."""
         versions = {"_looked_up_at": -1, "_raised_at": -1, "_covered_at": -1}
         return {**self.__dict__, "_looked_up": list(self._looked_up), **versions}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "scale_ticks"] = torch.tensor(self.scale_ticks, dtype=torch.int64)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        self.scale_ticks = int(state_dict.pop(prefix + "scale_ticks", 0))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         period = "" if self._running else f", scale_period={self.qat.scale_period}"

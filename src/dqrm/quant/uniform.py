@@ -96,19 +96,25 @@ class _FakeQuantize(torch.autograd.Function):
     """dequantize(quantize(x)) forward; the straight-through estimator (STE) backward: the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
-        return (x.float() / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    def forward(ctx: object, x: Tensor, scale: Tensor, low: Any, high: Any, noise: Tensor | None) -> Tensor:
+        codes = x.float() / scale
+        codes = codes.round_() if noise is None else codes.add_(noise).floor_()
+        return codes.clamp_(low, high).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0], None, None, None
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return grads[0], None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, noise: Tensor | None = None) -> Tensor:
     """`x` rounded to the values that its codes stand for; same shape and dtype.
 
     The gradient passes unchanged, also where a code was clamped (DQRM paper); `scale` gets none.
     With 32 bits `x` itself is returned.
+
+    Args:
+        noise: float32, as `x`, uniform between 0 and 1: rounds stochastically, floor(x / scale + noise). None: half to
+            even.
 
     Raises:
         ValueError: `bits` is not 2, 4, 8, 16 or 32, or x is not a floating-point tensor.
@@ -117,10 +123,10 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     if bits == 32:
         return x
     low, high = code_limits(bits)
-    return _FakeQuantize.apply(x, scale.detach(), low, high)
+    return _FakeQuantize.apply(x, scale.detach(), low, high, noise)
 
 
-def fake_quantize_groups(x: Tensor, scale: Tensor, highest: Tensor) -> Tensor:
+def fake_quantize_groups(x: Tensor, scale: Tensor, highest: Tensor, noise: Tensor | None = None) -> Tensor:
     """`fake_quantize` of groups of several bit widths: x [..., groups, dim], scale float32 [groups].
 
     Args:
@@ -128,4 +134,4 @@ def fake_quantize_groups(x: Tensor, scale: Tensor, highest: Tensor) -> Tensor:
     """
     check_floats("x", x)
     high = highest[:, None].float()
-    return torch.where(high == 0, x, _FakeQuantize.apply(x, scale.detach()[:, None], -high - 1, high))
+    return torch.where(high == 0, x, _FakeQuantize.apply(x, scale.detach()[:, None], -high - 1, high, noise))

@@ -13,6 +13,7 @@ from dqrm.distributed.real import RealRanks
 from dqrm.distributed.simulated import SimulatedRanks
 from dqrm.distributed.world import World
 from dqrm.models.base import ClickModel
+from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.training.optimizers import build_optimizers
 
 
@@ -44,6 +45,10 @@ class TrainStep:
         else:
             self.exchange = LocalExchange(tables[0].device)
         self._seed = config.training.seed
+        quantizers = (module for module in model.modules() if isinstance(module, WeightFakeQuantizer))
+        self._rounding = [quantizer for quantizer in quantizers if quantizer.stochastic]
+        for count, quantizer in enumerate(self._rounding):
+            quantizer.rounding_seed = mix(self._seed, count)
         # With one rank, dropout masks continue from the generator state in the checkpoint.
         self._drops = self.exchange.size > 1 and any(isinstance(module, nn.Dropout) for module in model.modules())
 
@@ -65,6 +70,8 @@ class TrainStep:
         exchange = self.exchange
         local, losses = exchange.local, []
         exchange.begin(number, flags)
+        for quantizer in self._rounding:  # the same noise on all ranks
+            quantizer.rounding_step = number
         for rank in local:
             shard = batch if len(local) == 1 else batch.share(rank, exchange.size)
             if self._drops:  # masks depend on step and rank only: the same in simulated and resumed runs
