@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.quant.embedding import QuantEmbeddingBag as QuantEmbeddingBag
     from dqrm.quant.embedding import QuantEmbeddingBagCollection as QuantEmbeddingBagCollection
     from dqrm.quant.linear import QuantLinear as QuantLinear
+    from dqrm.quant.mixed import MixedPackedCollection as MixedPackedCollection
     from dqrm.quant.packed import PackedEmbedding as PackedEmbedding
     from dqrm.quant.packed import PackedEmbeddingBag as PackedEmbeddingBag
     from dqrm.quant.packed import PackedEmbeddingBagCollection as PackedEmbeddingBagCollection
@@ -66,6 +67,7 @@ _HOMES = {
     "ExportConfig": "dqrm.export.config",
     "MODELS": "dqrm.models.registry",
     "Metric": "dqrm.training.metrics",
+    "MixedPackedCollection": "dqrm.quant.mixed",
     "ModelConfig": "dqrm.config",
     "OptimizerConfig": "dqrm.config",
     "PTQConfig": "dqrm.export.config",

@@ -26,7 +26,7 @@ def test_defaults():
 
 def test_the_fields_are_these_and_no_others():
     assert {field.name for field in dataclasses.fields(QATConfig)} == {
-        *DEFAULTS, "table_bits", "mlp_bits", "small_table_bits", "small_table_rows", "forward_rounding",
+        *DEFAULTS, "table_bits", "mlp_bits", "small_table_bits", "small_table_rows", "forward_rounding", "percentile",
     }  # fmt: skip
 
 

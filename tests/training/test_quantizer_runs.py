@@ -17,6 +17,16 @@ pytestmark = pytest.mark.long
 OPTIONS = {
     "small tables": {"small_table_bits": 8, "small_table_rows": 50},
     "small tables, periodic": {"small_table_bits": 16, "small_table_rows": 50, "scale_refresh": "periodic"},
+    "mse": {"quantizer": "mse", "scale_period": 7},
+    "percentile, rescanned": {"quantizer": "percentile", "percentile": 99, "scale_refresh": "running_max"},
+    "mse, stochastic, small tables": {
+        "quantizer": "mse",
+        "scale_period": 7,
+        "forward_rounding": "stochastic",
+        "small_table_bits": 8,
+        "small_table_rows": 50,
+    },
+    "naive": {"quantizer": "naive"},
     "stochastic": {"forward_rounding": "stochastic"},
     "stochastic, small tables": {"forward_rounding": "stochastic", "small_table_bits": 8, "small_table_rows": 50},
 }

@@ -9,7 +9,13 @@ BITS = (2, 4, 8, 16, 32)
 REFRESHES = ("periodic", "running_max")
 PERIOD, RESCAN_PERIOD = 200, 10_000  # the first is the DQRM paper's on Kaggle
 SMALL_TABLE_ROWS = 10_000
-QUANTIZERS: dict[str, Any] = {"max": "dqrm.quant.ranges.max_quantizer"}
+_CLIPPING = ("mse", "percentile")
+QUANTIZERS: dict[str, Any] = {
+    "max": "dqrm.quant.ranges.max_quantizer",
+    "mse": "dqrm.quant.clipping.clipped_quantizer",
+    "percentile": "dqrm.quant.clipping.clipped_quantizer",
+    "naive": "dqrm.quant.clipping.naive_quantizer",
+}
 """What a QATConfig can name as `quantizer`: a subclass of `quant.quantizer.WeightFakeQuantizer`, or where it is."""
 
 STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
@@ -87,10 +93,15 @@ class QATConfig(BitsOfParts):
     small_table_rows: int | None = None
     """With small_table_bits: rows from which on a table has the bits of the others; none: 10,000."""
     quantizer: str = "max"
-    """Where scales come from; max: from the largest magnitude."""
+    """Where scales come from; max: largest magnitude; mse: least squared error, or percentile: of the magnitudes (both
+    kept for scale_period steps, weights beyond are clamped); naive: as max, but whole tables are quantized in each step
+    (DQRM's Figure 2a: slow, for comparison)."""
+    percentile: float = 99.9
+    """With quantizer percentile: which one of the magnitudes |w| the highest code stands for, in percent."""
     scale_refresh: Literal["periodic", "running_max"] | None = None
     """Scale of a table: raised each step by the rows just updated, or from all rows every scale_period steps (clips
-    weights that grow in between); none: running_max, but periodic where a scale_period is given."""
+    weights that grow in between); none: running_max, but periodic where a scale_period is given or the quantizer clips
+    (mse, percentile)."""
     scale_period: int | None = None
     """With periodic: training steps between two refreshes of a table's scale (1: every step); none: 200."""
     rescan_period: int = RESCAN_PERIOD
@@ -98,7 +109,7 @@ class QATConfig(BitsOfParts):
     linear_granularity: Literal["channel", "tensor"] = "channel"
     """One scale per output channel of a linear layer, or one per weight tensor."""
     forward_rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Rounding of weights in training: to the nearest code, or at random to one of the two beside it, with the weight as
+    """Rounding of weights in training: to the nearest code, or at random to one of the two beside it with the weight as
     mean (slower: plain torch); evaluation and export round to the nearest."""
     bias_bits: int = 32
     """Bits of the MLP biases, on the scale of their weight row as in the DQRM reference; 32 keeps them FP32."""
@@ -116,9 +127,13 @@ class QATConfig(BitsOfParts):
             )
         self._resolve_small_tables()
         check_registered("quantizer", self.quantizer, QUANTIZERS)
+        percent = self.percentile
+        if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 < percent <= 100:
+            raise ValueError(f"percentile is {percent!r}, expected a number of percent above 0 and at most 100")
         # Resolved here, so that what is stored records the rule that applied.
         if self.scale_refresh is None:
-            object.__setattr__(self, "scale_refresh", "running_max" if self.scale_period is None else "periodic")
+            periodic = self.scale_period is not None or self.quantizer in _CLIPPING
+            object.__setattr__(self, "scale_refresh", "periodic" if periodic else "running_max")
         if self.scale_period is None:
             object.__setattr__(self, "scale_period", PERIOD)
         for name in ("scale_period", "rescan_period"):

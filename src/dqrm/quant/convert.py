@@ -65,6 +65,7 @@ def prepare_qat(
         module.__class__ = _SWAPS[type(module)]
         assert isinstance(module, (QuantLinear, QuantEmbedding, QuantEmbeddingBag))
         module._init_quantization(config)
+        clamps.quiet |= module.weight_fake_quantizer.clips
         module.weight_fake_quantizer.clamps = clamps  # one warning for all of them
     return model
 

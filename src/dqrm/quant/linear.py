@@ -40,7 +40,8 @@ class LinearMax(WeightFakeQuantizer):
         self.per_channel = qat.linear_granularity == "channel"
 
     def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
-        self.scale_ticks += self.stochastic and self.training
+        if self.stochastic and self.training:
+            self._tick()
 
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
         pass

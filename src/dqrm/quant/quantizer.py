@@ -72,7 +72,7 @@ class WeightFakeQuantizer(nn.Module):
         clamps: counts of weights that were clamped, for quantizers that count them.
         scale_ticks: number of training steps so far, for quantizers whose scales or values depend on it.
         rounding_seed: of stochastic rounding, below 2**32.
-        rounding_step: the step that its noise is of, where a training loop says it; None: `scale_ticks`.
+        step: the training step, where a loop says it (`needs_step`); None: `scale_ticks`.
     """
 
     scale: Tensor
@@ -82,6 +82,12 @@ class WeightFakeQuantizer(nn.Module):
     for linear layers, a weight on the scale of its largest magnitudes."""
     keeps_ticks = False
     """Whether `scale_ticks` is in its state dict (always, where it rounds stochastically)."""
+    clips = False
+    """Whether it clamps weights on purpose, so that many of them are no reason to warn."""
+    needs_step = False
+    """Whether a training loop whose steps have several forwards must say which step it is, by `step`."""
+    marks_rows = False
+    """Whether `fake_quantize` needs to know which rows its values are: `self._rows`, by the first group."""
     uniform = False
     """Whether its scales are from `scale_of` and its values from `values_of`, which know tables of several bit widths
     (`groups.bits`) and stochastic rounding."""
@@ -90,13 +96,15 @@ class WeightFakeQuantizer(nn.Module):
         super().__init__()
         self.qat, self.bits, self.groups = qat, bits, groups
         self.clamps = Clamps()
+        self.clamps.quiet = self.clips
         self.scale_ticks = 0
         self.register_buffer("_highest", highest_codes(groups.bits) if groups.bits else None, persistent=False)
         self._limits = (0, 0) if bits == 32 else code_limits(bits)
         self._scale_known = False
         self.stochastic = qat.forward_rounding == "stochastic" and bits != 32
+        self.needs_step |= self.stochastic
         self.rounding_seed = 0
-        self.rounding_step: int | None = None
+        self.step: int | None = None
         self._rows: dict[int, Tensor] = {}
         if self.stochastic:
             self.fusible = False
@@ -126,8 +134,13 @@ class WeightFakeQuantizer(nn.Module):
         rows = self._rows.pop(group.start or 0, None)  # of tables: as marked
         rows = torch.arange(x.shape[-2], device=x.device) if rows is None else rows.view(x.shape[:-1])
         position = rows[..., None] * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
-        step = self.scale_ticks if self.rounding_step is None else self.rounding_step
-        return plain.uniform(position, (self.rounding_seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**32)
+        return plain.uniform(position, (self.rounding_seed * 0x9E3779B1 + self.scale_ticks * 0x85EBCA77) % 2**32)
+
+    def _tick(self) -> int:
+        """A training forward of a linear layer begins: which step it is of; `scale_ticks` then counts it."""
+        step = self.scale_ticks if self.step is None else self.step
+        self.scale_ticks = step + 1
+        return step
 
     # Called by the forward pass.
 
@@ -152,7 +165,7 @@ class WeightFakeQuantizer(nn.Module):
 
         `fake_quantize` of these rows, as the groups from `first` on, follows.
         """
-        if self.stochastic and self.training:
+        if self.training and (self.stochastic or self.marks_rows):
             self._rows[first] = rows
 
     def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:

@@ -32,9 +32,13 @@ class Clamping:
         looked_up = self.looked_up - self.looked_up_before
         return {"clamped_weights": (self.clamped - self.clamped_before) / looked_up} if looked_up else {}
 
-    def evaluated(self, warn: Callable[[str], None]) -> None:
-        """Called at each evaluation: warn, once per run, if many weights were clamped since the one before."""
-        if not self.told and self.figures().get("clamped_weights", 0.0) > MANY:
+    def evaluated(self, warn: Callable[[str], None], meant: bool = False) -> None:
+        """Called at each evaluation: warn, once per run, if many weights were clamped since the one before.
+
+        Args:
+            meant: the quantizer clips on purpose; then it is no reason to warn.
+        """
+        if not meant and not self.told and self.figures().get("clamped_weights", 0.0) > MANY:
             self.told = True
             warn(advice(self.clamped - self.clamped_before, self.looked_up - self.looked_up_before, flags=True))
         self.clamped_before, self.looked_up_before = self.clamped, self.looked_up

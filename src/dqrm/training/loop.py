@@ -253,7 +253,7 @@ class Trainer:
         if not state.finished and (why := stops(state, options, epoch_ends)):
             state.finished = True
             self.log(why)
-        state.clamping.evaluated(self.warn)
+        state.clamping.evaluated(self.warn, self.model.tables.weight_fake_quantizer.clips)
         for evaluated in overriding(self.callbacks, "on_evaluation"):
             evaluated(self, metrics)
 

@@ -46,8 +46,8 @@ class TrainStep:
             self.exchange = LocalExchange(tables[0].device)
         self._seed = config.training.seed
         quantizers = (module for module in model.modules() if isinstance(module, WeightFakeQuantizer))
-        self._rounding = [quantizer for quantizer in quantizers if quantizer.stochastic]
-        for count, quantizer in enumerate(self._rounding):
+        self._stepped = [quantizer for quantizer in quantizers if quantizer.needs_step]
+        for count, quantizer in enumerate(self._stepped):
             quantizer.rounding_seed = mix(self._seed, count)
         # With one rank, dropout masks continue from the generator state in the checkpoint.
         self._drops = self.exchange.size > 1 and any(isinstance(module, nn.Dropout) for module in model.modules())
@@ -70,8 +70,8 @@ class TrainStep:
         exchange = self.exchange
         local, losses = exchange.local, []
         exchange.begin(number, flags)
-        for quantizer in self._rounding:  # the same noise on all ranks
-            quantizer.rounding_step = number
+        for quantizer in self._stepped:  # the same on all ranks
+            quantizer.step = number
         for rank in local:
             shard = batch if len(local) == 1 else batch.share(rank, exchange.size)
             if self._drops:  # masks depend on step and rank only: the same in simulated and resumed runs
