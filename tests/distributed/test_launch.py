@@ -40,8 +40,8 @@ ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:10
        "table_exchange": "all_to_all", "scale_refresh": "running_max",
        "rescan_period": 17, "small_table_bits": 8, "small_table_rows": 50,
        "optimizer": "rowwise_adagrad", "batch_size": 61, "log_every": 7, "seed": 5}  # fmt: skip
-SHARED = {"shared_scales": True, "quantizer": "mse", "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
-          "mlp_codec": "bf16", "bits": 8, "max_steps": 20}  # fmt: skip
+SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
+          "mlp_codec": "bf16", "bits": 8, "quantizer": "mse", "max_steps": 20}  # fmt: skip
 ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_size": 37, "table_l2": 0.1,
         "optimizer": "adagrad", "max_steps": 20, "forward_rounding": "stochastic"}  # fmt: skip
 DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
