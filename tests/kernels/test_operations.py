@@ -64,7 +64,7 @@ def lookup(tables, dtype, bits, ids_dtype, numbers, raising):
 
 
 @case(*product([(3, 1, 50, 2), (300, 20, 1, 7)], [0, 5, 300], [FP32, BF16], [random_rows, odd], [False, True]))
-def lookup_of_several_bits(table_rows, batch, dtype, numbers, raising):
+def lookup__(table_rows, batch, dtype, numbers, raising):  # tables of several bit widths
     starts, rows = starts_of(table_rows)
     weight, ids = numbers(sum(table_rows), 3, dtype=dtype), random_ids(table_rows, batch, torch.int32)
     scale, highest = torch.full((4,), 0.01), torch.tensor([7, 0, 1, 127], dtype=torch.int32)

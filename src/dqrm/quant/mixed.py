@@ -138,5 +138,5 @@ def widths(table_bits: Sequence[int] | int, tables: int) -> list[tuple[str, int,
     """(prefix, bits, numbers of the tables) for each bit width; a single one has the prefix '', for tensors' names."""
     if isinstance(table_bits, int):
         return [("", table_bits, list(range(tables)))]
-    found = members(table_bits)
-    return [(f"parts.{part}." if len(found) > 1 else "", bits, found[bits]) for part, bits in enumerate(found)]
+    of = members(table_bits)
+    return [(f"parts.{part}." if len(of) > 1 else "", bits, of[bits]) for part, bits in enumerate(of)]

@@ -95,11 +95,11 @@ def flat_model(model: ClickModel) -> ClickModel:
 def _vectors(tables: Any, dense: Tensor, ids: Tensor, bags: Sequence[Tensor]) -> Tensor:
     """One vector per sample and table: float32 [B, T, dim]."""
     if isinstance(tables, MixedPackedCollection):
-        found = []
+        vectors = []
         for number, part in enumerate(tables.parts):
             own, many = tables.share(number, ids, list(zip(bags[::2], bags[1::2])))
-            found.append(_vectors(part, dense, own, [tensor for pair in many for tensor in pair]))
-        return torch.cat(found, dim=1).index_select(1, tables.order)
+            vectors.append(_vectors(part, dense, own, [tensor for pair in many for tensor in pair]))
+        return torch.cat(vectors, dim=1).index_select(1, tables.order)
     samples, single, vectors = dense.shape[0], tables.num_single, []
     if single:
         rows = tables._values(ids, tables.row_offsets[:single], tables.rows_per_table[:single], 0)
