@@ -152,7 +152,7 @@ class OptimizerConfig:
 
     @property
     def rate(self) -> float:
-        """`learning_rate`; where it is none and the batch size is not known, that of the largest batches."""
+        """`learning_rate`; if it is none, the default of the largest batch size."""
         if self.learning_rate is None:
             return recipe.learning_rate(self.optimizer, recipe.BATCH_SIZES[-1][1])
         return self.learning_rate

@@ -65,8 +65,6 @@ def train(
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         config = world.together(lambda: resolved(asked, data))
         check_ranks(world, config, data)
-        if config != asked and log and world.first:
-            log(_described(config))
         callbacks = world.together(lambda: _registered(config, callbacks))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
@@ -80,6 +78,8 @@ def train(
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
+        if config != asked and log and world.first:
+            log(_described(config))
         return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
 
 
@@ -127,7 +127,7 @@ def resume(
 
 
 def resolved(config: Config, dataset: Dataset) -> Config:
-    """The configuration with the batch size, learning rate and epochs that it leaves to the data."""
+    """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set."""
     options, optimizer, rows = config.training, config.optimizer, dataset.rows
     if not options.batch_size:
         options = replace(options, batch_size=recipe.batch_size(rows["train"]))
@@ -141,7 +141,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
 
 
 def _described(config: Config) -> str:
-    """What was resolved, as a sentence."""
+    """The resolved optimizer, batch size and epochs, as a sentence."""
     options, optimizer = config.training, config.optimizer
     return (
         f"Training with {optimizer.optimizer}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "

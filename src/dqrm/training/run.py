@@ -38,7 +38,7 @@ from dqrm.training.checkpoints import (
 FORMAT_VERSION = 1
 # Fields of configurations of older runs.
 _REMOVED = {"table_compensation_rows"}
-# What held in runs that lack these fields, where their defaults are others now.
+# Values of fields that runs of before these fields lack, where today's defaults differ.
 _BEFORE: dict[str, dict[str, Any]] = {"training": {"patience": 0, "callbacks": []}}
 _INFO, _SUMMARY, _LOCK = "run.json", "summary.json", ".lock"
 _SHAPE = {

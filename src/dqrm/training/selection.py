@@ -38,7 +38,7 @@ def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Con
 
 
 def stops(state: State, options: TrainingConfig, epoch_ends: bool) -> str | None:
-    """Why the run ends after this evaluation, which the state knows already, as a sentence; None: it goes on."""
+    """The reason for which the run stops early after this evaluation (already in the state), or None."""
     if state.best is None or state.best["metrics"][options.select_by] is None:
         return None
     best, epoch = state.best, state.epoch + 1
@@ -102,7 +102,7 @@ def check_selection(config: Config, dataset: Dataset) -> list[str]:
 
 
 def has_figure(name: str, dataset: Dataset) -> bool:
-    """Whether the validation split gives the metric that `select_by` names, apart from its groups."""
+    """Whether the metric `select_by` is defined on the validation split; groups are not checked."""
     rows, clicks = dataset.rows["validation"], dataset.info["clicks"]["validation"]
     return rows > 0 and not (selecting(name).needs_both_labels and clicks in (0, rows))
 
