@@ -5,7 +5,7 @@ torch.
 """
 
 OPTIMIZER = "adagrad"
-CALLBACKS = ("redraw_tables",)
+CALLBACKS = ("redraw_tables:min_rows=1000",)
 EPOCHS, PATIENCE = 10, 2
 """The largest number of epochs, and the number of epochs without improvement before training stops."""
 BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 1024), (2_000_000, 2048))
