@@ -33,6 +33,9 @@ KINDS = {
     "bags, mean": (3, 4, 2, {"pooling": "mean"}, {}),
     "bags of 32 bits": (3, 4, 1, {"pooling": "mean"}, {"bits": 32}),
     "8-bit activations": (3, 4, 1, {}, {"activation_bits": 8}),
+    "lsq": (3, 4, 1, {}, {"quantizer": "lsq"}),
+    "lsq of 2 bits per tensor": (3, 4, 0, {}, {"quantizer": "lsq", "bits": 2, "linear_granularity": "tensor"}),
+    "lsq and pact": (3, 4, 1, {}, {"quantizer": "lsq", "activation_bits": 8, "activation_quantizer": "pact"}),
     "32-bit MLP, 8-bit activations": (3, 4, 0, {}, {"mlp_bits": 32, "activation_bits": 8}),
     "scale per tensor": (3, 4, 0, {}, {"linear_granularity": "tensor", "bias_bits": 8}),
     "small tables of 8 bits": (3, 4, 0, {}, {"small_table_bits": 8, "small_table_rows": 9}),
@@ -66,7 +69,7 @@ def made(kind: str) -> ClickModel:
         if isinstance(module, torch.nn.BatchNorm1d):
             train_norm(module)
         if hasattr(module, "activation_max"):
-            module.activation_max.fill_(1.5)
+            module.activation_max.detach().fill_(1.5)
     return convert(model.eval())
 
 

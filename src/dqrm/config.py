@@ -125,6 +125,10 @@ class OptimizerConfig:
     """Lazy L2 on the tables: added to the gradient as table_l2 * weight, on the rows of the batch only."""
     mlp_l2: float = 0.0
     """L2 (weight decay) on the MLP weights and biases."""
+    scale_rate_factor: float = 1.0
+    """Factor on the learning rate for what quantizers learn: the scales of lsq, the clipping values of pact."""
+    pact_l2: float | None = None
+    """L2 on the clipping values of pact; none: mlp_l2, as in the paper. Scales of lsq have none."""
     warmup_steps: int = 0
     """Steps of linear warm-up of the learning rate from 0."""
     decay_start_step: int = 0
@@ -140,9 +144,11 @@ class OptimizerConfig:
         if self.learning_rate is not None:
             at_least(self, learning_rate=0)
         at_least(
-            self, adagrad_eps=0, table_l2=0, mlp_l2=0, warmup_steps=0, decay_start_step=0,
+            self, adagrad_eps=0, table_l2=0, mlp_l2=0, scale_rate_factor=0, warmup_steps=0, decay_start_step=0,
             decay_steps=0, plateau_patience=1,
         )  # fmt: skip
+        if self.pact_l2 is not None:
+            at_least(self, pact_l2=0)
         if not 0 < self.plateau_factor <= 1:
             raise ValueError(f"plateau_factor is {self.plateau_factor}, expected above 0 and at most 1")
         if self.decay_steps and self.decay_start_step < self.warmup_steps:

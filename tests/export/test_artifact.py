@@ -24,6 +24,8 @@ VARIANTS = {
     "mixed, FP32 MLP": {"table_bits": 4, "mlp_bits": 32}, "mixed, FP32 tables": {"table_bits": 32, "mlp_bits": 4},
     "mixed, 2 and 8": {"table_bits": 2, "mlp_bits": 8}, "running_max": {"scale_refresh": "running_max"},
     "activations": {"activation_bits": 8}, "FP32 MLP, activations": {"mlp_bits": 32, "activation_bits": 8},
+    "lsq": {"quantizer": "lsq"},
+    "lsq, pact": {"quantizer": "lsq", "activation_bits": 8, "activation_quantizer": "pact"},
     "per tensor": {"linear_granularity": "tensor"}, "bias": {"bias_bits": 8}, "bf16 tables": {"table_dtype": "bf16"},
     "bf16 arithmetic": {"precision": "bf16"}, "cat": {"interaction": "cat"}, "self": {"self_interaction": True},
     "small tables": {"small_table_bits": 8, "small_table_rows": 50},

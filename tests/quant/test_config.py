@@ -15,6 +15,7 @@ DEFAULTS = {
     "linear_granularity": "channel",
     "bias_bits": 32,
     "activation_bits": 32,
+    "activation_quantizer": "running_max",
 }
 BITS_FIELDS = ["bits", "table_bits", "mlp_bits", "small_table_bits", "bias_bits", "activation_bits"]
 

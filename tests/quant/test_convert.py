@@ -10,6 +10,7 @@ from torch import nn
 
 import dqrm
 from dqrm import QATConfig, QuantLinear, convert, prepare_qat
+from dqrm.quant.activations import ActivationFakeQuantizer
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedEmbeddingBagCollection, PackedLinear
 from dqrm.quant.quantizer import WeightFakeQuantizer
 from quant.test_packing import same
@@ -49,8 +50,11 @@ def ranker(config=None, steps=3, keep=None):
     return model.eval()
 
 
+CHILDREN = (WeightFakeQuantizer, ActivationFakeQuantizer)
+
+
 def layers(model):
-    return [(name, module) for name, module in model.named_modules() if not isinstance(module, WeightFakeQuantizer)]
+    return [(name, module) for name, module in model.named_modules() if not isinstance(module, CHILDREN)]
 
 
 def packed_state(model):
@@ -62,6 +66,8 @@ CONFIGS = {
     "tables": {"mlp_bits": 32}, "MLP": {"table_bits": 32}, "mixed": {"table_bits": 2, "mlp_bits": 8},
     "tensor": {"linear_granularity": "tensor"}, "bias": {"bias_bits": 4}, "activations": {"activation_bits": 8},
     "activations of FP32": {"activation_bits": 8, "mlp_bits": 32}, "running_max": {"scale_refresh": "running_max"},
+    "lsq": {"quantizer": "lsq"},
+    "lsq and pact": {"quantizer": "lsq", "activation_bits": 8, "activation_quantizer": "pact"},
     "all": {"bits": 2, "activation_bits": 8, "bias_bits": 8, "linear_granularity": "tensor"},
 }  # fmt: skip
 

@@ -222,10 +222,11 @@ class ClickModel(nn.Module, ABC):
 
     @torch.no_grad()
     def redraw_tables(self, seed: int, epoch: int = 0, tables: Sequence[int] | None = None) -> None:
-        """Draw these tables (default: all) as `reset_parameters` does, with new values in epochs above 0, and compute
-        scales of all tables. The caller resets optimizer state."""
-        self._draw_tables(range(len(self.tables.table_rows)) if tables is None else tables, seed, epoch)
-        self.tables.refresh_scale()
+        """Draw these tables (default: all) as `reset_parameters` does, with new values in epochs above 0, and set their
+        scales. The caller resets optimizer state."""
+        tables = range(len(self.tables.table_rows)) if tables is None else tables
+        self._draw_tables(tables, seed, epoch)
+        self.tables.tables_redrawn(tables)
 
     def _draw_tables(self, numbers: Sequence[int], seed: int, epoch: int = 0) -> None:
         # The generator releases the GIL, so tables are drawn side by side.

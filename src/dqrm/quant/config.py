@@ -15,8 +15,16 @@ QUANTIZERS: dict[str, Any] = {
     "mse": "dqrm.quant.clipping.clipped_quantizer",
     "percentile": "dqrm.quant.clipping.clipped_quantizer",
     "naive": "dqrm.quant.clipping.naive_quantizer",
+    "lsq": "dqrm.quant.learned.LearnedStep",
 }
 """What a QATConfig can name as `quantizer`: a subclass of `quant.quantizer.WeightFakeQuantizer`, or where it is."""
+
+ACTIVATION_QUANTIZERS: dict[str, Any] = {
+    "running_max": "dqrm.quant.activations.RunningMax",
+    "pact": "dqrm.quant.learned.PACT",
+}
+"""What a QATConfig can name as `activation_quantizer`: a subclass of `quant.activations.ActivationFakeQuantizer`, or
+where it is."""
 
 STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
 """What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
@@ -95,7 +103,7 @@ class QATConfig(BitsOfParts):
     quantizer: str = "max"
     """Where scales come from; max: largest magnitude; mse: least squared error, or percentile: of the magnitudes (both
     kept for scale_period steps, weights beyond are clamped); naive: as max, but whole tables are quantized in each step
-    (DQRM's Figure 2a: slow, for comparison)."""
+    (DQRM's Figure 2a: slow, for comparison); lsq: learned step size (arXiv 1902.08153), which ignores scale_refresh."""
     percentile: float = 99.9
     """With quantizer percentile: which one of the magnitudes |w| the highest code stands for, in percent."""
     scale_refresh: Literal["periodic", "running_max"] | None = None
@@ -114,7 +122,10 @@ class QATConfig(BitsOfParts):
     bias_bits: int = 32
     """Bits of the MLP biases, on the scale of their weight row as in the DQRM reference; 32 keeps them FP32."""
     activation_bits: int = 32
-    """Bits of the inputs of linear layers, on a running maximum; 32 keeps them FP32."""
+    """Bits of the inputs of linear layers; 32 keeps them FP32."""
+    activation_quantizer: str = "running_max"
+    """Range of the inputs of linear layers: running_max (largest magnitude so far), or pact (learned clipping,
+    arXiv 1805.06085)."""
 
     def __post_init__(self) -> None:
         for name in ("bits", "table_bits", "mlp_bits", "small_table_bits", "bias_bits", "activation_bits"):
@@ -130,6 +141,7 @@ class QATConfig(BitsOfParts):
         percent = self.percentile
         if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 < percent <= 100:
             raise ValueError(f"percentile is {percent!r}, expected a number of percent above 0 and at most 100")
+        check_registered("activation_quantizer", self.activation_quantizer, ACTIVATION_QUANTIZERS)
         # Resolved here, so that what is stored records the rule that applied.
         if self.scale_refresh is None:
             periodic = self.scale_period is not None or self.quantizer in _CLIPPING

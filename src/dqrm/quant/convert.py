@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dqrm.quant.activations import ActivationFakeQuantizer
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection, refuse_unsupported
@@ -14,7 +15,6 @@ from dqrm.quant.mixed import packed_collection
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedLinear
 from dqrm.quant.packing import encode, encode_table, storage
 from dqrm.quant.quantizer import FakeQuantized, WeightFakeQuantizer
-from dqrm.quant.uniform import scale_from_max
 
 _SWAPS: dict[type, type] = {nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding, nn.EmbeddingBag: QuantEmbeddingBag}
 
@@ -82,7 +82,8 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or isinstance(module, WeightFakeQuantizer):  # scales: counted with their weight
+            # Scales: counted with their weight; ranges of activations: no weights.
+            if id(parameter) in seen or isinstance(module, (WeightFakeQuantizer, ActivationFakeQuantizer)):
                 continue
             seen.add(id(parameter))
             part = (
@@ -115,11 +116,7 @@ def pack_linear(layer: QuantLinear, scale: Tensor | None = None, bits: int | Non
         scale = weight.new_ones(1) if bits == 32 else layer.current_scale()
     bias, activation_scale = layer.quantized_bias(), None
     if layer.activation_bits != 32:
-        if not layer.activation_max > 0:
-            raise ValueError(
-                "the inputs of a linear layer are to be quantized, but their range is unknown before a training step"
-            )
-        activation_scale = scale_from_max(layer.activation_max.detach(), layer.activation_bits)
+        activation_scale = layer.activation_fake_quantizer.scale()
     return PackedLinear(
         layer.in_features,
         layer.out_features,

@@ -121,6 +121,10 @@ class QuantizedTables(FakeQuantized):
         """An optimizer has changed these rows (int64 [U] of the weight), whichever process looked them up."""
         self.weight_fake_quantizer.rows_changed(rows, self.weight)
 
+    def tables_redrawn(self, numbers: Sequence[int]) -> None:
+        """These tables hold other weights now, drawn anew: set scales from them."""
+        self.weight_fake_quantizer.tables_redrawn(self.weight, numbers)
+
     def weights_replaced(self, ticks: int) -> None:
         """Call after weights and scales were replaced; `ticks` is the new step count."""
         self.weight_fake_quantizer.weights_replaced(self.weight, ticks)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm import kernels
+from dqrm.quant.activations import ActivationFakeQuantizer, new_activation_quantizer
 from dqrm.quant.config import QATConfig, take_qat
 from dqrm.quant.quantizer import FakeQuantized, Groups, WeightFakeQuantizer
-from dqrm.quant.uniform import check_floats, code_limits, fake_quantize, scale_from_max
+from dqrm.quant.uniform import code_limits, fake_quantize, scale_from_max
 
 
 def weight_scale(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
@@ -64,15 +65,16 @@ class QuantLinear(FakeQuantized, nn.Linear):
     saturates.
 
     Args:
-        qat: a `QATConfig`; or, one by one, `bits`, `quantizer`, `bias_bits` and `activation_bits` as there, and
-            granularity: 'channel' (one scale per output row) or 'tensor' (one for the whole weight).
+        qat: a `QATConfig`; or, one by one, `bits`, `quantizer`, `bias_bits`, `activation_bits` and
+            `activation_quantizer` as there, and granularity: 'channel' (one scale per output row) or 'tensor' (one for
+            the whole weight).
 
     Raises:
         ValueError: an unsupported number of bits or granularity.
     """
 
     bits: int
-    activation_max: Tensor
+    activation_fake_quantizer: ActivationFakeQuantizer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "granularity" in kwargs:
@@ -90,7 +92,8 @@ class QuantLinear(FakeQuantized, nn.Linear):
         groups = Groups(self.out_features if self.granularity == "channel" else 1)
         self._add_quantizer(qat, qat.effective_mlp_bits, groups)
         if self.activation_bits != 32:
-            self.register_buffer("activation_max", torch.zeros((), device=self.weight.device))
+            with self.weight.device:
+                self.activation_fake_quantizer = new_activation_quantizer(qat).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -109,25 +112,24 @@ class QuantLinear(FakeQuantized, nn.Linear):
         return fake_quantize(bias, self.current_scale(), self.bias_bits)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input, fake-quantized if configured; in training, it updates the running maximum."""
-        if self.activation_bits == 32:
-            return x
-        check_floats("input", x)
-        if x.numel() == 0:
-            return x
-        largest = torch.maximum(self.activation_max, x.detach().abs().amax().float())
-        if self.training:
-            self.activation_max.copy_(largest)
-        # Before any training step there is no range yet: take this batch's.
-        used = torch.where(self.activation_max > 0, self.activation_max, largest)
-        return fake_quantize(x, scale_from_max(used, self.activation_bits), self.activation_bits)
+        """The input as it is multiplied; in training, it may change the range of its quantizer."""
+        return x if self.activation_bits == 32 else self.activation_fake_quantizer(x)
+
+    @property
+    def activation_max(self) -> Tensor:
+        """The largest input that is not clipped: float32 without dimensions; 0 until a training batch has shown one."""
+        return self.activation_fake_quantizer.maximum
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        missing = rest[2]  # (local_metadata, strict, missing_keys, ...)
+        if self.activation_bits != 32:
+            inside = f"{prefix}activation_fake_quantizer."
+            if prefix + "activation_max" in state_dict:  # where it was before there was such a child
+                state_dict[inside + "maximum"] = state_dict.pop(prefix + "activation_max")
+            if inside + "maximum" not in state_dict:
+                if prefix + "weight" in state_dict:  # an unquantized model's: the range starts anew
+                    self.activation_fake_quantizer.reset()
+                state_dict[inside + "maximum"] = self.activation_fake_quantizer.maximum.detach()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if prefix + "activation_max" in missing:  # an unquantized model's weights: reset the range
-            missing.remove(prefix + "activation_max")
-            self.activation_max.zero_()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, granularity={self.granularity}"

@@ -200,6 +200,10 @@ class WeightFakeQuantizer(nn.Module):
     def raised(self, weight: Tensor) -> None:
         """The scales cover all rows that have changed since the last forward."""
 
+    def tables_redrawn(self, weight: Tensor, numbers: Sequence[int]) -> None:
+        """These tables hold other weights now."""
+        self.refresh(weight, everything=True)
+
     def only_looked_up_rows_change(self, weight: Tensor) -> None:
         """See `QuantizedTables.only_looked_up_rows_change`."""
 

@@ -91,6 +91,10 @@ class RedrawTables(Callback):
             if number in large:
                 trainer.optimizers[0].reset_rows(slice(start, start + rows))
             start += rows
+        scale = model.tables.weight_fake_quantizer.scale
+        for value in trainer.optimizers[1].state.get(scale, {}).values():  # of a learned scale
+            if isinstance(value, Tensor) and value.shape == scale.shape:
+                value[large] = 0
 
 
 def weights_but_tables(model: torch.nn.Module) -> dict[str, Tensor]:

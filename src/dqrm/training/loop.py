@@ -23,6 +23,7 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.quant.convert import stored_bytes
+from dqrm.quant.linear import QuantLinear
 from dqrm.training.callbacks import Callback, load_callbacks, overriding, save_callbacks
 from dqrm.training.checkpoints import (
     CALLBACKS,
@@ -291,6 +292,9 @@ class Trainer:
         if self.world.size > 1:
             self.world.broadcast_model(self.model)
             self.model.tables.weights_replaced(self.world.shared(self.model.tables.scale_ticks))
+            for module in self.model.modules():
+                if isinstance(module, QuantLinear):
+                    module.weight_fake_quantizer.weights_replaced(module.weight, 0)
 
     def _load_state(self, step: int) -> None:
         """Everything else of a checkpoint, likewise."""

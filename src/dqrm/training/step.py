@@ -15,6 +15,7 @@ from dqrm.distributed.world import World
 from dqrm.models.base import ClickModel
 from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.training.optimizers import build_optimizers
+from dqrm.training.parameter_groups import RATE_FACTOR, parameter_groups
 
 
 class TrainStep:
@@ -35,7 +36,8 @@ class TrainStep:
         tables = [model.tables.weight]
         self._parameters = list(model.parameters())
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
-        self.optimizers = build_optimizers(tables, others, config.optimizer, config.training.seed)
+        groups = parameter_groups(model, others, config.optimizer)
+        self.optimizers = build_optimizers(tables, groups, config.optimizer, config.training.seed)
         model.tables.only_looked_up_rows_change()  # a SparseOptimizer changes no others
         self.optimizers[0].tables = model.tables
         if world is not None and world.size > 1:
@@ -103,7 +105,7 @@ class TrainStep:
         tables, others = self.optimizers
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
         if of_tables is None:
             tables.step()
         else:
