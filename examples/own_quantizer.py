@@ -1,8 +1,9 @@
 """A quantizer of your own, registered from outside the package: `python examples/own_quantizer.py`.
 
-Learned step size quantization (LSQ, arXiv 1902.08153): the scale is a parameter, and its gradient weighs rounding
-errors against clamped weights. It goes into the register of quantizers; `QATConfig.quantizer` then names it, and
-tables, linear layers, `convert` and exports use it like the built-in one.
+A learned scale: it is a parameter, and its gradient weighs rounding errors against clamped weights. It goes into the
+register of quantizers; `QATConfig.quantizer` then names it, and tables, linear layers, `convert` and exports use it
+like the built-in ones. (One of those is `lsq`, learned step size quantization, arXiv 1902.08153: the same idea with the
+paper's first scale, its factor on the gradient, and scales that stay above 0.)
 """
 
 import torch
@@ -30,7 +31,7 @@ class LearnedScale(WeightFakeQuantizer):
         return codes * scale
 
 
-QUANTIZERS["lsq"] = LearnedScale
+QUANTIZERS["learned_scale"] = LearnedScale
 
 
 def main() -> tuple[float, float]:
@@ -39,7 +40,7 @@ def main() -> tuple[float, float]:
     model = nn.Sequential(
         nn.EmbeddingBag(200, 8, mode="sum", sparse=True), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)
     )
-    dqrm.prepare_qat(model, dqrm.QATConfig(bits=4, quantizer="lsq"))
+    dqrm.prepare_qat(model, dqrm.QATConfig(bits=4, quantizer="learned_scale"))
     ids = torch.randint(200, (256, 3))
     labels = (ids.sum(1) % 2).float()
     model(ids)  # the first forward sets the scales

@@ -65,7 +65,7 @@ def test_own_model_learns_and_packs():
 
 
 def test_own_quantizer_learns_its_scale(monkeypatch):
-    monkeypatch.setitem(QUANTIZERS, "lsq", "set by the example, removed after the test")
+    monkeypatch.setitem(QUANTIZERS, "learned_scale", "set by the example, removed after the test")
     before, after = example("own_quantizer")["main"]()
     assert 0 < after != before
 

@@ -9,6 +9,7 @@ from dqrm.console import figure, messages, print_table, results, size
 from dqrm.data.dataset import Dataset
 from dqrm.data.subsampling import negative_weight
 from dqrm.errors import UserError, printable
+from dqrm.quant.config import QATConfig
 from dqrm.training.metrics import legend
 from dqrm.training.run import Run
 
@@ -149,7 +150,8 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
     if quantization.get("small_table_bits"):
         small = f" ({quantization['small_table_bits']} below {quantization['small_table_rows']:,} rows)"
     results.print(
-        f"Tables {bits[0]} bits{small}, MLP {bits[1]} bits: {size(summary['stored_bytes']['total'])} of weights; "
+        f"Tables {bits[0]} bits{small}, MLP {bits[1]} bits{_quantizers(quantization)}: "
+        f"{size(summary['stored_bytes']['total'])} of weights; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
     if exchange := summary.get("exchange"):
@@ -241,6 +243,16 @@ def print_base_rate(described: dict[str, Any]) -> None:
 
 def _say(text: str) -> None:
     results.print(printable(text))
+
+
+def _quantizers(quantization: dict[str, Any]) -> str:
+    """Which quantizers a run was trained with, where they are not the default ones."""
+    default = QATConfig.__dataclass_fields__
+    used = [quantization.get(name, default[name].default) for name in ("quantizer", "activation_quantizer")]
+    told = [f"quantizer {used[0]}"] * (used[0] != default["quantizer"].default)
+    if (bits := quantization.get("activation_bits", 32)) != 32:
+        told.append(f"inputs of layers {bits} bits, {used[1]}")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 _METHODS = {"qat": "as trained", "ptq": "quantized after training", "none": "not quantized"}

@@ -11,6 +11,7 @@ import torch
 
 from conftest import tensors, tiny
 from dqrm.config import ExchangeConfig
+from dqrm.quant.config import QATConfig
 from dqrm.training.launch import resume, train
 from launch_helpers import (
     LONG,
@@ -73,13 +74,37 @@ def stopped(generated, work):
     return said, copies
 
 
+class Killed(Exception):
+    pass
+
+
 @pytest.fixture(scope="module")
-def resumed(generated, stopped, work):
-    """Two ranks: a run that nobody stops, the one that was killed resumed, and once more when it is finished."""
+def learned(generated, work):
+    """Learned scales on two simulated ranks: a run that nobody stops, and one killed at step 8 and saved at step 5."""
+
+    def progress(_, done, __):
+        if done == 8 * 64:
+            raise Killed
+
+    config = tiny(optimizer="adagrad", checkpoint_every=5, max_steps=30, threads=1)
+    config = replace(config, quantization=QATConfig(quantizer="lsq"), exchange=ExchangeConfig(simulate_ranks=2))
+    train(generated, work / "learned", config)
+    with pytest.raises(Killed):
+        train(generated, work / "learned cut", config, progress=progress)
+    assert steps_saved(work / "learned cut") == [5]
+    told = work / "learned cut" / "run.json"
+    told.write_text(told.read_text().replace('"simulate_ranks": 2', '"simulate_ranks": 0'))
+    return work / "learned", work / "learned cut"
+
+
+@pytest.fixture(scope="module")
+def resumed(generated, stopped, learned, work):
+    """Two ranks: a run that nobody stops, the one that was killed resumed, and once more when it is finished; and the
+    one of learned scales resumed."""
     killed = shutil.copytree(stopped[1][2], work / "killed")
     again = ["train", "--resume", killed]
     commands = {"whole": train_words(generated, **LONG), "killed": again, "finished": again}
-    return launched(work / "resumed", 2, commands)[0]
+    return launched(work / "resumed", 2, commands | {"learned": ["train", "--resume", learned[1]]})[0]
 
 
 def test_sigterm_stops_all_ranks_at_one_step_and_saves(stopped):
@@ -109,6 +134,14 @@ def test_stopped_killed_and_resumed_is_as_if_never_stopped(resumed):
     assert 6 < min(map(int, probe[1]["weights"])) < 135  # it was resumed, and in the middle
     sent = [tensors(newest(one))["exchange.safetensors/counters"][:, 5] for one in (whole, run)]
     assert torch.equal(*sent)
+
+
+def test_learned_scales_go_on_in_all_ranks(resumed, learned):
+    """Those of linear layers too, which a rank that reads no checkpoint has from rank 0."""
+    run, probe = resumed["learned"]
+    same_run(learned[0], run)
+    assert all(rank["weights"] == probe[0]["weights"] for rank in probe)
+    assert min(map(int, probe[1]["weights"])) == 5
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(resumed):
@@ -153,9 +186,6 @@ def test_resumed_by_one_what_two_had_begun(stopped, resumed, capsys, tmp_path):
 @pytest.mark.parametrize("batch_size", [64, 61])
 @pytest.mark.parametrize("ranks", [0, 3])
 def test_one_process_stopped_and_resumed_is_as_if_never_stopped(generated, tmp_path, batch_size, shuffle, ranks):
-    class Killed(Exception):
-        pass
-
     def progress(_, done, __):
         if done == 8 * batch_size:
             raise Killed

@@ -11,8 +11,10 @@ import dqrm
 import reference as ref
 from conftest import tensors, tiny
 from dqrm.config import OptimizerConfig
+from dqrm.info import print_description
 from dqrm.quant import learned
-from dqrm.quant.config import QATConfig
+from dqrm.quant.activations import ActivationFakeQuantizer
+from dqrm.quant.config import ACTIVATION_QUANTIZERS, QATConfig
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection
 from dqrm.quant.learned import PACT, LearnedStep
 from dqrm.quant.linear import QuantLinear
@@ -554,6 +556,41 @@ def test_pact_resumes_bit_for_bit_and_is_exported(generated, tmp_path):
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert dqrm.export_run(tmp_path / "whole", tmp_path / "model.dqrm")["largest_difference"] == 0
+
+
+class Fixed(ActivationFakeQuantizer):
+    """A range that is known from the start."""
+
+    def __init__(self, bits):
+        super().__init__(bits)
+        self.register_buffer("maximum", torch.tensor(2.0))
+
+    def forward(self, x):
+        return dqrm.fake_quantize(x, self.scale(), self.bits)
+
+
+def test_an_activation_quantizer_from_outside_trains_and_packs(generated, tmp_path, monkeypatch):
+    monkeypatch.setitem(ACTIVATION_QUANTIZERS, "fixed", Fixed)
+    qat = QATConfig(4, activation_bits=8, activation_quantizer="fixed")
+    dqrm.train(generated, tmp_path / "run", replace(tiny(max_steps=3), quantization=qat))
+    assert dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")["largest_difference"] == 0
+    served = dqrm.load(tmp_path / "model.dqrm")
+    assert served.top[0].activation_scale == torch.tensor(2.0) / 127
+
+
+def test_info_says_which_quantizers_a_run_was_trained_with(generated, tmp_path, capsys):
+    for name, qat, expected in (
+        ("max", QATConfig(4), "Tables 4 bits, MLP 4 bits:"),
+        ("lsq", QATConfig(4, mlp_bits=8, quantizer="lsq"), "Tables 4 bits, MLP 8 bits (quantizer lsq):"),
+        (
+            "pact",
+            QATConfig(2, activation_bits=8, activation_quantizer="pact"),
+            "Tables 2 bits, MLP 2 bits (inputs of layers 8 bits, pact):",
+        ),
+    ):
+        dqrm.train(generated, tmp_path / name, replace(tiny(max_steps=2), quantization=qat))
+        print_description(str(tmp_path / name))
+        assert expected in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dqrm.errors import UserError
 from dqrm.info import print_summary
 from dqrm.kernels import sum_duplicates
 from dqrm.options import field_help
+from dqrm.quant.config import ACTIVATION_QUANTIZERS, QUANTIZERS, QATConfig
 from dqrm.studies.seeds import summarize
 from dqrm.training.launch import resume, train
 from dqrm.training.metrics import METRICS, click_metrics, legend
@@ -138,6 +139,8 @@ def test_an_unknown_optimizer_is_refused_before_any_work(generated, tmp_path):
 def test_help_names_all_that_is_registered():
     for cls, field, names in (
         (OptimizerConfig, "optimizer", OPTIMIZERS),
+        (QATConfig, "quantizer", QUANTIZERS),
+        (QATConfig, "activation_quantizer", ACTIVATION_QUANTIZERS),
         (TrainingConfig, "select_by", [name for name, m in METRICS.items() if m.higher_is_better is not None]),
     ):
         for name in names:
