@@ -436,6 +436,28 @@ def test_resume_is_bit_for_bit_and_the_artifact_is_the_checkpoint(generated, tmp
     assert figures[0]["log_loss"] == pytest.approx(figures[1]["log_loss"], abs=1e-6)
 
 
+def test_averages_of_scales_and_evaluations_leave_training_as_it_is(generated, tmp_path):
+    """`ema` puts averages in the place of scales to evaluate and to save; the next update is held to training's."""
+    plain = config_of(max_steps=20, eval_every=5)
+    plain = replace(plain, optimizer=replace(plain.optimizer, scale_rate_factor=30.0))  # scales that leap
+    with_average = replace(plain, training=replace(plain.training, callbacks=("ema:decay=0.9",)))
+    rare = replace(with_average, training=replace(with_average.training, eval_every=0))
+    found = {}
+
+    class Last(dqrm.Callback):
+        def on_step_end(self, trainer, loss):
+            scales = [v.detach().clone() for n, v in trainer.model.named_parameters() if n.endswith("quantizer.scale")]
+            assert all((scale > 0).all() for scale in scales)
+            found[trainer.config, trainer.state.step] = torch.cat(scales)
+
+    for name, config in (("plain", plain), ("average", with_average), ("rare", rare)):
+        dqrm.train(generated, tmp_path / name, config, callbacks=[Last()])
+    ends = [each for (_, step), each in found.items() if step == 20]
+    assert len(ends) == 3
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
 # ---- PACT
 
 

@@ -76,9 +76,14 @@ class _Positive:
         if self._lowest is not None:
             torch.maximum(scale, self._lowest, out=scale)
 
+    def updated(self, scale: Tensor) -> None:
+        """An optimizer has changed `scale`; what changes it from here on until the next forward is no update."""
+        self.keep(scale)
+        self.forget()
+
     @torch.no_grad()
     def used(self, scale: Tensor) -> None:
-        """A forward uses `scale`, whatever follows."""
+        """A forward that an update may follow uses `scale`."""
         self._lowest = (scale * 0.5).clamp_(min=self._floor)
 
     def forget(self) -> None:
@@ -127,9 +132,9 @@ class LearnedStep(WeightFakeQuantizer):
         self._positive.forget()
 
     def before_forward(self, weight: Tensor, sparse: bool = False) -> None:
-        super().before_forward(weight, sparse)
-        self._positive.keep(self.scale)
-        self._positive.used(self.scale)
+        self.current_scale(weight)
+        if self.training or torch.is_grad_enabled():
+            self._positive.used(self.scale)
         if self._factor is None:
             rows = self.groups.table_rows or (len(weight) // max(self.groups.count, 1),) * self.groups.count
             weights = torch.tensor(rows, dtype=torch.float64, device=weight.device) * weight.shape[1]
@@ -145,7 +150,13 @@ class LearnedStep(WeightFakeQuantizer):
 
     def current_scale(self, weight: Tensor) -> Tensor:
         self.synchronize(weight)
+        if not self._scale_known:  # or somebody has set it
+            self._look_at_scale()
         return super().current_scale(weight)
+
+    def updated(self) -> None:
+        """The optimizer has changed the scales."""
+        self._positive.updated(self.scale)
 
     def weights_replaced(self, weight: Tensor, ticks: int) -> None:
         self._positive.forget()
@@ -206,13 +217,18 @@ class PACT(ActivationFakeQuantizer):
             self.maximum.detach().copy_(largest)
             self._known = True
         self._positive.keep(self.maximum)
-        self._positive.used(self.maximum)
+        if self.training or torch.is_grad_enabled():
+            self._positive.used(self.maximum)
         clipped: Tensor = _Clip.apply(x, self.maximum, self.bits)
         return clipped
 
     def scale(self) -> Tensor:
         self._positive.keep(self.maximum)
         return super().scale()
+
+    def updated(self) -> None:
+        """The optimizer has changed alpha."""
+        self._positive.updated(self.maximum)
 
     def reset(self) -> None:
         super().reset()

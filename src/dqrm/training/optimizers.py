@@ -209,8 +209,8 @@ OPTIMIZERS: dict[str, Callable[[list[Any], list[Any], OptimizerConfig, int], Pai
     "adagrad": _adagrad,
     "rowwise_adagrad": partial(_adagrad, rowwise=True),
 }
-"""Constructors by name: (tables, others, configuration, seed) -> optimizers (of the tables, of everything else). `others`
-are parameters, or parameter groups of torch where quantizers have learned values (`parameter_groups`)."""
+"""Constructors by name: (tables, others, configuration, seed) -> optimizers (of the tables, of everything else).
+`others` are parameters, or parameter groups of torch where quantizers have learned values (`parameter_groups`)."""
 
 
 def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int = 0) -> Pair:

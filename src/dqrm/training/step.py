@@ -1,5 +1,7 @@
 """One training step: batch -> loss -> gradients -> exchange -> update. The loop calls it, and so does the benchmark."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ class TrainStep:
         self.model = model
         tables = [model.tables.weight]
         self._parameters = list(model.parameters())
+        self._learned: list[Any] = [module for module in model.modules() if hasattr(module, "updated")]
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         groups = parameter_groups(model, others, config.optimizer)
         self.optimizers = build_optimizers(tables, groups, config.optimizer, config.training.seed)
@@ -112,3 +115,5 @@ class TrainStep:
             tables.step_rows(*of_tables)
             self.model.tables.rows_changed(of_tables[0])
         others.step()
+        for quantizer in self._learned:  # before callbacks see, average or replace what it learns
+            quantizer.updated()
