@@ -615,6 +615,12 @@ def test_info_says_which_quantizers_a_run_was_trained_with(generated, tmp_path, 
         assert expected in " ".join(capsys.readouterr().out.split())
 
 
+def test_tables_of_several_bits_are_refused():
+    qat = QATConfig(4, quantizer="lsq", small_table_bits=8, small_table_rows=20)
+    with pytest.raises(ValueError, match="small_table_bits is 8, but the quantizer 'lsq' needs"):
+        QuantEmbeddingBagCollection(ROWS, DIM, qat=qat)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -101,6 +101,7 @@ class LearnedStep(WeightFakeQuantizer):
     """
 
     scale: nn.Parameter
+    clips = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
