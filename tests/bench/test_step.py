@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cli_helpers import command
+from dqrm import recipe
 from dqrm.bench import embedding, step
 from dqrm.bench.baseline import PlainDLRM, WholeTableQAT
 from dqrm.bench.config import (
@@ -203,6 +204,16 @@ def test_percentiles():
 def test_tables_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"the tables take 1000000.00 GB and .* --rows-scale"):
         require_memory(10**15, torch.device("cpu"))
+
+
+def test_the_optimizer_and_its_learning_rate_are_those_asked_for():
+    for name, rate in ("sgd", 0.1), ("adagrad", recipe.learning_rate("adagrad", 16)):
+        options = BenchStepConfig(**SMALL, variants=("fp32", "int4"), batch_size=(16,), optimizer=name)
+        assert step.run_step(options)["settings"]["learning_rate"] == rate
+        config = training_config(options, SCHEMES["int4"])
+        assert (config.optimizer.optimizer, config.optimizer.rate) == (name, rate)
+    with pytest.raises(UserError, match="'adagard'"):
+        step.run_step(BenchStepConfig(**SMALL, variants=("fp32",), batch_size=(16,), optimizer="adagard"))
 
 
 def test_what_the_names_of_variants_say():

@@ -97,6 +97,8 @@ class BenchStepConfig:
     """What to measure: baseline (nn.EmbeddingBag and nn.Linear), or fp32|int2|int4|int8|int16 followed by
     _periodic or _running_max (scales; neither: as dqrm train), _bf16 (arithmetic), _bf16_tables (weights of the
     tables), in this order."""
+    optimizer: str = "sgd"
+    """Update rule, as in dqrm train; the baseline always has plain SGD."""
     samples: int = 262_144
     """Rows of generated data that the steps read; at least 16 batches."""
     shuffle: Literal["global", "block"] = "global"

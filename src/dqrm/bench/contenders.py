@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqrm import recipe
 from dqrm.bench.baseline import PlainDLRM
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, Architecture, BenchStepConfig, Scheme
 from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
@@ -37,12 +38,13 @@ class Ours(_Variant):
         self.device, self.model = device, model.train()
         model.tables.clamps.quiet = True  # figures of speed, not of accuracy
         self.train_step = TrainStep(model, config)
+        self.rate = config.optimizer.rate
 
     def prepare(self, batch: Batch) -> Any:
         return batch.to(self.device)
 
     def step(self, batch: Batch) -> None:
-        self.loss = self.train_step(batch, LEARNING_RATE)
+        self.loss = self.train_step(batch, self.rate)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.train_step.forward(batch)
@@ -51,7 +53,7 @@ class Ours(_Variant):
         self.train_step.backward(loss)
 
     def update(self) -> None:
-        self.train_step.update(LEARNING_RATE)
+        self.train_step.update(self.rate)
 
 
 class Plain(_Variant):
@@ -101,7 +103,7 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
             scale_refresh=scheme.refresh,
             scale_period=options.scale_period if scheme.refresh == "periodic" else None,
         ),
-        optimizer=OptimizerConfig("sgd", LEARNING_RATE),
+        optimizer=OptimizerConfig(options.optimizer, recipe.learning_rate(options.optimizer, max(options.batch_size))),
         training=TrainingConfig(
             precision="bf16" if scheme.bf16 else "fp32",
             table_dtype="bf16" if scheme.bf16_tables else "fp32",

@@ -29,6 +29,8 @@ from dqrm.training.threads import threads_set
 
 PARTS = ("data", "lookup", "forward", "backward", "update")
 _TOUCHED_ROWS = 4096
+# Of optimizer state per weight of the tables, for the check of memory; others: two FP32 values.
+_STATE_BYTES = {"sgd": 0, "adagrad": 4, "rowwise_adagrad": 1}
 
 
 @dataclass
@@ -58,7 +60,8 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     values = sum(table_rows) * arch.embedding_dim
     own = [SCHEMES[name] for name in options.variants if name in SCHEMES and SCHEMES[name].own_tables]
     needed = values * (sum(2 if scheme.bf16_tables else 4 for scheme in own) + 4 * (len(own) < len(options.variants)))
-    require_memory(needed, device)
+    ours = sum(name != BASELINE for name in options.variants)
+    require_memory(needed + ours * values * _STATE_BYTES.get(options.optimizer, 8), device)
     rows = max(options.samples, 16 * max(options.batch_size))
     progress("generating data", 0, None)
     split = write_split(path / "data", rows, NUM_DENSE, table_rows, options.seed)
@@ -81,7 +84,7 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
         variants += _results(contenders, times, split, batch_size, options, clock)
     settings = {
         **asdict(options),
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": training_config(options, Scheme(bits=32)).optimizer.rate,
         "table_rows": sum(table_rows),
         "data_rows": rows,
         "cost_ms": "median without data + the time of a batch when a whole epoch is read; the ratios compare it",
