@@ -272,7 +272,7 @@ class Config:
     """Everything that, with the dataset, decides a training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    quantization: QATConfig = field(default_factory=QATConfig)
+    quantization: QATConfig = field(default_factory=lambda: QATConfig(**recipe.quantization({})))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
@@ -293,17 +293,19 @@ class Config:
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, Mapping[str, Any]], where: str = "configuration") -> "Config":
-        """The inverse of `to_dict`; absent sections and fields take their defaults.
+        """The inverse of `to_dict`; absent sections and fields take their defaults (bits: see `recipe.quantization`).
 
         Raises:
             UserError: an unknown section or field, a value of the wrong type, an impossible combination.
         """
         built = {}
-        for section, values in _checked(sections, where).items():
+        checked: dict[str, dict[str, Any]] = {"quantization": {}} | _checked(sections, where)
+        for section, values in checked.items():
             for name in values:
                 if name not in field_types(SECTIONS[section]) and (home := _section_of(name)):
                     raise UserError(f"{where}: '{name}' is a field of section '{home}', not of '{section}'")
-            built[section] = build(SECTIONS[section], values, f"{where}, {section}")
+            left_open = recipe.quantization(values) if section == "quantization" else {}
+            built[section] = build(SECTIONS[section], left_open | values, f"{where}, {section}")
         try:
             return cls(**built)
         except ValueError as error:
@@ -353,4 +355,4 @@ def _unknown_section(name: Any) -> str:
     return f"unknown section '{name}'{did_you_mean(str(name), SECTIONS)}"
 
 
-SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]
+SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}  # type: ignore[misc]

@@ -4,11 +4,14 @@ Measured figures are in docs/guides/choosing.md, the papers' settings in configs
 torch.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 OPTIMIZER = "adagrad"
 CALLBACKS = ("redraw_tables:min_rows=1000",)
-EPOCHS, PATIENCE = 10, 2
+EPOCHS, PATIENCE = 20, 3
 """The largest number of epochs, and the number of epochs without improvement before training stops."""
-BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 1024), (2_000_000, 2048))
+BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 2048))
 """(least rows of the training split, batch size), ascending."""
 LEARNING_RATES = {
     "sgd": ((0, 0.1),),
@@ -18,6 +21,22 @@ LEARNING_RATES = {
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
 OTHER_LEARNING_RATE = 0.01
 """Of optimizers that are not listed."""
+MLP_BITS = SMALL_TABLE_BITS = 8
+"""Where no bits are set: of the MLP and of tables below `quant.config.SMALL_TABLE_ROWS` rows, about 1 % of the weights
+together; the other tables have 4."""
+
+
+def quantization(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The bits of a configuration's section `quantization` that its fields `given` leave open.
+
+    With `bits`, everything has those bits. Only the quantizer 'max' takes tables of several bit widths.
+    """
+    open_fields: dict[str, Any] = {}
+    if given.get("bits") is None:
+        open_fields["mlp_bits"] = MLP_BITS
+        if given.get("table_bits") is None and given.get("quantizer") in (None, "max"):
+            open_fields["small_table_bits"] = SMALL_TABLE_BITS
+    return open_fields
 
 
 def batch_size(rows: int) -> int:

@@ -95,9 +95,10 @@ class QATConfig(BitsOfParts):
     table_bits: int | None = None
     """Bits of the embedding tables; none: as --bits."""
     mlp_bits: int | None = None
-    """Bits of the MLP weights; none: as --bits."""
+    """Bits of the MLP weights; none: as --bits, or 8 in a training configuration without bits."""
     small_table_bits: int | None = None
-    """Bits of embedding tables with fewer than small_table_rows rows; none: as the others."""
+    """Bits of embedding tables with fewer than small_table_rows rows; none: as the others, or 8 in a training
+    configuration without bits."""
     small_table_rows: int | None = None
     """With small_table_bits: rows from which on a table has the bits of the others; none: 10,000."""
     quantizer: str = "max"
