@@ -1,5 +1,6 @@
 """The configuration: one set of names for Python, YAML and flags; what is impossible is refused with a sentence."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -29,22 +30,42 @@ def test_field_names_are_unique_over_all_sections_so_that_flags_are():
 def test_defaults_are_the_recipe_in_int4():
     config = Config()
     assert config.model == ModelConfig(16, (512, 256, 64, 16), (512, 256, 1), "dot", False, "sum")
-    assert (config.quantization.effective_table_bits, config.quantization.effective_mlp_bits) == (4, 4)
+    bits = config.quantization
+    assert (bits.effective_table_bits, bits.effective_mlp_bits) == (4, recipe.MLP_BITS)
+    assert (bits.small_table_bits, bits.small_table_rows) == (recipe.SMALL_TABLE_BITS, 10_000)
     assert (config.quantization.quantizer, config.quantization.scale_refresh) == ("max", "running_max")
-    assert (config.optimizer.optimizer, config.optimizer.rate) == (recipe.OPTIMIZER, 0.02)
+    assert (config.optimizer.optimizer, config.optimizer.rate) == (recipe.OPTIMIZER, 0.03)
     assert config.training.callbacks == recipe.CALLBACKS
     assert (config.training.epochs, config.training.batch_size, config.training.patience) == (0, 0, recipe.PATIENCE)
 
 
-@pytest.mark.parametrize("batch", [1, 64, 255, 256, 1024, 10**6])
+@pytest.mark.parametrize(
+    ("given", "wanted"),  # wanted: bits of large tables, of small ones, of the MLP
+    [
+        ({}, (4, 8, 8)), ({"scale_period": 200}, (4, 8, 8)), ({"bits": 4}, (4, 4, 4)), ({"bits": 32}, (32, 32, 32)),
+        ({"mlp_bits": 4}, (4, 8, 4)), ({"table_bits": 2}, (2, 2, 8)), ({"quantizer": "lsq"}, (4, 4, 8)),
+        ({"small_table_bits": 16}, (4, 16, 8)), ({"bits": 2, "mlp_bits": 8}, (2, 2, 8)),
+    ],
+)  # fmt: skip
+def test_bits_that_are_set_replace_those_of_the_recipe(given, wanted, tmp_path):
+    (tmp_path / "c.yaml").write_text(json.dumps({"quantization": given}))
+    for config in (
+        Config.load(None, given), Config.load(tmp_path / "c.yaml"), Config.from_dict({"quantization": given}),
+    ):  # fmt: skip
+        bits = config.quantization
+        assert (bits.bits_of_table(10_000), bits.bits_of_table(9_999), bits.effective_mlp_bits) == wanted
+        assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("batch", [1, 64, 255, 256, 1024, 2047, 2048, 10**6])
 def test_the_learning_rate_follows_optimizer_and_batch_size(batch):
     rates = {name: recipe.learning_rate(name, batch) for name in ("sgd", "adagrad", "rowwise_adagrad", "your_own")}
-    adaptive = 0.01 if batch < 256 else 0.02
+    adaptive = 0.01 if batch < 256 else 0.02 if batch < 2048 else 0.03
     assert rates == {"sgd": 0.1, "adagrad": adaptive, "rowwise_adagrad": adaptive, "your_own": 0.01}
     for rate in (0, 0.3):
         assert OptimizerConfig("adagrad", rate).rate == rate
     assert Config.load(None, {"learning_rate": "none"}).optimizer.learning_rate is None
-    assert (OptimizerConfig("sgd").rate, OptimizerConfig("adagrad").rate) == (0.1, 0.02)
+    assert (OptimizerConfig("sgd").rate, OptimizerConfig("adagrad").rate) == (0.1, 0.03)
 
 
 def test_the_batch_size_rises_with_the_rows():

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 OPTIMIZER = "adagrad"
-CALLBACKS = ("redraw_tables:min_rows=1000",)
+CALLBACKS = ("redraw_tables:min_rows=1000", "ema:decay=0.999")
 EPOCHS, PATIENCE = 20, 3
 """The largest number of epochs, and the number of epochs without improvement before training stops."""
 BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 2048))
 """(least rows of the training split, batch size), ascending."""
 LEARNING_RATES = {
     "sgd": ((0, 0.1),),
-    "adagrad": ((0, 0.01), (256, 0.02)),
-    "rowwise_adagrad": ((0, 0.01), (256, 0.02)),
+    "adagrad": ((0, 0.01), (256, 0.02), (2048, 0.03)),
+    "rowwise_adagrad": ((0, 0.01), (256, 0.02), (2048, 0.03)),
 }
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
 OTHER_LEARNING_RATE = 0.01

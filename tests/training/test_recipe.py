@@ -40,7 +40,7 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     config = Config(model=SMALL, training=TrainingConfig(max_steps=3))
     told = []
     summary = train(generated, tmp_path / "run", config, log=told.append)
-    assert told[0] == "Training with adagrad, learning rate 0.01, batch size 64, at most 10 epochs (patience 2)"
+    assert told[0] == "Training with adagrad, learning rate 0.01, batch size 64, at most 20 epochs (patience 3)"
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert written == summary["config"]
     wanted = {"batch_size": recipe.batch_size(generated.rows["train"]), "epochs": recipe.EPOCHS}
@@ -49,7 +49,7 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     assert written["optimizer"]["optimizer"] == "adagrad"
     assert written["optimizer"]["learning_rate"] == recipe.learning_rate("adagrad", wanted["batch_size"])
     large = replace(config, training=TrainingConfig(batch_size=4096))
-    assert resolved(large, generated).optimizer.learning_rate == 0.02
+    assert resolved(large, generated).optimizer.learning_rate == 0.03
     given = Config(SMALL, optimizer=OptimizerConfig("sgd", 0.3), training=TrainingConfig(epochs=7, batch_size=9))
     assert resolved(given, generated) == given
 

@@ -31,7 +31,7 @@ CONFIG = Config(
     # A second thread gains steps this small nothing, and costs them tenfold where another program holds the core.
     training=TrainingConfig(threads=1),
 )
-BITS = {"FP32": QATConfig(bits=32), "INT4": QATConfig(bits=4)}
+BITS = {"FP32": QATConfig(bits=32), "INT4": CONFIG.quantization}
 PAPER = "FP32, paper's recipe"
 
 # Locked while a demo runs; a folder with it may be emptied.
