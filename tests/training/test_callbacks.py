@@ -161,7 +161,10 @@ def test_by_name_in_python_yaml_and_flags(generated, tmp_path, monkeypatch):
     (["redraw_tables:5"], [], "got 'redraw_tables:5', expected NAME:OPTION=VALUE"),
     ([], [Nudge], "got a type, expected instances of dqrm.Callback"),
     (["warm_start:run=nowhere"], [], "nowhere does not exist, expected a run folder"),
-    (["warm_start"], [], "missing 1 required positional argument: 'run'"),
+    (["warm_start"], [], "callbacks: got 'warm_start', expected warm_start:run=VALUE"),
+    (["redraw_tables:min_rows=-1"], [], r"min_rows is -1, expected 0 \(all tables\) or more"),
+    (["ema:decay=2"], [], "decay is 2.0, expected at least 0 and below 1"),
+    (["ema:decay=0.5:decay=0.9"], [], "got 'ema:decay=0.5:decay=0.9', which gives decay twice"),
     (["redraw_tables"], [RedrawTables(5)], "two of them are named RedrawTables"),
 ])  # fmt: skip
 def test_what_is_no_callback_is_refused_before_any_work(generated, tmp_path, named, given, message):

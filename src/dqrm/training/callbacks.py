@@ -79,6 +79,8 @@ class RedrawTables(Callback):
     """
 
     def __init__(self, min_rows: int = 10_000) -> None:
+        if min_rows < 0:
+            raise ValueError(f"min_rows is {min_rows}, expected 0 (all tables) or more")
         self.min_rows = min_rows
 
     def on_epoch_start(self, trainer: "Trainer") -> None:
@@ -238,18 +240,28 @@ def build_callbacks(named: Sequence[str], given: Sequence[Callback] = ()) -> lis
     return callbacks
 
 
+# Parameters without a default that a caller by name must give.
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def _build(text: str) -> Callback:
     name, *pairs = text.split(":")
     make = registered("callbacks", name, CALLBACKS)
     known = inspect.signature(make, eval_str=True).parameters
-    options = {}
+    options: dict[str, Any] = {}
     for option, separator, value in (pair.partition("=") for pair in pairs):
         if not separator:
             raise UserError(f"callbacks: got {text!r}, expected NAME:OPTION=VALUE:...")
         if option not in known:
             raise UserError(f"callbacks: {name} has no option '{option}'{did_you_mean(option, known)}")
+        if option in options:
+            raise UserError(f"callbacks: got {text!r}, which gives {option} twice; expected one value")
         wanted = known[option].annotation
         options[option] = value if wanted is inspect.Parameter.empty else coerce(f"{name}:{option}", value, wanted)
+    for option, parameter in known.items():
+        needed = parameter.default is parameter.empty and parameter.kind in _NAMED
+        if needed and option not in options:
+            raise UserError(f"callbacks: got {text!r}, expected {name}:{option}=VALUE")
     try:
         return make(**options)
     except (TypeError, ValueError) as error:
