@@ -286,14 +286,13 @@ def test_a_warm_start_takes_all_but_the_tables_of_the_best_checkpoint(generated,
         assert not torch.equal(earlier, value), name
 
 
-def test_a_warm_start_is_resumed_bit_for_bit_without_the_earlier_run_being_read_twice(generated, tmp_path):
+def test_a_warm_start_is_resumed_bit_for_bit_where_the_earlier_run_is_gone(generated, tmp_path):
     train(generated, tmp_path / "monday", tiny(max_steps=9, seed=1))
     config = tiny(epochs=2, seed=2, checkpoint_every=4, callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
     train(generated, tmp_path / "whole", config)
     with pytest.raises(Killed):
         train(generated, tmp_path / "cut", config, progress=killer(40))
-    for file in (tmp_path / "monday" / "checkpoints").glob("*/*"):
-        file.unlink()
+    shutil.rmtree(tmp_path / "monday")
     resume(tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 

@@ -23,6 +23,7 @@ from dqrm.options import coerce, did_you_mean, registered
 
 if TYPE_CHECKING:
     from dqrm.training.loop import Trainer
+    from dqrm.training.run import Run
 
 
 class Callback:
@@ -36,6 +37,9 @@ class Callback:
     def name(self) -> str:
         """Key of its state in checkpoints, by default the class's name; unique among the callbacks of a run."""
         return type(self).__name__
+
+    def check(self) -> None:
+        """Before a new run's folder is made, not when a run resumes: raise UserError if the run cannot begin."""
 
     def on_epoch_start(self, trainer: "Trainer") -> None:
         """Before the first step of epoch `trainer.state.epoch` (from 0); not when a run resumes within one."""
@@ -121,19 +125,25 @@ class WarmStart(Callback):
     """
 
     def __init__(self, run: str) -> None:
+        self.run = run
+
+    def _open(self) -> "Run":
         from dqrm.training.run import Run
 
-        self.run = Run.open(run)
+        return Run.open(self.run)
+
+    def check(self) -> None:
+        self._open()
 
     @torch.no_grad()
     def on_epoch_start(self, trainer: "Trainer") -> None:
         if trainer.state.epoch:
             return
-        earlier = weights_but_tables(self.run.load_model(mapped=True)[0])
+        earlier = weights_but_tables(self._open().load_model(mapped=True)[0])
         weights = weights_but_tables(trainer.model)
         if shapes(earlier) != shapes(weights):
             raise UserError(
-                f"warm_start: {self.run.path} has {shapes(earlier)}, expected this run's {shapes(weights)}: the same "
+                f"warm_start: {self.run} has {shapes(earlier)}, expected this run's {shapes(weights)}: the same "
                 "architecture and as many columns"
             )
         for name, weight in weights.items():

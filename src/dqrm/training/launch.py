@@ -66,6 +66,7 @@ def train(
         config = world.together(lambda: resolved(asked, data))
         check_ranks(world, config, data)
         callbacks = world.together(lambda: _registered(config, callbacks))
+        world.together(lambda: _check_callbacks(callbacks))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
@@ -163,6 +164,11 @@ def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]
     registered("optimizer", config.optimizer.optimizer, OPTIMIZERS)
     selecting(config.training.select_by)
     return build_callbacks(config.training.callbacks, callbacks)
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        callback.check()
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:
