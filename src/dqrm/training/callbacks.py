@@ -162,7 +162,8 @@ class EMA(Callback):
     After each step, average = d * average + (1 - d) * weight, with d = min(decay, (1 + n) / (10 + n)) after n updates,
     so that a short run does not average its initial weights (Polyak averaging with the warm-up of TensorFlow's
     ExponentialMovingAverage). The running statistics of batch normalization are averaged with the weights; scales are
-    those of the averages. In a checkpoint the model's weights are the averages, and this state has the others.
+    those of the averages (of quantizers that clip: of their last refresh). In a checkpoint the model's weights are the
+    averages, and this state has the others.
 
     Args:
         decay: of the average, per step, at least 0 and below 1.
