@@ -303,3 +303,13 @@ def test_a_warm_start_from_another_architecture_is_refused(generated, tmp_path):
     config = replace(config, model=replace(config.model, top_mlp=(16, 1)))
     with pytest.raises(UserError, match=r"warm_start: .*top\.0\.weight \[8, .*expected this run.s .*\[16, "):
         train(generated, tmp_path / "tuesday", config)
+
+
+def test_a_warm_start_names_the_scales_that_only_one_of_the_runs_learns(generated, tmp_path):
+    train(generated, tmp_path / "monday", tiny(max_steps=2))
+    config = tiny(callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
+    config = replace(config, quantization=QATConfig(quantizer="lsq"))
+    message = "monday has no other weights, expected this run's bottom.*same quantizers"
+    with pytest.raises(UserError, match=message) as told:
+        train(generated, tmp_path / "tuesday", config)
+    assert "bias" not in str(told.value)  # what both runs have alike is left out

@@ -141,10 +141,14 @@ class WarmStart(Callback):
             return
         earlier = weights_but_tables(self._open().load_model(mapped=True)[0])
         weights = weights_but_tables(trainer.model)
-        if shapes(earlier) != shapes(weights):
+        here, there = (
+            {name: weight for name, weight in mine.items() if name not in other or other[name].shape != weight.shape}
+            for mine, other in ((weights, earlier), (earlier, weights))
+        )
+        if here or there:
             raise UserError(
-                f"warm_start: {self.run} has {shapes(earlier)}, expected this run's {shapes(weights)}: the same "
-                "architecture and as many columns"
+                f"warm_start: {self.run} has {shapes(there)}, expected this run's {shapes(here)}: the same "
+                "architecture, as many columns, and the same quantizers where they learn scales"
             )
         for name, weight in weights.items():
             weight.copy_(earlier[name])
@@ -152,7 +156,7 @@ class WarmStart(Callback):
 
 def shapes(weights: Mapping[str, Tensor]) -> str:
     """Names and shapes, for people."""
-    return ", ".join(f"{name} {list(weight.shape)}" for name, weight in weights.items())
+    return ", ".join(f"{name} {list(weight.shape)}" for name, weight in weights.items()) or "no other weights"
 
 
 class EMA(Callback):
