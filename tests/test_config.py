@@ -103,6 +103,19 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
     assert Config.load(file, {"bits": "2", "table_bits": "16"}).quantization.effective_table_bits == 16
 
 
+@pytest.mark.parametrize(("overrides", "small"), [
+    ({"bits": "2"}, (None, None)),
+    ({"bits": "2", "small_table_bits": "16"}, (16, 50)),  # the file's rows are not lost
+    ({"small_table_bits": "16"}, (16, 50)),
+    ({"bits": "2", "small_table_bits": "16", "small_table_rows": "9"}, (16, 9)),
+])  # fmt: skip
+def test_the_flag_bits_and_the_files_small_tables(tmp_path, overrides, small):
+    file = tmp_path / "c.yaml"
+    file.write_text("quantization:\n  small_table_bits: 8\n  small_table_rows: 50\n")
+    config = Config.load(file, overrides).quantization
+    assert (config.small_table_bits, config.small_table_rows) == small
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -137,6 +150,12 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
         ("training:\n  learning_rate: 1\n", "'learning_rate' is a field of section 'optimizer', not of 'training'"),
         ("epochs: 5\n", "'epochs' is a field of section 'training' and belongs below it"),
         ("quantization:\n  bits: 32\n  bias_bits: 8\n", "bias_bits is 8, but the MLP is not quantized"),
+        ("quantization:\n  percentile: 99\n", "percentile is 99.0, but quantizer is 'max', which has none"),
+        ("quantization:\n  quantizer: mse\n  percentile: 99\n", "quantizer is 'mse', which has none"),
+        ("quantization:\n  activation_quantizer: pact\n", "is 'pact', but activation_bits is 32, which quantizes no"),
+        ("optimizer:\n  pact_l2: 0.1\n", "pact_l2 is 0.1, but nothing is learned that it acts on; it needs activation"),
+        ("optimizer:\n  pact_l2: 0.1\nquantization:\n  quantizer: lsq\n", "pact_l2 is 0.1, but nothing is learned"),
+        ("optimizer:\n  scale_rate_factor: 0.5\n", "scale_rate_factor is 0.5, but nothing is learned that it acts on"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_quoted(tmp_path, text, message):
@@ -195,3 +214,15 @@ def test_python_is_refused_as_yaml_is(make, message):
 def test_a_section_default_is_a_fresh_valid_object():
     for cls in SECTIONS.values():
         assert cls() == cls()
+
+
+@pytest.mark.parametrize("quantization", [
+    {"quantizer": "percentile", "percentile": "99"},
+    {"quantizer": "lsq", "scale_rate_factor": "0.5"},
+    {"activation_bits": "8", "activation_quantizer": "pact", "scale_rate_factor": "0.5", "pact_l2": "0.1"},
+])  # fmt: skip
+def test_options_of_quantizers_that_have_them(quantization):
+    config = Config.load(None, quantization)
+    assert {name: str(getattr(config.optimizer, name)) for name in quantization if hasattr(config.optimizer, name)} == {
+        name: value for name, value in quantization.items() if hasattr(config.optimizer, name)
+    }

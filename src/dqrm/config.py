@@ -169,7 +169,8 @@ class TrainingConfig:
     """Training loop: length, order of samples, evaluation, checkpoints, device."""
 
     epochs: int = 0
-    """Passes over the training split at most; 0: 10, which --patience ends, or 1 without validation figures."""
+    """Passes over the training split at most; 0: 10, which --patience ends, or 1 without patience or validation
+    figures."""
     batch_size: int = 0
     """Samples per training step; 0: from 64 to 2048, by the rows of the training split."""
     max_steps: int = 0
@@ -267,6 +268,13 @@ class ExchangeConfig:
         return int(count)
 
 
+_LEARNED = {
+    "scale_rate_factor": "it needs quantizer 'lsq' or activation_quantizer 'pact'",
+    "pact_l2": "it needs activation_quantizer 'pact'",
+}
+"""Fields of `OptimizerConfig` for what quantizers learn, and which of ours do."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that, with the dataset, decides a training run."""
@@ -283,6 +291,11 @@ class Config:
                 f"simulate_ranks is {self.exchange.simulate_ranks}, more than the {self.training.batch_size} samples "
                 "of a batch (batch_size), which the ranks share"
             )
+        for name, default in (("scale_rate_factor", 1.0), ("pact_l2", None)):
+            value = getattr(self.optimizer, name)
+            learned = self.quantization.learned_fields
+            if value != default and name not in learned:
+                raise ValueError(f"{name} is {value}, but nothing is learned that it acts on; {_LEARNED[name]}")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Sections of plain values, as YAML and JSON write them."""
@@ -324,7 +337,8 @@ class Config:
         sections = _checked(read_yaml(path), str(path)) if path else {}
         overrides = dict(overrides or {})
         if "bits" in overrides:
-            for name in ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows"):
+            names = ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows")
+            for name in names[:3] if "small_table_bits" in overrides else names:
                 sections.get("quantization", {}).pop(name, None)
         for name, value in overrides.items():
             section = _section_of(name)

@@ -289,3 +289,13 @@ def test_naive_quantizes_the_whole_table_in_each_step():
         difference = np.abs(ref.array(whole)[starts[number] : starts[number + 1]] - ref.fake_quantize(table, scale, 4))
         assert (difference <= ref.slack(table, scale, 4) + 1e-6 * np.abs(table)).all()
     assert copy.deepcopy(tables).weight_fake_quantizer._quantized is None
+
+
+@pytest.mark.parametrize("percentile", [0.1, 37, 50, 99.9, 100])
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_a_percentile_of_more_values_than_torch_takes(monkeypatch, percentile, count):
+    rows = torch.randn(3, count, generator=torch.Generator().manual_seed(count))
+    monkeypatch.setattr("dqrm.quant.clipping.QUANTILE_LIMIT", 0)
+    scales = clipped_scales(rows, 4, QATConfig(quantizer="percentile", percentile=percentile))
+    wanted = np.percentile(rows.abs().double().numpy(), percentile, axis=1) / 7
+    np.testing.assert_allclose(scales.numpy(), wanted, rtol=1e-6)

@@ -161,7 +161,10 @@ def test_by_name_in_python_yaml_and_flags(generated, tmp_path, monkeypatch):
     (["redraw_tables:5"], [], "got 'redraw_tables:5', expected NAME:OPTION=VALUE"),
     ([], [Nudge], "got a type, expected instances of dqrm.Callback"),
     (["warm_start:run=nowhere"], [], "nowhere does not exist, expected a run folder"),
-    (["warm_start"], [], "missing 1 required positional argument: 'run'"),
+    (["warm_start"], [], "callbacks: got 'warm_start', expected warm_start:run=VALUE"),
+    (["redraw_tables:min_rows=-1"], [], r"min_rows is -1, expected 0 \(all tables\) or more"),
+    (["ema:decay=2"], [], "decay is 2.0, expected at least 0 and below 1"),
+    (["ema:decay=0.5:decay=0.9"], [], "got 'ema:decay=0.5:decay=0.9', which gives decay twice"),
     (["redraw_tables"], [RedrawTables(5)], "two of them are named RedrawTables"),
 ])  # fmt: skip
 def test_what_is_no_callback_is_refused_before_any_work(generated, tmp_path, named, given, message):
@@ -283,14 +286,13 @@ def test_a_warm_start_takes_all_but_the_tables_of_the_best_checkpoint(generated,
         assert not torch.equal(earlier, value), name
 
 
-def test_a_warm_start_is_resumed_bit_for_bit_without_the_earlier_run_being_read_twice(generated, tmp_path):
+def test_a_warm_start_is_resumed_bit_for_bit_where_the_earlier_run_is_gone(generated, tmp_path):
     train(generated, tmp_path / "monday", tiny(max_steps=9, seed=1))
     config = tiny(epochs=2, seed=2, checkpoint_every=4, callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
     train(generated, tmp_path / "whole", config)
     with pytest.raises(Killed):
         train(generated, tmp_path / "cut", config, progress=killer(40))
-    for file in (tmp_path / "monday" / "checkpoints").glob("*/*"):
-        file.unlink()
+    shutil.rmtree(tmp_path / "monday")
     resume(tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -301,3 +303,13 @@ def test_a_warm_start_from_another_architecture_is_refused(generated, tmp_path):
     config = replace(config, model=replace(config.model, top_mlp=(16, 1)))
     with pytest.raises(UserError, match=r"warm_start: .*top\.0\.weight \[8, .*expected this run.s .*\[16, "):
         train(generated, tmp_path / "tuesday", config)
+
+
+def test_a_warm_start_names_the_scales_that_only_one_of_the_runs_learns(generated, tmp_path):
+    train(generated, tmp_path / "monday", tiny(max_steps=2))
+    config = tiny(callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
+    config = replace(config, quantization=QATConfig(quantizer="lsq"))
+    message = "monday has no other weights, expected this run's bottom.*same quantizers"
+    with pytest.raises(UserError, match=message) as told:
+        train(generated, tmp_path / "tuesday", config)
+    assert "bias" not in str(told.value)  # what both runs have alike is left out

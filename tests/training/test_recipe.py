@@ -12,9 +12,10 @@ import yaml
 
 from conftest import tiny
 from dqrm import Callback, recipe
-from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
+from dqrm.errors import UserError
 from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resolved, resume, train
 from dqrm.training.run import Run
@@ -68,9 +69,17 @@ def test_without_a_figure_to_stop_by_there_is_one_epoch(tmp_path, splits, option
 
 
 def test_a_run_of_no_validation_rows_ends_after_its_epoch(tmp_path):
-    data = log_of(tmp_path / "data", 400, validation_fraction=0)
-    summary = train(data, tmp_path / "run", Config(training=TrainingConfig(threads=1)))
+    data, told = log_of(tmp_path / "data", 400, validation_fraction=0), []
+    summary = train(data, tmp_path / "run", Config(training=TrainingConfig(threads=1)), log=told.append)
+    assert told[0].endswith("at most 1 epoch (no validation auc that could end it earlier)")
     assert (summary["epochs"], summary["selection"]) == (1, "last state (no validation figure)")
+
+
+def test_more_ranks_than_the_samples_of_the_resolved_batch_are_refused(generated, tmp_path):
+    config = Config(exchange=ExchangeConfig(simulate_ranks=200))
+    with pytest.raises(UserError, match=r"simulate_ranks is 200, more than the 64 samples of a batch \(batch_size\)"):
+        train(generated, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("patience", "aucs", "ends"), [

@@ -22,6 +22,8 @@ from dqrm.quant.uniform import scale_from_max
 
 SAMPLED = 1 << 14
 """Weights of a table that a refresh reads."""
+QUANTILE_LIMIT = 1 << 24
+"""The most values of which torch.quantile gives a quantile; a linear layer with one scale may have more."""
 
 
 def sampled_rows(rows: int, dim: int, number: int, step: int) -> Tensor:
@@ -38,8 +40,16 @@ def clipped_scales(rows: Tensor, bits: int, qat: QATConfig) -> Tensor:
         return scale_from_max(rows.new_zeros(len(rows)), bits)
     if qat.quantizer == "mse":
         return grid_scales(rows, bits)
-    largest = torch.quantile(rows.detach().float().abs(), qat.percentile / 100, dim=1)
-    return scale_from_max(largest, bits)
+    return scale_from_max(_quantile(rows.detach().float().abs(), qat.percentile / 100), bits)
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """The quantile q of each row of x [groups, n], linearly interpolated: [groups]."""
+    if x.shape[1] <= QUANTILE_LIMIT:
+        return torch.quantile(x, q, dim=1)
+    position = q * (x.shape[1] - 1)
+    low, ordered = int(position), x.sort(dim=1).values
+    return torch.lerp(ordered[:, low], ordered[:, min(low + 1, x.shape[1] - 1)], position - low)
 
 
 class TableClipped(TableMax):

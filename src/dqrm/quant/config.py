@@ -9,6 +9,7 @@ BITS = (2, 4, 8, 16, 32)
 REFRESHES = ("periodic", "running_max")
 PERIOD, RESCAN_PERIOD = 200, 10_000  # the first is the DQRM paper's on Kaggle
 SMALL_TABLE_ROWS = 10_000
+PERCENTILE, RUNNING_MAX = 99.9, "running_max"
 _CLIPPING = ("mse", "percentile")
 QUANTIZERS: dict[str, Any] = {
     "max": "dqrm.quant.ranges.max_quantizer",
@@ -25,6 +26,9 @@ ACTIVATION_QUANTIZERS: dict[str, Any] = {
 }
 """What a QATConfig can name as `activation_quantizer`: a subclass of `quant.activations.ActivationFakeQuantizer`, or
 where it is."""
+
+_OURS = frozenset(QUANTIZERS), frozenset(ACTIVATION_QUANTIZERS)
+_LEARNING = frozenset({"lsq"}), frozenset({"pact"})
 
 STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
 """What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
@@ -105,7 +109,7 @@ class QATConfig(BitsOfParts):
     """Where scales come from; max: largest magnitude; mse: least squared error, or percentile: of the magnitudes (both
     kept for scale_period steps, weights beyond are clamped); naive: as max, but whole tables are quantized in each step
     (DQRM's Figure 2a: slow, for comparison); lsq: learned step size (arXiv 1902.08153), which ignores scale_refresh."""
-    percentile: float = 99.9
+    percentile: float = PERCENTILE
     """With quantizer percentile: which one of the magnitudes |w| the highest code stands for, in percent."""
     scale_refresh: Literal["periodic", "running_max"] | None = None
     """Scale of a table: raised each step by the rows just updated, or from all rows every scale_period steps (clips
@@ -124,7 +128,7 @@ class QATConfig(BitsOfParts):
     """Bits of the MLP biases, on the scale of their weight row as in the DQRM reference; 32 keeps them FP32."""
     activation_bits: int = 32
     """Bits of the inputs of linear layers; 32 keeps them FP32."""
-    activation_quantizer: str = "running_max"
+    activation_quantizer: str = RUNNING_MAX
     """Range of the inputs of linear layers: running_max (largest magnitude so far), or pact (learned clipping,
     arXiv 1805.06085)."""
 
@@ -142,7 +146,17 @@ class QATConfig(BitsOfParts):
         percent = self.percentile
         if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 < percent <= 100:
             raise ValueError(f"percentile is {percent!r}, expected a number of percent above 0 and at most 100")
+        if percent != PERCENTILE and self.quantizer in _OURS[0] - {"percentile"}:
+            raise ValueError(
+                f"percentile is {percent!r}, but quantizer is {self.quantizer!r}, which has none; use quantizer "
+                "'percentile', or leave percentile out"
+            )
         check_registered("activation_quantizer", self.activation_quantizer, ACTIVATION_QUANTIZERS)
+        if self.activation_quantizer != RUNNING_MAX and self.activation_bits == 32:
+            raise ValueError(
+                f"activation_quantizer is {self.activation_quantizer!r}, but activation_bits is 32, which quantizes no "
+                "activations; use activation_bits 8, or leave activation_quantizer out"
+            )
         # Resolved here, so that what is stored records the rule that applied.
         if self.scale_refresh is None:
             periodic = self.scale_period is not None or self.quantizer in _CLIPPING
@@ -159,6 +173,16 @@ class QATConfig(BitsOfParts):
             raise ValueError(f"forward_rounding is {self.forward_rounding!r}, expected 'nearest' or 'stochastic'")
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
+
+    @property
+    def learned_fields(self) -> set[str]:
+        """Which fields of `OptimizerConfig` for what quantizers learn can act; quantizers from outside may use all."""
+        weights, activations = (
+            name in learning or name not in ours
+            for name, learning, ours in zip((self.quantizer, self.activation_quantizer), _LEARNING, _OURS)
+        )
+        fields = {"scale_rate_factor"} if weights or activations else set()
+        return fields | {"pact_l2"} if activations else fields
 
 
 def take_qat(options: dict[str, Any]) -> QATConfig:

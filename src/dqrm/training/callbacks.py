@@ -23,6 +23,7 @@ from dqrm.options import coerce, did_you_mean, registered
 
 if TYPE_CHECKING:
     from dqrm.training.loop import Trainer
+    from dqrm.training.run import Run
 
 
 class Callback:
@@ -36,6 +37,9 @@ class Callback:
     def name(self) -> str:
         """Key of its state in checkpoints, by default the class's name; unique among the callbacks of a run."""
         return type(self).__name__
+
+    def check(self) -> None:
+        """Before a new run's folder is made, not when a run resumes: raise UserError if the run cannot begin."""
 
     def on_epoch_start(self, trainer: "Trainer") -> None:
         """Before the first step of epoch `trainer.state.epoch` (from 0); not when a run resumes within one."""
@@ -79,6 +83,8 @@ class RedrawTables(Callback):
     """
 
     def __init__(self, min_rows: int = 10_000) -> None:
+        if min_rows < 0:
+            raise ValueError(f"min_rows is {min_rows}, expected 0 (all tables) or more")
         self.min_rows = min_rows
 
     def on_epoch_start(self, trainer: "Trainer") -> None:
@@ -119,20 +125,30 @@ class WarmStart(Callback):
     """
 
     def __init__(self, run: str) -> None:
+        self.run = run
+
+    def _open(self) -> "Run":
         from dqrm.training.run import Run
 
-        self.run = Run.open(run)
+        return Run.open(self.run)
+
+    def check(self) -> None:
+        self._open()
 
     @torch.no_grad()
     def on_epoch_start(self, trainer: "Trainer") -> None:
         if trainer.state.epoch:
             return
-        earlier = weights_but_tables(self.run.load_model(mapped=True)[0])
+        earlier = weights_but_tables(self._open().load_model(mapped=True)[0])
         weights = weights_but_tables(trainer.model)
-        if shapes(earlier) != shapes(weights):
+        here, there = (
+            {name: weight for name, weight in mine.items() if name not in other or other[name].shape != weight.shape}
+            for mine, other in ((weights, earlier), (earlier, weights))
+        )
+        if here or there:
             raise UserError(
-                f"warm_start: {self.run.path} has {shapes(earlier)}, expected this run's {shapes(weights)}: the same "
-                "architecture and as many columns"
+                f"warm_start: {self.run} has {shapes(there)}, expected this run's {shapes(here)}: the same "
+                "architecture, as many columns, and the same quantizers where they learn scales"
             )
         for name, weight in weights.items():
             weight.copy_(earlier[name])
@@ -140,7 +156,7 @@ class WarmStart(Callback):
 
 def shapes(weights: Mapping[str, Tensor]) -> str:
     """Names and shapes, for people."""
-    return ", ".join(f"{name} {list(weight.shape)}" for name, weight in weights.items())
+    return ", ".join(f"{name} {list(weight.shape)}" for name, weight in weights.items()) or "no other weights"
 
 
 class EMA(Callback):
@@ -150,7 +166,8 @@ class EMA(Callback):
     After each step, average = d * average + (1 - d) * weight, with d = min(decay, (1 + n) / (10 + n)) after n updates,
     so that a short run does not average its initial weights (Polyak averaging with the warm-up of TensorFlow's
     ExponentialMovingAverage). The running statistics of batch normalization are averaged with the weights; scales are
-    those of the averages. In a checkpoint the model's weights are the averages, and this state has the others.
+    those of the averages (of quantizers that clip: of their last refresh). In a checkpoint the model's weights are the
+    averages, and this state has the others.
 
     Args:
         decay: of the average, per step, at least 0 and below 1.
@@ -238,18 +255,28 @@ def build_callbacks(named: Sequence[str], given: Sequence[Callback] = ()) -> lis
     return callbacks
 
 
+# Parameters without a default that a caller by name must give.
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def _build(text: str) -> Callback:
     name, *pairs = text.split(":")
     make = registered("callbacks", name, CALLBACKS)
     known = inspect.signature(make, eval_str=True).parameters
-    options = {}
+    options: dict[str, Any] = {}
     for option, separator, value in (pair.partition("=") for pair in pairs):
         if not separator:
             raise UserError(f"callbacks: got {text!r}, expected NAME:OPTION=VALUE:...")
         if option not in known:
             raise UserError(f"callbacks: {name} has no option '{option}'{did_you_mean(option, known)}")
+        if option in options:
+            raise UserError(f"callbacks: got {text!r}, which gives {option} twice; expected one value")
         wanted = known[option].annotation
         options[option] = value if wanted is inspect.Parameter.empty else coerce(f"{name}:{option}", value, wanted)
+    for option, parameter in known.items():
+        needed = parameter.default is parameter.empty and parameter.kind in _NAMED
+        if needed and option not in options:
+            raise UserError(f"callbacks: got {text!r}, expected {name}:{option}=VALUE")
     try:
         return make(**options)
     except (TypeError, ValueError) as error:

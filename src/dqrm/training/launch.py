@@ -66,6 +66,7 @@ def train(
         config = world.together(lambda: resolved(asked, data))
         check_ranks(world, config, data)
         callbacks = world.together(lambda: _registered(config, callbacks))
+        world.together(lambda: _check_callbacks(callbacks))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
@@ -79,7 +80,7 @@ def train(
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
         if config != asked and log and world.first:
-            log(_described(config))
+            log(_described(config, data))
         return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
 
 
@@ -127,7 +128,11 @@ def resume(
 
 
 def resolved(config: Config, dataset: Dataset) -> Config:
-    """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set."""
+    """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set.
+
+    Raises:
+        UserError: it is impossible at this batch size.
+    """
     options, optimizer, rows = config.training, config.optimizer, dataset.rows
     if not options.batch_size:
         options = replace(options, batch_size=recipe.batch_size(rows["train"]))
@@ -137,15 +142,20 @@ def resolved(config: Config, dataset: Dataset) -> Config:
     if optimizer.learning_rate is None:
         rate = recipe.learning_rate(optimizer.optimizer, options.batch_size)
         optimizer = replace(optimizer, learning_rate=rate)
-    return replace(config, training=options, optimizer=optimizer)
+    try:
+        return replace(config, training=options, optimizer=optimizer)
+    except ValueError as error:  # what was asked does not go with the batch size of this dataset
+        raise UserError(f"{dataset.path}: {error}") from None
 
 
-def _described(config: Config) -> str:
+def _described(config: Config, dataset: Dataset) -> str:
     """The resolved optimizer, batch size and epochs, as a sentence."""
     options, optimizer = config.training, config.optimizer
+    judged = has_figure(options.select_by, dataset)
+    until = f"patience {options.patience}" if judged else f"no validation {options.select_by} that could end it earlier"
     return (
         f"Training with {optimizer.optimizer}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
-        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} (patience {options.patience})"
+        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until})"
     )
 
 
@@ -154,6 +164,11 @@ def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]
     registered("optimizer", config.optimizer.optimizer, OPTIMIZERS)
     selecting(config.training.select_by)
     return build_callbacks(config.training.callbacks, callbacks)
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        callback.check()
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:
