@@ -38,7 +38,8 @@ def test_the_demo(tmp_path, capsys):
         assert [line["epoch"] for line in variant["evaluations"]] == [1, 2, 3]
         assert variant["config"]["quantization"]["bits"] == bits
         assert f"{variant['test']['auc']:.4f}" in shown
-    assert result["variants"]["INT4"]["stored_bytes"]["total"] < result["variants"]["FP32"]["stored_bytes"]["total"] / 6
+    stored = {name: result["variants"][name]["stored_bytes"]["total"] for name in ("FP32", "INT4")}
+    assert stored["INT4"] < stored["FP32"] / 3.9  # 8 bits: the MLP, and all tables of a log this small
     assert json.loads((folder / "demo.json").read_text()) == result
     assert result["artifact"]["test"] == result["variants"]["INT4"]["test"]
     assert (folder / "int4.dqrm").stat().st_size == result["artifact"]["bytes"]

@@ -182,7 +182,7 @@ def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in
              {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "scale_period": 3, "epochs": 2,
               "max_steps": 35, "batch_size": 64, "device": "cpu", "checkpoint_every": 1, "optimizer": "sgd",
-              "threads": 1, "patience": 0, "callbacks": ""}.items()]  # fmt: skip
+              "threads": 1, "patience": 0, "callbacks": "", "bits": 4}.items()]  # fmt: skip
     train(generated, tmp_path / "whole", config)
     run = tmp_path / "killed"
     arguments = ["train", generated.path, "-o", run, *flags]
