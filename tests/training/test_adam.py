@@ -1,12 +1,19 @@
 """Lazy and row-wise Adam against a float64 reference written row by row."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dqrm.config import OptimizerConfig
+from conftest import tiny
+from dqrm.config import ExchangeConfig, OptimizerConfig
+from dqrm.data.batches import Batch
+from dqrm.models.dlrm import DLRM
 from dqrm.training.optimizers import SparseAdam, build_optimizers
+from dqrm.training.step import TrainStep
 
 BETAS = (0.8, 0.95)
 
@@ -114,3 +121,29 @@ def test_fields_reach_tables_and_mlp(rule):
     assert (group["lr"], group["beta1"], group["beta2"], group["eps"], group["l2"]) == (0.02, 0.5, 0.75, 1e-3, 0.1)
     assert (mlp["lr"], mlp["betas"], mlp["eps"], mlp["weight_decay"]) == (0.02, (0.5, 0.75), 1e-3, 0.2)
     assert isinstance(others, torch.optim.Adam)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_one_norm_over_tables_and_mlp_is_clipped(ranks, limit):
+    """Against torch's clipping of the dense gradients in float64, of plain SGD with rate 1; the tables' rate is 0.5."""
+    config = tiny(optimizer="sgd", bits=32, learning_rate=1.0, table_learning_rate=0.5, clip_norm=limit)
+    config = replace(config, exchange=ExchangeConfig(ranks, table_codec="fp32", mlp_codec="fp32"))
+    random = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 5, (64, 2), generator=random).int()
+    batch = Batch(torch.randn(64, 13, generator=random), ids, (), (torch.rand(64, generator=random) < 0.3).float())
+    torch.manual_seed(0)
+    model = DLRM(13, [9, 7], config=config.model, qat=config.quantization).train()
+    exact = copy.deepcopy(model)
+    step = TrainStep(model, config)
+    step(batch, 1.0, 64, 0)
+    logits = exact(batch.dense, batch.ids, batch.bags)
+    nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
+    gradients = [weight.grad.to_dense().double() for weight in exact.parameters()]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    scale = min(1.0, limit / (float(norm) + 1e-6))
+    assert (scale < 1) == (limit < 1)
+    for weight, start, gradient in zip(model.parameters(), exact.parameters(), gradients):
+        rate = 0.5 if start is exact.tables.weight else 1.0
+        moved = start.detach().double() - weight.detach().double()
+        torch.testing.assert_close(moved, rate * scale * gradient, rtol=1e-3, atol=2e-7)
