@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.training.launch import train as train
     from dqrm.training.metrics import Metric as Metric
     from dqrm.training.optimizers import SparseAdagrad as SparseAdagrad
+    from dqrm.training.optimizers import SparseAdam as SparseAdam
     from dqrm.training.optimizers import SparseOptimizer as SparseOptimizer
     from dqrm.training.optimizers import SparseSGD as SparseSGD
     from dqrm.training.run import Run as Run
@@ -84,6 +85,7 @@ _HOMES = {
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
     "SparseAdagrad": "dqrm.training.optimizers",
+    "SparseAdam": "dqrm.training.optimizers",
     "SparseOptimizer": "dqrm.training.optimizers",
     "SparseSGD": "dqrm.training.optimizers",
     "TrainingConfig": "dqrm.config",

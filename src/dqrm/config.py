@@ -115,12 +115,23 @@ class OptimizerConfig:
     """Update rule and learning rate schedule."""
 
     optimizer: str = recipe.OPTIMIZER
-    """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), or another
-    that is registered."""
+    """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), adam (rows
+    of the batch only), rowwise_adam (one second moment per table row), or another that is registered."""
     learning_rate: float | None = None
-    """Step size; none: by optimizer and batch size, 0.1 for sgd, 0.02 for adagrad, 0.01 for it below batch 256."""
+    """Step size; none: by optimizer and batch size, 0.1 for sgd, 0.02 for adagrad, 0.01 for it below batch 256, 0.001
+    for adam."""
+    table_learning_rate: float | None = None
+    """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10
     """Added to Adagrad's root, against division by zero."""
+    adam_beta1: float = 0.9
+    """Decay rate of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay rate of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment, against division by zero."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradients of tables and MLP together, which are scaled down to it; 0: no limit."""
     table_l2: float = 0.0
     """Lazy L2 on the tables: added to the gradient as table_l2 * weight, on the rows of the batch only."""
     mlp_l2: float = 0.0
@@ -144,9 +155,19 @@ class OptimizerConfig:
         if self.learning_rate is not None:
             at_least(self, learning_rate=0)
         at_least(
-            self, adagrad_eps=0, table_l2=0, mlp_l2=0, scale_rate_factor=0, warmup_steps=0, decay_start_step=0,
-            decay_steps=0, plateau_patience=1,
+            self, adagrad_eps=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0, mlp_l2=0,
+            scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
         )  # fmt: skip
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and below 1")
+        if self.table_learning_rate is not None:
+            at_least(self, table_learning_rate=0)
+            if self.table_learning_rate and not self.rate:
+                raise ValueError(
+                    f"table_learning_rate is {self.table_learning_rate} but learning_rate is 0, which its schedule is "
+                    "of; expected learning_rate above 0"
+                )
         if self.pact_l2 is not None:
             at_least(self, pact_l2=0)
         if not 0 < self.plateau_factor <= 1:
@@ -162,6 +183,12 @@ class OptimizerConfig:
         if self.learning_rate is None:
             return recipe.learning_rate(self.optimizer, recipe.BATCH_SIZES[-1][1])
         return self.learning_rate
+
+    @property
+    def table_rate_factor(self) -> float:
+        """The tables' learning rate as a multiple of the MLP's."""
+        own = self.table_learning_rate
+        return 1.0 if own is None or not self.rate else own / self.rate
 
 
 @dataclass(frozen=True)

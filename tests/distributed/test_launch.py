@@ -50,6 +50,8 @@ DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "
 REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": "rowwise_adagrad", "epochs": 2,
            "max_steps": 40, "scale_refresh": "running_max"}  # fmt: skip
 LSQ = REDRAWN | {"quantizer": "lsq", "learning_rate": 0.02, "checkpoint_every": 9}
+ADAM = {"optimizer": "rowwise_adam", "table_learning_rate": 0.02, "clip_norm": 0.05, "learning_rate": 0.01,
+        "max_steps": 20, "log_every": 5, "checkpoint_every": 8}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 
@@ -98,6 +100,7 @@ def pair(generated, bags_data, small, work):
         "rows": train_words(generated, **ROWS),
         "redrawn": train_words(generated, **REDRAWN),
         "lsq": train_words(generated, **LSQ),
+        "adam": train_words(generated, **ADAM),
         "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
         "gathered": train_words(generated, max_steps=27, log_every=9),
         "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
@@ -150,11 +153,11 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
     same_run(four[0]["default"][0], run)
 
 
-@pytest.mark.parametrize("name", ["odd", "shared", "rows", "redrawn", "lsq", "gathered", "summed", "dcn"])
+@pytest.mark.parametrize("name", ["odd", "shared", "rows", "redrawn", "lsq", "gathered", "summed", "dcn", "adam"])
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
     fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ,
               "gathered": {"max_steps": 27, "log_every": 9},
-              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN}[name]  # fmt: skip
+              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM}[name]  # fmt: skip
     same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
 
 

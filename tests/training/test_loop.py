@@ -122,7 +122,7 @@ def test_training_learns_and_equals_a_plain_loop(generated, tmp_path):
     ("bits", "optimizer"),
     some_quick(
         *((bits, "sgd") for bits in (2, 4, 8, 16, 32)), (4, "adagrad"), (2, "rowwise_adagrad"),
-        of=product([2, 4, 8, 16, 32], ["sgd", "adagrad", "rowwise_adagrad"]),
+        of=product([2, 4, 8, 16, 32], ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam"]),
     ),
 )  # fmt: skip
 def test_all_optimizers_and_bits_train(generated, tmp_path, optimizer, bits):
@@ -146,7 +146,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(generated, tmp_p
         ((4,), "block", "rowwise_adagrad"),
         ((2, 2, 13, 16, 15, 2), "block", "sgd"),
         ((2, 2, 13, 16, 15, 2), "global", "rowwise_adagrad"),
-        of=product([(1,), (4,), (30,), (2, 2, 13, 16, 15, 2)], ["global", "block"], ["sgd", "rowwise_adagrad"]),
+        ((4,), "block", "adam"),
+        ((2, 2, 13, 16, 15, 2), "global", "rowwise_adam"),
+        of=product(
+            [(1,), (4,), (30,), (2, 2, 13, 16, 15, 2)],
+            ["global", "block"],
+            ["sgd", "adam", "rowwise_adam", "rowwise_adagrad"],
+        ),
     ),
 )
 def test_killed_anywhere_and_resumed_is_as_if_never_killed(generated, tmp_path, optimizer, shuffle, calls):

@@ -131,8 +131,8 @@ def test_an_optimizer_from_outside_trains_resumes_and_exchanges(generated, tmp_p
 
 
 def test_an_unknown_optimizer_is_refused_before_any_work(generated, tmp_path):
-    with pytest.raises(UserError, match="optimizer: got 'adam', expected one of sgd, adagrad, rowwise_adagrad"):
-        train(generated, tmp_path / "run", tiny(optimizer="adam"))
+    with pytest.raises(UserError, match="optimizer: got 'adamw', expected one of sgd, adagrad, rowwise_adagrad"):
+        train(generated, tmp_path / "run", tiny(optimizer="adamw"))
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqrm import kernels
 from dqrm.config import Config
 from dqrm.data.batches import Batch
 from dqrm.distributed.codecs import mix
@@ -49,6 +50,7 @@ class TrainStep:
             self.exchange = SimulatedRanks(model.tables, others, config.exchange, config.training.seed)
         else:
             self.exchange = LocalExchange(tables[0].device)
+        self._table_factor, self._clip_norm = config.optimizer.table_rate_factor, config.optimizer.clip_norm
         self._seed = config.training.seed
         quantizers = (module for module in model.modules() if isinstance(module, WeightFakeQuantizer))
         self._stepped = [quantizer for quantizer in quantizers if quantizer.needs_step]
@@ -104,16 +106,38 @@ class TrainStep:
         loss.backward()
 
     def update(self, rate: float, of_tables: Gradient | None = None) -> None:
-        """Update the weights from their gradients at learning rate `rate`; `of_tables` is the result of an exchange."""
+        """Update the weights from their gradients at learning rate `rate` of the MLP; `of_tables` is the result of an
+        exchange."""
         tables, others = self.optimizers
-        for optimizer in self.optimizers:
+        for optimizer, factor in ((tables, self._table_factor), (others, 1.0)):
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
+                group["lr"] = rate * group.get(RATE_FACTOR, factor)
+        exchanged = of_tables is not None
+        if self._clip_norm:
+            of_tables = self._clipped(of_tables)
         if of_tables is None:
             tables.step()
         else:
             tables.step_rows(*of_tables)
-            self.model.tables.rows_changed(of_tables[0])
+            if exchanged:
+                self.model.tables.rows_changed(of_tables[0])
         others.step()
         for quantizer in self._learned:  # before callbacks see, average or replace what it learns
             quantizer.updated()
+
+    @torch.no_grad()
+    def _clipped(self, of_tables: Gradient | None) -> Gradient | None:
+        """Scale all gradients by min(1, clip_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does with dense
+        ones; returns that of the tables, each row once."""
+        table = self.model.tables.weight
+        if of_tables is None and table.grad is not None:
+            of_tables = table.grad._indices()[0].contiguous(), table.grad._values().float()
+        others = (parameter.grad for parameter in self._parameters if parameter is not table)
+        gradients = [gradient for gradient in others if gradient is not None]
+        if of_tables is not None:
+            of_tables = kernels.sum_duplicates(*of_tables)
+            gradients.append(of_tables[1])
+        if gradients:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, (self._clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return of_tables

@@ -6,16 +6,12 @@ torch has no row-wise Adagrad.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dqrm import kernels
-from dqrm.config import OptimizerConfig
-from dqrm.options import registered
 from dqrm.quant.embedding import QuantizedTables
 from dqrm.quant.storage import Storage, storage_of
 
@@ -120,118 +116,3 @@ class SparseOptimizer(Optimizer):
         """
         group = self.param_groups[0]
         self._update(group["params"][0], rows, values, group)
-
-
-class SparseSGD(SparseOptimizer):
-    """w[row] -= lr * (g + l2 * w[row]) for the rows of the gradient.
-
-    Args:
-        params: parameters with sparse gradients.
-        lr: learning rate.
-        l2: lazy L2 (weight decay on the rows of the batch only).
-        seed: of the stochastic rounding of bf16 weights; float32 weights need none.
-    """
-
-    def __init__(self, params: Iterable[Any], lr: float, l2: float = 0.0, seed: int = 0) -> None:
-        super().__init__(params, lr, l2, seed)
-
-    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        if group["l2"] or self._storage(weight).rounds:
-            rows, values = kernels.sum_duplicates(rows, values)
-        if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
-        self._add(weight, rows, values, -group["lr"])
-
-
-class SparseAdagrad(SparseOptimizer):
-    """s[row] += g**2; w[row] -= lr * g / (sqrt(s[row]) + eps), with g summed over duplicates of a row first.
-
-    Adagrad (Duchi et al. 2011). Row-wise, as FBGEMM and TorchRec do it: one accumulator per row for the mean of g**2
-    over the embedding dim, so that the state is 1/dim of the table.
-
-    Args:
-        params: parameters with sparse gradients.
-        lr: learning rate.
-        l2: lazy L2.
-        eps: added to the root.
-        rowwise: one accumulator per row instead of one per weight.
-        seed: of the stochastic rounding of bf16 weights; float32 weights need none.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        l2: float = 0.0,
-        eps: float = 1e-10,
-        rowwise: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(params, lr, l2, seed, eps=eps)
-        self.rowwise = rowwise
-        for group in self.param_groups:
-            for weight in group["params"]:
-                shape = (len(weight), 1) if rowwise else weight.shape
-                self.state[weight]["sum"] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
-
-    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        rows, values = kernels.sum_duplicates(rows, values)
-        if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
-        square = values.square()
-        if self.rowwise:
-            square = square.mean(1, keepdim=True)
-        accumulator = self.state[weight]["sum"]
-        total = accumulator.index_select(0, rows).add_(square)
-        accumulator.index_copy_(0, rows, total)
-        self._add(weight, rows, values.div_(total.sqrt_().add_(group["eps"])), -group["lr"])
-
-
-Pair = tuple[SparseOptimizer, Optimizer]
-
-
-def _sgd(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int) -> Pair:
-    rate = config.rate
-    mlp = torch.optim.SGD(others, rate, weight_decay=config.mlp_l2, fused=bool(others))
-    return SparseSGD(tables, rate, config.table_l2, seed), mlp
-
-
-def _adagrad(
-    tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int, *, rowwise: bool = False
-) -> Pair:
-    rate, eps = config.rate, config.adagrad_eps
-    mlp = torch.optim.Adagrad(others, rate, eps=eps, weight_decay=config.mlp_l2)
-    return SparseAdagrad(tables, rate, config.table_l2, eps, rowwise, seed), mlp
-
-
-OPTIMIZERS: dict[str, Callable[[list[Any], list[Any], OptimizerConfig, int], Pair]] = {
-    "sgd": _sgd,
-    "adagrad": _adagrad,
-    "rowwise_adagrad": partial(_adagrad, rowwise=True),
-}
-"""Constructors by name: (tables, others, configuration, seed) -> optimizers (of the tables, of everything else).
-`others` are parameters, or parameter groups of torch where quantizers have learned values (`parameter_groups`)."""
-
-
-def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int = 0) -> Pair:
-    """One optimizer for the tables (sparse gradients) and one for everything else.
-
-    Raises:
-        UserError: no optimizer of that name is registered.
-    """
-    return registered("optimizer", config.optimizer, OPTIMIZERS)(tables, others, config, seed)
-
-
-def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """The learning rate of training step `step` (counted from 0), before any drop on a plateau.
-
-    DLRM's policy: linear warm-up over `warmup_steps`; from `decay_start_step` on, quadratic decay over `decay_steps`:
-    rate * ((start + decay_steps - step) / decay_steps)**2, and its last value afterwards, so never exactly 0.
-    """
-    rate = config.rate
-    if step < config.warmup_steps:
-        return rate * (step + 1) / config.warmup_steps
-    if config.decay_steps and step >= config.decay_start_step:
-        left = max(config.decay_start_step + config.decay_steps - step, 1)
-        return float(rate * (left / config.decay_steps) ** 2)
-    return rate

@@ -1,0 +1,85 @@
+"""Lazy Adam on sparse gradients: rows without a gradient stay as they are, and so do their moments."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqrm import kernels
+from dqrm.training.optimizers.base import SparseOptimizer
+
+
+def check_adam(betas: tuple[float, float], eps: float) -> None:
+    """Raise ValueError for a beta outside [0, 1) or a negative eps."""
+    for number, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{number}] is {beta}, expected at least 0 and below 1")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, expected 0 or more")
+
+
+class SparseAdam(SparseOptimizer):
+    """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g**2; w -= lr * m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps).
+
+    Adam (Kingma and Ba 2015, arXiv 1412.6980) for the rows of a gradient, g summed over duplicates of a row first and
+    t the steps in which this row had a gradient. `torch.optim.SparseAdam` and FBGEMM correct by the number of all
+    steps, so a row's first updates are too small there the later it first appears.
+
+    Row-wise, as FBGEMM's PARTIAL_ROWWISE_ADAM: one v per row for the mean of g**2 over the embedding dim.
+
+    State: float32 `exp_avg` of the weight's shape, `exp_avg_sq` likewise or, row-wise, [R, 1], and int32 `row_steps`
+    [R]: 8 bytes per weight (4 row-wise) and 4 (8) per row.
+
+    Args:
+        params: parameters with sparse gradients.
+        lr: learning rate.
+        betas: b1 and b2.
+        eps: added to the root.
+        l2: lazy L2, added to the gradient.
+        rowwise: one second moment per row instead of one per weight.
+        seed: of the stochastic rounding of bf16 weights; float32 weights need none.
+
+    Raises:
+        ValueError: a beta outside [0, 1), or a negative lr, eps or l2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        l2: float = 0.0,
+        rowwise: bool = False,
+        seed: int = 0,
+    ) -> None:
+        check_adam(betas, eps)
+        super().__init__(params, lr, l2, seed, beta1=betas[0], beta2=betas[1], eps=eps)
+        self.rowwise = rowwise
+        for group in self.param_groups:
+            for weight in group["params"]:
+                shape = (len(weight), 1) if rowwise else weight.shape
+                self.state[weight] |= {
+                    "exp_avg": torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
+                    "exp_avg_sq": torch.zeros(shape, dtype=torch.float32, device=weight.device),
+                    "row_steps": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
+                }
+
+    def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
+        rows, values = kernels.sum_duplicates(rows, values)
+        if group["l2"]:
+            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+        state, beta1, beta2 = self.state[weight], group["beta1"], group["beta2"]
+        steps = state["row_steps"].index_select(0, rows).add_(1)
+        state["row_steps"].index_copy_(0, rows, steps)
+        age = steps.double()[:, None]  # in float32, 1 - b2**t of a row's first steps would lose half of its digits
+        square = values.square()
+        if self.rowwise:
+            square = square.mean(1, keepdim=True)
+        first = state["exp_avg"].index_select(0, rows).mul_(beta1).add_(values, alpha=1 - beta1)
+        second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(square, alpha=1 - beta2)
+        state["exp_avg"].index_copy_(0, rows, first)
+        state["exp_avg_sq"].index_copy_(0, rows, second)
+        root = second.sqrt_().mul_((1 - beta2**age).rsqrt_().float()).add_(group["eps"])
+        self._add(weight, rows, first.mul_((1 / (1 - beta1**age)).float()).div_(root), -group["lr"])
