@@ -127,8 +127,9 @@ def test_fields_reach_tables_and_mlp(rule):
 @pytest.mark.parametrize("limit", [1e-3, 1e6])
 def test_one_norm_over_tables_and_mlp_is_clipped(ranks, limit):
     """Against torch's clipping of the dense gradients in float64, of plain SGD with rate 1; the tables' rate is 0.5."""
-    config = tiny(optimizer="sgd", bits=32, learning_rate=1.0, table_learning_rate=0.5, clip_norm=limit)
-    config = replace(config, exchange=ExchangeConfig(ranks, table_codec="fp32", mlp_codec="fp32"))
+    optimizer = OptimizerConfig("sgd", 1.0, table_learning_rate=0.5, clip_norm=limit)
+    exchange = ExchangeConfig(ranks, table_codec="fp32", mlp_codec="fp32")
+    config = replace(tiny(bits=32), optimizer=optimizer, exchange=exchange)
     random = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 5, (64, 2), generator=random).int()
     batch = Batch(torch.randn(64, 13, generator=random), ids, (), (torch.rand(64, generator=random) < 0.3).float())
