@@ -42,7 +42,8 @@ def draw(figures: dict, output: Path) -> None:
             left.annotate(label, top, (0, 6), textcoords="offset points", ha="center", fontsize=8)
         left.set_xticks(range(len(quality)), [row["name"] for row in quality])
         left.set_xlim(-0.6, len(quality) - 0.4)
-        left.set_ylim(0.790, 0.802)
+        middle_of_all = sum(row["mean"] for row in quality) / len(quality)
+        left.set_ylim(middle_of_all - 0.004, middle_of_all + 0.004)
 
         size = figures["size"]["rows"]
         bars = middle.bar([row["name"] for row in size], [row["value"] for row in size], width=0.55)
