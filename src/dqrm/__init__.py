@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.training.launch import resume as resume
     from dqrm.training.launch import train as train
     from dqrm.training.metrics import Metric as Metric
+    from dqrm.training.optimizers import DenseAdam as DenseAdam
     from dqrm.training.optimizers import SparseAdagrad as SparseAdagrad
     from dqrm.training.optimizers import SparseAdam as SparseAdam
     from dqrm.training.optimizers import SparseOptimizer as SparseOptimizer
@@ -84,6 +85,7 @@ _HOMES = {
     "QuantEmbeddingBagCollection": "dqrm.quant.embedding",
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
+    "DenseAdam": "dqrm.training.optimizers",
     "SparseAdagrad": "dqrm.training.optimizers",
     "SparseAdam": "dqrm.training.optimizers",
     "SparseOptimizer": "dqrm.training.optimizers",

@@ -116,7 +116,7 @@ class OptimizerConfig:
 
     optimizer: str = recipe.OPTIMIZER
     """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), adam (rows
-    of the batch only), rowwise_adam (one second moment per table row), or another that is registered."""
+    of the batch; 8 bytes per weight), rowwise_adam (4), dense_adam (8; L2 acts on all rows), or a registered one."""
     learning_rate: float | None = None
     """Step size; none: by optimizer and batch size, 0.1 for sgd, 0.02 for adagrad, 0.01 for it below batch 256, 0.001
     for adam."""
@@ -129,11 +129,11 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     """Decay rate of Adam's second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of Adam's second moment, against division by zero."""
+    """Added to the root of Adam's second moment, against division by zero; above 0 with dense_adam."""
     clip_norm: float = 0.0
     """Largest norm of the gradients of tables and MLP together, which are scaled down to it; 0: no limit."""
     table_l2: float = 0.0
-    """Lazy L2 on the tables: added to the gradient as table_l2 * weight, on the rows of the batch only."""
+    """L2 on the tables, added to the gradient as table_l2 * weight: of rows of the batch; dense_adam: of all."""
     mlp_l2: float = 0.0
     """L2 (weight decay) on the MLP weights and biases."""
     scale_rate_factor: float = 1.0
@@ -161,13 +161,13 @@ class OptimizerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and below 1")
+        if self.optimizer == "dense_adam" and not self.adam_eps:
+            raise ValueError(f"adam_eps is {self.adam_eps}, expected above 0 with dense_adam")
         if self.table_learning_rate is not None:
             at_least(self, table_learning_rate=0)
             if self.table_learning_rate and not self.rate:
-                raise ValueError(
-                    f"table_learning_rate is {self.table_learning_rate} but learning_rate is 0, which its schedule is "
-                    "of; expected learning_rate above 0"
-                )
+                own = self.table_learning_rate
+                raise ValueError(f"table_learning_rate is {own} but learning_rate is 0, expected it above 0 too")
         if self.pact_l2 is not None:
             at_least(self, pact_l2=0)
         if not 0 < self.plateau_factor <= 1:

@@ -19,6 +19,7 @@ LEARNING_RATES = {
     "rowwise_adagrad": ((0, 0.01), (256, 0.02), (2048, 0.03)),
     "adam": ((0, 0.001),),
     "rowwise_adam": ((0, 0.001),),
+    "dense_adam": ((0, 0.001),),
 }
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
 OTHER_LEARNING_RATE = 0.01

@@ -52,6 +52,8 @@ REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": 
 LSQ = REDRAWN | {"quantizer": "lsq", "learning_rate": 0.02, "checkpoint_every": 9}
 ADAM = {"optimizer": "rowwise_adam", "table_learning_rate": 0.02, "clip_norm": 0.05, "learning_rate": 0.01,
         "max_steps": 20, "log_every": 5, "checkpoint_every": 8}  # fmt: skip
+DENSE_ADAM = {"optimizer": "dense_adam", "table_l2": 1e-3, "learning_rate": 0.01, "scale_refresh": "running_max",
+              "max_steps": 40, "log_every": 5, "checkpoint_every": 8, "eval_every": 11, "warmup_steps": 9}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 
@@ -101,6 +103,7 @@ def pair(generated, bags_data, small, work):
         "redrawn": train_words(generated, **REDRAWN),
         "lsq": train_words(generated, **LSQ),
         "adam": train_words(generated, **ADAM),
+        "dense_adam": train_words(generated, **DENSE_ADAM),
         "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
         "gathered": train_words(generated, max_steps=27, log_every=9),
         "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
@@ -153,11 +156,14 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
     same_run(four[0]["default"][0], run)
 
 
-@pytest.mark.parametrize("name", ["odd", "shared", "rows", "redrawn", "lsq", "gathered", "summed", "dcn", "adam"])
+@pytest.mark.parametrize(
+    "name", ["odd", "shared", "rows", "redrawn", "lsq", "gathered", "summed", "dcn", "adam", "dense_adam"]
+)
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
     fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ,
               "gathered": {"max_steps": 27, "log_every": 9},
-              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM}[name]  # fmt: skip
+              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM,
+              "dense_adam": DENSE_ADAM}[name]  # fmt: skip
     same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
 
 

@@ -99,7 +99,7 @@ def everything(step):
 
 
 @RANKS
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "dense_adam"])
 @pytest.mark.parametrize("table_exchange", ["all_gather", "all_to_all"])
 def test_fp32_codecs_give_what_one_rank_gives(ranks, optimizer, table_exchange):
     """In FP32: INT4 weights next to a rounding boundary would take another code for the last bit of a sum."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dqrm import kernels
-from dqrm.kernels import Blocks, TableRanges, plain
+from dqrm.kernels import Blocks, IdleCourse, TableRanges, plain
+from dqrm.kernels.layout import idle_powers
 from dqrm.models.interaction import pairs
 from kernel_helpers import NATIVE, ODD, ROW_GRADIENTS, here, random_ids, random_rows, same, threads
 from selection import pairwise
@@ -155,6 +156,19 @@ def sum_duplicates(name, numbers):
 def sum_duplicates_(largest):
     rows = torch.tensor([largest, 3, largest - 1, 0, 3, largest, largest // 2, 1])
     return kernels.sum_duplicates(rows, random_rows(8, 2))
+
+
+# torch's root is not always rounded to nearest, the compiled one's is.
+@case(*product([0, 1, 300], [1, 3, 16, 17], [0.0, 1e-5, 1e-3], [1, 4], [0, 40]), rtol=1e-4, atol=1e-7)
+def idle_adam(count, dim, l2, stride, earliest):
+    first = random_rows(count, dim, seed=1) * 1e-4
+    weight, second, now = random_rows(count, dim) * 0.05, first.square(), 2000
+    last = (torch.arange(count) * 61 % (now - earliest) + earliest + 1).int()
+    steps = torch.arange(1, now + 1, stride, dtype=torch.float64)
+    alpha, root = 1e-3 / (1 - 0.9**steps), (1 - 0.999**steps).rsqrt()
+    course = IdleCourse(alpha.float(), root.float(), idle_powers(0.999, l2), stride, 0.9, 1e-8, l2)
+    kernels.idle_adam(weight, first, second, last, now, course)
+    return weight, first * 1e3, second * 1e6
 
 
 @case(*product([FP32, BF16], [0.0, 1e30, float("nan"), 0.05], [odd, random_rows], [0, 1, 300, 6000]))

@@ -262,7 +262,7 @@ def test_infinity_and_nan_show(path):
     assert torch.equal(weight[~expected.isnan()].float(), expected[~expected.isnan()])
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam"])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "dense_adam"])
 def test_a_restored_optimizer_continues_with_the_same_bits(rule):
     """After more steps than bf16 can count one by one (256)."""
     config = replace(tiny(optimizer=rule).optimizer, learning_rate=0.01)
@@ -291,7 +291,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("rule", "precision"), [("sgd", "bf16"), ("adagrad", "fp32"), ("rowwise_adam", "bf16")])
+@pytest.mark.parametrize(
+    ("rule", "precision"), [("sgd", "bf16"), ("adagrad", "fp32"), ("rowwise_adam", "bf16"), ("dense_adam", "fp32")]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(generated, tmp_path, rule, precision):
     config = tiny(
         optimizer=rule, table_dtype="bf16", precision=precision, checkpoint_every=4, max_steps=11, table_l2=1e-3

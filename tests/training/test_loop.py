@@ -122,7 +122,7 @@ def test_training_learns_and_equals_a_plain_loop(generated, tmp_path):
     ("bits", "optimizer"),
     some_quick(
         *((bits, "sgd") for bits in (2, 4, 8, 16, 32)), (4, "adagrad"), (2, "rowwise_adagrad"),
-        of=product([2, 4, 8, 16, 32], ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam"]),
+        of=product([2, 4, 8, 16, 32], ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "dense_adam"]),
     ),
 )  # fmt: skip
 def test_all_optimizers_and_bits_train(generated, tmp_path, optimizer, bits):
@@ -148,16 +148,20 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(generated, tmp_p
         ((2, 2, 13, 16, 15, 2), "global", "rowwise_adagrad"),
         ((4,), "block", "adam"),
         ((2, 2, 13, 16, 15, 2), "global", "rowwise_adam"),
+        ((4,), "block", "dense_adam"),
+        ((2, 2, 13, 16, 15, 2), "global", "dense_adam"),
         of=product(
             [(1,), (4,), (30,), (2, 2, 13, 16, 15, 2)],
             ["global", "block"],
-            ["sgd", "adam", "rowwise_adam", "rowwise_adagrad"],
+            ["sgd", "adam", "rowwise_adam", "rowwise_adagrad", "dense_adam"],
         ),
     ),
 )
 def test_killed_anywhere_and_resumed_is_as_if_never_killed(generated, tmp_path, optimizer, shuffle, calls):
     config = tiny(optimizer=optimizer, shuffle=shuffle, checkpoint_every=4, eval_every=11, log_every=5, max_steps=45)
-    config = replace(config, optimizer=replace(config.optimizer, warmup_steps=9, plateau_factor=0.5))
+    whole_table_l2 = 1e-3 if optimizer == "dense_adam" else 0.0
+    more = {"warmup_steps": 9, "plateau_factor": 0.5, "table_l2": whole_table_l2}
+    config = replace(config, optimizer=replace(config.optimizer, **more))
     train(generated, tmp_path / "whole", config)
     with pytest.raises(Killed):
         train(generated, tmp_path / "cut", config, progress=killer(calls[0]))

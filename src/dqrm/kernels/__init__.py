@@ -14,9 +14,11 @@ from torch import Tensor
 
 from dqrm.kernels import cpu, plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, IdleCourse, Limits, TableRanges
 
-__all__ = ["BACKENDS", "OPERATIONS", "Backend", "Blocks", "Limits", "TableRanges", "choose", "native", "traced"]
+__all__ = [
+    "BACKENDS", "OPERATIONS", "Backend", "Blocks", "IdleCourse", "Limits", "TableRanges", "choose", "native", "traced",
+]  # fmt: skip
 
 
 class Backend(Protocol):
@@ -155,6 +157,23 @@ def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> floa
     maxima: float32, the maximum of each block, updated in place.
     """
     return choose("blocks_max", table, dirty, maxima).blocks_max(table, block, dirty, maxima)
+
+
+@_operation
+def idle_adam(weight: Tensor, first: Tensor, second: Tensor, last: Tensor, now: int, course: IdleCourse) -> None:
+    """Bring rows from step `last` of Adam to step `now`, in place; in between, their gradient was `l2 * weight` alone.
+
+    The first 16 steps of a row are made one by one, then up to 64 at once: within such a block the root of the second
+    moment has one value, that of its middle, and weight and first moment follow a matrix of 2 x 2, so the cost grows
+    with the logarithm of the gap up to 512 steps and by 1/64 per step from there. A weight below 1e-10 that moves by
+    less than that in a step is set to 0 and stays there.
+
+    Args:
+        weight, first, second: float32 [U, dim]: weights and moments of the rows.
+        last: int32 [U]: steps that each row has seen, at most `now`.
+    """
+    backend = choose("idle_adam", weight, first, second, last, course.alpha, course.root, course.powers)
+    backend.idle_adam(weight, first, second, last, now, course)
 
 
 # ---- linear layers and interaction

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dqrm.kernels import plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, IdleCourse, Limits, TableRanges
 
 _PLAIN = (Tensor, nn.Parameter)
 _F32, _I64, _U8 = (torch.float32,), (torch.int64,), (torch.uint8,)
@@ -30,6 +30,7 @@ _DTYPES: dict[str, Any] = {
     "sum_duplicates": (_I64, _F32),
     "raise_scales": (_I64, _FLOATS, _F32, _I64),
     "blocks_max": (_FLOATS, _U8, _F32),
+    "idle_adam": (_F32, _F32, _F32, (torch.int32,), _F32, _F32, _F32),
     "quantize_weights": repeat(_F32),
     "finish_linear": ((torch.bfloat16,), _F32, _F32),
     "start_linear": (_FLOATS, _FLOATS, _F32),
@@ -66,6 +67,7 @@ _PROTOTYPES = {
     "sum_duplicates": "ppllpppi l",
     "raise_scales": "plplpilpipi -",
     "blocks_max": "pilllppi u",
+    "idle_adam": "pppplllpplpffffffi -",
     "quantize_weights": "pplppi -",
     "finish_linear": "pllplpii -",
     "start_linear": "ppillplpppi -",
@@ -176,6 +178,13 @@ def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
     bits = _call("blocks_max", table, _half(table), *table.shape, block, dirty, maxima)
     return ctypes.c_float.from_buffer(c_uint32(bits)).value
+
+
+def idle_adam(weight: Tensor, first: Tensor, second: Tensor, last: Tensor, now: int, course: IdleCourse) -> None:
+    _call(
+        "idle_adam", weight, first, second, last, *weight.shape, now, course.alpha, course.root, course.stride,
+        course.powers, course.beta1, 1 - course.beta1, course.eps, course.l2, course.gamma, course.most,
+    )  # fmt: skip
 
 
 # ---- linear layers

@@ -22,6 +22,47 @@ class TableRanges(NamedTuple):
     """The highest code; or int32 [tables], that of each table (0: not quantized, its scale stays)."""
 
 
+IDLE_SIZES = 7
+"""Idle steps are taken 1, 2, 4, ... 64 at once."""
+
+
+class IdleCourse(NamedTuple):
+    """What Adam with L2 in the gradient does in each step to weights whose loss has no gradient."""
+
+    alpha: Tensor
+    """float32 [entries]: learning rate / (1 - beta1^t) of step t = entry * stride + 1."""
+    root: Tensor
+    """float32 [entries]: 1 / sqrt(1 - beta2^t)."""
+    powers: Tensor
+    """float32 [4 * IDLE_SIZES]: see `idle_powers`."""
+    stride: int
+    beta1: float
+    eps: float
+    l2: float
+
+    @property
+    def gamma(self) -> float:
+        """How much of a weight its first moment takes up in a step."""
+        return (1 - self.beta1) * self.l2
+
+    @property
+    def most(self) -> float:
+        """The rate up to which a block of steps is stable: half of that at which Adam itself no longer is."""
+        return (1 + self.beta1) / self.gamma if self.gamma else float("inf")
+
+
+def idle_powers(beta2: float, l2: float, device: torch.device | str = "cpu") -> Tensor:
+    """For n = 1, 2, 4, ... 64 steps: beta2^((n + 1) / 2), (1 - that) * l2^2, beta2^n, and (1 - that) * l2^2 / 3.
+
+    The last of one step is 1 - beta2. float32 [4 * IDLE_SIZES].
+    """
+    sizes = [1 << j for j in range(IDLE_SIZES)]
+    middle, whole = [beta2 ** ((n + 1) / 2) for n in sizes], [beta2**n for n in sizes]
+    last = [1 - beta2, *((1 - power) * l2**2 / 3 for power in whole[1:])]
+    lines = [*middle, *((1 - power) * l2**2 for power in middle), *whole, *last]
+    return torch.tensor(lines, dtype=torch.float32, device=device)
+
+
 class Blocks:
     """Positions of blocks (runs of values that share a scale) in a flat tensor, in the order of encoding.
 

@@ -114,6 +114,18 @@ class TableLayout(nn.Module):
             (integers(values).contiguous(), number, 1) for number, (values, _) in enumerate(bags, start=single)
         ]
 
+    def rows(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """The rows of the shared weight that a lookup of these ids and bags reads: int64 [N], repeated or not.
+
+        Raises:
+            IndexError: an id outside its table (on CPU).
+        """
+        rows = [self.row_offsets.new_empty(0)]
+        for part, first, tables in self._groups(ids, bags):
+            self._refuse_outside(part, first, tables)
+            rows.append((part.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
+        return torch.cat(rows)
+
     def _pooled(self, looked_up: list[Tensor], samples: int, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The rows [N, dim] that each group looked up as one vector per sample and table [B, T, dim]."""
         vectors = [looked_up[0].view(samples, self.num_single, self.embedding_dim)] if self.num_single else []

@@ -29,6 +29,7 @@ _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 EXCHANGE, CALLBACKS = "exchange.safetensors", "callbacks.safetensors"  # only if they have content
 STATE = "state.json"
+_STEPS = ("count", "flushed")  # of such an optimizer: steps so far, and at the last `catch_up_all`
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -247,6 +248,19 @@ def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, A
     Raises:
         UserError: a file is missing or damaged.
     """
+    tensors = load_optimizers(checkpoint, optimizers)
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+    return read_state(checkpoint)
+
+
+def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Restore optimizers from a checkpoint; returns all tensors of their file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     file = checkpoint / OPTIMIZER
     tensors = dict(_tensors(file))
     if "random/cpu" not in tensors:
@@ -263,10 +277,17 @@ def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, A
             optimizer.load_state_dict(content)
         except (ValueError, KeyError, RuntimeError):
             raise UserError(f"{file} does not match the optimizer or the model") from None
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    return read_state(checkpoint)
+    return tensors
+
+
+def steps_pending(checkpoint: Path) -> bool:
+    """Whether rows of the tables are still to be brought up to date (`SparseOptimizer.catch_up_all`): an optimizer
+    deferred updates, and the checkpoint was saved between evaluations."""
+    file = checkpoint / OPTIMIZER
+    if not file.exists():
+        return False
+    steps = [int(tensor) for name in _STEPS for _, tensor in _tensors(file, f"0/0/{name}")]
+    return len(steps) == 2 and steps[0] != steps[1]
 
 
 def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ class Trainer:
                 seed=options.seed,
                 epoch=state.epoch,
                 start_batch=state.batch,
-                share=(self.world.rank, self.world.size),
+                share=(0, 1) if self.step.whole_batches else (self.world.rank, self.world.size),
             ):
                 losses = self.train_step(batch)
                 for ends in step_ends:
@@ -205,6 +205,8 @@ class Trainer:
             self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
         if evaluate_now:
+            # Not before other checkpoints: when those are made, a clock or a signal may decide.
+            self.optimizers[0].catch_up_all()
             self._evaluate(train_loss, epoch_ends)
         if epoch_ends:
             state.epoch += 1

@@ -26,14 +26,19 @@ from dqrm.models.registry import MODELS, build_model, table_dtype
 from dqrm.training.checkpoints import (
     BEST,
     METRICS,
+    OPTIMIZER,
     WEIGHTS,
     checkpoint_path,
     latest_step,
+    load_optimizers,
     load_weights,
     mapped_tensor,
     read_state,
+    steps_pending,
     verify_checkpoint,
 )
+from dqrm.training.optimizers import build_optimizers
+from dqrm.training.parameter_groups import parameter_groups
 
 FORMAT_VERSION = 1
 # Fields of configurations of older runs.
@@ -227,7 +232,8 @@ class Run:
 
         Args:
             which: 'best' on validation, or 'last'.
-            mapped: leave the tables in the checkpoint's file, memory-mapped: for reading a few rows, or all once.
+            mapped: leave the tables in the checkpoint's file, memory-mapped: for reading a few rows, or all once; not
+                where rows have updates pending, which are made here.
             verify: compare the weights with their checksum first, which reads all of them.
 
         Raises:
@@ -244,9 +250,14 @@ class Run:
             state = read_state(checkpoint)
         if verify:
             verify_checkpoint(checkpoint, WEIGHTS)
-        if not mapped:
+        pending = steps_pending(checkpoint)
+        if pending and verify:
+            verify_checkpoint(checkpoint, OPTIMIZER)
+        if pending or not mapped:
             model = self.new_model()
             load_weights(checkpoint, model)
+            if pending:
+                self._catch_up(model, checkpoint)
             return model.eval(), state
         weight, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
         expected = (sum(column["rows"] for column in data["columns"]), self.config.model.embedding_dim)
@@ -255,6 +266,16 @@ class Run:
         model = self.new_model(weight)
         load_weights(checkpoint, model, skip="tables.weight")
         return model.eval(), state
+
+    def _catch_up(self, model: ClickModel, checkpoint: Path) -> None:
+        """Bring all rows of the tables up to the checkpoint's step, as the run does before it evaluates."""
+        table, config = model.tables.weight, self.config
+        others = [parameter for parameter in model.parameters() if parameter is not table]
+        groups = parameter_groups(model, others, config.optimizer)
+        optimizers = build_optimizers([table], groups, config.optimizer, config.training.seed)
+        optimizers[0].tables = model.tables
+        load_optimizers(checkpoint, optimizers)
+        optimizers[0].catch_up_all()
 
 
 def _require_free(path: Path) -> None:

@@ -30,6 +30,7 @@ class TrainStep:
     Attributes:
         optimizers: [of the tables, of everything else].
         exchange: the identity with one rank.
+        whole_batches: whether each rank is given whole batches, of which it takes its shard.
     """
 
     exchange: Exchange
@@ -42,7 +43,7 @@ class TrainStep:
         others = [parameter for parameter in self._parameters if parameter is not tables[0]]
         groups = parameter_groups(model, others, config.optimizer)
         self.optimizers = build_optimizers(tables, groups, config.optimizer, config.training.seed)
-        model.tables.only_looked_up_rows_change()  # a SparseOptimizer changes no others
+        model.tables.only_looked_up_rows_change()  # a SparseOptimizer changes no others, or says so (`catch_up`)
         self.optimizers[0].tables = model.tables
         if world is not None and world.size > 1:
             self.exchange = RealRanks(model.tables, others, config.exchange, world, config.training.seed)
@@ -50,6 +51,8 @@ class TrainStep:
             self.exchange = SimulatedRanks(model.tables, others, config.exchange, config.training.seed)
         else:
             self.exchange = LocalExchange(tables[0].device)
+        # Each rank brings up to date what any rank looks up, so that scales stay equal.
+        self.whole_batches = self.optimizers[0].catches_up and self.exchange.size > 1
         self._table_factor, self._clip_norm = config.optimizer.table_rate_factor, config.optimizer.clip_norm
         self._seed = config.training.seed
         quantizers = (module for module in model.modules() if isinstance(module, WeightFakeQuantizer))
@@ -65,7 +68,8 @@ class TrainStep:
         """One step at learning rate `rate`.
 
         Args:
-            batch: this rank's shard of the batch; the whole batch with one rank and where ranks are simulated.
+            batch: this rank's shard of the batch; the whole batch with one rank, where ranks are simulated, and with
+                `whole_batches`.
             samples: of the whole batch; default: those of `batch`.
             number: step count, the same on all ranks.
             flags: see `Exchange.begin`.
@@ -79,8 +83,11 @@ class TrainStep:
         exchange.begin(number, flags)
         for quantizer in self._stepped:  # the same on all ranks
             quantizer.step = number
+        if self.optimizers[0].catches_up:
+            self.optimizers[0].catch_up(self.model.tables.rows(batch.ids, batch.bags))
+        whole = len(local) > 1 or self.whole_batches
         for rank in local:
-            shard = batch if len(local) == 1 else batch.share(rank, exchange.size)
+            shard = batch.share(rank, exchange.size) if whole else batch
             if self._drops:  # masks depend on step and rank only: the same in simulated and resumed runs
                 torch.manual_seed(mix(self._seed, number, rank))
             loss = self.forward(shard)

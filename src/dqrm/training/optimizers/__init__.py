@@ -14,10 +14,11 @@ from dqrm.config import OptimizerConfig
 from dqrm.options import registered
 from dqrm.training.optimizers.adam import SparseAdam
 from dqrm.training.optimizers.base import SparseOptimizer
+from dqrm.training.optimizers.dense_adam import DenseAdam
 from dqrm.training.optimizers.simple import SparseAdagrad, SparseSGD
 
 __all__ = [
-    "OPTIMIZERS", "SparseAdagrad", "SparseAdam", "SparseOptimizer", "SparseSGD", "build_optimizers",
+    "OPTIMIZERS", "DenseAdam", "SparseAdagrad", "SparseAdam", "SparseOptimizer", "SparseSGD", "build_optimizers",
     "learning_rate",
 ]  # fmt: skip
 
@@ -43,6 +44,11 @@ def _adam(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: i
     return SparseAdam(tables, rate, betas, eps, config.table_l2, rowwise, seed), _torch_adam(others, config)
 
 
+def _dense_adam(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int) -> Pair:
+    rate, betas, eps = config.rate, (config.adam_beta1, config.adam_beta2), config.adam_eps
+    return DenseAdam(tables, rate, betas, eps, config.table_l2, seed), _torch_adam(others, config)
+
+
 def _torch_adam(others: list[Any], config: OptimizerConfig) -> Optimizer:
     """With its state from the start: a rank that resumes receives each tensor of it."""
     betas = (config.adam_beta1, config.adam_beta2)
@@ -59,6 +65,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any], list[Any], OptimizerConfig, int], Pai
     "rowwise_adagrad": partial(_adagrad, rowwise=True),
     "adam": _adam,
     "rowwise_adam": partial(_adam, rowwise=True),
+    "dense_adam": _dense_adam,
 }
 """Constructors by name: (tables, others, configuration, seed) -> optimizers (of the tables, of everything else).
 `others` are parameters, or parameter groups of torch where quantizers have learned values (`parameter_groups`)."""

@@ -10,13 +10,13 @@ from dqrm import kernels
 from dqrm.training.optimizers.base import SparseOptimizer
 
 
-def check_adam(betas: tuple[float, float], eps: float) -> None:
-    """Raise ValueError for a beta outside [0, 1) or a negative eps."""
+def check_adam(betas: tuple[float, float], eps: float, least_eps: str = "0 or more") -> None:
+    """Raise ValueError for a beta outside [0, 1) or an eps below 0 (or of 0, where `least_eps` is 'above 0')."""
     for number, beta in enumerate(betas):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{number}] is {beta}, expected at least 0 and below 1")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, expected 0 or more")
+    if not eps >= 0 or (eps == 0 and least_eps == "above 0"):
+        raise ValueError(f"eps is {eps}, expected {least_eps}")
 
 
 class SparseAdam(SparseOptimizer):

@@ -27,6 +27,9 @@ class SparseOptimizer(Optimizer):
     """
 
     tables: QuantizedTables | None = None
+    catches_up = False
+    """Whether rows also move in steps without a gradient for them: `catch_up` then comes before each forward, with the
+    rows of the whole batch."""
 
     def __init__(self, params: Iterable[Any], lr: float, l2: float, seed: int, **defaults: float) -> None:
         if not lr >= 0:
@@ -67,6 +70,12 @@ class SparseOptimizer(Optimizer):
         for value in self.state[weight].values():
             if isinstance(value, Tensor) and value.dim() and len(value) == len(weight):
                 value[rows] = 0
+
+    def catch_up(self, rows: Tensor) -> None:
+        """Bring rows (int64 [N], repeated or not) of the first parameter up to the last step."""
+
+    def catch_up_all(self) -> None:
+        """`catch_up` of all rows of all parameters, in one pass: before an evaluation, a copy, an export."""
 
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
         """weight[rows] += factor * values; no row twice where the storage rounds."""
