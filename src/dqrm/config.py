@@ -118,8 +118,8 @@ class OptimizerConfig:
     """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), adam (rows
     of the batch; 8 bytes per weight), rowwise_adam (4), dense_adam (8; L2 acts on all rows), or a registered one."""
     learning_rate: float | None = None
-    """Step size; none: by optimizer and batch size, 0.1 for sgd, 0.02 for adagrad, 0.01 for it below batch 256, 0.001
-    for adam."""
+    """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
+    batch size 2048."""
     table_learning_rate: float | None = None
     """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10
@@ -196,7 +196,7 @@ class TrainingConfig:
     """Training loop: length, order of samples, evaluation, checkpoints, device."""
 
     epochs: int = 0
-    """Passes over the training split at most; 0: 10, which --patience ends, or 1 without patience or validation
+    """Passes over the training split at most; 0: 20, which --patience ends, or 1 without patience or validation
     figures."""
     batch_size: int = 0
     """Samples per training step; 0: from 64 to 2048, by the rows of the training split."""

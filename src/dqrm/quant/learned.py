@@ -32,7 +32,7 @@ def initial_step(mean: Tensor, bits: int) -> Tensor:
 
 
 def gradient_factor(weights: Tensor, bits: int) -> Tensor:
-    """LSQ's factor on the gradient of a step size that so many weights share: float32, same shape."""
+    """LSQ's factor on the gradient of a step size that `weights` weights share: float32, same shape."""
     return (weights.double().clamp(min=1) * code_limits(bits)[1]).rsqrt().float()
 
 
