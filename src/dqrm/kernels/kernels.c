@@ -5,7 +5,7 @@
  * compile without -ffast-math and with -ffp-contract=off.
  *
  * bf16 is stored as uint16_t, the upper half of a float. `half` arguments say that a void pointer is to bf16 rather
- * than float. Magnitudes are compared as bit patterns: the order is that of the numbers, and NaN is above infinity.
+ * than float, `format` arguments what a row of a table is. Magnitudes are compared as bit patterns: the order is that of the numbers, and NaN is above infinity.
  */
 #include "common.h"
 
@@ -43,9 +43,9 @@ static int suspect(float largest, float scale, int high) { return !(largest < sc
 /* scale[t] = max(itself, the scale of max|weight[row]|) for each of the rows, t its table; `only` (or NULL) says for which
  * tables. Rows come table after table, sample by sample, or sorted. */
 static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables, const void *weight,
-                      int half, int64_t dim, float *scale, int high, const int32_t *highs, const uint8_t *only,
+                      int format, int64_t dim, float *scale, int high, const int32_t *highs, const uint8_t *only,
                       int threads) {
-    int64_t width = dim * (half ? 2 : 4);
+    int64_t width = row_bytes(format, dim);
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
         int64_t table = 0;
@@ -54,7 +54,7 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
             table = table_of(rows[i], starts, tables, table);
             if (only && !only[table]) continue;
             if (!only && i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
-            float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
+            float largest = row_max((const char *)weight + rows[i] * width, format, dim);
             float now;
             __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
             int top = high_of(high, highs, table);
@@ -69,9 +69,9 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
 }
 
 EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
-                              const void *weight, int half, int64_t dim, float *scale, int high, const int32_t *highs,
+                              const void *weight, int format, int64_t dim, float *scale, int high, const int32_t *highs,
                               int threads) {
-    raise_for(rows, count, starts, tables, weight, half, dim, scale, high, highs, NULL, threads);
+    raise_for(rows, count, starts, tables, weight, format, dim, scale, high, highs, NULL, threads);
 }
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
@@ -80,12 +80,12 @@ EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t 
  * these rows need. `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t] on, are set for what is read.
  * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
-                           const int64_t *table_rows, const void *weight, int half, int64_t dim, float *scale,
+                           const int64_t *table_rows, const void *weight, int format, int64_t dim, float *scale,
                            int low, int high, const int32_t *highs, float *out, int64_t *rows_out, int64_t *clamped,
                            int raising, uint8_t *dirty, const int64_t *dirty_starts, int64_t block, int threads) {
     int64_t bad = INT64_MAX, beyond;
     int grown;
-    int64_t size = half ? 2 : 4;
+    int64_t width = row_bytes(format, dim);
     int64_t samples = count / tables; /* sample by sample: a division per id would cost more than its row */
     int shift = 0;
     while (1LL << shift < block) shift++;
@@ -105,17 +105,12 @@ again: /* at most once: where a row needs a larger scale, which is rare */
       for (int64_t table = 0; table < tables; table++) {
         int64_t i = sample * tables + table;
         if (i + AHEAD < count) {
-            const char *next = (const char *)weight + rows_out[i + AHEAD] * dim * size;
-            for (int64_t b = 0; b < dim * size; b += 64) __builtin_prefetch(next + b);
+            const char *next = (const char *)weight + rows_out[i + AHEAD] * width;
+            for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(next + b);
         }
         float *to = out + i * dim;
         float s = scale ? scale[table] : 1.0f;
-        if (half) {
-            const uint16_t *from = (const uint16_t *)weight + rows_out[i] * dim;
-            for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
-        } else {
-            memcpy(to, (const float *)weight + rows_out[i] * dim, dim * 4);
-        }
+        read_row((const char *)weight + rows_out[i] * width, format, dim, to);
         int top = high_of(high, highs, table), bottom = highs ? -top - 1 : low;
         if (!scale || !top) continue;
         if (clamped || raising) {
@@ -131,7 +126,7 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, bottom, top) * s;
       }
     if (grown) {
-        dqrm_raise_scales(rows_out, count, starts, tables, weight, half, dim, scale, high, highs, threads);
+        dqrm_raise_scales(rows_out, count, starts, tables, weight, format, dim, scale, high, highs, threads);
         goto again;
     }
     if (clamped) *clamped += beyond;
@@ -240,7 +235,7 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
     }
     /* From what the rows are in the end: one that repeats may have been larger in between. */
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, 0, dim, scale, high, highs, grown, threads);
+        raise_for(rows, count, starts, tables, weight, ROW_FLOAT, dim, scale, high, highs, grown, threads);
     free(grown);
 }
 
@@ -259,14 +254,11 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
             uint16_t *to = weight + rows[i] * dim;
             const float *from = values + i * dim;
             for (int64_t d = 0; d < dim; d++) {
-                /* murmur3's finalizer over (seed, row, column): no state, so any order and any thread gives the same */
-                uint32_t h = seed ^ (uint32_t)(rows[i] * dim + d) * 0x9e3779b1u;
-                h = (h ^ (h >> 16)) * 0x85ebca6bu;
-                h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+                uint32_t h = hash_of((uint32_t)(rows[i] * dim + d), seed);
                 float x = widen(to[d]) + from[d] * factor;
                 uint32_t b = bits_of(x);
                 int special = (b & 0x7f800000) == 0x7f800000;
-                to[d] = special ? narrow(x) : (uint16_t)((b + ((h ^ (h >> 16)) & 0xffff)) >> 16);
+                to[d] = special ? narrow(x) : (uint16_t)((b + (h & 0xffff)) >> 16);
             }
             if (!scale) continue;
             table = table_of(rows[i], starts, tables, table);
@@ -275,8 +267,55 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
         }
     }
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, 1, dim, scale, high, highs, grown, threads);
+        raise_for(rows, count, starts, tables, weight, ROW_BF16, dim, scale, high, highs, grown, threads);
     free(grown);
+}
+
+/* The same on int8 rows, each encoded anew on the scale of its own largest magnitude; a code goes up with the probability
+ * of its distance. Returns 0, or 1 where memory is short. */
+EXPORT int dqrm_add_rows_int8(int8_t *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
+                              float factor, uint32_t seed, const int64_t *starts, int64_t tables, float *scale,
+                              int high, const int32_t *highs, int threads) {
+    uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL;
+    int64_t width = row_bytes(ROW_INT8, dim);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
+    {
+        int64_t table = 0;
+        float *x = malloc(dim * 8 + 8), *noise = x + dim;
+        if (!x) failed = 1;
+#pragma omp barrier
+#pragma omp for
+        for (int64_t i = 0; i < count; i++) {
+            if (failed) continue;
+            if (i + AHEAD < count)
+                for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(weight + rows[i + AHEAD] * width + b, 1);
+            int8_t *to = weight + rows[i] * width;
+            const float *from = values + i * dim;
+            read_row(to, ROW_INT8, dim, x);
+            for (int64_t d = 0; d < dim; d++) {
+                x[d] += from[d] * factor;
+                noise[d] = uniform_of((uint32_t)(rows[i] * dim + d), seed);
+            }
+            write_int8_row(x, dim, noise, to);
+            if (!scale) continue;
+            table = table_of(rows[i], starts, tables, table);
+            int top = high_of(high, highs, table);
+            if (grown && top && suspect(row_max(to, ROW_INT8, dim), scale[table], top)) mark(grown, table, tables);
+        }
+        free(x);
+    }
+    if (!failed && scale && (!grown || grown[tables]))
+        raise_for(rows, count, starts, tables, weight, ROW_INT8, dim, scale, high, highs, grown, threads);
+    free(grown);
+    return failed;
+}
+
+/* Rows of floats as int8 rows, to the nearest code. */
+EXPORT void dqrm_encode_int8(const float *values, int64_t rows, int64_t dim, int8_t *out, int threads) {
+    int64_t width = row_bytes(ROW_INT8, dim);
+#pragma omp parallel for num_threads(threads) if (rows * dim > LITTLE)
+    for (int64_t i = 0; i < rows; i++) write_int8_row(values + i * dim, dim, NULL, out + i * width);
 }
 
 /* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
@@ -317,15 +356,23 @@ EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int
 }
 
 /* max|weight[0:rows]| in bits, reading only blocks that are dirty and taking `maxima` for the others; cleans them. */
-EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int64_t dim, int64_t block, uint8_t *dirty,
-                                uint32_t *maxima, int threads) {
-    int64_t blocks = (rows + block - 1) / block;
+EXPORT uint32_t dqrm_blocks_max(const void *weight, int format, int64_t rows, int64_t dim, int64_t block,
+                                uint8_t *dirty, uint32_t *maxima, int threads) {
+    int64_t blocks = (rows + block - 1) / block, width = row_bytes(format, dim);
     uint32_t largest = 0;
 #pragma omp parallel for reduction(max : largest) schedule(static, 256) num_threads(threads) if (rows * dim > LITTLE)
     for (int64_t b = 0; b < blocks; b++) {
         if (dirty[b]) {
-            int64_t count = (rows - b * block < block ? rows - b * block : block) * dim;
-            maxima[b] = max_bits_of((const char *)weight + b * block * dim * (half ? 2 : 4), half, count);
+            int64_t end = rows - b * block < block ? rows : (b + 1) * block;
+            uint32_t m = 0;
+            if (format != ROW_INT8)
+                m = max_bits_of((const char *)weight + b * block * width, format == ROW_BF16, (end - b * block) * dim);
+            else
+                for (int64_t row = b * block; row < end; row++) {
+                    uint32_t n = bits_of(row_max((const char *)weight + row * width, format, dim)) & 0x7fffffff;
+                    m = n > m ? n : m;
+                }
+            maxima[b] = m;
             dirty[b] = 0;
         }
         largest = maxima[b] > largest ? maxima[b] : largest;
