@@ -70,7 +70,7 @@ class TableClipped(TableMax):
         for number, table in enumerate(self.groups.tables(weight)):
             bits = self.groups.bits[number] if self.groups.bits else self.bits
             rows = sampled_rows(len(table), table.shape[1], number, self.scale_ticks).to(weight.device)
-            sample = storage_of(weight.dtype).gather(table, rows).view(1, -1)
+            sample = storage_of(weight).gather(table, rows).view(1, -1)
             self.scale[number] = 1 if bits == 32 else clipped_scales(sample, bits, self.qat)[0]
         self._scale_known = True
         self._covered(weight)

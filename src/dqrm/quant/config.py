@@ -30,7 +30,11 @@ where it is."""
 _OURS = frozenset(QUANTIZERS), frozenset(ACTIVATION_QUANTIZERS)
 _LEARNING = frozenset({"lsq"}), frozenset({"pact"})
 
-STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
+STORAGES: dict[str, Any] = {
+    "fp32": "dqrm.quant.storage.FP32",
+    "bf16": "dqrm.quant.storage.BF16",
+    "int8": "dqrm.quant.storage.INT8",
+}
 """What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
 
 

@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from dqrm import kernels
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig, take_qat
+from dqrm.quant.int8_rows import Int8Rows
 from dqrm.quant.quantizer import FakeQuantized, Groups
-from dqrm.quant.storage import storage_of
+from dqrm.quant.storage import storage_for, storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
@@ -39,6 +40,7 @@ class _ActiveRows(torch.autograd.Function):
         ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: kernels.Limits, blocks: Any,
         clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        memory = storage_of(weight).memory(weight)
         count = sum(lookup.ids.numel() for lookup in lookups)
         values = torch.empty(count, weight.shape[1], device=weight.device)
         rows = torch.empty(count, dtype=torch.int64, device=weight.device)
@@ -49,7 +51,7 @@ class _ActiveRows(torch.autograd.Function):
             part = limits if isinstance(limits, tuple) else limits[tables]
             watched = () if blocks is None else (blocks.dirty, blocks.starts[tables], blocks.block)
             wrong = kernels.lookup(
-                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, part, values[at:end],
+                lookup.ids, lookup.starts, lookup.table_rows, memory, lookup.scale, part, values[at:end],
                 rows[at:end], clamped, raising, *watched,
             )  # fmt: skip
             if wrong >= 0:
@@ -133,9 +135,14 @@ class QuantizedTables(FakeQuantized):
 class _OneTable(QuantizedTables):
     """Common base of `QuantEmbedding` and `QuantEmbeddingBag`: bits and scale of the one table in `weight`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
-        super().__init__(*args, **kwargs)
+        drawn = kwargs.get("dtype") is torch.int8 and kwargs.get("_weight") is None
+        if drawn:
+            kwargs["_weight"] = Int8Rows.empty(num_embeddings, embedding_dim, kwargs.get("device"))
+        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+        if drawn:
+            self.reset_parameters()
         self._init_quantization(qat)
 
     def _init_quantization(self, qat: QATConfig) -> None:
@@ -143,6 +150,11 @@ class _OneTable(QuantizedTables):
         self._add_quantizer(qat, qat.bits_of_table(len(self.weight)), Groups(1, (len(self.weight),)))
 
     padding_idx: int | None
+
+    @torch.no_grad()
+    def _fill_padding_idx_with_zero(self) -> None:
+        if self.padding_idx is not None:  # torch's fills a view of the row, which int8 rows do not have
+            self.weight[self.padding_idx : self.padding_idx + 1].zero_()
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
@@ -171,6 +183,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
+        dtype: as of `nn.Embedding`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -186,6 +199,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
+        dtype: as of `nn.EmbeddingBag`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -194,7 +208,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         # Ids [B, L] together with include_last_offset: torch 2.9 reads past the end; `pool` works around it.
-        if self.bits == 32 and (offsets is not None or not self.include_last_offset):
+        if self.bits == 32 and not isinstance(self.weight, Int8Rows) and (offsets is not None or not self.include_last_offset):
             return super().forward(input, offsets, per_sample_weights)
         return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
 
@@ -216,6 +230,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
         sparse: whether `weight.grad` is sparse; a dense one costs a second copy of all tables.
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
+        dtype: of the weight: torch.float32, torch.bfloat16, or torch.int8 (`Int8Rows`); `_weight` has its own.
 
     Raises:
         ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits.
@@ -229,6 +244,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         multi: Sequence[bool] | None = None,
         pooling: str = "sum",
         sparse: bool = True,
+        dtype: torch.dtype = torch.float32,
         _weight: Tensor | None = None,
         **options: Any,
     ) -> None:
@@ -238,7 +254,9 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self.sparse = sparse
-        self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
+        self.weight = nn.Parameter(
+            storage_for(dtype).empty(self._starts[-1], embedding_dim) if _weight is None else _weight
+        )
         self.table_bits = tuple(map(qat.bits_of_table, self.table_rows))
         bits = min(self.table_bits, default=qat.effective_table_bits)
         mixed = self.table_bits if len(set(self.table_bits)) > 1 else None
@@ -300,7 +318,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
             pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
             quantizer.mark_rows(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
-        values = storage_of(weight.dtype).lookup(weight, rows, self.sparse)
+        values = storage_of(weight).lookup(weight, rows, self.sparse)
         if self.bits == 32:
             return values, rows
         quantized = []

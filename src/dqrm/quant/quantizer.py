@@ -48,9 +48,9 @@ class Groups:
     def largest(self, weight: Tensor) -> Tensor:
         """max|weight| of each group, from all of its rows: [count], without a gradient."""
         if self.count == 0 or weight.numel() == 0:
-            return weight.new_zeros(self.count)
+            return torch.zeros(self.count, device=weight.device)
         if self.table_rows is not None:
-            largest = storage_of(weight.dtype).largest
+            largest = storage_of(weight).largest
             return torch.stack([largest(table) for table in self.tables(weight)])
         magnitude = weight.detach().abs()
         return magnitude.amax(1) if self.count == len(weight) else magnitude.amax().view(1)

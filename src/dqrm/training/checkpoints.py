@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from dqrm import checksums
 from dqrm.errors import UserError
+from dqrm.quant.storage import storage_of
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, require, why_not_written, write_json
 
 _PREFIX, _PARTIAL = "step-", ".partial"
@@ -82,7 +83,7 @@ def save_checkpoint(
         return
     partial = final.with_name(final.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    weights: dict[str, Tensor] = model.state_dict()
+    weights = {name: storage_of(weight).memory(weight) for name, weight in model.state_dict().items()}
     try:
         partial.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
@@ -227,10 +228,14 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         target = parameters.get(name)
         if target is None:
             small[name] = tensor
-        elif target.shape != tensor.shape:
-            raise UserError(f"{file}: '{name}' is {list(tensor.shape)}, but the model has {list(target.shape)} there")
         elif name != skip:
-            target.data.copy_(tensor)
+            memory = storage_of(target).memory(target)
+            if (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
+                raise UserError(
+                    f"{file}: '{name}' is {list(tensor.shape)} {tensor.dtype}, but the model has {list(memory.shape)} "
+                    f"{memory.dtype} there"
+                )
+            memory.copy_(tensor)
             copied.add(name)
     try:
         keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time

@@ -22,7 +22,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
 from dqrm.models.base import ClickModel
-from dqrm.models.registry import MODELS, build_model, table_dtype
+from dqrm.models.registry import MODELS, build_model, table_storage
 from dqrm.training.checkpoints import (
     BEST,
     METRICS,
@@ -219,7 +219,7 @@ class Run:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             rows = sum(column["rows"] for column in data["columns"])
-            need = rows * config.model.embedding_dim * table_dtype(config).itemsize / 1e9
+            need = rows * table_storage(config).row_bytes(config.model.embedding_dim) / 1e9
             raise UserError(
                 f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and its other layers "
                 f"come on top ({MODELS[config.model.model].describe(config.model)})"
@@ -259,11 +259,16 @@ class Run:
             if pending:
                 self._catch_up(model, checkpoint)
             return model.eval(), state
-        weight, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
-        expected = (sum(column["rows"] for column in data["columns"]), self.config.model.embedding_dim)
-        if tuple(weight.shape) != expected:
-            raise UserError(f"{checkpoint}: the tables are {list(weight.shape)}, but the run's are {list(expected)}")
-        model = self.new_model(weight)
+        memory, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
+        dim, storage = self.config.model.embedding_dim, table_storage(self.config)
+        width = storage.memory(storage.empty(0, dim)).shape[1]
+        expected = [sum(column["rows"] for column in data["columns"]), width]
+        if (list(memory.shape), memory.dtype) != (expected, storage.dtype):
+            raise UserError(
+                f"{checkpoint}: the tables are {list(memory.shape)} {memory.dtype}, but the run's are {expected} "
+                f"{storage.dtype}"
+            )
+        model = self.new_model(storage.of_memory(memory, dim))
         load_weights(checkpoint, model, skip="tables.weight")
         return model.eval(), state
 

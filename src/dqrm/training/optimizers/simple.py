@@ -24,10 +24,10 @@ class SparseSGD(SparseOptimizer):
         super().__init__(params, lr, l2, seed)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        if group["l2"] or self._storage(weight).rounds:
+        if group["l2"] or storage_of(weight).rounds:
             rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+            values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
         self._add(weight, rows, values, -group["lr"])
 
 
@@ -65,7 +65,7 @@ class SparseAdagrad(SparseOptimizer):
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+            values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
         square = values.square()
         if self.rowwise:
             square = square.mean(1, keepdim=True)
