@@ -101,7 +101,7 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 def _format(weight: Tensor) -> tuple[int, int]:
-    """Of a weight's rows (`ROW_FLOAT` ... in common.h), and the values of a row; int8 rows of odd dims have one more."""
+    """Of a weight's rows (`ROW_FLOAT` ... in common.h), and the values of a row; of int8 rows with padding."""
     if weight.dtype == torch.int8:
         return 2, weight.shape[1] - 2
     return int(weight.dtype == torch.bfloat16), weight.shape[1]

@@ -6,7 +6,6 @@ For a model of your own, subclass `ClickModel` and set `MODELS["its name"] = Its
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dqrm.config import Config, ModelConfig

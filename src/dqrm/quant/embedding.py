@@ -142,7 +142,7 @@ class _OneTable(QuantizedTables):
             kwargs["_weight"] = Int8Rows.empty(num_embeddings, embedding_dim, kwargs.get("device"))
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         if drawn:
-            self.reset_parameters()
+            self.reset_parameters()  # type: ignore[operator]
         self._init_quantization(qat)
 
     def _init_quantization(self, qat: QATConfig) -> None:
@@ -208,7 +208,11 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         # Ids [B, L] together with include_last_offset: torch 2.9 reads past the end; `pool` works around it.
-        if self.bits == 32 and not isinstance(self.weight, Int8Rows) and (offsets is not None or not self.include_last_offset):
+        if (
+            self.bits == 32
+            and not isinstance(self.weight, Int8Rows)
+            and (offsets is not None or not self.include_last_offset)
+        ):
             return super().forward(input, offsets, per_sample_weights)
         return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
 

@@ -65,7 +65,8 @@ class Int8Rows(Tensor):
     @classmethod
     def encode(cls, values: Tensor) -> "Int8Rows":
         """Floating-point values [R, dim] to the nearest codes."""
-        made = cls.empty(*values.shape, device=values.device)
+        rows, dim = values.shape
+        made = cls.empty(rows, dim, values.device)
         made.copy_(values)
         return made
 
@@ -76,11 +77,13 @@ class Int8Rows(Tensor):
     def __tensor_unflatten__(inner: dict[str, Tensor], dim: int, size: Any, stride: Any) -> "Int8Rows":
         return Int8Rows(inner["stored"], dim)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Int8Rows({list(self.shape)}, device='{self.device}')"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         operation = _OPERATIONS.get(func)
         if operation is None:
             raise NotImplementedError(
@@ -97,7 +100,9 @@ def read_rows(weight: Int8Rows, rows: Tensor) -> Tensor:
     stored, dim = weight.stored, weight.shape[1]
     out = torch.empty(len(rows), dim, device=stored.device)
     start = rows.new_zeros(1)
-    wrong = kernels.lookup(rows.contiguous(), start, start + len(stored), stored, None, (0, 0), out, rows.new_empty(len(rows)))
+    wrong = kernels.lookup(
+        rows.contiguous(), start, start + len(stored), stored, None, (0, 0), out, rows.new_empty(len(rows))
+    )
     if wrong >= 0:
         raise IndexError(f"row {int(rows[wrong])} is out of range for a weight of {len(stored)} rows")
     return out

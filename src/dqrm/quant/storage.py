@@ -13,7 +13,6 @@ from dqrm.kernels import TableRanges
 from dqrm.quant.config import STORAGES, registered
 from dqrm.quant.int8_rows import Int8Rows, row_width
 
-_by_dtype: dict[torch.dtype, type["Storage"]] = {}
 # Rows per block of the largest magnitude of int8 rows.
 _BLOCK = 1 << 10
 # Rows read at once: torch may copy what it reduces.
@@ -126,9 +125,15 @@ class INT8(Storage):
 
     dtype = torch.int8
     rounds = True
-    empty = Int8Rows.empty
-    of_memory = Int8Rows
     row_bytes = staticmethod(row_width)
+
+    @classmethod
+    def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+        return Int8Rows.empty(rows, dim, device)
+
+    @staticmethod
+    def of_memory(memory: Tensor, dim: int) -> Tensor:
+        return Int8Rows(memory, dim)
 
     @staticmethod
     def memory(weight: Tensor) -> Tensor:
@@ -158,13 +163,12 @@ class INT8(Storage):
 
 
 def storage_for(dtype: torch.dtype) -> type[Storage]:
-    """The registered storage of a dtype (torch.int8: int8 rows); of any other dtype the base, which can only be read."""
-    storage = _by_dtype.get(dtype)
-    if storage is None:
-        known = [registered(name, STORAGES) for name in STORAGES]
-        _by_dtype.update({each.dtype: each for each in known})
-        storage = _by_dtype.get(dtype, Storage)
-    return storage
+    """The registered storage of a dtype; of one that is not registered, the base, which can only be read."""
+    for name in STORAGES:
+        storage: type[Storage] = registered(name, STORAGES)
+        if storage.dtype == dtype:
+            return storage
+    return Storage
 
 
 def storage_of(weight: Tensor) -> type[Storage]:

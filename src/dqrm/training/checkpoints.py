@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from dqrm import checksums
 from dqrm.errors import UserError
-from dqrm.quant.storage import storage_of
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, require, why_not_written, write_json
+from dqrm.quant.storage import storage_of
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"

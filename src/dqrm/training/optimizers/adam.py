@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dqrm import kernels
+from dqrm.quant.storage import storage_of
 from dqrm.training.optimizers.base import SparseOptimizer
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dqrm import kernels
 from dqrm.kernels.layout import IdleCourse, idle_powers
+from dqrm.quant.storage import storage_of
 from dqrm.training.optimizers.adam import check_adam, new_moments, update_moments
 from dqrm.training.optimizers.base import SparseOptimizer
 
