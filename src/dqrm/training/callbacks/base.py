@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dqrm.config import Config
 from dqrm.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class Callback:
         """Key of its state in checkpoints, by default the class's name; unique among the callbacks of a run."""
         return type(self).__name__
 
-    def check(self) -> None:
-        """Before a new run's folder is made, not when a run resumes: raise UserError if the run cannot begin."""
+    def check(self, config: Config) -> None:
+        """Before a new run's folder is made, not when a run resumes: raise UserError if a run of this configuration,
+        in which batch size, learning rate and epochs are resolved, cannot begin."""
 
     def on_epoch_start(self, trainer: "Trainer") -> None:
         """Before the first step of epoch `trainer.state.epoch` (from 0); not when a run resumes within one."""
@@ -39,6 +41,11 @@ class Callback:
             loss: mean over the batch, a scalar without a graph on the model's device; with several ranks this rank's
                 share of it; all shares add up to it.
         """
+
+    def evaluation_counts(self, trainer: "Trainer") -> bool:
+        """Whether an evaluation without improvement counts for patience, early stopping and a drop of the learning
+        rate; not where training is yet to change. A new best one is chosen in any case."""
+        return True
 
     def on_evaluation(self, trainer: "Trainer", metrics: dict[str, Any]) -> None:
         """After an evaluation on validation, before the checkpoint that it entails; see `metrics.click_metrics`."""

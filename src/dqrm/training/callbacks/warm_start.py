@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dqrm.config import Config
 from dqrm.errors import UserError
 from dqrm.training.callbacks.base import Callback, weights_but_tables
 
@@ -33,7 +34,7 @@ class WarmStart(Callback):
 
         return Run.open(self.run)
 
-    def check(self) -> None:
+    def check(self, config: Config) -> None:
         self._open()
 
     @torch.no_grad()
