@@ -17,9 +17,9 @@ from dqrm.training.callbacks import StageBits
 from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
-from launch_helpers import same_tensors
+from launch_helpers import same_run, same_tensors
+from run_helpers import Killed, killer, last
 from training.test_callbacks import Snapshot, evaluations
-from training.test_loop import Killed, assert_same_run, killer, last
 
 STAGED = ("stage_bits:tables=32:mlp=32-16",)
 
@@ -115,7 +115,7 @@ def test_a_resumed_run_keeps_its_bits(generated, tmp_path, options, ranks):
     if ranks:
         same_tensors(tmp_path / "whole", tmp_path / "cut")
     else:
-        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+        same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_run_that_stops_at_the_end_of_a_stage_sets_scales_when_it_goes_on(generated, tmp_path):
@@ -134,7 +134,7 @@ def test_a_run_that_stops_at_the_end_of_a_stage_sets_scales_when_it_goes_on(gene
     batches = -(-generated.rows["train"] // 64)
     assert max((tmp_path / "cut" / "checkpoints").iterdir()).name.endswith(f"{batches}")
     resume(tmp_path / "cut", callbacks=[Dies(False)])
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.parametrize(("callbacks", "options", "stops"), [
