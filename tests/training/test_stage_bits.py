@@ -17,9 +17,9 @@ from dqrm.training.callbacks import StageBits
 from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
-from launch_helpers import same_tensors
+from launch_helpers import same_run, same_tensors
+from run_helpers import Killed, assert_resumes, last
 from training.test_callbacks import Snapshot, evaluations
-from training.test_loop import Killed, assert_same_run, killer, last
 
 STAGED = ("stage_bits:tables=32:mlp=32-16",)
 
@@ -104,18 +104,8 @@ def test_a_resumed_run_keeps_its_bits(generated, tmp_path, options, ranks):
     """Killed within the stages, at the end of one, and after them."""
     config = tiny(epochs=3, optimizer="adagrad", checkpoint_every=4, callbacks=(*STAGED, "ema:decay=0.9"))
     config = replace(config, exchange=ExchangeConfig(ranks), quantization=QATConfig(scale_period=7, **options))
-    train(generated, tmp_path / "whole", config)
     batches = -(-generated.rows["train"] // 64)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=killer(9))
-    for call in (batches - 3, batches, batches + 3):
-        with pytest.raises(Killed):
-            resume(tmp_path / "cut", progress=killer(call))
-    resume(tmp_path / "cut")
-    if ranks:
-        same_tensors(tmp_path / "whole", tmp_path / "cut")
-    else:
-        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_resumes(generated, tmp_path, config, 9, batches - 3, batches, batches + 3)
 
 
 def test_a_run_that_stops_at_the_end_of_a_stage_sets_scales_when_it_goes_on(generated, tmp_path):
@@ -134,7 +124,7 @@ def test_a_run_that_stops_at_the_end_of_a_stage_sets_scales_when_it_goes_on(gene
     batches = -(-generated.rows["train"] // 64)
     assert max((tmp_path / "cut" / "checkpoints").iterdir()).name.endswith(f"{batches}")
     resume(tmp_path / "cut", callbacks=[Dies(False)])
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.parametrize(("callbacks", "options", "stops"), [
