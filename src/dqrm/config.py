@@ -225,11 +225,7 @@ class TrainingConfig:
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     callbacks: tuple[str, ...] = recipe.CALLBACKS
     """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch),
-<<<<<<< HEAD
-    ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (bits of first epochs); '' for none."""
-=======
     ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (first epochs' bits); '' for none."""
->>>>>>> staged
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"
