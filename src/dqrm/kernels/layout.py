@@ -24,6 +24,10 @@ class GroupMap(NamedTuple):
     """int64 [tables], the first scale of each."""
     shift: int
 
+    def part(self, tables: slice) -> "GroupMap":
+        """Of these tables only."""
+        return GroupMap(self.starts[tables], self.first[tables], self.shift)
+
     def of(self, rows: Tensor) -> Tensor:
         """The scale of each row int64 [N] of the weight: int64 [N]."""
         if self.shift == 0:
