@@ -32,12 +32,19 @@ together; the other tables have 4."""
 def quantization(given: Mapping[str, Any]) -> dict[str, Any]:
     """The bits of a configuration's section `quantization` that its fields `given` leave open.
 
-    With `bits`, everything has those bits. Only the quantizer 'max' takes tables of several bit widths.
+    With `bits`, everything has those bits. Only the quantizer 'max' with a scale per table and no zero point takes
+    tables of several bit widths.
     """
+    one_width = (
+        ("table_bits", None),
+        ("quantizer", "max"),
+        ("table_granularity", "table"),
+        ("table_qscheme", "symmetric"),
+    )
     open_fields: dict[str, Any] = {}
     if given.get("bits") is None:
         open_fields["mlp_bits"] = MLP_BITS
-        if given.get("table_bits") is None and given.get("quantizer") in (None, "max"):
+        if all(given.get(name) in (None, value) for name, value in one_width):
             open_fields["small_table_bits"] = SMALL_TABLE_BITS
     return open_fields
 

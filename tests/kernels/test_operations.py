@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dqrm import kernels
-from dqrm.kernels import Blocks, IdleCourse, TableRanges, plain
+from dqrm.kernels import Blocks, GroupMap, IdleCourse, TableRanges, plain
 from dqrm.kernels.layout import idle_powers
 from dqrm.models.interaction import pairs
 from kernel_helpers import NATIVE, ODD, ROW_GRADIENTS, here, random_ids, random_rows, same, threads
@@ -106,7 +106,8 @@ def lookup_packed(tables, bits, ids_dtype, per_row):
         generator = torch.Generator().manual_seed(3)
         codes = torch.randint(256, (total, -(-dim * bits // 8)), generator=generator, device="cpu")
         codes = here(codes.to(torch.uint8))
-    return kernels.lookup_packed(random_ids(table_rows, batch, ids_dtype), starts, rows, codes, bits, scale, dim)[:1]
+    groups, ids = GroupMap(starts, starts, 0) if per_row else None, random_ids(table_rows, batch, ids_dtype)
+    return kernels.lookup_packed(ids, starts, rows, codes, bits, scale, dim, None, groups)[:1]
 
 
 def ranges(first, scale=0.05):
