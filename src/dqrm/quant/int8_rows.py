@@ -7,6 +7,7 @@ bf16. An update decodes a row, adds to it and encodes it again with stochastic r
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,9 +52,11 @@ class Int8Rows(Tensor):
             raise ValueError(f"stored rows are {stored.dtype} {shape}, expected torch.int8 [rows, {row_width(dim)}]")
         if not stored.is_contiguous():
             raise ValueError("stored rows are not contiguous")
-        made: Int8Rows = torch.Tensor._make_wrapper_subclass(
-            cls, (len(stored), dim), dtype=torch.float32, device=stored.device
-        )
+        # In inference mode as well: a view of a weight from outside has a version counter there, as any tensor's.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            made: Int8Rows = torch.Tensor._make_wrapper_subclass(
+                cls, (len(stored), dim), dtype=torch.float32, device=stored.device
+            )
         made.stored = stored
         return made
 

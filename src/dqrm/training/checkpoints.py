@@ -212,7 +212,7 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
 
 
 def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) -> None:
-    """Copy the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables.
+    """Read the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables, mapped or not.
 
     Args:
         skip: the name of a parameter that holds its values already.
@@ -235,7 +235,7 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
                     f"{file}: '{name}' is {list(tensor.shape)} {tensor.dtype}, but the model has {list(memory.shape)} "
                     f"{memory.dtype} there"
                 )
-            memory.copy_(tensor)
+            _read(file, name, memory)
             copied.add(name)
     try:
         keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
@@ -245,6 +245,29 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         raise UserError(f"{file} does not match the model: unexpected key '{keys.unexpected_keys[0]}'")
     if missing := [name for name in keys.missing_keys if name not in copied]:
         raise UserError(f"{file} does not match the model: missing key '{missing[0]}'")
+
+
+def _read(file: Path, name: str, target: Tensor) -> None:
+    """Fill a contiguous tensor with the one of that name in a safetensors file that was opened before.
+
+    By reading: the pages of a mapping would count as this process's memory beside those that they are copied to.
+    """
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            opened.seek(8 + length + json.loads(opened.read(length))[name]["data_offsets"][0])
+            for piece in target.view(-1).split(max(1, _PIECE // target.element_size())):
+                here = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+                rest = memoryview(here.view(torch.uint8).numpy())
+                while len(rest):
+                    count = opened.readinto(rest)
+                    if not count:
+                        raise UserError(f"{file} is damaged: it was cut short while it was read")
+                    rest = rest[count:]
+                if here is not piece:
+                    piece.copy_(here)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
 
 
 def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
