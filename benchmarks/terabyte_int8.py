@@ -84,7 +84,7 @@ def measure(folder: Path, options: argparse.Namespace, arguments: list[str]) -> 
         return run_stage([sys.executable, __file__, *arguments, "--stage", name], ends)
 
     stages = {"write data": stage("data"), "train, killed at half": stage("train", -signal.SIGKILL)}
-    kept = [path for path in (folder / "run/checkpoints").iterdir()]
+    kept = list((folder / "run/checkpoints").iterdir())
     if [path.name for path in kept] != [f"step-{options.steps // 2:09d}"]:
         raise SystemExit(f"the killed run left {kept}, expected the checkpoint of step {options.steps // 2}")
     stages["resume"] = stage_resume = run_stage([*dqrm, "train", "--resume", run, "--json"])
@@ -107,9 +107,7 @@ def measure(folder: Path, options: argparse.Namespace, arguments: list[str]) -> 
         "artifact_bytes": os.path.getsize(artifact),
         "largest_difference": stages["export"]["largest_difference"],
         "test": {"summary": summary["test"], "run": _metrics(of_run), "artifact": _metrics(of_artifact)},
-        "stages": {
-            name: {key: each[key] for key in ("seconds", "peak_rss_mb")} for name, each in stages.items()
-        },
+        "stages": {name: {key: each[key] for key in ("seconds", "peak_rss_mb")} for name, each in stages.items()},
     }
 
 

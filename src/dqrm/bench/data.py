@@ -43,8 +43,8 @@ def write_dataset(path: Path, rows: Mapping[str, int], num_dense: int, table_row
     (path / _NO_KEYS).parent.mkdir(parents=True)
     (path / _NO_KEYS).touch()
     schema = _schema(num_dense, table_rows)
-    for column, count in zip(schema["columns"], table_rows):
-        column |= {"rows": int(count), "vocabulary": _NO_KEYS}
+    for column, size in zip(schema["columns"], table_rows):
+        column |= {"rows": int(size), "vocabulary": _NO_KEYS}
     info: dict[str, Any] = {
         "format_version": folder.FORMAT_VERSION,
         "schema": schema,
@@ -75,9 +75,7 @@ def _draw(path: Path, split: str, info: dict[str, Any], table_rows: Sequence[int
     (path / split).mkdir(parents=True)
     rows, num_dense, clicks = info["rows"][split], len(info["schema"]["dense"]), 0
     with ExitStack() as opened:
-        files = {
-            name: opened.enter_context((path / split / name).open("wb")) for name in folder.arrays(info, split)
-        }
+        files = {name: opened.enter_context((path / split / name).open("wb")) for name in folder.arrays(info, split)}
         for start in range(0, rows, _CHUNK):
             size = min(_CHUNK, rows - start)
             dense = np.log1p(random.exponential(20, (size, num_dense)).astype(np.float32))

@@ -25,6 +25,7 @@ from dqrm import checksums
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, require, why_not_written, write_json
 from dqrm.quant.storage import storage_of
+from dqrm.training.footprint import TableBytes
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
@@ -258,7 +259,7 @@ def _read(file: Path, name: str, target: Tensor) -> None:
             opened.seek(8 + length + json.loads(opened.read(length))[name]["data_offsets"][0])
             for piece in target.view(-1).split(max(1, _PIECE // target.element_size())):
                 here = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-                rest = memoryview(here.view(torch.uint8).numpy())
+                rest = here.view(torch.uint8).numpy().data
                 while len(rest):
                     count = opened.readinto(rest)
                     if not count:
@@ -316,6 +317,17 @@ def steps_pending(checkpoint: Path) -> bool:
         return False
     steps = [int(tensor) for name in _STEPS for _, tensor in _tensors(file, f"0/0/{name}")]
     return len(steps) == 2 and steps[0] != steps[1]
+
+
+def saved_table_bytes(checkpoint: Path) -> TableBytes:
+    """`footprint.table_bytes` of a checkpoint, without reading the tensors.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    weights = [tensor.nbytes for _, tensor in _tensors(checkpoint / WEIGHTS, "tables.weight")]
+    state = [tensor.nbytes for name, tensor in _tensors(checkpoint / OPTIMIZER) if name.startswith("0/")]
+    return {"weights": sum(weights), "optimizer": sum(state)}
 
 
 def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
