@@ -107,6 +107,7 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         if (i + AHEAD < count) {
             const char *next = (const char *)weight + rows_out[i + AHEAD] * width;
             for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(next + b);
+            if (format == ROW_INT8) __builtin_prefetch(next + width - 1); /* its scale, where a line of the cache ends */
         }
         float *to = out + i * dim;
         float s = scale ? scale[table] : 1.0f;
@@ -273,6 +274,15 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
 
 /* The same on int8 rows, each encoded anew on the scale of its own largest magnitude; a code goes up with the probability
  * of its distance. Returns 0, or 1 where memory is short. */
+static inline __attribute__((always_inline)) void add_to_int8_row(int8_t *restrict row, int64_t dim,
+                                                                  const float *restrict values, float factor,
+                                                                  uint32_t seed, uint32_t position,
+                                                                  float *restrict x) {
+    float s = row_scale(row, dim);
+    for (int64_t d = 0; d < dim; d++) x[d] = (float)row[d] * s + values[d] * factor;
+    write_int8_row(x, dim, 1, seed, position, row);
+}
+
 EXPORT int dqrm_add_rows_int8(int8_t *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
                               float factor, uint32_t seed, const int64_t *starts, int64_t tables, float *scale,
                               int high, const int32_t *highs, int threads) {
@@ -282,26 +292,26 @@ EXPORT int dqrm_add_rows_int8(int8_t *weight, int64_t dim, const int64_t *rows, 
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
         int64_t table = 0;
-        float *x = malloc(dim * 8 + 8), *noise = x + dim;
+        float *x = malloc(dim * 4 + 64);
         if (!x) failed = 1;
 #pragma omp barrier
 #pragma omp for
         for (int64_t i = 0; i < count; i++) {
             if (failed) continue;
             if (i + AHEAD < count)
-                for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(weight + rows[i + AHEAD] * width + b, 1);
-            int8_t *to = weight + rows[i] * width;
-            const float *from = values + i * dim;
-            read_row(to, ROW_INT8, dim, x);
-            for (int64_t d = 0; d < dim; d++) {
-                x[d] += from[d] * factor;
-                noise[d] = uniform_of((uint32_t)(rows[i] * dim + d), seed);
-            }
-            write_int8_row(x, dim, noise, to);
+                for (int64_t b = 0; b < width + 63; b += 64)
+                    __builtin_prefetch(weight + rows[i + AHEAD] * width + (b < width ? b : width - 1), 1);
+            int8_t *row = weight + rows[i] * width;
+            uint32_t position = (uint32_t)(rows[i] * dim);
+            if (dim == 16) add_to_int8_row(row, 16, values + i * 16, factor, seed, position, x);
+            else if (dim == 64) add_to_int8_row(row, 64, values + i * 64, factor, seed, position, x);
+            else add_to_int8_row(row, dim, values + i * dim, factor, seed, position, x);
             if (!scale) continue;
             table = table_of(rows[i], starts, tables, table);
             int top = high_of(high, highs, table);
-            if (grown && top && suspect(row_max(to, ROW_INT8, dim), scale[table], top)) mark(grown, table, tables);
+            if (grown && top && suspect(127.0f * row_scale(row, dim), scale[table], top) &&
+                suspect(row_max(row, ROW_INT8, dim), scale[table], top))
+                mark(grown, table, tables);
         }
         free(x);
     }
@@ -315,7 +325,7 @@ EXPORT int dqrm_add_rows_int8(int8_t *weight, int64_t dim, const int64_t *rows, 
 EXPORT void dqrm_encode_int8(const float *values, int64_t rows, int64_t dim, int8_t *out, int threads) {
     int64_t width = row_bytes(ROW_INT8, dim);
 #pragma omp parallel for num_threads(threads) if (rows * dim > LITTLE)
-    for (int64_t i = 0; i < rows; i++) write_int8_row(values + i * dim, dim, NULL, out + i * width);
+    for (int64_t i = 0; i < rows; i++) write_int8_row(values + i * dim, dim, 0, 0, 0, out + i * width);
 }
 
 /* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
