@@ -34,9 +34,11 @@ from dqrm.training.checkpoints import (
     load_weights,
     mapped_tensor,
     read_state,
+    saved_table_bytes,
     steps_pending,
     verify_checkpoint,
 )
+from dqrm.training.footprint import TableBytes
 from dqrm.training.optimizers import build_optimizers
 from dqrm.training.parameter_groups import parameter_groups
 
@@ -196,6 +198,20 @@ class Run:
         checkpoints = sorted(self.checkpoints.glob("step-*"))
         compared = [verify_checkpoint(path) for path in checkpoints if path.name.removeprefix("step-").isdecimal()]
         return bool(compared) and all(compared)
+
+    def table_bytes(self) -> TableBytes | None:
+        """What the tables take in training, as its newest checkpoint says; None before the first.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        last = latest_step(self.checkpoints)
+        return None if last is None else saved_table_bytes(checkpoint_path(self.checkpoints, last))
+
+    @property
+    def table_weights(self) -> int:
+        """Weights of all tables."""
+        return sum(column["rows"] for column in self.info["data"]["columns"]) * self.config.model.embedding_dim
 
     def require_same_data(self, dataset: Dataset) -> None:
         """Raise UserError unless `dataset` is the one that the run was trained on: another maps ids to other rows."""

@@ -77,7 +77,7 @@ def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConf
     Raises:
         UserError: no optimizer of that name is registered.
     """
-    return registered("optimizer", config.optimizer, OPTIMIZERS)(tables, others, config, seed)
+    return registered("optimizer", config.rule, OPTIMIZERS)(tables, others, config, seed)
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
