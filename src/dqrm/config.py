@@ -118,8 +118,9 @@ class OptimizerConfig:
 
     optimizer: str | None = None
     """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
-    row; plain Adagrad for the MLP), adam (8; rows of the batch), rowwise_adam (4), dense_adam (8; L2 acts on all rows),
-    or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype int8."""
+    row; plain Adagrad for the MLP), counter_adagrad (the same; with table_l2, rare rows decay more), frequency_adagrad
+    (the same; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4), dense_adam (8; L2 acts on
+    all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype int8."""
     learning_rate: float | None = None
     """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
     batch size 2048."""
@@ -127,6 +128,8 @@ class OptimizerConfig:
     """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10
     """Added to Adagrad's root, against division by zero."""
+    count_halflife: float = 10_000.0
+    """With counter_adagrad: steps after which half of a row's count of updates is forgotten."""
     adam_beta1: float = 0.9
     """Decay rate of Adam's first moment."""
     adam_beta2: float = 0.999
@@ -136,7 +139,8 @@ class OptimizerConfig:
     clip_norm: float = 0.0
     """Largest norm of the gradients of tables and MLP together, which are scaled down to it; 0: no limit."""
     table_l2: float = 0.0
-    """L2 on the tables, added to the gradient as table_l2 * weight: of rows of the batch; dense_adam: of all."""
+    """L2 on the tables, added to the gradient as table_l2 * weight: of rows of the batch; dense_adam: of all;
+    counter_adagrad: weight decay, larger for rare rows."""
     mlp_l2: float = 0.0
     """L2 (weight decay) on the MLP weights and biases."""
     scale_rate_factor: float = 1.0
@@ -158,9 +162,11 @@ class OptimizerConfig:
         if self.learning_rate is not None:
             at_least(self, learning_rate=0)
         at_least(
-            self, adagrad_eps=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0, mlp_l2=0,
-            scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
+            self, adagrad_eps=0, count_halflife=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0,
+            mlp_l2=0, scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
         )  # fmt: skip
+        if not self.count_halflife > 0:
+            raise ValueError(f"count_halflife is {self.count_halflife}, expected a number of steps above 0")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and below 1")
