@@ -15,7 +15,7 @@ ALLOWED = {
     "quant": {"kernels"},
     "data": {"errors", "options", "files", "identity", "checksums", "__init__"},
     "models": {"kernels", "quant", "config", "options", "errors"},
-    "distributed": {"quant", "kernels", "config", "errors"},
+    "distributed": {"quant", "kernels", "options", "errors"},
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
     "export": {"training", "models", "quant", "data"} | BASE,
     "serving": {"export", "training", "models", "quant", "data"} | BASE,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.config import Config as Config
-    from dqrm.config import ExchangeConfig as ExchangeConfig
     from dqrm.config import ModelConfig as ModelConfig
     from dqrm.config import OptimizerConfig as OptimizerConfig
     from dqrm.config import TrainingConfig as TrainingConfig
@@ -15,6 +14,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.data.config import PrepareConfig as PrepareConfig
     from dqrm.data.dataset import Dataset as Dataset
     from dqrm.data.prepare import prepare as prepare
+    from dqrm.distributed.config import ExchangeConfig as ExchangeConfig
     from dqrm.errors import UserError as UserError
     from dqrm.export.artifact import Artifact as Artifact
     from dqrm.export.config import ExportConfig as ExportConfig
@@ -65,7 +65,7 @@ _HOMES = {
     "DCN": "dqrm.models.dcn",
     "DLRM": "dqrm.models.dlrm",
     "Dataset": "dqrm.data.dataset",
-    "ExchangeConfig": "dqrm.config",
+    "ExchangeConfig": "dqrm.distributed.config",
     "ExportConfig": "dqrm.export.config",
     "MODELS": "dqrm.models.registry",
     "Metric": "dqrm.training.metrics",

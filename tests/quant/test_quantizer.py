@@ -12,7 +12,7 @@ from torch import nn
 
 import dqrm
 import reference as ref
-from conftest import tensors, tiny
+from conftest import tiny
 from dqrm.quant.config import QUANTIZERS
 from dqrm.quant.convert import stored_bytes
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection
@@ -22,6 +22,7 @@ from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.quant.uniform import code_limits
 from dqrm.training.checkpoints import load_weights
 from kernel_helpers import NATIVE, PATHS, on
+from run_helpers import assert_resumes
 
 ROWS, DIM = (30, 1, 17), 4
 NAME = "tables.weight_fake_quantizer.scale"
@@ -138,30 +139,13 @@ def learned_config(**training):
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_it_trains_resumes_and_exports_with_its_scales(generated, tmp_path, ranks):
     config = replace(learned_config(checkpoint_every=4), exchange=dqrm.ExchangeConfig(simulate_ranks=ranks))
-    dqrm.train(generated, tmp_path / "run", config)
-
-    class Killed(Exception):
-        pass
-
-    calls = iter(range(100))
-
-    def progress(*_):
-        if next(calls) == 6:
-            raise Killed
-
-    with pytest.raises(Killed):
-        dqrm.train(generated, tmp_path / "cut", config, progress=progress)
-    dqrm.resume(tmp_path / "cut")
-    one, two = (tensors(dqrm.Run.open(tmp_path / name).checkpoints / "step-000000012") for name in ("run", "cut"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-    model, _ = dqrm.Run.open(tmp_path / "run").load_model()
+    assert_resumes(generated, tmp_path, config, 7)
+    model, _ = dqrm.Run.open(tmp_path / "cut").load_model()
     scale = model.tables.scale.detach()
-    start = dqrm.Run.open(tmp_path / "run").new_model().tables.current_scale()
+    start = dqrm.Run.open(tmp_path / "cut").new_model().tables.current_scale()
     assert (scale > 0).all()
     assert (scale != start).all()  # all of them have learned
-    found = dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")
+    found = dqrm.export_run(tmp_path / "cut", tmp_path / "model.dqrm")
     assert found["largest_difference"] == 0
     served = dqrm.load(tmp_path / "model.dqrm")
     assert torch.equal(served.tables.scale, scale)
@@ -172,7 +156,7 @@ def test_it_trains_resumes_and_exports_with_its_scales(generated, tmp_path, rank
         assert torch.equal(served(batch.dense, batch.ids, batch.bags), expected)
         sizes = stored_bytes(model)
         assert torch.equal(dqrm.convert(model)(batch.dense, batch.ids, batch.bags), expected)
-    assert sizes == stored_bytes(dqrm.Run.open(tmp_path / "run").new_model())
+    assert sizes == stored_bytes(dqrm.Run.open(tmp_path / "cut").new_model())
 
 
 def test_prepare_copies_moves_and_states_keep_a_learned_scale():

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import dqrm
-from conftest import tensors, tiny
+from conftest import tiny
 from dqrm.config import TrainingConfig
 from dqrm.quant.config import STORAGES
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.storage import BF16, FP32, Storage, max_abs, storage_of
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
 from dqrm.training.run import table_dtype
+from run_helpers import assert_resumes, last
 
 
 class Half(Storage):
@@ -87,26 +88,9 @@ def test_the_scales_of_its_tables_follow_their_weights(half):
 
 def test_a_run_names_it_trains_resumes_and_exports(generated, half, tmp_path):
     config = tiny(max_steps=8, checkpoint_every=4, table_dtype="half")
-    dqrm.train(generated, tmp_path / "run", config)
-    run = dqrm.Run.open(tmp_path / "run")
-    weights = tensors(run.checkpoints / "step-000000008")
-    assert weights["weights.safetensors/tables.weight"].dtype == torch.float16
-
-    class Killed(Exception):
-        pass
-
-    calls = iter(range(100))
-
-    def progress(*_):
-        if next(calls) == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        dqrm.train(generated, tmp_path / "cut", config, progress=progress)
-    dqrm.resume(tmp_path / "cut")
-    resumed = tensors(dqrm.Run.open(tmp_path / "cut").checkpoints / "step-000000008")
-    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
-    assert dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")["largest_difference"] == 0
+    assert_resumes(generated, tmp_path, config, 6)
+    assert last(tmp_path / "cut")["weights.safetensors/tables.weight"].dtype == torch.float16
+    assert dqrm.export_run(tmp_path / "cut", tmp_path / "model.dqrm")["largest_difference"] == 0
     other = replace(config, training=replace(config.training, table_dtype="fp32"))
     assert table_dtype(other) == torch.float32
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import reference as ref
-from conftest import tensors, tiny
+from conftest import tiny
 from dqrm.config import ModelConfig
 from dqrm.data.batches import Batch
 from dqrm.kernels import add_rows_stochastic
@@ -17,11 +17,11 @@ from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
-from dqrm.training.launch import resume, train
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD, build_optimizers
 from dqrm.training.run import Run
 from dqrm.training.step import TrainStep
 from kernel_helpers import NATIVE, on
+from run_helpers import assert_resumes, last
 
 UNIT = 2.0**-8  # the largest relative error of one rounding to bf16, which keeps 8 binary places
 ROWS = (50, 3, 1, 70)
@@ -287,10 +287,6 @@ def test_a_restored_optimizer_continues_with_the_same_bits(rule):
     assert torch.equal(whole, cut)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("rule", "precision"), [("sgd", "bf16"), ("adagrad", "fp32"), ("rowwise_adam", "bf16"), ("dense_adam", "fp32")]
 )
@@ -299,21 +295,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(generated, tmp_path, rule, pr
         optimizer=rule, table_dtype="bf16", precision=precision, checkpoint_every=4, max_steps=11, table_l2=1e-3
     )
     config = replace(config, quantization=replace(config.quantization, scale_refresh="running_max", rescan_period=5))
-    train(generated, tmp_path / "whole", config)
-    calls = iter(range(100))
-
-    def progress(*_):
-        if next(calls) == 6:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=progress)
-    resume(tmp_path / "cut")
-    one, two = (tensors(Run.open(tmp_path / name).checkpoints / "step-000000011") for name in ("whole", "cut"))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name].dtype == two[name].dtype, name
-        assert torch.equal(one[name], two[name]), name
+    assert_resumes(generated, tmp_path, config, 7)
+    one = last(tmp_path / "cut")
     assert one["weights.safetensors/tables.weight"].dtype == torch.bfloat16
     assert one["weights.safetensors/tables.weight_fake_quantizer.scale"].dtype == torch.float32
     assert one["weights.safetensors/top.0.weight"].dtype == torch.float32

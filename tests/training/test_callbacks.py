@@ -16,8 +16,8 @@ from dqrm.quant.config import QATConfig
 from dqrm.training.callbacks import CALLBACKS, RedrawTables, build_callbacks, save_callbacks
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
-from launch_helpers import same_tensors
-from training.test_loop import Killed, assert_same_run, killer
+from launch_helpers import same_figures, same_run, same_tensors
+from run_helpers import Killed, assert_resumes, killer
 
 
 class Nudge(Callback):
@@ -88,7 +88,8 @@ def test_a_callback_that_only_looks_changes_no_bit_and_one_may_end_the_run(gener
     train(generated, tmp_path / "plain", tiny(max_steps=7))
     train(generated, tmp_path / "watched", tiny(max_steps=7), callbacks=[Diary()])
     train(generated, tmp_path / "ended", tiny(), callbacks=[Ends()])
-    assert_same_run(tmp_path / "plain", tmp_path / "watched")
+    same_tensors(tmp_path / "plain", tmp_path / "watched")
+    same_figures(tmp_path / "plain", tmp_path / "watched")
     same_tensors(tmp_path / "plain", tmp_path / "ended")
 
 
@@ -98,18 +99,8 @@ def test_state_is_resumed_bit_for_bit(generated, tmp_path, ranks, calls):
     config = tiny(optimizer="rowwise_adagrad", checkpoint_every=4, eval_every=11, max_steps=45,
                   callbacks=("redraw_tables:min_rows=30",))  # fmt: skip
     config = replace(config, exchange=ExchangeConfig(ranks))
-    train(generated, tmp_path / "whole", config, callbacks=[Nudge(3)])
     train(generated, tmp_path / "without", replace(config, training=replace(config.training, callbacks=())))
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, callbacks=[Nudge(3)], progress=killer(calls[0]))
-    for call in calls[1:]:
-        with pytest.raises(Killed):
-            resume(tmp_path / "cut", callbacks=[Nudge(3)], progress=killer(call))
-    resume(tmp_path / "cut", callbacks=[Nudge(3)])
-    if ranks:
-        same_tensors(tmp_path / "whole", tmp_path / "cut")
-    else:
-        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_resumes(generated, tmp_path, config, *calls, callbacks=lambda: [Nudge(3)])
     newest = max((tmp_path / "whole" / "checkpoints").iterdir())
     assert json.loads((newest / "state.json").read_text())["callbacks"]["Nudge"] == {"calls": 45}
     assert tensors(newest)["callbacks.safetensors/Nudge/mean"] > 0
@@ -139,7 +130,7 @@ def test_a_checkpoint_of_before_there_were_callbacks_resumes(generated, tmp_path
     (tmp_path / "old" / "run.json").write_text(json.dumps(info))
     resume(tmp_path / "run")
     resume(tmp_path / "old")
-    assert_same_run(tmp_path / "run", tmp_path / "old")
+    same_run(tmp_path / "run", tmp_path / "old")
 
 
 def test_by_name_in_python_yaml_and_flags(generated, tmp_path, monkeypatch):
@@ -294,7 +285,7 @@ def test_a_warm_start_is_resumed_bit_for_bit_where_the_earlier_run_is_gone(gener
         train(generated, tmp_path / "cut", config, progress=killer(40))
     shutil.rmtree(tmp_path / "monday")
     resume(tmp_path / "cut")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_warm_start_from_another_architecture_is_refused(generated, tmp_path):

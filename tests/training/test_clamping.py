@@ -13,6 +13,7 @@ from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig
 from dqrm.training.launch import resume, train
 from dqrm.training.state import State
+from run_helpers import Killed
 
 
 def stale(bits=4, **training):
@@ -65,9 +66,6 @@ def test_unquantized_tables_have_no_share(generated, tmp_path):
 
 def test_counts_and_warning_outlive_a_resume_and_are_the_sum_of_the_ranks(generated, tmp_path):
     whole = run(generated, tmp_path / "whole", stale())
-
-    class Killed(Exception):
-        pass
 
     def kill(text):
         if "step 16" in text:

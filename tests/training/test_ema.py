@@ -16,7 +16,7 @@ from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 from launch_helpers import same_tensors
-from training.test_loop import Killed, assert_same_run, killer, last
+from run_helpers import Killed, assert_resumes, killer, last
 
 
 class Weights(Callback):
@@ -94,17 +94,7 @@ def test_a_resumed_run_keeps_its_bits(generated, tmp_path, ranks, calls):
     config = tiny(optimizer="adagrad", checkpoint_every=4, eval_every=11, max_steps=45,
                   callbacks=("ema:decay=0.9", "redraw_tables:min_rows=30"))  # fmt: skip
     config = replace(config, exchange=ExchangeConfig(ranks))
-    train(generated, tmp_path / "whole", config)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=killer(calls[0]))
-    for call in calls[1:]:
-        with pytest.raises(Killed):
-            resume(tmp_path / "cut", progress=killer(call))
-    resume(tmp_path / "cut")
-    if ranks:
-        same_tensors(tmp_path / "whole", tmp_path / "cut")
-    else:
-        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_resumes(generated, tmp_path, config, *calls)
 
 
 def test_the_weights_of_a_checkpoint_without_an_average_are_its_first(generated, tmp_path):

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import product
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tensors, tiny
+from conftest import tiny
 from dqrm.config import OptimizerConfig
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
@@ -20,50 +19,11 @@ from dqrm.models.dlrm import DLRM
 from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
+from launch_helpers import same_run
+from run_helpers import assert_resumes, command, last, wait_for_checkpoint
 from selection import some_quick
 
 pytestmark = pytest.mark.long
-
-
-class Killed(Exception):
-    pass
-
-
-def killer(call: int):
-    """A progress callback that fails the whole process, as far as the run can tell, at the given call."""
-    calls = 0
-
-    def progress(*_):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Killed
-
-    return progress
-
-
-def last(run):
-    return tensors(max((run / "checkpoints").glob("step-*[0-9]")))
-
-
-def assert_same_run(one, two):
-    """Same checkpoints bit for bit, same evaluations, same result."""
-    assert {path.name for path in (one / "checkpoints").iterdir()} == {
-        path.name for path in (two / "checkpoints").iterdir()
-    }
-    for path in (one / "checkpoints").iterdir():
-        a, b = tensors(path), tensors(two / "checkpoints" / path.name)
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
-    lines = [
-        [json.loads(line) | {"train_seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, two)
-    ]
-    assert lines[0] == lines[1]
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
-    for name in ("best", "test", "steps", "epochs"):
-        assert summaries[0][name] == summaries[1][name]
 
 
 def test_a_run_leaves_what_it_promises(generated, tmp_path):
@@ -135,7 +95,7 @@ def test_all_optimizers_and_bits_train(generated, tmp_path, optimizer, bits):
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(generated, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(generated, tmp_path / name, tiny(seed=seed, max_steps=9))
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    same_run(tmp_path / "a", tmp_path / "b")
     assert not torch.equal(*(last(tmp_path / name)["weights.safetensors/tables.weight"] for name in "ac"))
 
 
@@ -162,28 +122,7 @@ def test_killed_anywhere_and_resumed_is_as_if_never_killed(generated, tmp_path, 
     whole_table_l2 = 1e-3 if optimizer == "dense_adam" else 0.0
     more = {"warmup_steps": 9, "plateau_factor": 0.5, "table_l2": whole_table_l2}
     config = replace(config, optimizer=replace(config.optimizer, **more))
-    train(generated, tmp_path / "whole", config)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=killer(calls[0]))
-    for call in calls[1:]:
-        with pytest.raises(Killed):
-            resume(tmp_path / "cut", progress=killer(call))
-    resume(tmp_path / "cut")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "dqrm", *map(str, arguments)]
-
-
-def wait_for_checkpoint(run, process, number):
-    deadline, ended = time.monotonic() + 600, False
-    while time.monotonic() < deadline and not ended:
-        ended = process.poll() is not None  # first: it may save and end between the two
-        if any(int(path.name[5:14]) >= number for path in run.glob("checkpoints/step-*")):
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"no checkpoint {number}: exit {process.poll()}")
+    assert_resumes(generated, tmp_path, config, *calls)
 
 
 @pytest.mark.parametrize("steps", [(8,), pytest.param((1, 20), marks=pytest.mark.slow)])
@@ -203,7 +142,7 @@ def test_sigkill_of_the_process_itself(generated, tmp_path, steps):
         process.communicate()
         arguments = ["train", "--resume", run]
     subprocess.run(command(*arguments), check=True, stdout=subprocess.DEVNULL)
-    assert_same_run(tmp_path / "whole", run)
+    same_run(tmp_path / "whole", run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -10,9 +10,10 @@ import dqrm
 from conftest import tiny
 from dqrm.export.artifact import Artifact
 from dqrm.info import print_description
-from dqrm.training.launch import resume, train
+from dqrm.training.launch import train
+from launch_helpers import same_run
+from run_helpers import assert_resumes
 from test_cli import run as command
-from training.test_loop import Killed, assert_same_run, killer
 
 pytestmark = pytest.mark.long
 OPTIONS = {
@@ -53,11 +54,7 @@ def config(name, **training):
 @CASES
 def test_killed_and_resumed_is_as_if_never_killed(generated, tmp_path, name):
     chosen = config(name, checkpoint_every=4, eval_every=11, log_every=5)
-    train(generated, tmp_path / "whole", chosen)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", chosen, progress=killer(14))
-    resume(tmp_path / "cut")
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_resumes(generated, tmp_path, chosen, 14)
 
 
 @CASES
@@ -80,7 +77,7 @@ def test_two_simulated_ranks_give_the_codes_of_one_and_the_same_bits_each_time(g
     moved = replace(base, exchange=replace(exchange, table_codec="int8", mlp_codec="int8"))
     for which in ("a", "b"):
         train(generated, tmp_path / which, moved)
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    same_run(tmp_path / "a", tmp_path / "b")
 
 
 @CASES

@@ -21,7 +21,8 @@ from dqrm.training.launch import resolved, resume, train
 from dqrm.training.run import Run
 from dqrm.training.selection import stops
 from dqrm.training.state import State
-from training.test_loop import Killed, assert_same_run, command, killer, wait_for_checkpoint
+from launch_helpers import same_run
+from run_helpers import Killed, command, killer, wait_for_checkpoint
 
 SMALL = ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1))
 
@@ -145,7 +146,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(generated, tmp_path, call)
     with pytest.raises(Killed):
         train(generated, tmp_path / "cut", config, progress=killer(call))
     assert resume(tmp_path / "cut")["epochs"] == whole["epochs"]
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_run_of_before_there_was_a_recipe_is_resumed_as_it_was(generated, tmp_path):
@@ -159,7 +160,7 @@ def test_a_run_of_before_there_was_a_recipe_is_resumed_as_it_was(generated, tmp_
     (tmp_path / "old" / "run.json").write_text(json.dumps(info))
     assert Run.open(tmp_path / "old").config == config
     assert resume(tmp_path / "old")["steps"] == whole["steps"]
-    assert_same_run(tmp_path / "whole", tmp_path / "old")
+    same_run(tmp_path / "whole", tmp_path / "old")
 
 
 @pytest.mark.parametrize("callbacks", ["redraw_tables:min_rows=30,ema:decay=0.9"])
@@ -181,4 +182,4 @@ def test_sigkill_in_epoch_two_changes_no_bit(generated, tmp_path, callbacks, ref
     assert batches < int(stood.name[5:]) < 2 * batches
     subprocess.run(command("train", "--resume", tmp_path / "cut"), check=True, stdout=subprocess.DEVNULL)
     subprocess.run(command(*arguments, tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    same_run(tmp_path / "whole", tmp_path / "cut")

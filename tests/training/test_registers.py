@@ -21,8 +21,7 @@ from dqrm.training.metrics import METRICS, click_metrics, legend
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection
-from launch_helpers import same_tensors
-from training.test_loop import Killed, assert_same_run, killer
+from run_helpers import Killed, assert_resumes, killer
 
 
 def brier(scores):
@@ -120,14 +119,7 @@ def test_an_optimizer_from_outside_trains_resumes_and_exchanges(generated, tmp_p
     base = tiny(checkpoint_every=4, max_steps=20, callbacks=("redraw_tables:min_rows=30",))
     config = Config(base.model, base.quantization, OptimizerConfig("row_sign", 0.01), base.training,
                     ExchangeConfig(ranks))  # fmt: skip
-    train(generated, tmp_path / "whole", config)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=killer(9))
-    resume(tmp_path / "cut")
-    if ranks:
-        same_tensors(tmp_path / "whole", tmp_path / "cut")
-    else:
-        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_resumes(generated, tmp_path, config, 9)
 
 
 def test_an_unknown_optimizer_is_refused_before_any_work(generated, tmp_path):

@@ -15,6 +15,7 @@ from dqrm.serving import evaluation
 from dqrm.serving.evaluation import evaluate
 from dqrm.training import launch, threads
 from dqrm.training.launch import resume, train
+from run_helpers import Killed
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +56,6 @@ def test_what_is_tried(most, tried):
 
 def test_a_run_records_the_number_and_is_resumed_with_it(generated, bags_data, tmp_path, monkeypatch):
     used = []
-
-    class Killed(Exception):
-        pass
 
     def progress(_, done, __):
         used.append(torch.get_num_threads())

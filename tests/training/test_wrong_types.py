@@ -14,6 +14,7 @@ from dqrm.files import COUNT, TEXT, problem
 from dqrm.info import describe
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
+from run_helpers import Killed, killer
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +140,8 @@ def test_paths_of_keys_and_names_that_look_like_patterns():
 
 @pytest.mark.parametrize("cut", ["inside a line", "after a line", "all", "gone"])
 def test_metrics_that_lost_their_end_are_not_filled_up(generated, tmp_path, cut):
-    calls = 0
-
-    class Killed(Exception):
-        pass
-
-    def killer(*_):
-        nonlocal calls
-        calls += 1
-        if calls > 12:
-            raise Killed
-
     with pytest.raises(Killed):
-        train(generated, tmp_path / "run", tiny(log_every=2, checkpoint_every=4), progress=killer)
+        train(generated, tmp_path / "run", tiny(log_every=2, checkpoint_every=4), progress=killer(13))
     file = tmp_path / "run" / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     assert len(lines) > 3

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.options import at_least, check_device, did_you_mean
-from dqrm.quant.config import BITS
+from dqrm.quant.config import BITS, QATConfig
 
 NUM_DENSE = 13
 BASELINE = "baseline"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Scheme:
     refresh: Literal["periodic", "running_max"] | None = None
     bf16: bool = False
     bf16_tables: bool = False
+    recipe: bool = False
+    """Whether the bits are those of the default recipe: INT8 for small tables and the MLP, `bits` for the others."""
 
     @property
     def own_tables(self) -> bool:
@@ -68,11 +71,12 @@ def _schemes() -> dict[str, Scheme]:
                     name = "fp32" if bits == 32 else f"int{bits}"
                     name += f"_{refresh}" * (refresh is not None) + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
                     schemes[name] = Scheme(bits, refresh, bf16, bf16_tables)
+    schemes[DEFAULT] = Scheme(QATConfig().bits, recipe=True)
     return schemes
 
 
 SCHEMES = _schemes()
-"""Every variant of our own by name: fp32 or int<bits>, then what differs from `dqrm train`'s defaults."""
+"""Every variant of our own by name: fp32 or int<bits>, then what differs from `dqrm train`'s defaults; or 'default'."""
 
 EMBEDDING_VARIANTS = ("ours", "collection", "fp32", "whole_table", "torch_ao", "torchao")
 
@@ -94,9 +98,9 @@ class BenchStepConfig:
     scale_period: int = 200
     """Training steps between two refreshes of the tables' scales in the _periodic variants."""
     variants: tuple[str, ...] = ("baseline", "fp32", "int4", "int4_periodic", "fp32_bf16", "int4_bf16")
-    """What to measure: baseline (nn.EmbeddingBag and nn.Linear), or fp32|int2|int4|int8|int16 followed by
-    _periodic or _running_max (scales; neither: as dqrm train), _bf16 (arithmetic), _bf16_tables (weights of the
-    tables), in this order."""
+    """What to measure: baseline (nn.EmbeddingBag and nn.Linear), default (bits as dqrm train sets them), or
+    fp32|int2|int4|int8|int16 (of all weights) followed by _periodic or _running_max (scales; neither: as dqrm train),
+    _bf16 (arithmetic), _bf16_tables (weights of the tables), in this order."""
     optimizer: str = "sgd"
     """Update rule, as in dqrm train; the baseline always has plain SGD."""
     samples: int = 262_144

@@ -100,6 +100,7 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
         model=ModelConfig(embedding_dim=arch.embedding_dim, bottom_mlp=arch.bottom_mlp, top_mlp=arch.top_mlp),
         quantization=QATConfig(
             bits=scheme.bits,
+            **(recipe.quantization({}) if scheme.recipe else {}),
             scale_refresh=scheme.refresh,
             scale_period=options.scale_period if scheme.refresh == "periodic" else None,
         ),

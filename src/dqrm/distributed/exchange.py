@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dqrm import kernels
-from dqrm.config import ExchangeConfig
 from dqrm.distributed.codecs import Codec, mix
+from dqrm.distributed.config import ExchangeConfig
 from dqrm.distributed.dense import Bucket, MLPLayout
 from dqrm.distributed.sparse import RowCodec, split
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqrm.config import ExchangeConfig
+from dqrm.distributed.config import ExchangeConfig
 from dqrm.distributed.exchange import MLP, MLP_OWNER, TABLES_OWNER, Gradient, RankExchange
 from dqrm.distributed.sparse import add_up, join, reduce
 from dqrm.distributed.world import World

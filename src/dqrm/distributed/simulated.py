@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqrm.config import ExchangeConfig
+from dqrm.distributed.config import ExchangeConfig
 from dqrm.distributed.exchange import MLP, MLP_OWNER, TABLES_OWNER, Gradient, RankExchange
 from dqrm.distributed.sparse import add_up, join, reduce
 

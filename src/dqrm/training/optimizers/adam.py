@@ -19,6 +19,24 @@ def check_adam(betas: tuple[float, float], eps: float, least_eps: str = "0 or mo
         raise ValueError(f"eps is {eps}, expected {least_eps}")
 
 
+def new_moments(weight: Tensor, rowwise: bool = False) -> dict[str, Tensor]:
+    """Moments of a weight [R, dim] before its first step: float32 zeros of its shape; row-wise, the second [R, 1]."""
+    shapes = {"exp_avg": weight.shape, "exp_avg_sq": (len(weight), 1) if rowwise else weight.shape}
+    return {name: torch.zeros(shape, dtype=torch.float32, device=weight.device) for name, shape in shapes.items()}
+
+
+def update_moments(
+    state: dict[str, Tensor], rows: Tensor, values: Tensor, square: Tensor, group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Update the moments of these rows (int64 [N], no duplicates) by their gradients and squared gradients, float32
+    [N, dim] (row-wise, squares [N, 1]). Returns copies of both moments' rows."""
+    moments = []
+    for name, beta, added in (("exp_avg", group["beta1"], values), ("exp_avg_sq", group["beta2"], square)):
+        moments.append(state[name].index_select(0, rows).mul_(beta).add_(added, alpha=1 - beta))
+        state[name].index_copy_(0, rows, moments[-1])
+    return moments[0], moments[1]
+
+
 class SparseAdam(SparseOptimizer):
     """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g**2; w -= lr * m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps).
 
@@ -59,12 +77,8 @@ class SparseAdam(SparseOptimizer):
         self.rowwise = rowwise
         for group in self.param_groups:
             for weight in group["params"]:
-                shape = (len(weight), 1) if rowwise else weight.shape
-                self.state[weight] |= {
-                    "exp_avg": torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
-                    "exp_avg_sq": torch.zeros(shape, dtype=torch.float32, device=weight.device),
-                    "row_steps": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
-                }
+                self.state[weight] |= new_moments(weight, rowwise)
+                self.state[weight]["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
@@ -77,9 +91,6 @@ class SparseAdam(SparseOptimizer):
         square = values.square()
         if self.rowwise:
             square = square.mean(1, keepdim=True)
-        first = state["exp_avg"].index_select(0, rows).mul_(beta1).add_(values, alpha=1 - beta1)
-        second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(square, alpha=1 - beta2)
-        state["exp_avg"].index_copy_(0, rows, first)
-        state["exp_avg_sq"].index_copy_(0, rows, second)
+        first, second = update_moments(state, rows, values, square, group)
         root = second.sqrt_().mul_((1 - beta2**age).rsqrt_().float()).add_(group["eps"])
         self._add(weight, rows, first.mul_((1 / (1 - beta1**age)).float()).div_(root), -group["lr"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dqrm import kernels
 from dqrm.kernels.layout import IdleCourse, idle_powers
-from dqrm.training.optimizers.adam import check_adam
+from dqrm.training.optimizers.adam import check_adam, new_moments, update_moments
 from dqrm.training.optimizers.base import SparseOptimizer
 
 # Steps whose learning rates are remembered one by one; of a longer run, that of every 2nd, 4th, ... step.
@@ -63,9 +63,7 @@ class DenseAdam(SparseOptimizer):
         super().__init__(params, lr, l2, seed, beta1=betas[0], beta2=betas[1], eps=eps)
         for group in self.param_groups:
             for weight in group["params"]:
-                self.state[weight] |= {
-                    "exp_avg": torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
-                    "exp_avg_sq": torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
+                self.state[weight] |= new_moments(weight) | {
                     "last": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
                     "alpha": torch.zeros(_ENTRIES, dtype=torch.float32, device=weight.device),
                     "root": torch.zeros(_ENTRIES, dtype=torch.float32, device=weight.device),
@@ -122,13 +120,10 @@ class DenseAdam(SparseOptimizer):
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
         self._catch_up(weight, rows, group)
-        state, beta1, beta2 = self.state[weight], group["beta1"], group["beta2"]
+        state = self.state[weight]
         alpha, root = self._count(weight, group)
         values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
-        first = state["exp_avg"].index_select(0, rows).mul_(beta1).add_(values, alpha=1 - beta1)
-        second = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).add_(values.square_(), alpha=1 - beta2)
-        state["exp_avg"].index_copy_(0, rows, first)
-        state["exp_avg_sq"].index_copy_(0, rows, second)
+        first, second = update_moments(state, rows, values, values.square(), group)
         state["last"].index_copy_(0, rows, torch.full_like(rows, int(state["count"]), dtype=torch.int32))
         self._add(weight, rows, first.div_(second.sqrt_().mul_(root).add_(group["eps"])), -alpha)
 
