@@ -324,18 +324,16 @@ class Config:
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "Config":
         """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
 
-        Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file as well, unless they are
-        overridden too.
+        Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file too, unless they are given;
+        with 32 also table_granularity and table_qscheme.
 
         Raises:
             UserError: as `from_dict`; or the file cannot be read.
         """
         sections = _checked(read_yaml(path), str(path)) if path else {}
         overrides = dict(overrides or {})
-        if "bits" in overrides:
-            names = ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows")
-            for name in names[:3] if "small_table_bits" in overrides else names:
-                sections.get("quantization", {}).pop(name, None)
+        for name in recipe.overridden(overrides):
+            sections.get("quantization", {}).pop(name, None)
         for name, value in overrides.items():
             section = _section_of(name)
             if section is None:

@@ -59,6 +59,15 @@ def optimizer(table_dtype: str) -> str:
     return OPTIMIZER_OF.get(table_dtype, OPTIMIZER)
 
 
+def overridden(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of the section `quantization` of a file that the values given beside it override without naming them."""
+    if "bits" not in given:
+        return ()
+    names = ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows")
+    scales = ("table_granularity", "table_qscheme") if given["bits"] == 32 else ()
+    return (*(names[:3] if "small_table_bits" in given else names), *scales)
+
+
 def batch_size(rows: int) -> int:
     """The batch size for a training split of this number of rows."""
     return max(size for least, size in BATCH_SIZES if rows >= least)
