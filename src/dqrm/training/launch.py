@@ -20,6 +20,7 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.options import registered
 from dqrm.training.callbacks import Callback, build_callbacks
+from dqrm.training.checkpoints import latest_step
 from dqrm.training.environment import Log, Progress, check_environment
 from dqrm.training.footprint import describe_table_bytes, table_bytes
 from dqrm.training.loop import Interrupted, Trainer
@@ -129,7 +130,8 @@ def resume(
         if run.dropped and world.first:
             log(run.dropped) if log else warnings.warn(run.dropped, stacklevel=2)
         held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
-        model = world.together(run.new_model)
+        begun = world.on_first(lambda: latest_step(run.checkpoints) is not None)  # its weights replace those drawn
+        model = world.together(lambda: run.new_model(drawn=not begun))
         return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
 
 
