@@ -18,6 +18,7 @@ from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.training.launch import resume, train
+from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.step import TrainStep
 from launch_helpers import same_tensors
 from run_helpers import Killed, killer
@@ -98,7 +99,7 @@ def everything(step):
 
 
 @RANKS
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "dense_adam"])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("table_exchange", ["all_gather", "all_to_all"])
 def test_fp32_codecs_give_what_one_rank_gives(ranks, optimizer, table_exchange):
     """In FP32: INT4 weights next to a rounding boundary would take another code for the last bit of a sum."""

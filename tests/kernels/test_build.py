@@ -199,7 +199,7 @@ from dqrm import kernels
 from dqrm.kernels import build
 assert dqrm.__file__.startswith({site!r}), dqrm.__file__
 sys.path.insert(0, {tests!r})
-from operation_cases import CASES
+from kernels.test_operations import CASES
 digests = dict()
 for function, point, _ in (param.values for param in CASES[::7]):
     digest = digests.setdefault(function.__name__, hashlib.sha256())

@@ -10,7 +10,9 @@ import torch
 from dqrm import kernels
 from dqrm.kernels import plain
 from kernel_helpers import NATIVE, random_rows, same, threads
-from operation_cases import CASES, blocks_and_values, message_of, nibbles
+from kernels import table_cases  # noqa: F401 (lists its cases)
+from kernels.cases import CASES
+from kernels.layer_cases import blocks_and_values, message_of, nibbles
 
 
 def name_of(backend):
