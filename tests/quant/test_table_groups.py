@@ -336,6 +336,21 @@ def test_stochastic_rounding_has_the_weights_as_its_mean(kind):
 
 
 @CASES
+@PATHS
+def test_a_stage_without_quantization_reads_the_weights_and_then_sets_scales(path, kind):
+    tables, (ids, bags) = made(kind), batch(9)
+    tables.train_with_bits(32)
+    with on(path):
+        train(tables)
+        out = tables(ids, bags)
+        assert torch.equal(out[:, :4], torch.stack([tables.table(n)[ids[:, n]] for n in range(4)], 1))
+        tables.train_with_bits(None)
+        fresh = QuantEmbeddingBagCollection(ROWS, DIM, multi=MULTI, _weight=tables.weight.detach(), **KINDS[kind])
+        assert torch.equal(tables(ids, bags), fresh(ids, bags))
+        assert torch.equal(tables.scale, fresh.scale)
+
+
+@CASES
 def test_a_cast_and_a_state_dict_of_an_unquantized_model(kind):
     tables, (ids, bags) = made(kind), batch(9)
     train(tables)
