@@ -71,7 +71,7 @@ def lookup(
 
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table.
-        weight: float32 or bf16. scale: float32 [T], or None: not quantized.
+        weight: float32, bf16, or int8 rows (`encode_int8_rows`). scale: float32 [T], or None: not quantized.
         limits: lowest and highest code, or those of each table (`Limits`). rows_out: int64 [N], set to the rows read.
         clamped: int64 [1], to which the number of weights beyond the limits is added; None: not counted.
         raising: raise `scale` first, in place, to what these rows need, so that nothing is beyond the limits.
@@ -131,14 +131,26 @@ def add_rows(
 def add_rows_stochastic(
     weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
 ) -> Tensor:
-    """`add_rows` on bf16 weights with stochastic rounding; no row twice. seed: below 2**32.
+    """`add_rows` on bf16 weights or int8 rows with stochastic rounding; no row twice. seed: below 2**32.
 
-    A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
-    far below the weight's precision act on average, where rounding to nearest would lose them all. The random bits
-    are a hash of (seed, row, column): the same on every device, in any order.
+    A sum between two neighbours (of bf16; or codes on the scale that its int8 row then has) goes to the upper one with
+    the probability of its distance to the lower: updates far below the weight's precision act on average, where
+    rounding to nearest would lose them all. The random bits are a hash of (seed, row, column): the same on every
+    device, in any order.
     """
     backend = choose("add_rows_stochastic", weight, rows, values, None if ranges is None else ranges.scale)
     return backend.add_rows_stochastic(weight, rows, values, factor, seed, ranges)
+
+
+@_operation
+def encode_int8_rows(values: Tensor, out: Tensor) -> None:
+    """Values float32 [N, dim] as int8 rows, to the nearest code, into `out` int8 [N, dim + 2] (an odd dim: dim + 3).
+
+    A row is its codes from -127 to 127, one byte of padding where dim is odd, and in the last two bytes the scale in
+    bf16: max|row| / 127, rounded up. A row with NaN or infinite values gets codes 0 and a scale that is NaN or
+    infinite.
+    """
+    choose("encode_int8_rows", values, out).encode_int8_rows(values, out)
 
 
 @_operation

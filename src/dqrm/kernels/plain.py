@@ -60,6 +60,41 @@ def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
 # ---- tables
 
 
+def values_per_row(weight: Tensor) -> int:
+    """Of a weight; of int8 rows of an odd dim one more, which is 0."""
+    return weight.shape[1] - 2 if weight.dtype == torch.int8 else weight.shape[1]
+
+
+def read_rows(weight: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """Rows of a weight, float32 [N, dim]."""
+    stored = weight.detach().index_select(0, rows)
+    if weight.dtype != torch.int8:
+        return stored.float()
+    return stored[:, :dim].float() * stored[:, -2:].contiguous().view(torch.bfloat16).float()
+
+
+def _int8_rows(values: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Values [N, dim] as int8 rows: codes on the scale max|row| / 127, rounded up to bf16, and that scale.
+
+    To the nearest code, or stochastically by `noise` from 0 to 1. NaN or infinite: codes 0 and a scale that is NaN or
+    infinite, so NaN comes back.
+    """
+    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+    scale = scale_of(largest, 127)
+    finite = scale.isfinite()
+    up = torch.where(finite, scale.view(torch.int32) + 0xFFFF >> 16, torch.where(scale.isnan(), 0x7FC0, 0x7F80))
+    stored = up.to(torch.int16).view(torch.bfloat16)
+    codes = values / stored.float()
+    codes = codes.round() if noise is None else (codes + noise).floor()
+    codes = torch.where(finite, codes.clamp(-127, 127), 0.0).to(torch.int8)
+    padding = codes.new_zeros(len(codes), values.shape[1] % 2)
+    return torch.cat([codes, padding, stored.view(torch.int8)], 1)
+
+
+def encode_int8_rows(values: Tensor, out: Tensor) -> None:
+    out.copy_(_int8_rows(values))
+
+
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
@@ -73,7 +108,7 @@ def lookup(
     rows_out.copy_(rows)
     if dirty is not None and dirty_starts is not None:
         dirty[(dirty_starts + ids.div(block, rounding_mode="floor")).view(-1)] = 1
-    values = weight.detach().index_select(0, rows).float().view(*ids.shape, weight.shape[1])
+    values = read_rows(weight, rows, out.shape[1]).view(*ids.shape, out.shape[1])
     if scale is not None and values.numel():
         each = isinstance(limits, Tensor)
         highest: Any = limits if each else limits[1]
@@ -136,10 +171,13 @@ def add_rows(
 def add_rows_stochastic(
     weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
 ) -> Tensor:
-    dim = weight.shape[1]
-    new = weight.index_select(0, rows).float() + values * factor
-    random = _hash(rows[:, None] * dim + torch.arange(dim, device=rows.device), seed) & 0xFFFF
-    weight.index_copy_(0, rows, _bf16_stochastic(new, random))
+    dim = values.shape[1]
+    new = read_rows(weight, rows, dim) + values * factor
+    position = rows[:, None] * dim + torch.arange(dim, device=rows.device)
+    if weight.dtype == torch.int8:
+        weight.index_copy_(0, rows, _int8_rows(new, uniform(position, seed)))
+    else:
+        weight.index_copy_(0, rows, _bf16_stochastic(new, _hash(position, seed) & 0xFFFF))
     if ranges is not None:
         raise_scales(rows, weight, ranges)
     return weight
@@ -162,7 +200,7 @@ def raise_groups(group: Tensor, largest: Tensor, scale: Tensor, highest: int, gr
 def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
     starts, scale, highest, groups = ranges
     if len(rows):
-        largest = weight.detach().index_select(0, rows).abs().amax(1)
+        largest = read_rows(weight, rows, values_per_row(weight)).abs().amax(1)
         if groups is not None:
             assert isinstance(highest, int)
             return raise_groups(groups.of(rows), largest, scale, highest, groups)
@@ -176,7 +214,8 @@ def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> floa
     for chunk in dirty.nonzero()[:, 0].split(_CHUNK // block):
         # The last block may be short: its last row is repeated for those that are missing.
         rows = (chunk[:, None] * block + within).clamp_(max=len(table) - 1).view(-1)
-        maxima[chunk] = table.index_select(0, rows).abs().view(len(chunk), block * table.shape[1]).amax(1).float()
+        dim = values_per_row(table)
+        maxima[chunk] = read_rows(table, rows, dim).abs().view(len(chunk), block * dim).amax(1)
     dirty.zero_()
     return float(maxima.amax()) if len(maxima) else 0.0
 

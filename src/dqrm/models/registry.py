@@ -6,7 +6,6 @@ For a model of your own, subclass `ClickModel` and set `MODELS["its name"] = Its
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dqrm.config import Config, ModelConfig
@@ -20,6 +19,7 @@ from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mixed import packed_collection
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedLinear
+from dqrm.quant.storage import Storage
 
 MODELS: dict[str, type[ClickModel]] = {"dlrm": DLRM, "dcn": DCN}
 
@@ -57,14 +57,14 @@ def build_model(
         given, multi = build_tables(table_rows, config.model, config.quantization, multi, weight=table_weight), None
     return kind(
         num_dense, given, multi=multi, config=config.model, qat=config.quantization, seed=training.seed,
-        precision=training.precision, table_dtype=table_dtype(config),
+        precision=training.precision, table_dtype=table_storage(config).dtype,
     )  # fmt: skip
 
 
-def table_dtype(config: Config) -> torch.dtype:
-    """The dtype of the tables' master weights."""
-    dtype: torch.dtype = registered(config.training.table_dtype, STORAGES).dtype
-    return dtype
+def table_storage(config: Config) -> type[Storage]:
+    """How the tables' master weights are stored."""
+    storage: type[Storage] = registered(config.training.table_dtype, STORAGES)
+    return storage
 
 
 # Models as the header of an artifact describes them.

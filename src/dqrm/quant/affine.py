@@ -94,7 +94,7 @@ class TableAffine(TableMax):
 
     def _raise_for(self, rows: Tensor, weight: Tensor) -> None:
         if len(rows):
-            values = storage_of(weight.dtype).gather(weight, rows)
+            values = storage_of(weight).gather(weight, rows)
             self._widen(self._groups_of(rows), *values.aminmax(dim=1))
 
     def _raise_all(self, weight: Tensor) -> None:

@@ -72,7 +72,7 @@ class TableClipped(TableMax):
         for number, table in enumerate(self.groups.tables(weight)):
             bits = self.groups.bits[number] if self.groups.bits else self.bits
             rows = sampled_rows(len(table), table.shape[1], number, self.scale_ticks).to(weight.device)
-            sample = storage_of(weight.dtype).gather(table, rows).view(1, -1)
+            sample = storage_of(weight).gather(table, rows).view(1, -1)
             self.scale[number] = 1 if bits == 32 else clipped_scales(sample, bits, self.qat)[0]
         self._scale_known = True
         self._covered(weight)
@@ -150,10 +150,10 @@ class NaiveTables(TableMax):
             for number, table in enumerate(self.groups.tables(weight)):
                 group = slice(number, number + 1)
                 self.mark_rows(torch.arange(first, first + len(table), device=weight.device), number, 1)
-                parts.append(self.values_of(table.float()[:, None], self.scale[group], group)[:, 0])
+                parts.append(self.values_of(storage_of(table).read(table)[:, None], self.scale[group], group)[:, 0])
                 first += len(table)
             self._rows.clear()
-            self._quantized = torch.cat(parts) if parts else weight.detach().float()
+            self._quantized = torch.cat(parts) if parts else storage_of(weight).read(weight)
 
     def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
         if self._quantized is None:

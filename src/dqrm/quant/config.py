@@ -30,7 +30,11 @@ where it is."""
 _OURS = frozenset(QUANTIZERS), frozenset(ACTIVATION_QUANTIZERS)
 _LEARNING = frozenset({"lsq"}), frozenset({"pact"})
 
-STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
+STORAGES: dict[str, Any] = {
+    "fp32": "dqrm.quant.storage.FP32",
+    "bf16": "dqrm.quant.storage.BF16",
+    "int8": "dqrm.quant.storage.INT8",
+}
 """What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
 
 
@@ -200,6 +204,11 @@ class QATConfig(BitsOfParts):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
 
     @property
+    def learns_scales(self) -> bool:
+        """Whether the scales of weights are learned, by one of our quantizers."""
+        return self.quantizer in _LEARNING[0]
+
+    @property
     def rows_per_scale(self) -> int | None:
         """Rows of a table that share a scale; None: all.
 
@@ -234,11 +243,6 @@ class QATConfig(BitsOfParts):
             self.refuse_groups(
                 f"the quantizer {self.quantizer!r} has one scale per table and no zero point; use quantizer 'max'"
             )
-
-    @property
-    def learns_scales(self) -> bool:
-        """Whether the scales of weights are learned, by one of our quantizers."""
-        return self.quantizer in _LEARNING[0]
 
     @property
     def learned_fields(self) -> set[str]:

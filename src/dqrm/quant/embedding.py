@@ -18,8 +18,9 @@ from dqrm import kernels
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig, take_qat
 from dqrm.quant.groups import Groups
-from dqrm.quant.quantizer import FakeQuantized
-from dqrm.quant.storage import storage_of
+from dqrm.quant.int8_rows import Int8Rows
+from dqrm.quant.quantizer import FakeQuantized, LookupArguments
+from dqrm.quant.storage import storage_for, storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
@@ -40,6 +41,7 @@ class _ActiveRows(torch.autograd.Function):
         ctx: Any, weight: Tensor, lookups: list[_Lookup], scale: Tensor | None, groups: kernels.GroupMap | None,
         limits: kernels.Limits, blocks: Any, clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        memory = storage_of(weight).memory(weight)
         count = sum(lookup.ids.numel() for lookup in lookups)
         values = torch.empty(count, weight.shape[1], device=weight.device)
         rows = torch.empty(count, dtype=torch.int64, device=weight.device)
@@ -53,7 +55,7 @@ class _ActiveRows(torch.autograd.Function):
                 watched = blocks.dirty, blocks.starts[tables], blocks.block
             own = scale[tables] if scale is not None and groups is None else scale
             wrong = kernels.lookup(
-                lookup.ids, lookup.starts, lookup.table_rows, weight, own, part, values[at:end], rows[at:end], clamped,
+                lookup.ids, lookup.starts, lookup.table_rows, memory, own, part, values[at:end], rows[at:end], clamped,
                 raising, *watched, None if groups is None else groups.part(tables),
             )  # fmt: skip
             if wrong >= 0:
@@ -130,6 +132,12 @@ class QuantizedTables(FakeQuantized):
         """These tables hold other weights now, drawn anew: set scales from them."""
         self.weight_fake_quantizer.tables_redrawn(self.weight, numbers)
 
+    def _lookup_arguments(self, rows: int) -> LookupArguments:
+        """Of the quantizer, for compiled code; what is not quantized has no scale, and is not clamped either."""
+        quantized = self.bits_in_use != 32
+        scale, *others = self.weight_fake_quantizer.lookup_arguments(self.weight, rows if quantized else 0)
+        return (scale if quantized else None, *others)
+
     def weights_replaced(self, ticks: int) -> None:
         """Call after weights and scales were replaced; `ticks` is the new step count."""
         self.weight_fake_quantizer.weights_replaced(self.weight, ticks)
@@ -138,9 +146,14 @@ class QuantizedTables(FakeQuantized):
 class _OneTable(QuantizedTables):
     """Common base of `QuantEmbedding` and `QuantEmbeddingBag`: bits and scale of the one table in `weight`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
-        super().__init__(*args, **kwargs)
+        drawn = kwargs.get("dtype") is torch.int8 and kwargs.get("_weight") is None
+        if drawn:
+            kwargs["_weight"] = Int8Rows.empty(num_embeddings, embedding_dim, kwargs.get("device"))
+        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+        if drawn:
+            self.reset_parameters()  # type: ignore[operator]
         self._init_quantization(qat)
 
     def _init_quantization(self, qat: QATConfig) -> None:
@@ -149,6 +162,11 @@ class _OneTable(QuantizedTables):
         self._add_quantizer(qat, bits, Groups.of_tables(qat, (len(self.weight),), (bits,)))
 
     padding_idx: int | None
+
+    @torch.no_grad()
+    def _fill_padding_idx_with_zero(self) -> None:
+        if self.padding_idx is not None:  # torch's fills a view of the row, which int8 rows do not have
+            self.weight[self.padding_idx : self.padding_idx + 1].zero_()
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
@@ -161,8 +179,7 @@ class _OneTable(QuantizedTables):
         if self.sparse and not plain and not kernels.traced():
             start = torch.zeros(1, dtype=torch.int64, device=weight.device)
             table = _Lookup(ids.contiguous(), 0, start, start + len(weight))
-            scale, *rest = quantizer.lookup_arguments(weight, ids.numel() if quantized else 0)
-            values, rows = _ActiveRows.apply(weight, [table], scale if quantized else None, *rest)
+            values, rows = _ActiveRows.apply(weight, [table], *self._lookup_arguments(ids.numel()))
         else:
             rows = ids.long()
             quantizer.mark_rows(rows, 0, 1)
@@ -179,6 +196,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
+        dtype: as of `nn.Embedding`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -194,6 +212,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
+        dtype: as of `nn.EmbeddingBag`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -202,7 +221,11 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         # Ids [B, L] together with include_last_offset: torch 2.9 reads past the end; `pool` works around it.
-        if self.bits == 32 and (offsets is not None or not self.include_last_offset):
+        if (
+            self.bits == 32
+            and not isinstance(self.weight, Int8Rows)
+            and (offsets is not None or not self.include_last_offset)
+        ):
             return super().forward(input, offsets, per_sample_weights)
         return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
 
@@ -224,6 +247,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
         sparse: whether `weight.grad` is sparse; a dense one costs a second copy of all tables.
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
+        dtype: of the weight: torch.float32, torch.bfloat16, or torch.int8 (`Int8Rows`); `_weight` has its own.
 
     Raises:
         ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits.
@@ -237,6 +261,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         multi: Sequence[bool] | None = None,
         pooling: str = "sum",
         sparse: bool = True,
+        dtype: torch.dtype = torch.float32,
         _weight: Tensor | None = None,
         **options: Any,
     ) -> None:
@@ -246,7 +271,9 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self.sparse = sparse
-        self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
+        self.weight = nn.Parameter(
+            storage_for(dtype).empty(self._starts[-1], embedding_dim) if _weight is None else _weight
+        )
         self.table_bits = tuple(map(qat.bits_of_table, self.table_rows))
         bits = min(self.table_bits, default=qat.effective_table_bits)
         self._add_quantizer(qat, bits, Groups.of_tables(qat, self.table_rows, self.table_bits))
@@ -284,10 +311,8 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
                 _Lookup(part, first, starts[first : first + tables], table_rows[first : first + tables])
                 for part, first, tables in groups
             ]
-            # What is not quantized is not clamped either.
-            count = sum([part.numel() for part, _, _ in groups]) if self.bits_in_use != 32 else 0
-            scale, *rest = quantizer.lookup_arguments(weight, count)
-            values, rows = _ActiveRows.apply(weight, lookups, scale if self.bits_in_use != 32 else None, *rest)
+            count = sum([part.numel() for part, _, _ in groups])
+            values, rows = _ActiveRows.apply(weight, lookups, *self._lookup_arguments(count))
         else:
             values, rows = self._plain_rows(groups, weight)
         quantizer.note_rows(rows, weight, self.sparse)
@@ -302,7 +327,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
             pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
             quantizer.mark_rows(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
-        values = storage_of(weight.dtype).lookup(weight, rows, self.sparse)
+        values = storage_of(weight).lookup(weight, rows, self.sparse)
         if self.bits_in_use == 32:
             return values, rows
         quantized = []

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from dqrm.kernels import GroupMap
 from dqrm.quant.config import QATConfig
+from dqrm.quant.packing import pieces
 from dqrm.quant.storage import storage_of
-
-# Rows read at once; a power of 2, as blocks are.
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,21 +58,21 @@ class Groups:
     def largest(self, weight: Tensor) -> Tensor:
         """max|weight| of each group, from all of its rows: [groups], without a gradient."""
         if self.count == 0 or weight.numel() == 0:
-            return weight.new_zeros(self.count)
+            return torch.zeros(self.count, device=weight.device)
         if self.rows_per_group is not None:
             low, high = self.extremes(weight)
             return torch.maximum(-low, high)
         if self.table_rows is not None:
-            largest = storage_of(weight.dtype).largest
+            largest = storage_of(weight).largest
             return torch.stack([largest(table) for table in self.tables(weight)])
         magnitude = weight.detach().abs()
         return magnitude.amax(1) if self.count == len(weight) else magnitude.amax().view(1)
 
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest weight of each group of tables, from all rows: float32 [groups] each."""
-        low, high = [weight.new_zeros(0).float()], [weight.new_zeros(0).float()]
+        low, high = [torch.zeros(0, device=weight.device)], [torch.zeros(0, device=weight.device)]
         for table in self.tables(weight) if weight.numel() else ():
-            ends = [torch.aminmax(piece, dim=1) for piece in table.split(_CHUNK)]
+            ends = [torch.aminmax(piece, dim=1) for piece in pieces(table)]
             each = self.rows_per_group or len(table)
             low.append(-largest_of_each(-torch.cat([end.min for end in ends]).float(), each))
             high.append(largest_of_each(torch.cat([end.max for end in ends]).float(), each))

@@ -6,13 +6,14 @@ second half in the high ones). So a row unpacks into contiguous halves or quarte
 every exporter and runtime supports, unlike shifts and masks. Padding (dim not a multiple of 8 / bits) holds code 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dqrm.kernels import plain
+from dqrm.quant.int8_rows import Int8Rows
 from dqrm.quant.uniform import check_dtype, quantize
 
 PACKED_BITS = (2, 4, 8)
@@ -79,9 +80,10 @@ def decode(stored: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
 _CHUNK = 1 << 22
 
 
-def pieces(table: Tensor) -> tuple[Tensor, ...]:
-    """A table [rows, dim] in views of some megabytes, at least one."""
-    return table.split(max(1, _CHUNK // max(1, table.shape[1])))
+def pieces(table: Tensor) -> Iterator[Tensor]:
+    """A table [rows, dim] in views of some megabytes, at least one; of int8 rows in float32 copies."""
+    for piece in table.split(max(1, _CHUNK // max(1, table.shape[1]))):
+        yield piece.dequantize() if isinstance(piece, Int8Rows) else piece
 
 
 class TableScales(NamedTuple):

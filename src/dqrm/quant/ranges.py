@@ -65,7 +65,7 @@ class BlockMaxima:
     def table_max(self, number: int, table: Tensor) -> float:
         """max|table| of table `number`, exact."""
         part = slice(self._bounds[number], self._bounds[number + 1])
-        return kernels.blocks_max(table, self.block, self.dirty[part], self.maxima[part])
+        return kernels.blocks_max(storage_of(table).memory(table), self.block, self.dirty[part], self.maxima[part])
 
     def largest(self, number: int, table: Tensor, rows: int) -> Tensor:
         """max|.| of each `rows` rows, a power of 2, of table `number`, exact: float32 [ceil(len(table) / rows)]."""
@@ -172,7 +172,7 @@ class TableMax(WeightFakeQuantizer):
 
     def _raise_for(self, rows: Tensor, weight: Tensor) -> None:
         """Raise scales to what these rows need: int64 [N] of the weight."""
-        storage_of(weight.dtype).raise_scales(weight, rows, self._ranges())
+        storage_of(weight).raise_scales(weight, rows, self._ranges())
 
     def ranges_to_raise(self, weight: Tensor) -> kernels.TableRanges | None:
         return self._ranges() if self._running and self._scale_known else None
