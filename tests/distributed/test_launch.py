@@ -43,12 +43,14 @@ ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:10
 SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
           "mlp_codec": "bf16", "bits": 8, "quantizer": "mse", "max_steps": 20}  # fmt: skip
 ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_size": 37, "table_l2": 0.1,
-        "optimizer": "adagrad", "max_steps": 20, "forward_rounding": "stochastic"}  # fmt: skip
+        "optimizer": "adagrad", "max_steps": 20, "forward_rounding": "stochastic",
+        "table_granularity": "row"}  # fmt: skip
 DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
        "dropout": 0.4, "optimizer": "rowwise_adagrad", "learning_rate": 0.01, "max_steps": 20, "log_every": 5,
        "checkpoint_every": 8}  # fmt: skip
 REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": "rowwise_adagrad", "epochs": 2,
            "max_steps": 40, "scale_refresh": "running_max"}  # fmt: skip
+BLOCKS = REDRAWN | {"table_granularity": "block:8", "table_qscheme": "affine", "rescan_period": 13}
 COUNTED = REDRAWN | {"optimizer": "counter_adagrad", "table_l2": 0.01, "count_halflife": 20, "checkpoint_every": 9}
 STAGED = REDRAWN | {"callbacks": "stage_bits:tables=32:mlp=16,redraw_tables:min_rows=30", "checkpoint_every": 9,
                     "optimizer": "frequency_adagrad"}  # fmt: skip
@@ -104,6 +106,7 @@ def pair(generated, bags_data, small, work):
         "shared": train_words(generated, **SHARED),
         "rows": train_words(generated, **ROWS),
         "redrawn": train_words(generated, **REDRAWN),
+        "blocks": train_words(generated, **BLOCKS),
         "lsq": train_words(generated, **LSQ),
         "staged": train_words(generated, **STAGED),
         "counted": train_words(generated, **COUNTED),
@@ -163,10 +166,24 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
 
 @pytest.mark.parametrize(
     "name",
-    ["odd", "shared", "rows", "redrawn", "lsq", "staged", "counted", "gathered", "summed", "dcn", "adam", "dense_adam"],
+    [
+        "odd",
+        "shared",
+        "rows",
+        "redrawn",
+        "blocks",
+        "lsq",
+        "staged",
+        "counted",
+        "gathered",
+        "summed",
+        "dcn",
+        "adam",
+        "dense_adam",
+    ],
 )
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
-    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ,
+    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ, "blocks": BLOCKS,
               "gathered": {"max_steps": 27, "log_every": 9},
               "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM,
               "dense_adam": DENSE_ADAM, "staged": STAGED, "counted": COUNTED}[name]  # fmt: skip
