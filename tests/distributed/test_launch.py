@@ -59,6 +59,8 @@ ADAM = {"optimizer": "rowwise_adam", "table_learning_rate": 0.02, "clip_norm": 0
         "max_steps": 20, "log_every": 5, "checkpoint_every": 8}  # fmt: skip
 DENSE_ADAM = {"optimizer": "dense_adam", "table_l2": 1e-3, "learning_rate": 0.01, "scale_refresh": "running_max",
               "max_steps": 40, "log_every": 5, "checkpoint_every": 8, "eval_every": 11, "warmup_steps": 9}  # fmt: skip
+INT8 = REDRAWN | {"table_dtype": "int8", "learning_rate": 0.02, "table_l2": 1e-3, "checkpoint_every": 9,
+                  "embedding_dim": 5, "bottom_mlp": "8-5", "table_codec": "int4"}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 
@@ -112,6 +114,7 @@ def pair(generated, bags_data, small, work):
         "counted": train_words(generated, **COUNTED),
         "adam": train_words(generated, **ADAM),
         "dense_adam": train_words(generated, **DENSE_ADAM),
+        "int8": train_words(generated, **INT8),
         "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
         "gathered": train_words(generated, max_steps=27, log_every=9),
         "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
@@ -164,30 +167,16 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
     same_run(four[0]["default"][0], run)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "odd",
-        "shared",
-        "rows",
-        "redrawn",
-        "blocks",
-        "lsq",
-        "staged",
-        "counted",
-        "gathered",
-        "summed",
-        "dcn",
-        "adam",
-        "dense_adam",
-    ],
-)
+OTHERS = {
+    "odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "blocks": BLOCKS, "lsq": LSQ, "staged": STAGED,
+    "counted": COUNTED, "adam": ADAM, "dense_adam": DENSE_ADAM, "int8": INT8, "dcn": DCN,
+    "gathered": {"max_steps": 27, "log_every": 9}, "summed": {"max_steps": 9, "table_exchange": "all_to_all"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
-    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ, "blocks": BLOCKS,
-              "gathered": {"max_steps": 27, "log_every": 9},
-              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM,
-              "dense_adam": DENSE_ADAM, "staged": STAGED, "counted": COUNTED}[name]  # fmt: skip
-    same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
+    same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **OTHERS[name]))
 
 
 @pytest.mark.parametrize("name", ["bags", "dense", "unsplit"])
