@@ -148,10 +148,10 @@ class NaiveTables(TableMax):
             for number, table in enumerate(self.groups.tables(weight)):
                 group = slice(number, number + 1)
                 self.mark_rows(torch.arange(first, first + len(table), device=weight.device), number, 1)
-                parts.append(self.values_of(storage_of(weight).read(table)[:, None], self.scale[group], group)[:, 0])
+                parts.append(self.values_of(storage_of(table).read(table)[:, None], self.scale[group], group)[:, 0])
                 first += len(table)
             self._rows.clear()
-            self._quantized = torch.cat(parts) if parts else weight.detach().float()
+            self._quantized = torch.cat(parts) if parts else storage_of(weight).read(weight)
 
     def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
         if self._quantized is None:

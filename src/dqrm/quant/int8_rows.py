@@ -43,15 +43,8 @@ class Int8Rows(Tensor):
         ValueError: `stored` has another dtype, another width, or is not contiguous.
     """
 
-    stored: Tensor
-
     @staticmethod
     def __new__(cls, stored: Tensor, dim: int) -> "Int8Rows":
-        if stored.dtype != torch.int8 or stored.dim() != 2 or stored.shape[1] != row_width(dim):
-            shape = list(stored.shape)
-            raise ValueError(f"stored rows are {stored.dtype} {shape}, expected torch.int8 [rows, {row_width(dim)}]")
-        if not stored.is_contiguous():
-            raise ValueError("stored rows are not contiguous")
         # In inference mode as well: a view of a weight from outside has a version counter there, as any tensor's.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             made: Int8Rows = torch.Tensor._make_wrapper_subclass(
@@ -59,6 +52,44 @@ class Int8Rows(Tensor):
             )
         made.stored = stored
         return made
+
+    @property
+    def stored(self) -> Tensor:
+        """int8 [R, row_width(dim)]."""
+        stored: Tensor = self.__dict__["stored"]
+        return stored
+
+    @stored.setter
+    def stored(self, stored: Tensor) -> None:  # of a file, too: kernels read what it says without looking
+        expected = [len(self), row_width(self.shape[1])]
+        if stored.dtype != torch.int8 or list(stored.shape) != expected:
+            raise ValueError(f"stored rows are {stored.dtype} {list(stored.shape)}, expected torch.int8 {expected}")
+        if not stored.is_contiguous():
+            raise ValueError("stored rows are not contiguous")
+        self.__dict__["stored"] = stored
+
+    @property
+    def data(self) -> "Int8Rows":  # type: ignore[override]
+        made: Int8Rows = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return made
+
+    @data.setter
+    def data(self, data: Tensor) -> None:  # torch's would leave the stored rows as they are
+        if not isinstance(data, Int8Rows):
+            raise ValueError(
+                "the data of a table stored as INT8 rows are INT8 rows; use .copy_() to encode other values"
+            )
+        self.stored = data.stored
+
+    def share_memory_(self) -> "Int8Rows":  # type: ignore[override]
+        self.stored.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.stored.is_shared()
+
+    def __dlpack__(self, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError("a table stored as INT8 rows cannot be passed by DLPack; pass .stored, its bytes")
 
     @classmethod
     def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> "Int8Rows":
@@ -99,8 +130,10 @@ torch.serialization.add_safe_globals([Int8Rows])
 
 
 def read_rows(weight: Int8Rows, rows: Tensor) -> Tensor:
-    """Rows int64 [N] as float32 [N, dim]."""
-    stored, dim = weight.stored, weight.shape[1]
+    """Rows int64 or int32 [N] as float32 [N, dim]."""
+    if rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"row numbers are {rows.dtype}, expected torch.int64 or torch.int32")
+    stored, dim, rows = weight.stored, weight.shape[1], rows.long()
     out = torch.empty(len(rows), dim, device=stored.device)
     start = rows.new_zeros(1)
     wrong = kernels.lookup(
@@ -142,6 +175,13 @@ def _to_copy(weight: Int8Rows, dtype: torch.dtype | None = None, device: Any = N
     return Int8Rows(weight.stored.to(device=device, copy=True), weight.shape[1])
 
 
+@_implements(aten.view.default)
+def _view(weight: Int8Rows, size: Any) -> Int8Rows:  # torch takes one of the same shape when it moves a module
+    if list(size) != list(weight.shape):
+        raise NotImplementedError("a table stored as INT8 rows cannot have another shape")
+    return _same(weight)
+
+
 @_implements(aten.slice.Tensor)
 def _slice(weight: Int8Rows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Int8Rows:
     if dim != 0 or step != 1:
@@ -160,20 +200,24 @@ def _split(weight: Int8Rows, sizes: Any, dim: int = 0) -> list[Int8Rows]:
 def _index_select(weight: Int8Rows, dim: int, rows: Tensor) -> Tensor:
     if dim != 0:
         raise NotImplementedError("of a table stored as INT8 rows only rows can be selected")
-    return read_rows(weight, rows.long())
+    return read_rows(weight, rows)
 
 
 @_implements(aten.index.Tensor)
 def _index(weight: Int8Rows, indices: Any) -> Tensor:
-    if len(indices) != 1 or indices[0].dtype == torch.bool:
-        raise NotImplementedError("a table stored as INT8 rows can be indexed by row numbers only")
-    rows = torch.where(indices[0] < 0, indices[0] + len(weight), indices[0])
-    return read_rows(weight, rows.reshape(-1).long()).view(*rows.shape, weight.shape[1])
+    if len(indices) != 1 or indices[0].dtype not in (torch.int64, torch.int32):
+        raise NotImplementedError("a table stored as INT8 rows can be indexed by row numbers (int64 or int32) only")
+    given, count = indices[0], len(weight)
+    outside = (given < -count) | (given >= count)
+    if outside.any():
+        raise IndexError(f"row {int(given[outside][0])} is out of range for a weight of {count} rows")
+    rows = torch.where(given < 0, given + count, given)
+    return read_rows(weight, rows.reshape(-1)).view(*rows.shape, weight.shape[1])
 
 
 @_implements(aten.embedding.default)
 def _embedding(weight: Int8Rows, indices: Tensor, *_: Any) -> Tensor:
-    return read_rows(weight, indices.reshape(-1).long()).view(*indices.shape, weight.shape[1])
+    return read_rows(weight, indices.reshape(-1)).view(*indices.shape, weight.shape[1])
 
 
 @_implements(aten.dequantize.self)

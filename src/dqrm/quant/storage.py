@@ -157,6 +157,8 @@ class INT8(Storage):
         cls, weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None
     ) -> bool:
         """Each row is decoded, added to, and encoded again on the scale that it then needs (`add_rows_stochastic`)."""
+        if values.shape != (len(rows), weight.shape[1]):  # the stored rows may be one byte longer
+            raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {weight.shape[1]}]")
         kernels.add_rows_stochastic(cls.memory(weight), rows, values, factor, seed, ranges)
         torch.autograd.graph.increment_version(weight)
         return ranges is not None
@@ -173,4 +175,6 @@ def storage_for(dtype: torch.dtype) -> type[Storage]:
 
 def storage_of(weight: Tensor) -> type[Storage]:
     """The storage of a weight."""
-    return storage_for(torch.int8 if isinstance(weight, Int8Rows) else weight.dtype)
+    if isinstance(weight, Int8Rows):
+        return INT8
+    return Storage if weight.dtype == torch.int8 else storage_for(weight.dtype)  # int8 alone is no weight, but codes
