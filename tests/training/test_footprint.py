@@ -71,6 +71,10 @@ def test_a_run_tells_what_its_tables_take(generated, tmp_path, capsys):
     assert (code, json.loads(out)["table_bytes"]) == (0, expected)
     code, out, _ = command(capsys, "info", str(tmp_path / "run"))
     assert said in " ".join(out.split())
+    (tmp_path / "run" / "summary.json").unlink()  # as before it is finished: the checkpoint's tensors say the same
+    code, out, _ = command(capsys, "info", str(tmp_path / "run"))
+    assert "not finished" in out
+    assert said in " ".join(out.split())
 
 
 def test_a_state_that_outweighs_int8_tables_is_pointed_out(generated, tmp_path):
