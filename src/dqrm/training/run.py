@@ -222,12 +222,15 @@ class Run:
                 f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
             )
 
-    def new_model(self, table_weight: torch.Tensor | None = None) -> ClickModel:
-        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given."""
+    def new_model(self, table_weight: torch.Tensor | None = None, drawn: bool = True) -> ClickModel:
+        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given, and
+        uninitialized with `drawn` False, for those who then load them."""
         data, config = self.info["data"], self.config
         try:
             tables = [column["rows"] for column in data["columns"]]
             multi = [column["multi"] for column in data["columns"]]
+            if not drawn:
+                table_weight = table_storage(config).empty(sum(tables), config.model.embedding_dim)
             return build_model(config, len(data["dense"]), tables, multi, table_weight)
         except ValueError as error:
             raise UserError(f"{self.info['data']['path']}: {error}") from None
@@ -270,7 +273,7 @@ class Run:
         if pending and verify:
             verify_checkpoint(checkpoint, OPTIMIZER)
         if pending or not mapped:
-            model = self.new_model()
+            model = self.new_model(drawn=False)
             load_weights(checkpoint, model)
             if pending:
                 self._catch_up(model, checkpoint)
