@@ -38,7 +38,7 @@ DIM = 4  # of `tiny`
 def config(bits=4, rule="rowwise_adagrad", quantization=None, **training):
     base = tiny(bits, optimizer=rule, **{"table_dtype": "int8", "max_steps": 30, **training})
     base = replace(base, optimizer=replace(base.optimizer, learning_rate=0.02))
-    return replace(base, quantization=dqrm.QATConfig(bits=bits, **(quantization or {"rescan_period": 7})))
+    return replace(base, quantization=dqrm.QATConfig(**{"bits": bits, **(quantization or {"rescan_period": 7})}))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_rules_follow_those_on_fp32_weights(path, rule):
 
 
 OPTIONS = {
-    "sgd": (config(rule="sgd", table_dtype="int8"), {}),
+    "sgd": (config(rule="sgd"), {}),
     "adagrad, periodic": (config(rule="adagrad", quantization={"scale_refresh": "periodic", "scale_period": 3}), {}),
     "adam": (config(rule="adam"), {}),
     "rowwise_adam, bf16": (config(rule="rowwise_adam", precision="bf16"), {}),
@@ -151,8 +151,6 @@ OPTIONS = {
 
 def chosen_of(name, **training):
     base, optimizer = OPTIONS[name]
-    if "bits" in name and base.quantization.small_table_bits:
-        base = replace(base, quantization=replace(base.quantization, bits=8))
     optimizer = replace(base.optimizer, **optimizer)
     return replace(base, optimizer=optimizer, training=replace(base.training, **training))
 
