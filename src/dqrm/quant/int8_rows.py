@@ -69,7 +69,7 @@ class Int8Rows(Tensor):
         self.__dict__["stored"] = stored
 
     @property
-    def data(self) -> "Int8Rows":  # type: ignore[override]
+    def data(self) -> "Int8Rows":
         made: Int8Rows = Tensor.data.__get__(self)  # type: ignore[attr-defined]
         return made
 
@@ -81,14 +81,14 @@ class Int8Rows(Tensor):
             )
         self.stored = data.stored
 
-    def share_memory_(self) -> "Int8Rows":  # type: ignore[override]
+    def share_memory_(self) -> "Int8Rows":
         self.stored.share_memory_()
         return self
 
     def is_shared(self) -> bool:
         return self.stored.is_shared()
 
-    def __dlpack__(self, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def __dlpack__(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("a table stored as INT8 rows cannot be passed by DLPack; pass .stored, its bytes")
 
     @classmethod
