@@ -118,9 +118,10 @@ class OptimizerConfig:
 
     optimizer: str | None = None
     """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
-    row; plain Adagrad for the MLP), counter_adagrad (the same; with table_l2, rare rows decay more), frequency_adagrad
-    (the same; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4), dense_adam (8; L2 acts on
-    all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype int8."""
+    row; plain Adagrad for the MLP), counter_adagrad (12 per row; with table_l2, rare rows decay more),
+    frequency_adagrad (8 per row; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4),
+    dense_adam (8; L2 acts on all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype
+    int8."""
     learning_rate: float | None = None
     """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
     batch size 2048."""

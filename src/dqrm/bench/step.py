@@ -32,7 +32,10 @@ from dqrm.training.threads import threads_set
 PARTS = ("data", "lookup", "forward", "backward", "update")
 _TOUCHED_ROWS = 4096
 # Bytes of optimizer state per weight and per row of the tables, for the check of memory; others: as adam.
-_STATE_BYTES = {"sgd": (0, 0), "adagrad": (4, 0), "rowwise_adagrad": (0, 4), "rowwise_adam": (4, 8), "adam": (8, 4)}
+_STATE_BYTES = {
+    "sgd": (0, 0), "adagrad": (4, 0), "rowwise_adagrad": (0, 4), "counter_adagrad": (0, 12),
+    "frequency_adagrad": (0, 8), "rowwise_adam": (4, 8), "adam": (8, 4),
+}  # fmt: skip
 
 
 @dataclass
