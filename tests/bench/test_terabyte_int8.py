@@ -21,9 +21,9 @@ def test_it_trains_dies_resumes_exports_and_evaluates(tmp_path):
     rows = sum(ARCHITECTURES["terabyte"].scaled(0.001))
     assert (found["table_rows"], found["steps"]) == (rows, 6)
     tables = rows * 66
-    assert tables < found["checkpoint_bytes"]["weights.safetensors"] < tables + 3e6
+    assert tables < found["checkpoint_bytes"]["weights.safetensors"] < tables + 4e6
     # One accumulator per row, and those of the MLP.
-    assert 4 * rows < found["checkpoint_bytes"]["optimizer.safetensors"] < 4 * rows + 3e6
+    assert 4 * rows < found["checkpoint_bytes"]["optimizer.safetensors"] < 4 * rows + 4e6
     assert found["artifact_bytes"] < rows * 32 + 1e6
     assert found["largest_difference"] < 1e-5
     test = found["test"]
