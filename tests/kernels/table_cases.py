@@ -5,7 +5,7 @@ from itertools import product
 import torch
 
 from dqrm import kernels
-from dqrm.kernels import IdleCourse, TableRanges, plain
+from dqrm.kernels import GroupMap, IdleCourse, TableRanges, plain
 from dqrm.kernels.layout import idle_powers
 from kernel_helpers import ODD, ROW_GRADIENTS, here, random_ids, random_rows, same
 from kernels.cases import BF16, FP32, INT8, case, odd
@@ -97,7 +97,8 @@ def lookup_packed(tables, bits, ids_dtype, per_row):
         generator = torch.Generator().manual_seed(3)
         codes = torch.randint(256, (total, -(-dim * bits // 8)), generator=generator, device="cpu")
         codes = here(codes.to(torch.uint8))
-    return kernels.lookup_packed(random_ids(table_rows, batch, ids_dtype), starts, rows, codes, bits, scale, dim)[:1]
+    groups, ids = GroupMap(starts, starts, 0) if per_row else None, random_ids(table_rows, batch, ids_dtype)
+    return kernels.lookup_packed(ids, starts, rows, codes, bits, scale, dim, None, groups)[:1]
 
 
 def ranges(first, scale=0.05):

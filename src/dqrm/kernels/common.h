@@ -101,19 +101,24 @@ static inline uint32_t hash_of(uint32_t position, uint32_t seed) {
 static inline float uniform_of(uint32_t position, uint32_t seed) {
     return ((float)(int32_t)(hash_of(position, seed) >> 16) + 0.5f) * 0x1p-16f;
 }
-/* Encode a row as int8: on the scale max|row| / 127, rounded up to bf16; to the nearest code, or (`noise`, one number from
- * 0 to 1 for each value) stochastically. NaN or infinite: every code is 0 and the scale NaN or infinite, so NaN comes back. */
-static inline void write_int8_row(const float *x, int64_t dim, const float *noise, int8_t *codes) {
-    float s = scale_of(max_bits_of(x, 0, dim), 127);
-    uint32_t b = bits_of(s);
-    uint16_t stored = b >= 0x7f800000 ? (b > 0x7f800000 ? 0x7fc0 : 0x7f80) : (uint16_t)((b + 0xffff) >> 16);
-    s = widen(stored);
+/* The scale of an int8 row in bf16: max|row| / 127, rounded up; NaN and infinity stay. */
+static inline uint16_t int8_scale_of(uint32_t max_bits) {
+    uint32_t b = bits_of(scale_of(max_bits, 127));
+    return b >= 0x7f800000 ? (b > 0x7f800000 ? 0x7fc0 : 0x7f80) : (uint16_t)((b + 0xffff) >> 16);
+}
+/* Encode a row as int8: to the nearest code, or (`random`) up with the probability of the distance, by the hash of each
+ * value's position. NaN or infinite: every code is 0 and the scale NaN or infinite, so NaN comes back. */
+static inline __attribute__((always_inline)) void write_int8_row(const float *restrict x, int64_t dim, int random,
+                                                                 uint32_t seed, uint32_t position,
+                                                                 int8_t *restrict codes) {
+    uint16_t stored = int8_scale_of(max_bits_of(x, 0, dim));
+    float s = widen(stored);
     memcpy(codes + ((dim + 1) & ~1LL), &stored, 2);
     if (dim & 1) codes[dim] = 0;
-    if (b >= 0x7f800000) { memset(codes, 0, dim); return; }
+    if (stored >= 0x7f80) { memset(codes, 0, dim); return; }
     for (int64_t d = 0; d < dim; d++) {
-        float q = noise ? floorf(x[d] / s + noise[d]) : rintf(x[d] / s);
+        float q = random ? floorf(x[d] / s + uniform_of(position + (uint32_t)d, seed)) : rintf(x[d] / s);
         q = q < -127.0f ? -127.0f : q;
-        codes[d] = (int8_t)(q > 127.0f ? 127.0f : q);
+        codes[d] = (int8_t)(int32_t)(q > 127.0f ? 127.0f : q);
     }
 }

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dqrm.kernels import plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, IdleCourse, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, GroupMap, IdleCourse, Limits, TableRanges
 
 _PLAIN = (Tensor, nn.Parameter)
 _F32, _I64, _U8 = (torch.float32,), (torch.int64,), (torch.uint8,)
@@ -25,7 +25,7 @@ _KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 # Valid tensors of each operation, in the order in which `kernels` passes them to `takes`.
 _DTYPES: dict[str, Any] = {
     "lookup": (_IDS, _ROWS, _F32),
-    "lookup_packed": (_IDS, _U8, _F32),
+    "lookup_packed": (_IDS, _U8, _F32, (torch.int32,)),
     "add_rows": (_F32, _I64, _F32, _F32),
     "add_rows_stochastic": ((torch.bfloat16, torch.int8), _I64, _F32, _F32),
     "encode_int8_rows": (_F32, (torch.int8,)),
@@ -61,15 +61,15 @@ def takes(operation: str, *tensors: Tensor | None) -> bool:
 # Each kernel's arguments, then what it returns: pointer, int, 64-bit int, float, 32-bit unsigned, nothing.
 _TYPES: dict[str, Any] = {"p": c_void_p, "i": c_int, "l": c_int64, "f": c_float, "u": c_uint32, "-": None}
 _PROTOTYPES = {
-    "lookup": "pillpppilpiippppippli l",
-    "lookup_packed": "pillpppilpipi l",
+    "lookup": "pillpppilpiippppipplpii l",
+    "lookup_packed": "pillpppilpppipi l",
     "outside": "plli l",
-    "add_rows": "plpplfplpipi -",
-    "add_rows_stochastic": "plpplfuplpipi -",
-    "add_rows_int8": "plpplfuplpipi i",
+    "add_rows": "plpplfplpippii -",
+    "add_rows_stochastic": "plpplfuplpippii -",
+    "add_rows_int8": "plpplfuplpippii i",
     "encode_int8": "pllpi -",
     "sum_duplicates": "ppllpppi l",
-    "raise_scales": "plplpilpipi -",
+    "raise_scales": "plplpilpippii -",
     "blocks_max": "pilllppi u",
     "idle_adam": "pppplllpplpffffffi -",
     "quantize_weights": "pplppi -",
@@ -117,24 +117,29 @@ def _half(tensor: Tensor | None) -> bool:
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits, out: Tensor,
     rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
-    dirty_starts: Tensor | None = None, block: int = 1,
+    dirty_starts: Tensor | None = None, block: int = 1, groups: GroupMap | None = None,
 ) -> int:  # fmt: skip
     low_high_highs = (*limits, None) if isinstance(limits, tuple) else (0, 0, limits)
     wrong: int = _call(
         "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
         _format(weight)[0], out.shape[1], scale, *low_high_highs, out, rows_out, clamped, raising, dirty,
-        dirty_starts, block,
+        dirty_starts, block, *_blocks_of(groups),
     )  # fmt: skip
     return wrong
 
 
+def _blocks_of(groups: GroupMap | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if groups is None else (groups.first, groups.shift)
+
+
 def lookup_packed(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int
-) -> tuple[Tensor, int]:
+    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int,
+    zero_point: Tensor | None = None, groups: GroupMap | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     out = torch.empty(ids.numel(), dim)
     return out, _call(
         "lookup_packed", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, codes, bits,
-        dim, scale, len(scale) != len(table_rows), out,
+        dim, scale, zero_point, *_blocks_of(groups), out,
     )  # fmt: skip
 
 
@@ -150,12 +155,12 @@ def _before_update(weight: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _watched(ranges: TableRanges | None) -> tuple[Any, ...]:
-    """(starts, tables, scale, the highest code of all of them, those of each)"""
+    """(starts, tables, scale, the highest code of all of them, those of each, blocks that share a scale)"""
     if ranges is None:
-        return None, 0, None, 0, None
+        return None, 0, None, 0, None, None, 0
     highest: Any = ranges.highest
     codes = (0, highest) if isinstance(highest, Tensor) else (highest, None)
-    return ranges.starts, len(ranges.starts), ranges.scale, *codes
+    return ranges.starts, len(ranges.starts), ranges.scale, *codes, *_blocks_of(ranges.groups)
 
 
 def add_rows(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dqrm.quant.config import QATConfig
+from dqrm.quant.groups import Groups
 from dqrm.quant.ptq import grid_scales
-from dqrm.quant.quantizer import Groups, WeightFakeQuantizer
+from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.quant.ranges import TableMax
 from dqrm.quant.storage import storage_of
 from dqrm.quant.uniform import scale_from_max
@@ -56,6 +57,7 @@ class TableClipped(TableMax):
     """Scales of tables by `clipped_scales` of a sample of their rows, on the clock of `TableMax`."""
 
     clips = True
+    grouped = False
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
@@ -128,7 +130,7 @@ class NaiveTables(TableMax):
     gradient stays that of the rows in use.
     """
 
-    fusible = False
+    fusible = grouped = False
     marks_rows = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:

@@ -7,6 +7,7 @@ bf16. An update decodes a row, adds to it and encodes it again with stochastic r
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ class Int8Rows(Tensor):
 
     @staticmethod
     def __new__(cls, stored: Tensor, dim: int) -> "Int8Rows":
-        made: Int8Rows = torch.Tensor._make_wrapper_subclass(
-            cls, (len(stored), dim), dtype=torch.float32, device=stored.device
-        )
+        # In inference mode as well: a view of a weight from outside has a version counter there, as any tensor's.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            made: Int8Rows = torch.Tensor._make_wrapper_subclass(
+                cls, (len(stored), dim), dtype=torch.float32, device=stored.device
+            )
         made.stored = stored
         return made
 

@@ -67,10 +67,14 @@ class SparseAdagrad(SparseOptimizer):
         rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
             values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
+        self._add(weight, rows, self._direction(weight, rows, values, group), -group["lr"])
+
+    def _direction(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> Tensor:
+        """g / (sqrt(s) + eps) of the gradients g, `values`, of rows that are each there once: in place."""
         square = values.square()
         if self.rowwise:
             square = square.mean(1, keepdim=True)
         accumulator = self.state[weight]["sum"]
         total = accumulator.index_select(0, rows).add_(square)
         accumulator.index_copy_(0, rows, total)
-        self._add(weight, rows, values.div_(total.sqrt_().add_(group["eps"])), -group["lr"])
+        return values.div_(total.sqrt_().add_(group["eps"]))
