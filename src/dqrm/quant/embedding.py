@@ -149,19 +149,12 @@ class _OneTable(QuantizedTables):
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
         given, drawn = kwargs.get("_weight"), False
-<<<<<<< HEAD
-        if kwargs.get("dtype") is torch.int8 and not isinstance(given, Int8Rows):
-            drawn = given is None
-            empty = (num_embeddings, embedding_dim, kwargs.get("device"))
-            kwargs["_weight"] = Int8Rows.empty(*empty) if given is None else Int8Rows.encode(given)
-=======
         if kwargs.get("dtype") is torch.int8:
             drawn = given is None
             if given is None:
                 kwargs["_weight"] = Int8Rows.empty(num_embeddings, embedding_dim, kwargs.get("device"))
             elif not isinstance(given, Int8Rows):  # torch's modules would leave it as it is
                 kwargs["_weight"] = Int8Rows.encode(given)
->>>>>>> main
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         if drawn:
             self.reset_parameters()  # type: ignore[operator]
