@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -263,7 +264,7 @@ def test_an_int8_run_refuses_tables_of_another_form(made, tmp_path, kind):
         json.dumps({key: value for key, value in state.items() if key not in ("files", "sha256")})
     )
     for mapped in (False, True):
-        with pytest.warns(NotVerified):
+        with nullcontext() if mapped else pytest.warns(NotVerified):  # once per folder
             said = refused(lambda: Run.open(run).load_model("last", mapped=mapped))  # noqa: B023
         assert "tables" in said
         assert str(list(content["tables.weight"].shape)) in said
