@@ -1,6 +1,7 @@
 """One split of a dataset folder as batches of tensors, in a reproducible order, without loading it whole."""
 
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,8 @@ _BLOCKS_PER_BUFFER = 32
 _GATHER_ROWS = 32_768
 # Files of a split that stay mapped.
 _MOST_MAPS = 64
+# Bytes of the maps that may be resident in the process before they are given back.
+_MOST_RESIDENT = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Split:
     def __init__(self, path: Path, name: str, info: dict[str, Any]) -> None:
         self.name = name
         self.rows: int = info["rows"][name]
-        self.arrays: Mapping[str, Array] = _Arrays(path / name, folder.arrays(info, name))
+        self.arrays = _Arrays(path / name, folder.arrays(info, name))
         self._multi = [number for number, column in enumerate(info["schema"]["columns"]) if column["multi"]]
 
     def __len__(self) -> int:
@@ -190,6 +193,7 @@ class Split:
                 ends = np.zeros(len(rows) + 1, np.int64)
                 np.cumsum(lengths, out=ends[1:])
                 bags.append((values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])], ends))
+        self.arrays.were_read(len(labels))
         return _Piece(dense, ids, labels, weights, bags)
 
     def _cut(self, piece: "_Piece", size: int | Array) -> Iterator[Batch]:
@@ -238,6 +242,19 @@ class _Arrays(Mapping[str, Array]):
         self._path, self._described = path, described
         kept = described if len(described) <= _MOST_MAPS else (folder.DENSE, folder.IDS, folder.LABEL)
         self._kept = {name: _map(path / name, *described[name]) for name in kept}
+        self._read = 0
+
+    def were_read(self, rows: int) -> None:
+        """These many rows were read, anywhere: pages of the maps go back to the system before they are the whole split.
+
+        They stay in its cache; a process that keeps them counts them as memory of its own.
+        """
+        self._read += rows * mmap.PAGESIZE * len(self._kept)
+        if self._read > _MOST_RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+            self._read = 0
+            for array in self._kept.values():
+                if isinstance(array, np.memmap):
+                    array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._kept:
