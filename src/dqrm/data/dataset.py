@@ -26,7 +26,10 @@ _SHARE = Kind("a number of 0 or more and below 1", lambda value: NUMBER.holds(va
 _SHAPE = {
     "format_version": COUNT,
     "fingerprint": TEXT,
-    "schema": {"dense": [TEXT], "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": (TEXT, None)}]},
+    "schema": {
+        "dense": [TEXT],
+        "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": (TEXT, None)}],
+    },
     "split": OBJECT,
     "rows": _PER_SPLIT,
     "clicks": _PER_SPLIT,
@@ -34,9 +37,7 @@ _SHAPE = {
     "vocabulary_digest?": TEXT,
     "lineage?": {
         "day": COUNT,
-        "ancestors": [
-            {"day": COUNT, "fingerprint": TEXT, "vocabulary_digest": (TEXT, None), "table_rows": [POSITIVE]}
-        ],
+        "ancestors": [{"day": COUNT, "fingerprint": TEXT, "vocabulary_digest": (TEXT, None), "table_rows": [POSITIVE]}],
     },
     "options?": ({"subsample_negatives?": _SHARE}, None),
     "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
@@ -103,7 +104,7 @@ class Dataset:
         return Split(self.path, name, self.info, known)
 
     def as_of(self, day: int, table_rows: Sequence[int]) -> "Dataset":
-        """This dataset as a model reads it whose vocabularies are those of `day`, when its tables had `table_rows` rows.
+        """This dataset as a model reads it whose vocabularies are those of `day`, with tables of `table_rows` rows.
 
         The same folder; ids whose rows are newer, or were given to other ids since, are row 0 in batches and absent
         from vocabularies. `Split.newer_ids` counts them.

@@ -224,12 +224,10 @@ def _vocabulary(
 
 def _vocabularies(dataset: Dataset, folder: Path, progress: Progress) -> Iterator[Entry]:
     """One entry for each column; their bytes stay in `folder` until they are written, so that memory holds one."""
-    from dqrm.data.vocabulary import Vocabulary
-
-    for number, column in enumerate(dataset.columns):
+    for number in range(len(dataset.columns)):
         progress("reading vocabularies", number, len(dataset.columns))
         path = folder / f".{number}.parquet"
-        path.write_bytes(Vocabulary.read(dataset.vocabulary_path(column.name)).to_bytes())
+        path.write_bytes(dataset.vocabulary(number).to_bytes())
         size = path.stat().st_size
         yield Entry(artifact.vocabulary_name(number), torch.uint8, (size,), partial(_pieces, path))
     progress("reading vocabularies", len(dataset.columns), len(dataset.columns))

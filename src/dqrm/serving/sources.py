@@ -44,7 +44,7 @@ class LogFormat:
         if verify:
             dataset.verify("vocabulary", tell=progress)
         columns = dataset.info["schema"]["columns"]
-        vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
+        vocabularies = [dataset.vocabulary(number) for number in range(len(columns))]
         return cls(dataset.info["options"], columns, vocabularies)
 
     @classmethod
