@@ -201,7 +201,10 @@ def print_artifact(found: dict[str, Any]) -> None:
     )
     print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
-    where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
+    where = {
+        "embed": "in the file", "beside": "in a second file beside it", "none": "left out",
+        "hash": "not needed: ids are hashed to rows",
+    }[kept]  # fmt: skip
     _say(
         f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
         f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * found['verified']}"

@@ -185,7 +185,9 @@ def test_models_of_earlier_days_see_their_ids_alone(tmp_path):
     same = {"fingerprint": "another", "vocabulary_digest": last.vocabulary_digest}
     assert as_seen_by(last, same, tmp_path / "run") is last
     for trained in ({"fingerprint": "0" * 64}, {"fingerprint": "0" * 64, "vocabulary_digest": None}):
-        with pytest.raises(UserError, match="is not the dataset that .*run was trained on, nor does it have or extend"):
+        with pytest.raises(
+            UserError, match=r"is not the dataset that .*run was trained on, nor does it have or extend"
+        ):
             as_seen_by(last, trained, tmp_path / "run")
     with pytest.raises(UserError, match="is not the dataset that"):  # an earlier day is no extension
         as_seen_by(days[0], {"fingerprint": last.fingerprint}, tmp_path / "run")
@@ -230,7 +232,7 @@ def test_what_cannot_be_extended(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="user.parquet is damaged: its SHA-256"):
+    with pytest.raises(UserError, match=r"user.parquet is damaged: its SHA-256"):
         prepare([tmp_path / "a.csv"], tmp_path / "b", extend=first.path)
     assert not (tmp_path / "b").exists()
 
@@ -264,8 +266,8 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "day.yaml").write_text("extend: one\nevict_after: 3\n")
     flags = ("--label", "click", "--categorical", "user", "--dense", "price", "--split", "time", "--min-count", "2")
     assert command(capsys, "prepare", "1.csv", "-o", "one", *flags)[0] == 0
-    status, out, _ = command(capsys, "prepare", "2.csv", "-o", "two", "--config", "day.yaml", "--validation-fraction", "0.3",
-                             "--json")  # fmt: skip
+    more = ("--config", "day.yaml", "--validation-fraction", "0.3", "--json")
+    status, out, _ = command(capsys, "prepare", "2.csv", "-o", "two", *more)
     found = json.loads(out)
     assert status == 0
     assert found["day"] == 1
@@ -283,7 +285,10 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert command(capsys, "info", "three")[0] == 0
     status, _, told = command(capsys, "prepare", "2.csv", "-o", "four", "--extend", "two", "--dense", "user")
     assert status == 2
-    assert "dense is 'user', but two, which is to be extended" in told or "both dense and categorical" in told
+    assert "column user is in both dense and categorical" in told
+    status, _, told = command(capsys, "prepare", "2.csv", "-o", "four", "--extend", "two", "--categorical", "site")
+    assert status == 2
+    assert "categorical is 'site', but two, which is to be extended, was prepared with 'user'" in " ".join(told.split())
 
 
 @pytest.mark.parametrize("stage", ["reading", "counting ids", "writing", "computing checksums"])

@@ -17,6 +17,7 @@ from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, Kind, proble
 from dqrm.options import did_you_mean
 
 if TYPE_CHECKING:
+    from dqrm.data.hashing import HashedRows
     from dqrm.data.vocabulary import Vocabulary
 
 __all__ = ["Batch", "Column", "Dataset", "Split"]
@@ -120,6 +121,17 @@ class Dataset:
     def narrowed(self) -> bool:
         """Whether it is seen as of an earlier day."""
         return self._day is not None
+
+    def row_maps(self) -> "list[Vocabulary] | list[HashedRows]":
+        """Per categorical column, what maps keys to table rows: the vocabularies, or the hash.
+
+        Raises:
+            UserError: as `vocabulary`.
+        """
+        from dqrm.data.hashing import HashedRows
+
+        hashed = HashedRows.of_columns(self.info["schema"]["columns"])
+        return [self.vocabulary(number) for number in range(len(self.columns))] if hashed is None else hashed
 
     def vocabulary(self, number: int) -> "Vocabulary":
         """The vocabulary of categorical column `number`, in memory.

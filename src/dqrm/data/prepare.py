@@ -31,7 +31,8 @@ Progress = Callable[[str, int, int | None], None]
 # Columns with one number for each row beside the model's.
 _PER_ROW = ("weight", "group")
 # Recorded where they are not the default: datasets without them stay what they were.
-_OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None}
+_OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None, "rows": None,
+             "column_rows": ()}  # fmt: skip
 # Of no effect on the result, or recorded in another way.
 _UNRECORDED = ("chunk_rows", "extend")
 

@@ -24,7 +24,7 @@ from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.check import compare, logits_of, looked_up, sample
 from dqrm.export.config import ExportConfig, PTQConfig
-from dqrm.export.container import FORMAT_VERSION, MIXED_BITS_VERSION, Entry, write
+from dqrm.export.container import FORMAT_VERSION, GROWING_VERSION, MIXED_BITS_VERSION, Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import (
@@ -131,6 +131,8 @@ def _from_run(
     content["vocabulary"], more = _vocabulary(dataset if shipped else None, config, made, progress)
     entries += more
     version = MIXED_BITS_VERSION if isinstance(weights.table_bits, list) else FORMAT_VERSION
+    if dataset is not None and (dataset.hashed or dataset.day):
+        version = GROWING_VERSION
     write(first, artifact.KIND, content, entries, version)
     difference = None if ptq is None else compare(logits_of(model, batch), expected)
     watch.check()
@@ -213,6 +215,8 @@ def _vocabulary(
     `vocabulary: beside` writes them into a second file."""
     if dataset is None:
         return {"mode": "none"}, []
+    if dataset.hashed:
+        return {"mode": "hash"}, []
     vocabularies = list(_vocabularies(dataset, made.parent, progress))
     if config.vocabulary != "beside":
         return {"mode": "embed"}, vocabularies

@@ -57,8 +57,8 @@ def evaluate(
 
     Returns:
         rows, auc, log_loss, accuracy, ne, calibration; if negatives were subsampled base_rate ("true" or "sampled"); if
-        the dataset extends the model's vocabularies newer_ids: how many ids of the split (`ids`, of `all`) the model has
-        no row for. They are looked up as row 0.
+        the dataset extends the model's vocabularies newer_ids: how many ids of the split (`ids`, of `all`) the model
+        has no row for. They are looked up as row 0.
 
     Raises:
         UserError: `model` is none of these, damaged or trained on other data; the split is damaged; a prediction
