@@ -151,8 +151,8 @@ def test_tables_against_the_reference(tmp_path, chunk_rows):
     assert reader.unseen == {"user": 0.0, "user*site": 0.0, "tags": 0.0}
     with pytest.raises(UserError, match="column user of the model is hashed as"):
         RawEncoder(options, columns, [HashedRows(51, 0), *dataset.row_maps()[1:]])
+    unhashed = dataclasses.replace(options, vocabulary="train", rows=None, column_rows=())
     with pytest.raises(UserError, match=r"column user of the model is .* its options expect"):
-        unhashed = dataclasses.replace(options, vocabulary="train", rows=None, column_rows=())
         RawEncoder(unhashed, columns, dataset.row_maps())
 
 
