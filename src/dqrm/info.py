@@ -10,6 +10,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.subsampling import negative_weight
 from dqrm.errors import UserError, printable
 from dqrm.quant.config import QATConfig
+from dqrm.training.footprint import describe_table_bytes
 from dqrm.training.metrics import legend
 from dqrm.training.run import Run
 
@@ -36,6 +37,7 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
         found = {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
+        found["table_bytes"] = run.table_bytes()
         return {**found, "verified": verify and run.verify()}
     if (Path(path) / "dataset.json").exists():
         dataset = Dataset(path)
@@ -60,6 +62,7 @@ def print_description(path: str, verify: bool = False) -> None:
             f"({len(data['dense'])} dense columns, {len(data['columns'])} tables); "
             f"`dqrm train --resume {shlex.quote(path)}` continues it"
         )
+        _print_table_bytes(Run.open(path))
     if verify and found["kind"] != "artifact":  # which says so beside where it comes from
         _say(f"{path}: {'checksums match' if found['verified'] else 'not verified, no checksums to compare with'}")
 
@@ -164,12 +167,18 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
         f"{size(summary['stored_bytes']['total'])} of weights; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
+    _print_table_bytes(Run.open(path))
     if exchange := summary.get("exchange"):
         parts = ", ".join(f"{part.replace('_', ' ')} {count:,.0f}" for part, count in exchange["payload_parts"].items())
         results.print(
             f"{exchange['ranks']} ranks: payload {exchange['payload_bytes']:,.0f} bytes per step and rank ({parts}); "
             f"{exchange['sent_bytes']:,.0f} bytes sent, {exchange['waited_ms']:.1f} ms waited"
         )
+
+
+def _print_table_bytes(run: Run) -> None:
+    if (found := run.table_bytes()) is not None:
+        results.print(describe_table_bytes(found, run.config, run.table_weights))
 
 
 def print_artifact(found: dict[str, Any]) -> None:

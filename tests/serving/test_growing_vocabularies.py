@@ -130,7 +130,7 @@ def test_exports_with_later_vocabularies(made, tmp_path, mode):
     opened = Artifact.open(tmp_path / "new.dqrm", verify=True)
     schema = opened.content["schema"]["columns"]
     assert [column["rows"] for column in schema] == list(days[1].table_rows)
-    assert opened.container.version == 3
+    assert opened.container.version == 4
     if kind == "hashed":
         # Nothing is shipped, and nothing is needed.
         assert opened.sizes()["vocabularies"] == 0

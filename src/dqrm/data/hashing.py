@@ -71,7 +71,9 @@ def xxh64(messages: NDArray[np.uint8], seed: int) -> Hashes:
                 words = _words(messages, at, 4, np.uint64)
                 sums = [_round(lane, words[:, n]) for n, lane in enumerate(sums)]
             at += 32
-            hashes = sum((_rotated(lane, turn) for lane, turn in zip(sums, (1, 7, 12, 18))), np.uint64(0))
+            hashes = np.zeros(count, np.uint64)
+            for lane, turn in zip(sums, (1, 7, 12, 18)):
+                hashes = hashes + _rotated(lane, turn)
             for lane in sums:
                 hashes = (hashes ^ _round(np.uint64(0), lane)) * _P1 + _P4
         else:
@@ -89,7 +91,8 @@ def xxh64(messages: NDArray[np.uint8], seed: int) -> Hashes:
             hashes = _rotated(hashes ^ (messages[:, byte].astype(np.uint64) * _P5), 11) * _P1
         hashes = (hashes ^ (hashes >> np.uint64(33))) * _P2
         hashes = (hashes ^ (hashes >> np.uint64(29))) * _P3
-        return hashes ^ (hashes >> np.uint64(32))
+        mixed: Hashes = hashes ^ (hashes >> np.uint64(32))
+        return mixed
 
 
 def _round(lane: Any, word: Any) -> Any:
