@@ -329,9 +329,10 @@ def _read_info(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path / folder.INFO} cannot be read ({error}); prepare the data again") from None
     version = info.get("format_version") if isinstance(info, dict) else None
-    if version != folder.FORMAT_VERSION:
+    if version not in folder.KNOWN_VERSIONS:
         raise UserError(
-            f"{path} has format version {version}, this dqrm reads version {folder.FORMAT_VERSION}; "
+            f"{path} has format version {version}, this dqrm reads versions "
+            f"{' and '.join(map(str, folder.KNOWN_VERSIONS))}; "
             "prepare the data again"
         )
     wrong = problem(info, _SHAPE)

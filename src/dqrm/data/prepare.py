@@ -201,7 +201,7 @@ def _info(
 ) -> dict[str, Any]:
     by_split = dict(zip(folder.SPLITS, writers))
     info: dict[str, Any] = {
-        "format_version": folder.FORMAT_VERSION,
+        "format_version": folder.GROWING_VERSION if extended or plan.hashing else folder.FORMAT_VERSION,
         "schema": _schema(plan, made.columns),
         "split": splits.describe(plan.config),
         "rows": {name: writer.rows for name, writer in by_split.items()},
