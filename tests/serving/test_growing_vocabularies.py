@@ -71,6 +71,10 @@ def by_hand(folder, dataset, trained_on, split):
     return np.array([int(line["click"]) for line in lines]), logits.numpy().astype(np.float64)
 
 
+def flat(metrics):
+    return {name: value for name, value in metrics.items() if name != "newer_ids"} | metrics.get("newer_ids", {})
+
+
 def test_metrics_of_later_days(made):
     folder, kind, days = made
     loaded = dqrm.load(folder / "run.dqrm")
@@ -81,7 +85,7 @@ def test_metrics_of_later_days(made):
                 for model in (folder / "run", folder / "run.dqrm", folder / "run.onnx", loaded)
             ]
             for other in found[1:]:
-                assert other == pytest.approx(found[0], abs=1e-6)
+                assert flat(other) == pytest.approx(flat(found[0]), abs=1e-6)
             if kind == "hashed" or day == 1:
                 assert "newer_ids" not in found[0]
                 continue
