@@ -114,6 +114,8 @@ def test_predictions_with_later_vocabularies(made, tmp_path):
             later = scored(model, file, tmp_path / "later.parquet", data=str(days[3].path))
             if kind != "evicting":
                 np.testing.assert_allclose(later, own, atol=1e-6)
+            elif day == 1:  # ids of that day are forgotten by day 3
+                assert not np.allclose(later, own, atol=1e-6)
             if kind != "hashed" and day == 3:
                 logits = np.concatenate([by_hand(folder, days[3], days[1], split)[1] for split in
                                          ("train", "validation", "test")])  # fmt: skip
@@ -122,7 +124,6 @@ def test_predictions_with_later_vocabularies(made, tmp_path):
         loaded = dqrm.load(folder / "run.dqrm", data=days[3].path)
         again = loaded.score(pl.read_csv(folder / "3.csv", infer_schema=False))
         np.testing.assert_allclose(again, later, atol=1e-6)
-        assert not np.allclose(later, own, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["embed", "beside", "none"])
