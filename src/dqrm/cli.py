@@ -49,7 +49,7 @@ def cli() -> None:
 
 
 @cli.command(cls=GroupedCommand)
-@click.option("-o", "--output", required=True, help="The log file to write.")
+@click.option("-o", "--output", required=True, help="The log file to write; with --days the folder.")
 @config_options(("Generated data", GenerateConfig))
 def generate(output: str, **flags: Any) -> None:
     """Draw a click log in Criteo's layout from a known model."""
