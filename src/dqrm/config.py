@@ -224,8 +224,8 @@ class TrainingConfig:
     log_every: int = 1000
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     callbacks: tuple[str, ...] = recipe.CALLBACKS
-    """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch) or
-    ema:decay=0.99 (averages the MLP weights); '' for none."""
+    """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch),
+    ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (first epochs' bits); '' for none."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"

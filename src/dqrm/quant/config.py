@@ -175,6 +175,11 @@ class QATConfig(BitsOfParts):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
 
     @property
+    def learns_scales(self) -> bool:
+        """Whether the scales of weights are learned, by one of our quantizers."""
+        return self.quantizer in _LEARNING[0]
+
+    @property
     def learned_fields(self) -> set[str]:
         """Which fields of `OptimizerConfig` for what quantizers learn can act; quantizers from outside may use all."""
         weights, activations = (

@@ -82,6 +82,7 @@ class QuantizedTables(FakeQuantized):
     """Mixin: tables stored in `self.weight`, whose rows are fake-quantized as they are looked up."""
 
     sparse: bool
+    _training_bits = (32,)
 
     @property
     def scale(self) -> Tensor:
@@ -149,17 +150,20 @@ class _OneTable(QuantizedTables):
         weight, quantizer = self.weight, self.weight_fake_quantizer
         if self.bits == 32:
             return F.embedding(ids, weight, self.padding_idx, sparse=self.sparse)
-        ids = integers(ids)
+        ids, quantized = integers(ids), self.bits_in_use != 32
         quantizer.before_forward(weight, self.sparse)
         plain = self.padding_idx is not None or weight.dtype != torch.float32 or not quantizer.fusible
         if self.sparse and not plain and not kernels.traced():
             start = torch.zeros(1, dtype=torch.int64, device=weight.device)
-            table = _Lookup(ids.contiguous(), 0, start, start + len(weight), quantizer.scale)
-            values, rows = _ActiveRows.apply(weight, [table], *quantizer.lookup_arguments(weight, ids.numel()))
+            scale = quantizer.scale if quantized else None
+            table = _Lookup(ids.contiguous(), 0, start, start + len(weight), scale)
+            count = ids.numel() if quantized else 0
+            values, rows = _ActiveRows.apply(weight, [table], *quantizer.lookup_arguments(weight, count))
         else:
             rows = ids.long()
             quantizer.mark_rows(rows, 0, 1)
-            values = quantizer.fake_quantize(F.embedding(rows, weight, self.padding_idx, sparse=self.sparse))
+            values = F.embedding(rows, weight, self.padding_idx, sparse=self.sparse)
+            values = quantizer.fake_quantize(values) if quantized else values
         quantizer.note_rows(rows, weight, self.sparse)
         return values
 
@@ -271,7 +275,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         weight, quantizer, scale = self.weight, self.weight_fake_quantizer, None
         if self.bits != 32:
             quantizer.before_forward(weight, self.sparse)
-            scale = quantizer.scale
+            scale = quantizer.scale if self.bits_in_use != 32 else None
         if self.sparse and quantizer.fusible and not kernels.traced():
             starts, table_rows = self.row_offsets, self.rows_per_table
             lookups = [
@@ -284,7 +288,8 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
                 )
                 for part, first, tables in groups
             ]
-            count = sum([part.numel() for part, _, _ in groups])
+            # What is not quantized is not clamped either.
+            count = 0 if scale is None else sum([part.numel() for part, _, _ in groups])
             values, rows = _ActiveRows.apply(weight, lookups, *quantizer.lookup_arguments(weight, count))
         else:
             values, rows = self._plain_rows(groups, weight)
@@ -301,7 +306,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
             quantizer.mark_rows(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
         values = storage_of(weight.dtype).lookup(weight, rows, self.sparse)
-        if self.bits == 32:
+        if self.bits_in_use == 32:
             return values, rows
         quantized = []
         for part, (_, first, tables) in zip(values.split([len(piece) for piece in pieces]), groups):

@@ -73,7 +73,6 @@ class QuantLinear(FakeQuantized, nn.Linear):
         ValueError: an unsupported number of bits or granularity.
     """
 
-    bits: int
     activation_fake_quantizer: ActivationFakeQuantizer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,15 +100,29 @@ class QuantLinear(FakeQuantized, nn.Linear):
         if self.bits != 32:
             self.weight_fake_quantizer.before_forward(weight)
             bias = self.quantized_bias()
-            weight = self.weight_fake_quantizer.fake_quantize(weight)
+            weight = self._quantized_weight()
         return F.linear(self.quantized_input(input), weight, bias)
 
+    def _quantized_weight(self) -> Tensor:
+        """The weight as it is multiplied, where it has a quantizer."""
+        bits, weight = self.bits_in_use, self.weight
+        if bits == self.bits:
+            return self.weight_fake_quantizer.fake_quantize(weight)
+        quantized: Tensor = weight
+        if bits != 32:
+            quantized = _FakeQuantizeWeight.apply(weight, bits, self.granularity == "channel")
+        return quantized
+
     def quantized_bias(self) -> Tensor | None:
-        """The bias, fake-quantized if configured: [outputs], or None."""
+        """The bias, fake-quantized if configured, unless its weight is not: [outputs], or None."""
         bias: Tensor | None = self.bias
-        if bias is None or self.bias_bits == 32:
+        if bias is None or self.bias_bits == 32 or self.bits_in_use == 32:
             return bias
-        return fake_quantize(bias, self.current_scale(), self.bias_bits)
+        if self.bits_in_use == self.bits:
+            return fake_quantize(bias, self.current_scale(), self.bias_bits)
+        return fake_quantize(
+            bias, weight_scale(self.weight, self.bits_in_use, self.granularity == "channel"), self.bias_bits
+        )
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as it is multiplied; in training, it may change the range of its quantizer."""

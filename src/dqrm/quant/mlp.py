@@ -123,7 +123,7 @@ class QuantMLP(nn.Sequential):
                 x = module.quantized_input(x.float())
             relu = isinstance(following, nn.ReLU)
             bf16 = self.bf16 and self.training and relu
-            layers.append(_Layer(module.bits, module.granularity == "channel", relu, bf16))
+            layers.append(_Layer(module.bits_in_use, module.granularity == "channel", relu, bf16))
             bias = module.quantized_bias()
             parameters += [module.weight, module.weight.new_zeros(module.out_features) if bias is None else bias]
         result: Tensor = _Layers.apply(x, layers, *parameters)

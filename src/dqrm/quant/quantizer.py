@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dqrm.kernels import Limits, TableRanges, plain
 from dqrm.quant.clamping import Clamps
-from dqrm.quant.config import QUANTIZERS, QATConfig, registered
+from dqrm.quant.config import BITS, QUANTIZERS, QATConfig, registered
 from dqrm.quant.storage import storage_of
 from dqrm.quant.uniform import code_limits, fake_quantize, fake_quantize_groups, highest_codes, scale_from_max
 
@@ -275,6 +275,33 @@ class FakeQuantized(nn.Module):
 
     weight: Any
     weight_fake_quantizer: WeightFakeQuantizer
+    bits: int
+    training_bits: int | None = None
+    """Bits of forwards in training where they are not yet `bits`; see `train_with_bits`."""
+    _training_bits: tuple[int, ...] = BITS
+
+    @property
+    def bits_in_use(self) -> int:
+        """Bits of the weight in the next forward: `training_bits` in training, where they are set, else `bits`."""
+        return self.bits if self.training_bits is None or not self.training else self.training_bits
+
+    def train_with_bits(self, bits: int | None) -> None:
+        """From now on, forwards in training have this number of bits, 32 for an unquantized weight; evaluation, state
+        dicts, packing and export keep `bits`. None: training has `bits` too, on scales that are set now.
+
+        Below 32, a linear layer is quantized on the scales of its largest magnitudes, to the nearest code, whatever its
+        quantizer.
+
+        Raises:
+            ValueError: a number of bits that is not supported here, or a layer that is not quantized.
+        """
+        if bits is not None and self.bits == 32:
+            raise ValueError(f"bits is {bits}, but the layer is not quantized; expected None")
+        if bits is not None and bits not in self._training_bits:
+            raise ValueError(f"bits is {bits!r}, expected None or one of {', '.join(map(str, self._training_bits))}")
+        self.training_bits = bits
+        if bits is None:
+            self.weight_fake_quantizer.refresh(self.weight, everything=True)
 
     def _add_quantizer(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         self.qat, self.bits = qat, bits

@@ -66,7 +66,7 @@ def train(
         config = world.together(lambda: resolved(asked, data))
         check_ranks(world, config, data)
         callbacks = world.together(lambda: _registered(config, callbacks))
-        world.together(lambda: _check_callbacks(callbacks))
+        world.together(lambda: _check_callbacks(callbacks, config))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
@@ -166,9 +166,9 @@ def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]
     return build_callbacks(config.training.callbacks, callbacks)
 
 
-def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+def _check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:
     for callback in callbacks:
-        callback.check()
+        callback.check(config)
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:

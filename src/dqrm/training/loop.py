@@ -235,7 +235,8 @@ class Trainer:
         state, options, position = self.state, self.options, self._position()
         with self._evaluated_weights():
             metrics = self._evaluate_on("validation")
-        better = choose(state, metrics, train_loss, self.config)
+        counts = all(each(self) for each in overriding(self.callbacks, "evaluation_counts"))
+        better = choose(state, metrics, train_loss, self.config, counts)
         self._write({
             "kind": "evaluation",
             "split": "validation",

@@ -14,11 +14,14 @@ from dqrm.training.metrics import METRICS, Metric, groups_with_both_labels
 from dqrm.training.state import State
 
 
-def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Config) -> bool:
+def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Config, counts: bool = True) -> bool:
     """Update the state after an evaluation on validation: a new best, or one more evaluation without improvement, after
     which the learning rate may drop.
 
     Without validation rows nothing can be selected: the last state is the result.
+
+    Args:
+        counts: whether one without improvement is one of those (`Callback.evaluation_counts`).
 
     Returns:
         Whether it is the best so far; False without a value of the metric.
@@ -27,9 +30,13 @@ def choose(state: State, metrics: dict[str, Any], train_loss: float, config: Con
     sign = 1 if METRICS[options.select_by].higher_is_better else -1
     best = None if state.best is None else state.best["metrics"][options.select_by]
     better = value is not None and (best is None or sign * value > sign * best)
+    if not counts:
+        state.uncounted_epoch = state.epoch + 1
     if better or value is None:
         state.best = {"step": state.step, "epoch": state.epoch + 1, "train_loss": train_loss, "metrics": metrics}
         state.without_better = 0
+        return better
+    if not counts:
         return better
     state.without_better += 1
     if state.without_better % config.optimizer.plateau_patience == 0:
@@ -44,7 +51,7 @@ def stops(state: State, options: TrainingConfig, epoch_ends: bool) -> str | None
     best, epoch = state.best, state.epoch + 1
     if options.early_stopping and state.without_better >= options.early_stopping:
         waited = f"{state.without_better} evaluation{'s' * (state.without_better > 1)}"
-    elif epoch_ends and options.patience and epoch - best["epoch"] >= options.patience:
+    elif epoch_ends and options.patience and epoch - max(best["epoch"], state.uncounted_epoch) >= options.patience:
         waited = f"{epoch - best['epoch']} epoch{'s' * (epoch > best['epoch'] + 1)}"
     else:
         return None

@@ -20,6 +20,8 @@ class State:
     loss_rows: int = 0
     best: dict[str, Any] | None = None
     without_better: int = 0
+    uncounted_epoch: int = 0
+    """The last epoch (from 1) whose evaluations do not count for patience; 0: none."""
     rate_factor: float = 1.0
     finished: bool = False
     metrics_bytes: int = 0
@@ -37,7 +39,7 @@ def check_keys(path: Path, content: dict[str, Any]) -> None:
     """Raise UserError unless a state.json that was read has the keys of `State`, and no others."""
     known = [field.name for field in fields(State)]
     # Older runs lack some fields.
-    later = ("clamping", "callbacks")
+    later = ("clamping", "callbacks", "uncounted_epoch")
     require(path, content, dict.fromkeys((name for name in known if name not in later), ANYTHING))
     if unknown := [name for name in content if name not in known]:
         raise UserError(f"{path} has the unknown key '{unknown[0]}': another version of dqrm wrote it")
