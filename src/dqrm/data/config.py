@@ -8,11 +8,32 @@ from typing import Literal
 from dqrm.data import conditions
 from dqrm.options import check_fields, split_quoted, unquoted
 
-Layout = Literal["criteo-kaggle", "criteo-terabyte", "table", "libsvm", "libffm"]
+Layout = Literal[
+    "criteo-kaggle",
+    "criteo-terabyte",
+    "table",
+    "libsvm",
+    "libffm",
+    "dlrm-kaggle",
+    "dlrm-terabyte",
+    "mlperf-binary",
+    "criteo-npy",
+    "fuxictr",
+]
 
 CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
 CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
 _CRITEO = ("criteo-kaggle", "criteo-terabyte")
+# Criteo's logs with numbers in place of categories, as other programs have processed them.
+NUMBERED = ("dlrm-kaggle", "dlrm-terabyte", "mlperf-binary", "criteo-npy")
+_NAMED = (*_CRITEO, *NUMBERED)
+# Layouts whose columns are named by whoever uses them.
+_TABULAR = ("table", "fuxictr")
+_SPLITS = {
+    "criteo-kaggle": "time",
+    "dlrm-kaggle": "time",
+    **dict.fromkeys(("criteo-terabyte", "dlrm-terabyte", "mlperf-binary", "criteo-npy", "fuxictr"), "file"),
+}
 # Lines are lists of features there; LIBSVM's have one column.
 SPARSE = ("libsvm", "libffm")
 LIBSVM_COLUMN = "features"
@@ -27,8 +48,9 @@ class PrepareConfig:
     """
 
     layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text;
-    libsvm gives one multi-valued column and no dense ones: train with --interaction cat."""
+    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text
+    (libsvm gives one multi-valued column and no dense ones: train with --interaction cat); or data that DLRM (.npz),
+    MLPerf (binary), TorchRec or HugeCTR (npy) or FuxiCTR (Parquet) has processed."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
@@ -60,7 +82,8 @@ class PrepareConfig:
     vocabulary: Literal["train", "all"] = "train"
     """Rows whose ids get table rows: those of the training split, or all (as in the papers)."""
     split: Literal["time", "file", "column", "random"] | None = None
-    """Rule of the split; none: time for criteo-kaggle, file for criteo-terabyte, random for a table."""
+    """Rule of the split; none: time for criteo-kaggle and dlrm-kaggle, random for tables and sparse text, file for the
+    other layouts."""
     validation_fraction: float = 0.1
     """Fraction of rows for validation, with a split that is random or by time (table and criteo-terabyte)."""
     test_fraction: float = 0.1
@@ -82,7 +105,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.layout == "table":
+        if self.layout in _TABULAR:
             _check_roles(self)
         else:
             _check_own_columns(self)
@@ -121,19 +144,19 @@ class PrepareConfig:
     @property
     def split_rule(self) -> str:
         """The rule of the split, the layout's own where none is given."""
-        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file"}.get(self.layout, "random")
+        return self.split or _SPLITS.get(self.layout, "random")
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return CRITEO_DENSE if self.layout in _CRITEO else self.dense
+        return CRITEO_DENSE if self.layout in _NAMED else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
         if self.layout == "libsvm":
             return (LIBSVM_COLUMN,)
-        return CRITEO_CATEGORICAL if self.layout in _CRITEO else self.categorical
+        return CRITEO_CATEGORICAL if self.layout in _NAMED else self.categorical
 
     @property
     def multi_names(self) -> tuple[str, ...]:
@@ -156,6 +179,8 @@ def _check_own_columns(config: PrepareConfig) -> None:
         for field in ("cross", "null_values"):
             if getattr(config, field):
                 raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
+    if config.layout in NUMBERED and config.null_values:
+        raise ValueError(f"null_values is for text, and files of layout {config.layout} hold numbers")
     for name in config.categorical:
         if not (name.isdecimal() and name.isascii() and str(int(name)) == name):
             raise ValueError(f"categorical has {name!r}, expected field numbers, as in 0,1,2 (layout libffm)")
