@@ -6,7 +6,7 @@ field is its help. Impossible values are refused when the dataclass is built. Im
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,9 +116,11 @@ def _check_widths(name: str, widths: tuple[int, ...], least: int = 0) -> None:
 class OptimizerConfig:
     """Update rule and learning rate schedule."""
 
-    optimizer: str = recipe.OPTIMIZER
-    """Update rule: sgd, adagrad, rowwise_adagrad (one accumulator per table row; plain Adagrad for the MLP), adam (rows
-    of the batch; 8 bytes per weight), rowwise_adam (4), dense_adam (8; L2 acts on all rows), or a registered one."""
+    optimizer: str | None = None
+    """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
+    row; plain Adagrad for the MLP), counter_adagrad (the same; with table_l2, rare rows decay more), frequency_adagrad
+    (the same; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4), dense_adam (8; L2 acts on
+    all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype int8."""
     learning_rate: float | None = None
     """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
     batch size 2048."""
@@ -126,6 +128,8 @@ class OptimizerConfig:
     """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10
     """Added to Adagrad's root, against division by zero."""
+    count_halflife: float = 10_000.0
+    """With counter_adagrad: steps after which half of a row's count of updates is forgotten."""
     adam_beta1: float = 0.9
     """Decay rate of Adam's first moment."""
     adam_beta2: float = 0.999
@@ -135,7 +139,8 @@ class OptimizerConfig:
     clip_norm: float = 0.0
     """Largest norm of the gradients of tables and MLP together, which are scaled down to it; 0: no limit."""
     table_l2: float = 0.0
-    """L2 on the tables, added to the gradient as table_l2 * weight: of rows of the batch; dense_adam: of all."""
+    """L2 on the tables, added to the gradient as table_l2 * weight: of rows of the batch; dense_adam: of all;
+    counter_adagrad: weight decay, larger for rare rows."""
     mlp_l2: float = 0.0
     """L2 (weight decay) on the MLP weights and biases."""
     scale_rate_factor: float = 1.0
@@ -157,9 +162,11 @@ class OptimizerConfig:
         if self.learning_rate is not None:
             at_least(self, learning_rate=0)
         at_least(
-            self, adagrad_eps=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0, mlp_l2=0,
-            scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
+            self, adagrad_eps=0, count_halflife=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0,
+            mlp_l2=0, scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
         )  # fmt: skip
+        if not self.count_halflife > 0:
+            raise ValueError(f"count_halflife is {self.count_halflife}, expected a number of steps above 0")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and below 1")
@@ -180,10 +187,15 @@ class OptimizerConfig:
             )
 
     @property
+    def rule(self) -> str:
+        """`optimizer`; if it is none (only outside a `Config`), the default with tables that are not in INT8."""
+        return recipe.OPTIMIZER if self.optimizer is None else self.optimizer
+
+    @property
     def rate(self) -> float:
         """`learning_rate`; if it is none, the default of the largest batch size."""
         if self.learning_rate is None:
-            return recipe.learning_rate(self.optimizer, recipe.BATCH_SIZES[-1][1])
+            return recipe.learning_rate(self.rule, recipe.BATCH_SIZES[-1][1])
         return self.learning_rate
 
     @property
@@ -235,7 +247,8 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of MLP and interaction in training; bf16 keeps FP32 weights and evaluates in FP32."""
     table_dtype: str = "fp32"
-    """Master weights of the tables: fp32, or bf16 (stochastic rounding), which needs half the memory."""
+    """Master weights of the tables: fp32 (4 bytes per weight); bf16 (2), or int8 (1, and 2 per row for its scale), both
+    updated with stochastic rounding."""
     seed: int = 0
     """Seed of the initial weights and of the order of samples."""
 
@@ -266,6 +279,9 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
     def __post_init__(self) -> None:
+        if self.optimizer.optimizer is None:  # resolved here, so that what is stored says it
+            rule = recipe.optimizer(self.training.table_dtype)
+            object.__setattr__(self, "optimizer", replace(self.optimizer, optimizer=rule))
         if 0 < self.training.batch_size < self.exchange.simulate_ranks:
             raise ValueError(
                 f"simulate_ranks is {self.exchange.simulate_ranks}, more than the {self.training.batch_size} samples "
@@ -308,18 +324,16 @@ class Config:
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "Config":
         """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
 
-        Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file as well, unless they are
-        overridden too.
+        Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file too, unless they are given;
+        with 32 also table_granularity and table_qscheme.
 
         Raises:
             UserError: as `from_dict`; or the file cannot be read.
         """
         sections = _checked(read_yaml(path), str(path)) if path else {}
         overrides = dict(overrides or {})
-        if "bits" in overrides:
-            names = ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows")
-            for name in names[:3] if "small_table_bits" in overrides else names:
-                sections.get("quantization", {}).pop(name, None)
+        for name in recipe.overridden(overrides):
+            sections.get("quantization", {}).pop(name, None)
         for name, value in overrides.items():
             section = _section_of(name)
             if section is None:

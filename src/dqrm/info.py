@@ -10,6 +10,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.data.subsampling import negative_weight
 from dqrm.errors import UserError, printable
 from dqrm.quant.config import QATConfig
+from dqrm.training.footprint import describe_table_bytes
 from dqrm.training.metrics import legend
 from dqrm.training.run import Run
 
@@ -36,6 +37,7 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
         found = {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
+        found["table_bytes"] = run.table_bytes()
         return {**found, "verified": verify and run.verify()}
     if (Path(path) / "dataset.json").exists():
         dataset = Dataset(path)
@@ -60,6 +62,7 @@ def print_description(path: str, verify: bool = False) -> None:
             f"({len(data['dense'])} dense columns, {len(data['columns'])} tables); "
             f"`dqrm train --resume {shlex.quote(path)}` continues it"
         )
+        _print_table_bytes(Run.open(path))
     if verify and found["kind"] != "artifact":  # which says so beside where it comes from
         _say(f"{path}: {'checksums match' if found['verified'] else 'not verified, no checksums to compare with'}")
 
@@ -149,17 +152,25 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
     small = ""
     if quantization.get("small_table_bits"):
         small = f" ({quantization['small_table_bits']} below {quantization['small_table_rows']:,} rows)"
+    columns, dim = Run.open(path).info["data"]["columns"], summary["config"]["model"]["embedding_dim"]
+    of_tables = 8 * summary["stored_bytes"]["tables"] / max(1, dim * sum(column["rows"] for column in columns))
     results.print(
         f"Tables {bits[0]} bits{small}, MLP {bits[1]} bits{_quantizers(quantization)}: "
-        f"{size(summary['stored_bytes']['total'])} of weights; "
+        f"{size(summary['stored_bytes']['total'])} of weights, {_scales(quantization, of_tables)}; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
+    _print_table_bytes(Run.open(path))
     if exchange := summary.get("exchange"):
         parts = ", ".join(f"{part.replace('_', ' ')} {count:,.0f}" for part, count in exchange["payload_parts"].items())
         results.print(
             f"{exchange['ranks']} ranks: payload {exchange['payload_bytes']:,.0f} bytes per step and rank ({parts}); "
             f"{exchange['sent_bytes']:,.0f} bytes sent, {exchange['waited_ms']:.1f} ms waited"
         )
+
+
+def _print_table_bytes(run: Run) -> None:
+    if (found := run.table_bytes()) is not None:
+        results.print(describe_table_bytes(found, run.config, run.table_weights))
 
 
 def print_artifact(found: dict[str, Any]) -> None:
@@ -186,8 +197,8 @@ def print_artifact(found: dict[str, Any]) -> None:
     config = described_config(model)
     _say(
         f"{model_class(config).describe(config)}; "
-        f"tables {_told(bits, model['table_bits'])} bits, MLP {model['mlp_bits']} bits "
-        f"({_METHODS[found['quantization']['method']]})"
+        f"tables {_told(bits, model['table_bits'])} bits ({_scales(model, found['table_bits_per_weight'])}), "
+        f"MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
     )
     print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
@@ -211,6 +222,17 @@ def _told(bits: Sequence[int], described: Any) -> str:
     if not isinstance(described, list):
         return str(described)
     return " and ".join(f"{each} ({bits.count(each)} of {len(bits)})" for each in sorted({*bits}))
+
+
+def _scales(described: dict[str, Any], bits: float) -> str:
+    """What the tables' weights take, and how many of them share a scale."""
+    granularity = str(described.get("table_granularity", "table"))
+    told = f"{bits:.3f} bits per weight of the tables"
+    if bits >= 32:
+        return told
+    of = f"{granularity.partition(':')[2]} rows" if granularity.startswith("block:") else granularity
+    zero_point = " and zero point" if described.get("table_qscheme") == "affine" else ""
+    return f"{told} with a scale{zero_point} per {of}"
 
 
 def print_export(found: dict[str, Any]) -> None:

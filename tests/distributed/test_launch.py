@@ -49,7 +49,9 @@ DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "
        "checkpoint_every": 8}  # fmt: skip
 REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": "rowwise_adagrad", "epochs": 2,
            "max_steps": 40, "scale_refresh": "running_max"}  # fmt: skip
-STAGED = REDRAWN | {"callbacks": "stage_bits:tables=32:mlp=16,redraw_tables:min_rows=30", "checkpoint_every": 9}
+COUNTED = REDRAWN | {"optimizer": "counter_adagrad", "table_l2": 0.01, "count_halflife": 20, "checkpoint_every": 9}
+STAGED = REDRAWN | {"callbacks": "stage_bits:tables=32:mlp=16,redraw_tables:min_rows=30", "checkpoint_every": 9,
+                    "optimizer": "frequency_adagrad"}  # fmt: skip
 LSQ = REDRAWN | {"quantizer": "lsq", "learning_rate": 0.02, "checkpoint_every": 9}
 ADAM = {"optimizer": "rowwise_adam", "table_learning_rate": 0.02, "clip_norm": 0.05, "learning_rate": 0.01,
         "max_steps": 20, "log_every": 5, "checkpoint_every": 8}  # fmt: skip
@@ -104,6 +106,7 @@ def pair(generated, bags_data, small, work):
         "redrawn": train_words(generated, **REDRAWN),
         "lsq": train_words(generated, **LSQ),
         "staged": train_words(generated, **STAGED),
+        "counted": train_words(generated, **COUNTED),
         "adam": train_words(generated, **ADAM),
         "dense_adam": train_words(generated, **DENSE_ADAM),
         "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
@@ -159,13 +162,14 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
 
 
 @pytest.mark.parametrize(
-    "name", ["odd", "shared", "rows", "redrawn", "lsq", "staged", "gathered", "summed", "dcn", "adam", "dense_adam"]
+    "name",
+    ["odd", "shared", "rows", "redrawn", "lsq", "staged", "counted", "gathered", "summed", "dcn", "adam", "dense_adam"],
 )
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
     fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ,
               "gathered": {"max_steps": 27, "log_every": 9},
               "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM,
-              "dense_adam": DENSE_ADAM, "staged": STAGED}[name]  # fmt: skip
+              "dense_adam": DENSE_ADAM, "staged": STAGED, "counted": COUNTED}[name]  # fmt: skip
     same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
 
 

@@ -18,8 +18,10 @@ from dqrm.errors import UserError
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.training.launch import resume, train
+from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.step import TrainStep
 from launch_helpers import same_tensors
+from run_helpers import Killed, killer
 
 TABLES, MULTI = (7, 300, 20, 3, 50), (False, False, False, True, True)
 STARTS = (0, 7, 307, 327, 330, 380)
@@ -58,9 +60,7 @@ def make(ranks, bits=32, optimizer="sgd", qat=None, dense=3, precision="fp32", s
         training=TrainingConfig(precision=precision, seed=seed, batch_size=batch_size),
         exchange=ExchangeConfig(simulate_ranks=ranks, **exchange),
     )
-    model = DLRM(
-        dense, TABLES, multi=MULTI, config=MODEL, qat=config.quantization, seed=seed, precision=precision
-    )  # fmt: skip
+    model = DLRM(dense, TABLES, multi=MULTI, config=MODEL, qat=config.quantization, seed=seed, precision=precision)
     return TrainStep(model.train(), config)
 
 
@@ -99,7 +99,7 @@ def everything(step):
 
 
 @RANKS
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "dense_adam"])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("table_exchange", ["all_gather", "all_to_all"])
 def test_fp32_codecs_give_what_one_rank_gives(ranks, optimizer, table_exchange):
     """In FP32: INT4 weights next to a rounding boundary would take another code for the last bit of a sum."""
@@ -372,27 +372,17 @@ def test_what_cannot_be_simulated_is_refused(generated, tmp_path):
         with pytest.raises(ValueError, match=next(iter(fields))):
             ExchangeConfig(**fields)
     config = tiny()
-    config = replace(
-        config,
-        quantization=replace(config.quantization, activation_bits=8),
-        exchange=ExchangeConfig(simulate_ranks=2),
-    )
+    qat = replace(config.quantization, activation_bits=8)
+    config = replace(config, quantization=qat, exchange=ExchangeConfig(simulate_ranks=2))
     with pytest.raises(UserError, match="activation_bits is 8"):
         train(generated, tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_before_residuals_of_rows_were_dropped_goes_on_without(generated, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def progress(_, done, __):
-        if done == 8 * 64:
-            raise Killed
-
     config = replace(tiny(checkpoint_every=5, max_steps=20), exchange=ExchangeConfig(simulate_ranks=2))
     with pytest.raises(Killed):
-        train(generated, tmp_path / "run", config, progress=progress)
+        train(generated, tmp_path / "run", config, progress=killer(8))
     shutil.copytree(tmp_path / "run", tmp_path / "old")
     info = json.loads((tmp_path / "old" / "run.json").read_text())
     info["config"]["exchange"]["table_compensation_rows"] = 50

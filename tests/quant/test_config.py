@@ -16,6 +16,8 @@ DEFAULTS = {
     "bias_bits": 32,
     "activation_bits": 32,
     "activation_quantizer": "running_max",
+    "table_granularity": "table",
+    "table_qscheme": "symmetric",
 }
 BITS_FIELDS = ["bits", "table_bits", "mlp_bits", "small_table_bits", "bias_bits", "activation_bits"]
 

@@ -8,11 +8,11 @@ import torch
 import dqrm
 from conftest import tiny
 from dqrm.config import TrainingConfig
+from dqrm.models.registry import table_storage
 from dqrm.quant.config import STORAGES
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
-from dqrm.quant.storage import BF16, FP32, Storage, max_abs, storage_of
+from dqrm.quant.storage import BF16, FP32, Storage, max_abs, storage_for
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
-from dqrm.training.run import table_dtype
 from run_helpers import assert_resumes, last
 
 
@@ -37,14 +37,14 @@ def half(monkeypatch):
 
 
 def test_each_dtype_has_its_storage(half):
-    assert [storage_of(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [FP32, BF16, Half]
-    assert storage_of(torch.float64) is Storage
+    assert [storage_for(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [FP32, BF16, Half]
+    assert storage_for(torch.float64) is Storage
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_rows_are_read_as_float32(dtype):
     weight = torch.randn(50, 4, dtype=torch.float64).to(dtype)
-    rows, storage = torch.tensor([3, 49, 3]), storage_of(dtype)
+    rows, storage = torch.tensor([3, 49, 3]), storage_for(dtype)
     assert torch.equal(storage.gather(weight, rows), weight[rows].float())
     assert torch.equal(storage.lookup(weight, rows, True), weight[rows].float())
     assert storage.largest(weight) == weight.abs().max().float()
@@ -55,7 +55,7 @@ def test_rows_are_read_as_float32(dtype):
 @pytest.mark.parametrize("kind", [SparseSGD, SparseAdagrad])
 def test_a_dtype_without_updates_is_refused_with_those_that_have_them(kind):
     optimizer = kind([torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))], 0.1)
-    with pytest.raises(ValueError, match=r"weight is torch.float64, expected torch.float32 or torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"is torch.float64, expected torch.float32 or torch.bfloat16 or torch.int8"):
         optimizer.step_rows(torch.tensor([1]), torch.ones(1, 2))
 
 
@@ -92,9 +92,9 @@ def test_a_run_names_it_trains_resumes_and_exports(generated, half, tmp_path):
     assert last(tmp_path / "cut")["weights.safetensors/tables.weight"].dtype == torch.float16
     assert dqrm.export_run(tmp_path / "cut", tmp_path / "model.dqrm")["largest_difference"] == 0
     other = replace(config, training=replace(config.training, table_dtype="fp32"))
-    assert table_dtype(other) == torch.float32
+    assert table_storage(other) is FP32
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="table_dtype is 'fp64', expected 'fp32' or 'bf16'"):
+    with pytest.raises(ValueError, match="table_dtype is 'fp64', expected 'fp32' or 'bf16' or 'int8'"):
         TrainingConfig(table_dtype="fp64")

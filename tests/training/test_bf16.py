@@ -17,7 +17,7 @@ from dqrm.models.dlrm import DLRM
 from dqrm.quant.config import QATConfig
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
-from dqrm.training.optimizers import SparseAdagrad, SparseSGD, build_optimizers
+from dqrm.training.optimizers import OPTIMIZERS, SparseAdagrad, SparseSGD, build_optimizers
 from dqrm.training.run import Run
 from dqrm.training.step import TrainStep
 from kernel_helpers import NATIVE, on
@@ -262,7 +262,7 @@ def test_infinity_and_nan_show(path):
     assert torch.equal(weight[~expected.isnan()].float(), expected[~expected.isnan()])
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam", "dense_adam"])
+@pytest.mark.parametrize("rule", list(OPTIMIZERS))
 def test_a_restored_optimizer_continues_with_the_same_bits(rule):
     """After more steps than bf16 can count one by one (256)."""
     config = replace(tiny(optimizer=rule).optimizer, learning_rate=0.01)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from dqrm.errors import UserError
+from dqrm.quant.storage import storage_of
 
 T = TypeVar("T")
 
@@ -104,4 +105,4 @@ class World:
     def broadcast_model(self, module: nn.Module) -> None:
         """Broadcast rank 0's parameters and persistent buffers to all ranks, without a second copy."""
         for tensor in module.state_dict(keep_vars=True).values():
-            self.broadcast(tensor.detach())
+            self.broadcast(storage_of(tensor).memory(tensor))

@@ -10,9 +10,9 @@ from typing import Any
 
 from dqrm.errors import UserError
 from dqrm.export.base_rate import BaseRate
-from dqrm.export.container import Container, brief
+from dqrm.export.container import FORMAT_VERSION, GROUPS_VERSION, MIXED_BITS_VERSION, Container, brief
 from dqrm.models.base import ClickModel
-from dqrm.models.registry import described_plan, packed_model, weight_count
+from dqrm.models.registry import described_plan, packed_model, table_groups, weight_count
 from dqrm.quant.mixed import widths
 from dqrm.quant.uniform import check_bits
 
@@ -90,7 +90,8 @@ class Artifact:
         model = self.content["model"]
         for prefix, _, numbers in widths(model["table_bits"], len(model["table_rows"])):
             per_row = self.container.entries[f"tables.{prefix}scale"]["shape"] != [len(numbers)]
-            names += [f"tables.{prefix}{name}" for name in (("codes", "scale") if per_row else ("codes",))]
+            large = ("codes", "scale", "zero_point") if per_row else ("codes",)
+            names += [f"tables.{prefix}{name}" for name in large]
         return tuple(names)
 
     @property
@@ -155,6 +156,12 @@ class Artifact:
         sizes = self.sizes()
         return 8 * sum(sizes[part] for part in WEIGHTS) / weight_count(self.content["model"])
 
+    def table_bits_per_weight(self) -> float:
+        """Bits of the tables' codes, scales and zero points for each of their weights; 0 without tables."""
+        model, sizes = self.content["model"], self.sizes()
+        weights = sum(model["table_rows"]) * model["config"]["embedding_dim"]
+        return 8 * (sizes["table codes"] + sizes["table scales"]) / max(weights, 1)
+
     def describe(self) -> dict[str, Any]:
         """What `dqrm info` prints, ready for JSON."""
         try:
@@ -164,11 +171,20 @@ class Artifact:
                 "format_version": self.container.version,
                 "sizes": self.sizes(),
                 "bits_per_weight": round(self.bits_per_weight(), 4),
+                "table_bits_per_weight": round(self.table_bits_per_weight(), 4),
                 **self.content,
                 "subsampling": self.base_rate.header(),
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path} is damaged: {brief(error)}; export it again") from None
+
+
+def version_of(described: dict[str, Any]) -> int:
+    """The format version that a file of a described model needs, the lowest: an older dqrm opens what it can."""
+    rows, zero_points = table_groups(described)
+    if zero_points or rows not in (None, 1):
+        return GROUPS_VERSION
+    return MIXED_BITS_VERSION if isinstance(described["table_bits"], list) else FORMAT_VERSION
 
 
 def _check(content: Any) -> None:
@@ -193,6 +209,7 @@ def _check(content: Any) -> None:
     if len(rows) > MOST_TABLES:
         raise ValueError(f"{len(rows)} tables, more than {MOST_TABLES}")
     described_plan(described)
+    table_groups(described)
     for name, value, known in (
         ("quantization", content["quantization"]["method"], ("qat", "ptq", "none")),
         ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),

@@ -39,7 +39,9 @@ FORMAT_VERSION = 1
 """What is written unless the content needs a newer reader, so that an older dqrm opens what it can."""
 MIXED_BITS_VERSION = 2
 """Tables of several bit widths, which lie in a tensor for each width."""
-_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION)
+GROUPS_VERSION = 3
+"""Tables whose scales are of blocks of rows, or have zero points."""
+_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION, GROUPS_VERSION)
 _DTYPES = {
     torch.uint8: ("U8", 1), torch.int8: ("I8", 1), torch.int16: ("I16", 2), torch.int32: ("I32", 4),
     torch.int64: ("I64", 8), torch.float32: ("F32", 4),
@@ -168,7 +170,7 @@ class Container:
         if stored_kind != kind:
             raise UserError(f"{path} is of format {str(stored_kind)[:40]!r}, not {kind}, {made}")
         if version not in map(str, _KNOWN):
-            known = " and ".join(f"version {each}" for each in _KNOWN)
+            known = f"versions {_KNOWN[0]} to {_KNOWN[-1]}"
             raise UserError(
                 f"{path} has format version {str(version)[:20]}, this dqrm reads {known}; "
                 "another version of dqrm wrote it"

@@ -24,7 +24,7 @@ from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.check import compare, logits_of, looked_up, sample
 from dqrm.export.config import ExportConfig, PTQConfig
-from dqrm.export.container import FORMAT_VERSION, MIXED_BITS_VERSION, Entry, write
+from dqrm.export.container import Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import (
@@ -111,7 +111,7 @@ def _from_run(
         progress(what, done, total)
 
     weights = EncodedWeights(model, ptq, tell)
-    described = describe_model(model, weights.table_bits, weights.mlp_bits)
+    described = describe_model(model, weights.table_bits, weights.mlp_bits, weights.granularity, weights.qscheme)
     batch, where = sample(described, dataset, config.check_rows)
     rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
     reference = weights.reference()
@@ -130,8 +130,7 @@ def _from_run(
     entries = weights.entries()
     content["vocabulary"], more = _vocabulary(dataset if shipped else None, config, made, progress)
     entries += more
-    version = MIXED_BITS_VERSION if isinstance(weights.table_bits, list) else FORMAT_VERSION
-    write(first, artifact.KIND, content, entries, version)
+    write(first, artifact.KIND, content, entries, artifact.version_of(described))
     difference = None if ptq is None else compare(logits_of(model, batch), expected)
     watch.check()
     del model, weights, reference, entries  # which also unmaps the checkpoint

@@ -18,7 +18,7 @@ from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mixed import widths
 from dqrm.quant.packed import PackedLinear
-from dqrm.quant.packing import encode, pieces, storage
+from dqrm.quant.packing import TableScales, encode, joined, pieces, storage
 from dqrm.quant.ptq import row_scales, table_scale
 from dqrm.quant.tables import TableLayout
 from dqrm.quant.uniform import fake_quantize
@@ -57,6 +57,9 @@ class EncodedWeights:
         self._trained_bits = (trained, linear[0].bits)
         default = model.tables.bits if ptq is None else ptq.effective_table_bits
         self.table_bits = list(self._bits) if len({*self._bits}) > 1 else min(self._bits, default=default)
+        qat = model.tables.qat
+        self.granularity = qat.table_granularity if ptq is None else ptq.granularity
+        self.qscheme = qat.table_qscheme if ptq is None else "symmetric"
         self.mlp_bits = linear[0].bits if ptq is None else ptq.effective_mlp_bits
         try:
             self.scales = self._table_scales(ptq)
@@ -77,9 +80,11 @@ class EncodedWeights:
         for prefix, bits, numbers in widths(self.table_bits, len(tables.table_rows)):
             dtype, width = storage(tables.embedding_dim, bits)
             shape = (sum(tables.table_rows[number] for number in numbers), width)
-            scale = torch.cat([self.scales[number] for number in numbers]) if numbers else torch.empty(0)
             entries.append(Entry(f"tables.{prefix}codes", dtype, shape, partial(self._codes, numbers)))
-            entries.append(Entry.of(f"tables.{prefix}scale", scale))
+            scales = joined([self.scales[number] for number in numbers])
+            for name in ("scale", "zero_point"):
+                if scales[name] is not None:
+                    entries.append(Entry.of(f"tables.{prefix}{name}", scales[name]))
         for path, stack in self.packed.items():
             entries += [Entry.of(f"{path}.{key}", tensor) for key, tensor in stack.state_dict().items()]
         return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
@@ -106,23 +111,24 @@ class EncodedWeights:
             return None
         return row_scales(layer.weight.detach().float(), self.mlp_bits, ptq.clip)
 
-    def _table_scales(self, ptq: PTQConfig | None) -> list[Tensor]:
-        """Of each table, one scale or one per row: float32 [1] or [rows]."""
+    def _table_scales(self, ptq: PTQConfig | None) -> list[TableScales]:
         tables: QuantEmbeddingBagCollection = self._model.tables
         if self.table_bits == 32:
-            return list(torch.ones(len(tables.table_rows)).split(1)) if tables.table_rows else []
+            return [TableScales(torch.ones(1))] * len(tables.table_rows)
         if ptq is None:
-            return list(tables.current_scale().clone().split(1)) if tables.table_rows else []
-        scales, done, total = [], 0, len(tables.weight)
+            return tables.weight_fake_quantizer.table_scales(tables.weight) if tables.table_rows else []
+        scales: list[TableScales] = []
+        done, total = 0, len(tables.weight)
         for number, (rows, bits) in enumerate(zip(tables.table_rows, self._bits)):
             self._tell("searching scales", done, total)
             table = tables.table(number)
             if bits == 32:
-                scales.append(torch.ones(1))
+                scales.append(TableScales(torch.ones(1)))
             elif ptq.granularity == "table":
-                scales.append(table_scale(partial(pieces, table), bits, ptq.clip).view(1))
+                scales.append(TableScales(table_scale(partial(pieces, table), bits, ptq.clip).view(1)))
             else:
-                scales.append(torch.cat([row_scales(piece.float(), bits, ptq.clip) for piece in pieces(table)]))
+                each = torch.cat([row_scales(piece.float(), bits, ptq.clip) for piece in pieces(table)])
+                scales.append(TableScales(each, None, 1))
             done += rows
         self._tell("searching scales", total, total)
         return scales
@@ -136,8 +142,8 @@ class EncodedWeights:
                 low, high = torch.aminmax(piece)  # NaN, if any is
                 if not bool((low.isfinite() & high.isfinite()).item()):
                     raise UserError(f"table {number} holds weights that are NaN or infinite: the training diverged")
-                scale = scales if len(scales) == 1 else scales[done : done + len(piece)]
-                yield encode(piece, scale[:, None], self._bits[number])
+                scale, zero_point = scales.of(torch.arange(done, done + len(piece)))
+                yield encode(piece, scale, self._bits[number], zero_point)
                 done += len(piece)
                 self._packed += len(piece)
                 self._tell("packing", self._packed, len(tables.weight))
@@ -146,7 +152,7 @@ class EncodedWeights:
 class _Requantized(TableLayout):
     """Tables in FP32 whose rows are quantized as they are looked up: the plain formula, for comparison."""
 
-    def __init__(self, tables: QuantEmbeddingBagCollection, scales: list[Tensor], bits: Sequence[int]) -> None:
+    def __init__(self, tables: QuantEmbeddingBagCollection, scales: list[TableScales], bits: Sequence[int]) -> None:
         super().__init__()
         self._init_layout(tables.table_rows, tables.embedding_dim, tables.multi, tables.pooling)
         self.weight, self.scales, self.bits = tables.weight.detach(), scales, bits
@@ -161,6 +167,6 @@ class _Requantized(TableLayout):
 
     def _values(self, ids: Tensor, number: int) -> Tensor:
         """Of a table's ids [N]: float32 [N, dim]."""
-        scale = self.scales[number]
-        scale = scale if len(scale) == 1 else scale[ids.long()]
-        return fake_quantize(self.weight[ids + self.row_offsets[number]].float(), scale[:, None], self.bits[number])
+        rows = self.weight[ids + self.row_offsets[number]].float()
+        scale, zero_point = self.scales[number].of(ids.long())
+        return fake_quantize(rows, scale, self.bits[number], zero_point=zero_point)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dqrm.kernels import cpu, plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, IdleCourse, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, GroupMap, IdleCourse, Limits, TableRanges
 
 __all__ = [
-    "BACKENDS", "OPERATIONS", "Backend", "Blocks", "IdleCourse", "Limits", "TableRanges", "choose", "native", "traced",
+    "BACKENDS", "OPERATIONS", "Backend", "Blocks", "GroupMap", "IdleCourse", "Limits", "TableRanges", "choose",
+    "native", "traced",
 ]  # fmt: skip
 
 
@@ -64,17 +65,18 @@ def _operation(function: _Function) -> _Function:
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
-    dirty_starts: Tensor | None = None, block: int = 1,
+    dirty_starts: Tensor | None = None, block: int = 1, groups: GroupMap | None = None,
 ) -> int:  # fmt: skip
     """Fake-quantized rows of `weight` for integer ids [..., T] of T tables into `out` float32 [N, dim], N ids.
 
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table.
-        weight: float32 or bf16. scale: float32 [T], or None: not quantized.
+        weight: float32, bf16, or int8 rows (`encode_int8_rows`). scale: float32 [T], or None: not quantized.
         limits: lowest and highest code, or those of each table (`Limits`). rows_out: int64 [N], set to the rows read.
         clamped: int64 [1], to which the number of weights beyond the limits is added; None: not counted.
         raising: raise `scale` first, in place, to what these rows need, so that nothing is beyond the limits.
         dirty: uint8 flags of blocks of `block` rows, set where a row is read; table t's begin at dirty_starts[t].
+        groups: which scale a row of the T tables has; `scale` is then float32 [groups], `limits` a pair.
 
     Returns:
         The first position whose id is out of range for its table (the output is then incomplete), or -1. Devices on
@@ -82,26 +84,30 @@ def lookup(
     """
     backend = choose("lookup", ids, weight, scale)
     return backend.lookup(
-        ids, starts, table_rows, weight, scale, limits, out, rows_out, clamped, raising, dirty, dirty_starts, block
-    )
+        ids, starts, table_rows, weight, scale, limits, out, rows_out, clamped, raising, dirty, dirty_starts, block,
+        groups,
+    )  # fmt: skip
 
 
 @_operation
 def lookup_packed(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int
-) -> tuple[Tensor, int]:
+    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int,
+    zero_point: Tensor | None = None, groups: GroupMap | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     """Values float32 [N, dim] of stored rows for integer ids [..., T] of T tables, N ids.
 
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table.
         codes: [rows, width], as `quant.packing.storage` says for `bits`.
-        scale: float32 [T], or one for each row of `codes`.
+        scale: float32 [T], or [groups]. zero_point: int32, as `scale`: what is subtracted from codes; None: 0.
+        groups: which scale a row of the T tables has; None: that of its table.
 
     Returns:
         The values, and the first position whose id is out of range for its table (the values are then incomplete), or
         -1; in a traced model always -1, and such an id gives row 0.
     """
-    return choose("lookup_packed", ids, codes, scale).lookup_packed(ids, starts, table_rows, codes, bits, scale, dim)
+    backend = choose("lookup_packed", ids, codes, scale, zero_point)
+    return backend.lookup_packed(ids, starts, table_rows, codes, bits, scale, dim, zero_point, groups)
 
 
 @_operation
@@ -125,14 +131,26 @@ def add_rows(
 def add_rows_stochastic(
     weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
 ) -> Tensor:
-    """`add_rows` on bf16 weights with stochastic rounding; no row twice. seed: below 2**32.
+    """`add_rows` on bf16 weights or int8 rows with stochastic rounding; no row twice. seed: below 2**32.
 
-    A sum between two bf16 neighbours goes to the upper one with the probability of its distance to the lower: updates
-    far below the weight's precision act on average, where rounding to nearest would lose them all. The random bits
-    are a hash of (seed, row, column): the same on every device, in any order.
+    A sum between two neighbours (of bf16; or codes on the scale that its int8 row then has) goes to the upper one with
+    the probability of its distance to the lower: updates far below the weight's precision act on average, where
+    rounding to nearest would lose them all. The random bits are a hash of (seed, row, column): the same on every
+    device, in any order.
     """
     backend = choose("add_rows_stochastic", weight, rows, values, None if ranges is None else ranges.scale)
     return backend.add_rows_stochastic(weight, rows, values, factor, seed, ranges)
+
+
+@_operation
+def encode_int8_rows(values: Tensor, out: Tensor) -> None:
+    """Values float32 [N, dim] as int8 rows, to the nearest code, into `out` int8 [N, dim + 2] (an odd dim: dim + 3).
+
+    A row is its codes from -127 to 127, one byte of padding where dim is odd, and in the last two bytes the scale in
+    bf16: max|row| / 127, rounded up. A row with NaN or infinite values gets codes 0 and a scale that is NaN or
+    infinite.
+    """
+    choose("encode_int8_rows", values, out).encode_int8_rows(values, out)
 
 
 @_operation
@@ -146,7 +164,10 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 @_operation
 def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
-    """The scale of each row's table = max(itself, the scale of max|weight[row]|), in place; rows: int64 [N]."""
+    """The scale of each row's table = max(itself, the scale of max|weight[row]|), in place; rows: int64 [N].
+
+    With `ranges.groups`: that of its block of rows; a row that has its own scale: = the scale of max|weight[row]|.
+    """
     choose("raise_scales", rows, weight, ranges.scale, ranges.starts).raise_scales(rows, weight, ranges)
 
 

@@ -8,14 +8,6 @@
 
 enum { CODES = 0, BF16 = 1, FP32 = 2 };
 
-/* murmur3's finalizer of a position and a seed */
-static inline uint32_t hash_of(uint32_t position, uint32_t seed) {
-    uint32_t h = position * 0x9E3779B1u ^ seed;
-    h = (h ^ h >> 16) * 0x85EBCA6Bu;
-    h = (h ^ h >> 13) * 0xC2B2AE35u;
-    return h ^ h >> 16;
-}
-
 /* scale[b] = max|x + residual| of block b over the highest code. */
 EXPORT void dqrm_block_scales(const float *x, const float *residual, int64_t blocks, const int64_t *starts,
                               const int64_t *lengths, const int64_t *keys, int high, float *scale, int threads) {
@@ -52,7 +44,7 @@ EXPORT void dqrm_quantize_blocks(const float *x, float *residual, int64_t blocks
         if (random) {
             for (int64_t j = 0; j < n; j++) {
                 float z = rest ? from[j] + rest[j] : from[j];
-                float u = ((float)(int32_t)(hash_of(key + (uint32_t)j, seed) >> 16) + 0.5f) * 0x1p-16f;
+                float u = uniform_of(key + (uint32_t)j, seed);
                 float q = floorf(z / s + u);
                 q = q < lo ? lo : q > hi ? hi : q;
                 to[j] = (int8_t)q;

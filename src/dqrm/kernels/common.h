@@ -52,3 +52,73 @@ static inline uint32_t max_bits_of(const void *x, int half, int64_t count) {
     }
     return m;
 }
+
+/* Formats of a row of a table: float, bf16, or int8 codes followed by the row's scale in bf16 (`quant/int8_rows.py`). */
+enum { ROW_FLOAT, ROW_BF16, ROW_INT8 };
+
+static inline int64_t row_bytes(int format, int64_t dim) {
+    return format == ROW_FLOAT ? dim * 4 : format == ROW_BF16 ? dim * 2 : ((dim + 1) & ~1LL) + 2;
+}
+static inline float row_scale(const void *row, int64_t dim) {
+    uint16_t h;
+    memcpy(&h, (const char *)row + ((dim + 1) & ~1LL), 2);
+    return widen(h);
+}
+static inline void read_row(const void *row, int format, int64_t dim, float *to) {
+    if (format == ROW_FLOAT) {
+        memcpy(to, row, dim * 4);
+    } else if (format == ROW_BF16) {
+        const uint16_t *from = row;
+        for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
+    } else {
+        const int8_t *from = row;
+        float s = row_scale(row, dim);
+        if (dim == 16) /* of known length: a few instructions */
+            for (int d = 0; d < 16; d++) to[d] = (float)from[d] * s;
+        else
+            for (int64_t d = 0; d < dim; d++) to[d] = (float)from[d] * s;
+    }
+}
+/* max|row|, NaN if any is. */
+static inline float row_max(const void *row, int format, int64_t dim) {
+    if (format != ROW_INT8) return float_of(max_bits_of(row, format == ROW_BF16, dim));
+    const int8_t *codes = row;
+    int low = 0, high = 0;
+    for (int64_t d = 0; d < dim; d++) {
+        low = codes[d] < low ? codes[d] : low;
+        high = codes[d] > high ? codes[d] : high;
+    }
+    return (float)(-low > high ? -low : high) * row_scale(row, dim);
+}
+/* murmur3's finalizer of a position and a seed: no state, so any order and any thread gives the same. */
+static inline uint32_t hash_of(uint32_t position, uint32_t seed) {
+    uint32_t h = position * 0x9E3779B1u ^ seed;
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    h = (h ^ h >> 13) * 0xC2B2AE35u;
+    return h ^ h >> 16;
+}
+/* The middle of one of 2^16 intervals between 0 and 1. */
+static inline float uniform_of(uint32_t position, uint32_t seed) {
+    return ((float)(int32_t)(hash_of(position, seed) >> 16) + 0.5f) * 0x1p-16f;
+}
+/* The scale of an int8 row in bf16: max|row| / 127, rounded up; NaN and infinity stay. */
+static inline uint16_t int8_scale_of(uint32_t max_bits) {
+    uint32_t b = bits_of(scale_of(max_bits, 127));
+    return b >= 0x7f800000 ? (b > 0x7f800000 ? 0x7fc0 : 0x7f80) : (uint16_t)((b + 0xffff) >> 16);
+}
+/* Encode a row as int8: to the nearest code, or (`random`) up with the probability of the distance, by the hash of each
+ * value's position. NaN or infinite: every code is 0 and the scale NaN or infinite, so NaN comes back. */
+static inline __attribute__((always_inline)) void write_int8_row(const float *restrict x, int64_t dim, int random,
+                                                                 uint32_t seed, uint32_t position,
+                                                                 int8_t *restrict codes) {
+    uint16_t stored = int8_scale_of(max_bits_of(x, 0, dim));
+    float s = widen(stored);
+    memcpy(codes + ((dim + 1) & ~1LL), &stored, 2);
+    if (dim & 1) codes[dim] = 0;
+    if (stored >= 0x7f80) { memset(codes, 0, dim); return; }
+    for (int64_t d = 0; d < dim; d++) {
+        float q = random ? floorf(x[d] / s + uniform_of(position + (uint32_t)d, seed)) : rintf(x[d] / s);
+        q = q < -127.0f ? -127.0f : q;
+        codes[d] = (int8_t)(int32_t)(q > 127.0f ? 127.0f : q);
+    }
+}

@@ -14,22 +14,24 @@ from torch.autograd.function import once_differentiable
 
 from dqrm.kernels import plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, IdleCourse, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, GroupMap, IdleCourse, Limits, TableRanges
 
 _PLAIN = (Tensor, nn.Parameter)
 _F32, _I64, _U8 = (torch.float32,), (torch.int64,), (torch.uint8,)
 _FLOATS, _IDS = (torch.float32, torch.bfloat16), (torch.int64, torch.int32)
+_ROWS = (*_FLOATS, torch.int8)
 _STORED = (torch.int8, torch.bfloat16, torch.float32)
 _KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 # Valid tensors of each operation, in the order in which `kernels` passes them to `takes`.
 _DTYPES: dict[str, Any] = {
-    "lookup": (_IDS, _FLOATS, _F32),
-    "lookup_packed": (_IDS, _U8, _F32),
+    "lookup": (_IDS, _ROWS, _F32),
+    "lookup_packed": (_IDS, _U8, _F32, (torch.int32,)),
     "add_rows": (_F32, _I64, _F32, _F32),
-    "add_rows_stochastic": ((torch.bfloat16,), _I64, _F32, _F32),
+    "add_rows_stochastic": ((torch.bfloat16, torch.int8), _I64, _F32, _F32),
+    "encode_int8_rows": (_F32, (torch.int8,)),
     "sum_duplicates": (_I64, _F32),
-    "raise_scales": (_I64, _FLOATS, _F32, _I64),
-    "blocks_max": (_FLOATS, _U8, _F32),
+    "raise_scales": (_I64, _ROWS, _F32, _I64),
+    "blocks_max": (_ROWS, _U8, _F32),
     "idle_adam": (_F32, _F32, _F32, (torch.int32,), _F32, _F32, _F32),
     "quantize_weights": repeat(_F32),
     "finish_linear": ((torch.bfloat16,), _F32, _F32),
@@ -59,13 +61,15 @@ def takes(operation: str, *tensors: Tensor | None) -> bool:
 # Each kernel's arguments, then what it returns: pointer, int, 64-bit int, float, 32-bit unsigned, nothing.
 _TYPES: dict[str, Any] = {"p": c_void_p, "i": c_int, "l": c_int64, "f": c_float, "u": c_uint32, "-": None}
 _PROTOTYPES = {
-    "lookup": "pillpppilpiippppippli l",
-    "lookup_packed": "pillpppilpipi l",
+    "lookup": "pillpppilpiippppipplpii l",
+    "lookup_packed": "pillpppilpppipi l",
     "outside": "plli l",
-    "add_rows": "plpplfplpipi -",
-    "add_rows_stochastic": "plpplfuplpipi -",
+    "add_rows": "plpplfplpippii -",
+    "add_rows_stochastic": "plpplfuplpippii -",
+    "add_rows_int8": "plpplfuplpippii i",
+    "encode_int8": "pllpi -",
     "sum_duplicates": "ppllpppi l",
-    "raise_scales": "plplpilpipi -",
+    "raise_scales": "plplpilpippii -",
     "blocks_max": "pilllppi u",
     "idle_adam": "pppplllpplpffffffi -",
     "quantize_weights": "pplppi -",
@@ -96,6 +100,13 @@ def _call(name: str, *arguments: Any) -> Any:
     return function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
 
+def _format(weight: Tensor) -> tuple[int, int]:
+    """Of a weight's rows (`ROW_FLOAT` ... in common.h), and the values of a row; of int8 rows with padding."""
+    if weight.dtype == torch.int8:
+        return 2, weight.shape[1] - 2
+    return int(weight.dtype == torch.bfloat16), weight.shape[1]
+
+
 def _half(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.dtype == torch.bfloat16
 
@@ -106,31 +117,37 @@ def _half(tensor: Tensor | None) -> bool:
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits, out: Tensor,
     rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
-    dirty_starts: Tensor | None = None, block: int = 1,
+    dirty_starts: Tensor | None = None, block: int = 1, groups: GroupMap | None = None,
 ) -> int:  # fmt: skip
     low_high_highs = (*limits, None) if isinstance(limits, tuple) else (0, 0, limits)
     wrong: int = _call(
         "lookup", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, weight,
-        _half(weight), weight.shape[1], scale, *low_high_highs, out, rows_out, clamped, raising, dirty,
-        dirty_starts, block,
+        _format(weight)[0], out.shape[1], scale, *low_high_highs, out, rows_out, clamped, raising, dirty,
+        dirty_starts, block, *_blocks_of(groups),
     )  # fmt: skip
     return wrong
 
 
+def _blocks_of(groups: GroupMap | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if groups is None else (groups.first, groups.shift)
+
+
 def lookup_packed(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int
-) -> tuple[Tensor, int]:
+    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int,
+    zero_point: Tensor | None = None, groups: GroupMap | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     out = torch.empty(ids.numel(), dim)
     return out, _call(
         "lookup_packed", ids, ids.dtype == torch.int64, ids.numel(), len(table_rows), starts, table_rows, codes, bits,
-        dim, scale, len(scale) != len(table_rows), out,
+        dim, scale, zero_point, *_blocks_of(groups), out,
     )  # fmt: skip
 
 
 def _before_update(weight: Tensor, rows: Tensor, values: Tensor) -> None:
     """Refuse writes outside the weight; tell torch's version counter of the write, which it cannot see."""
-    if values.shape != (len(rows), weight.shape[1]):
-        raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {weight.shape[1]}]")
+    dim = _format(weight)[1]
+    if values.shape != (len(rows), dim) and not (weight.dtype == torch.int8 and values.shape == (len(rows), dim - 1)):
+        raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {dim}]")
     wrong = _call("outside", rows, len(rows), len(weight))
     if wrong >= 0:
         raise IndexError(f"row {int(rows[wrong])} is outside a weight of {len(weight)} rows")
@@ -138,12 +155,12 @@ def _before_update(weight: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _watched(ranges: TableRanges | None) -> tuple[Any, ...]:
-    """(starts, tables, scale, the highest code of all of them, those of each)"""
+    """(starts, tables, scale, the highest code of all of them, those of each, blocks that share a scale)"""
     if ranges is None:
-        return None, 0, None, 0, None
+        return None, 0, None, 0, None, None, 0
     highest: Any = ranges.highest
     codes = (0, highest) if isinstance(highest, Tensor) else (highest, None)
-    return ranges.starts, len(ranges.starts), ranges.scale, *codes
+    return ranges.starts, len(ranges.starts), ranges.scale, *codes, *_blocks_of(ranges.groups)
 
 
 def add_rows(
@@ -158,8 +175,14 @@ def add_rows_stochastic(
     weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
 ) -> Tensor:
     _before_update(weight, rows, values)
-    _call("add_rows_stochastic", weight, weight.shape[1], rows, values, len(rows), factor, seed, *_watched(ranges))
+    name = "add_rows_int8" if weight.dtype == torch.int8 else "add_rows_stochastic"
+    if _call(name, weight, values.shape[1], rows, values, len(rows), factor, seed, *_watched(ranges)):
+        raise MemoryError("updating rows needs more memory than is available")
     return weight
+
+
+def encode_int8_rows(values: Tensor, out: Tensor) -> None:
+    _call("encode_int8", values, *values.shape, out)
 
 
 def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,11 +195,12 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
     starts, tables, *scale = _watched(ranges)
-    _call("raise_scales", rows, len(rows), starts, tables, weight, _half(weight), weight.shape[1], *scale)
+    _call("raise_scales", rows, len(rows), starts, tables, weight, *_format(weight), *scale)
 
 
 def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
-    bits = _call("blocks_max", table, _half(table), *table.shape, block, dirty, maxima)
+    kind, dim = _format(table)
+    bits = _call("blocks_max", table, kind, len(table), dim, block, dirty, maxima)
     return ctypes.c_float.from_buffer(c_uint32(bits)).value
 
 

@@ -5,7 +5,7 @@
  * compile without -ffast-math and with -ffp-contract=off.
  *
  * bf16 is stored as uint16_t, the upper half of a float. `half` arguments say that a void pointer is to bf16 rather
- * than float. Magnitudes are compared as bit patterns: the order is that of the numbers, and NaN is above infinity.
+ * than float, `format` arguments what a row of a table is. Magnitudes are compared as bit patterns: the order is that of the numbers, and NaN is above infinity.
  */
 #include "common.h"
 
@@ -37,15 +37,21 @@ static int64_t table_of(int64_t row, const int64_t *starts, int64_t tables, int6
 /* The highest code of a table: one for all, or (`highs` not NULL) one for each; 0: not quantized. */
 static inline int high_of(int high, const int32_t *highs, int64_t table) { return highs ? highs[table] : high; }
 
+/* The scale of a table's row `id`: that of the table, or (`first` not NULL) of its block of 1 << shift rows of the table. */
+static inline int64_t group_of(int64_t table, int64_t id, const int64_t *first, int shift) {
+    return first ? first[table] + (id >> shift) : table;
+}
+
 /* Whether a row of this magnitude may need a larger scale; rarely true, so that who asks looks closely then. */
 static int suspect(float largest, float scale, int high) { return !(largest < scale * (float)high * 0.999999f); }
 
-/* scale[t] = max(itself, the scale of max|weight[row]|) for each of the rows, t its table; `only` (or NULL) says for which
- * tables. Rows come table after table, sample by sample, or sorted. */
+/* scale[g] = max(itself, the scale of max|weight[row]|) for each of the rows, g its table or block of rows (`group_of`); of
+ * a block of one row: the scale of max|weight[row]|. `only` (or NULL) says for which tables. Rows come table after table,
+ * sample by sample, or sorted. */
 static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables, const void *weight,
-                      int half, int64_t dim, float *scale, int high, const int32_t *highs, const uint8_t *only,
-                      int threads) {
-    int64_t width = dim * (half ? 2 : 4);
+                      int format, int64_t dim, float *scale, int high, const int32_t *highs, const int64_t *first,
+                      int shift, const uint8_t *only, int threads) {
+    int64_t width = row_bytes(format, dim);
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
         int64_t table = 0;
@@ -54,38 +60,46 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
             table = table_of(rows[i], starts, tables, table);
             if (only && !only[table]) continue;
             if (!only && i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
-            float largest = float_of(max_bits_of((const char *)weight + rows[i] * width, half, dim));
-            float now;
-            __atomic_load(&scale[table], &now, __ATOMIC_RELAXED);
+            float largest = row_max((const char *)weight + rows[i] * width, format, dim);
+            float now, raised;
+            int64_t group = group_of(table, rows[i] - starts[table], first, shift);
             int top = high_of(high, highs, table);
+            if (first && !shift) { /* the same from whichever thread */
+                raised = scale_of(bits_of(largest), top);
+                __atomic_store(&scale[group], &raised, __ATOMIC_RELAXED);
+                continue;
+            }
+            __atomic_load(&scale[group], &now, __ATOMIC_RELAXED);
             if (!top || !suspect(largest, now, top)) continue;
 #pragma omp critical(dqrm_raise)
-            if (exceeds(largest, scale[table], top)) {
-                float raised = scale_of(bits_of(largest), top);
-                __atomic_store(&scale[table], &raised, __ATOMIC_RELAXED);
+            if (exceeds(largest, scale[group], top)) {
+                raised = scale_of(bits_of(largest), top);
+                __atomic_store(&scale[group], &raised, __ATOMIC_RELAXED);
             }
         }
     }
 }
 
 EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
-                              const void *weight, int half, int64_t dim, float *scale, int high, const int32_t *highs,
-                              int threads) {
-    raise_for(rows, count, starts, tables, weight, half, dim, scale, high, highs, NULL, threads);
+                              const void *weight, int format, int64_t dim, float *scale, int high, const int32_t *highs,
+                              const int64_t *first, int shift, int threads) {
+    raise_for(rows, count, starts, tables, weight, format, dim, scale, high, highs, first, shift, NULL, threads);
 }
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
  * Codes from low to high; `highs` (or NULL): from -highs[t] - 1 to highs[t] for table t, 0: it is not quantized.
  * `clamped` (or NULL): the number of weights beyond the codes is added to it. `raising`: scales are raised first to what
- * these rows need. `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t] on, are set for what is read.
+ * these rows need. `dirty` (or NULL): flags per block of `block` rows (a power of 2), those of table t from dirty_starts[t]
+ * on, are set for what is read. `first`, `per`: which scale a row has (`group_of`; `highs` is NULL then).
  * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
-                           const int64_t *table_rows, const void *weight, int half, int64_t dim, float *scale,
+                           const int64_t *table_rows, const void *weight, int format, int64_t dim, float *scale,
                            int low, int high, const int32_t *highs, float *out, int64_t *rows_out, int64_t *clamped,
-                           int raising, uint8_t *dirty, const int64_t *dirty_starts, int64_t block, int threads) {
+                           int raising, uint8_t *dirty, const int64_t *dirty_starts, int64_t block,
+                           const int64_t *first, int per, int threads) {
     int64_t bad = INT64_MAX, beyond;
     int grown;
-    int64_t size = half ? 2 : 4;
+    int64_t width = row_bytes(format, dim);
     int64_t samples = count / tables; /* sample by sample: a division per id would cost more than its row */
     int shift = 0;
     while (1LL << shift < block) shift++;
@@ -105,20 +119,20 @@ again: /* at most once: where a row needs a larger scale, which is rare */
       for (int64_t table = 0; table < tables; table++) {
         int64_t i = sample * tables + table;
         if (i + AHEAD < count) {
-            const char *next = (const char *)weight + rows_out[i + AHEAD] * dim * size;
-            for (int64_t b = 0; b < dim * size; b += 64) __builtin_prefetch(next + b);
+            const char *next = (const char *)weight + rows_out[i + AHEAD] * width;
+            for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(next + b);
+            if (format == ROW_INT8) __builtin_prefetch(next + width - 1); /* its scale, where a line of the cache ends */
         }
         float *to = out + i * dim;
-        float s = scale ? scale[table] : 1.0f;
-        if (half) {
-            const uint16_t *from = (const uint16_t *)weight + rows_out[i] * dim;
-            for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
-        } else {
-            memcpy(to, (const float *)weight + rows_out[i] * dim, dim * 4);
-        }
+        int64_t group = group_of(table, rows_out[i] - starts[table], first, per);
+        float s = scale ? scale[group] : 1.0f;
+        read_row((const char *)weight + rows_out[i] * width, format, dim, to);
         int top = high_of(high, highs, table), bottom = highs ? -top - 1 : low;
         if (!scale || !top) continue;
-        if (clamped || raising) {
+        if (raising && first && !per) { /* its own scale: nothing is beyond the codes */
+            s = scale_of(max_bits_of(to, 0, dim), top);
+            __atomic_store(&scale[group], &s, __ATOMIC_RELAXED);
+        } else if (clamped || raising) {
             float largest = float_of(max_bits_of(to, 0, dim));
             if (suspect(largest, s, top)) {
                 for (int64_t d = 0; d < dim; d++) {
@@ -131,7 +145,7 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, bottom, top) * s;
       }
     if (grown) {
-        dqrm_raise_scales(rows_out, count, starts, tables, weight, half, dim, scale, high, highs, threads);
+        dqrm_raise_scales(rows_out, count, starts, tables, weight, format, dim, scale, high, highs, first, per, threads);
         goto again;
     }
     if (clamped) *clamped += beyond;
@@ -139,43 +153,45 @@ again: /* at most once: where a row needs a larger scale, which is rare */
 }
 
 /* out[i] = the values of packed row starts[i % tables] + ids[i]: codes of 2, 4 or 8 bits as `quant/packing.py` lays them
- * out, times scale[table], or scale[row] where `per_row`. Returns the first position whose id is outside its table, or -1;
- * the output is then incomplete. */
+ * out, minus zero[g] (or NULL), times scale[g], g the row's table or block of rows (`group_of`). Returns the first position
+ * whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup_packed(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
                                   const int64_t *table_rows, const uint8_t *codes, int bits, int64_t dim,
-                                  const float *scale, int per_row, float *out, int threads) {
+                                  const float *scale, const int32_t *zero, const int64_t *first, int shift, float *out,
+                                  int threads) {
     enum { BLOCK = 64 }; /* rows on their way from memory at once */
     int64_t bad = INT64_MAX, width = (dim * bits + 7) / 8, blocks = (count + BLOCK - 1) / BLOCK;
     int parts = 8 / bits;
 #pragma omp parallel for reduction(min : bad) num_threads(threads) if (count * dim > LITTLE)
     for (int64_t block = 0; block < blocks; block++) {
-        int64_t rows[BLOCK], first = block * BLOCK, n = count - first < BLOCK ? count - first : BLOCK;
-        int64_t table = first % tables, at = table;
+        int64_t rows[BLOCK], groups[BLOCK], from_here = block * BLOCK;
+        int64_t n = count - from_here < BLOCK ? count - from_here : BLOCK, at = from_here % tables;
         for (int64_t k = 0; k < n; k++) {
-            int64_t i = first + k, id = wide ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
+            int64_t i = from_here + k, id = wide ? ((const int64_t *)ids)[i] : ((const int32_t *)ids)[i];
             if (id < 0 || id >= table_rows[at]) { bad = i < bad ? i : bad; id = 0; }
             rows[k] = starts[at] + id;
+            groups[k] = group_of(at, id, first, shift);
             const uint8_t *from = codes + rows[k] * width;
             for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(from + b);
-            if (per_row) __builtin_prefetch(scale + rows[k]);
+            if (first) __builtin_prefetch(scale + groups[k]);
+            if (first && zero) __builtin_prefetch(zero + groups[k]);
             at = at + 1 == tables ? 0 : at + 1;
         }
-        at = table;
         for (int64_t k = 0; k < n; k++) {
             const uint8_t *from = codes + rows[k] * width;
-            float *to = out + (first + k) * dim, s = scale[per_row ? rows[k] : at];
+            float *to = out + (from_here + k) * dim, s = scale[groups[k]];
+            int z = (1 << (bits - 1)) + (zero ? zero[groups[k]] : 0); /* codes are stored without a sign */
             if (bits == 4 && width == 8 && dim == 16) { /* of known length: a few instructions */
-                for (int j = 0; j < 8; j++) to[j] = (float)((from[j] & 15) - 8) * s;
-                for (int j = 0; j < 8; j++) to[j + 8] = (float)((from[j] >> 4) - 8) * s;
+                for (int j = 0; j < 8; j++) to[j] = (float)((from[j] & 15) - z) * s;
+                for (int j = 0; j < 8; j++) to[j + 8] = (float)((from[j] >> 4) - z) * s;
             } else if (bits == 4 && dim == 2 * width) {
-                for (int64_t j = 0; j < width; j++) to[j] = (float)((from[j] & 15) - 8) * s;
-                for (int64_t j = 0; j < width; j++) to[j + width] = (float)((from[j] >> 4) - 8) * s;
+                for (int64_t j = 0; j < width; j++) to[j] = (float)((from[j] & 15) - z) * s;
+                for (int64_t j = 0; j < width; j++) to[j + width] = (float)((from[j] >> 4) - z) * s;
             } else {
                 for (int p = 0; p < parts; p++)
                     for (int64_t j = 0; j < width && p * width + j < dim; j++)
-                        to[p * width + j] = (float)((from[j] >> (p * bits) & ((1 << bits) - 1)) - (1 << (bits - 1))) * s;
+                        to[p * width + j] = (float)((from[j] >> (p * bits) & ((1 << bits) - 1)) - z) * s;
             }
-            at = at + 1 == tables ? 0 : at + 1;
         }
     }
     return bad == INT64_MAX ? -1 : bad;
@@ -203,11 +219,13 @@ static inline void mark(uint8_t *grown, int64_t table, int64_t tables) {
 }
 
 /* weight[rows[i]] += factor * values[i], in the order of i for each row: exact where rows repeat. `scale` (or NULL), of
- * tables whose first rows are `starts`: raised to what the new rows need, while they are at hand. */
+ * tables whose first rows are `starts` (of their blocks of rows, where `first` is not NULL: `group_of`): raised to what the
+ * new rows need, while they are at hand. */
 EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
                           float factor, const int64_t *starts, int64_t tables, float *scale, int high,
-                          const int32_t *highs, int threads) {
-    uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL; /* tables whose scale may be too small; last: any */
+                          const int32_t *highs, const int64_t *first, int shift, int threads) {
+    /* Tables whose scale may be too small; last: any. Blocks of rows are too many for flags. */
+    uint8_t *grown = scale && !first ? calloc(tables + 1, 1) : NULL;
     if (count * dim <= LITTLE) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -230,17 +248,17 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
                 for (int d = 0; d < 16; d++) to[d] += from[d] * factor;
             else
                 for (int64_t d = 0; d < dim; d++) to[d] += from[d] * factor;
-            if (!scale) continue;
+            if (!grown) continue;
             if (rows[i] < starts[at] || (at + 1 < tables && rows[i] >= starts[at + 1]))
                 at = table_of(rows[i], starts, tables, last);
             last = at;
             int top = high_of(high, highs, at);
-            if (grown && top && suspect(float_of(max_bits_of(to, 0, dim)), scale[at], top)) mark(grown, at, tables);
+            if (top && suspect(float_of(max_bits_of(to, 0, dim)), scale[at], top)) mark(grown, at, tables);
         }
     }
     /* From what the rows are in the end: one that repeats may have been larger in between. */
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, 0, dim, scale, high, highs, grown, threads);
+        raise_for(rows, count, starts, tables, weight, ROW_FLOAT, dim, scale, high, highs, first, shift, grown, threads);
     free(grown);
 }
 
@@ -248,8 +266,9 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
  * with the probability of its distance to the lower one: the 16 bits that are cut off, plus 16 random bits, carry. */
 EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_t *rows, const float *values,
                                      int64_t count, float factor, uint32_t seed, const int64_t *starts,
-                                     int64_t tables, float *scale, int high, const int32_t *highs, int threads) {
-    uint8_t *grown = scale ? calloc(tables + 1, 1) : NULL;
+                                     int64_t tables, float *scale, int high, const int32_t *highs,
+                                     const int64_t *first, int shift, int threads) {
+    uint8_t *grown = scale && !first ? calloc(tables + 1, 1) : NULL;
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
     {
         int64_t table = 0;
@@ -259,24 +278,77 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
             uint16_t *to = weight + rows[i] * dim;
             const float *from = values + i * dim;
             for (int64_t d = 0; d < dim; d++) {
-                /* murmur3's finalizer over (seed, row, column): no state, so any order and any thread gives the same */
-                uint32_t h = seed ^ (uint32_t)(rows[i] * dim + d) * 0x9e3779b1u;
-                h = (h ^ (h >> 16)) * 0x85ebca6bu;
-                h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+                uint32_t h = hash_of((uint32_t)(rows[i] * dim + d), seed);
                 float x = widen(to[d]) + from[d] * factor;
                 uint32_t b = bits_of(x);
                 int special = (b & 0x7f800000) == 0x7f800000;
-                to[d] = special ? narrow(x) : (uint16_t)((b + ((h ^ (h >> 16)) & 0xffff)) >> 16);
+                to[d] = special ? narrow(x) : (uint16_t)((b + (h & 0xffff)) >> 16);
             }
-            if (!scale) continue;
+            if (!grown) continue;
             table = table_of(rows[i], starts, tables, table);
             int top = high_of(high, highs, table);
-            if (grown && top && suspect(float_of(max_bits_of(to, 1, dim)), scale[table], top)) mark(grown, table, tables);
+            if (top && suspect(float_of(max_bits_of(to, 1, dim)), scale[table], top)) mark(grown, table, tables);
         }
     }
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, 1, dim, scale, high, highs, grown, threads);
+        raise_for(rows, count, starts, tables, weight, ROW_BF16, dim, scale, high, highs, first, shift, grown, threads);
     free(grown);
+}
+
+/* The same on int8 rows, each encoded anew on the scale of its own largest magnitude; a code goes up with the probability
+ * of its distance. Returns 0, or 1 where memory is short. */
+static inline __attribute__((always_inline)) void add_to_int8_row(int8_t *restrict row, int64_t dim,
+                                                                  const float *restrict values, float factor,
+                                                                  uint32_t seed, uint32_t position,
+                                                                  float *restrict x) {
+    float s = row_scale(row, dim);
+    for (int64_t d = 0; d < dim; d++) x[d] = (float)row[d] * s + values[d] * factor;
+    write_int8_row(x, dim, 1, seed, position, row);
+}
+
+EXPORT int dqrm_add_rows_int8(int8_t *weight, int64_t dim, const int64_t *rows, const float *values, int64_t count,
+                              float factor, uint32_t seed, const int64_t *starts, int64_t tables, float *scale,
+                              int high, const int32_t *highs, const int64_t *first, int shift, int threads) {
+    uint8_t *grown = scale && !first ? calloc(tables + 1, 1) : NULL;
+    int64_t width = row_bytes(ROW_INT8, dim);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
+    {
+        int64_t table = 0;
+        float *x = malloc(dim * 4 + 64);
+        if (!x) failed = 1;
+#pragma omp barrier
+#pragma omp for
+        for (int64_t i = 0; i < count; i++) {
+            if (failed) continue;
+            if (i + AHEAD < count)
+                for (int64_t b = 0; b < width + 63; b += 64)
+                    __builtin_prefetch(weight + rows[i + AHEAD] * width + (b < width ? b : width - 1), 1);
+            int8_t *row = weight + rows[i] * width;
+            uint32_t position = (uint32_t)(rows[i] * dim);
+            if (dim == 16) add_to_int8_row(row, 16, values + i * 16, factor, seed, position, x);
+            else if (dim == 64) add_to_int8_row(row, 64, values + i * 64, factor, seed, position, x);
+            else add_to_int8_row(row, dim, values + i * dim, factor, seed, position, x);
+            if (!grown) continue;
+            table = table_of(rows[i], starts, tables, table);
+            int top = high_of(high, highs, table);
+            if (top && suspect(127.0f * row_scale(row, dim), scale[table], top) &&
+                suspect(row_max(row, ROW_INT8, dim), scale[table], top))
+                mark(grown, table, tables);
+        }
+        free(x);
+    }
+    if (!failed && scale && (!grown || grown[tables]))
+        raise_for(rows, count, starts, tables, weight, ROW_INT8, dim, scale, high, highs, first, shift, grown, threads);
+    free(grown);
+    return failed;
+}
+
+/* Rows of floats as int8 rows, to the nearest code. */
+EXPORT void dqrm_encode_int8(const float *values, int64_t rows, int64_t dim, int8_t *out, int threads) {
+    int64_t width = row_bytes(ROW_INT8, dim);
+#pragma omp parallel for num_threads(threads) if (rows * dim > LITTLE)
+    for (int64_t i = 0; i < rows; i++) write_int8_row(values + i * dim, dim, 0, 0, 0, out + i * width);
 }
 
 /* Each row once, in rising order, with the sum of its values in the order of the input. `keys`: 2 * count numbers of
@@ -317,15 +389,23 @@ EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int
 }
 
 /* max|weight[0:rows]| in bits, reading only blocks that are dirty and taking `maxima` for the others; cleans them. */
-EXPORT uint32_t dqrm_blocks_max(const void *weight, int half, int64_t rows, int64_t dim, int64_t block, uint8_t *dirty,
-                                uint32_t *maxima, int threads) {
-    int64_t blocks = (rows + block - 1) / block;
+EXPORT uint32_t dqrm_blocks_max(const void *weight, int format, int64_t rows, int64_t dim, int64_t block,
+                                uint8_t *dirty, uint32_t *maxima, int threads) {
+    int64_t blocks = (rows + block - 1) / block, width = row_bytes(format, dim);
     uint32_t largest = 0;
 #pragma omp parallel for reduction(max : largest) schedule(static, 256) num_threads(threads) if (rows * dim > LITTLE)
     for (int64_t b = 0; b < blocks; b++) {
         if (dirty[b]) {
-            int64_t count = (rows - b * block < block ? rows - b * block : block) * dim;
-            maxima[b] = max_bits_of((const char *)weight + b * block * dim * (half ? 2 : 4), half, count);
+            int64_t end = rows - b * block < block ? rows : (b + 1) * block;
+            uint32_t m = 0;
+            if (format != ROW_INT8)
+                m = max_bits_of((const char *)weight + b * block * width, format == ROW_BF16, (end - b * block) * dim);
+            else
+                for (int64_t row = b * block; row < end; row++) {
+                    uint32_t n = bits_of(row_max((const char *)weight + row * width, format, dim)) & 0x7fffffff;
+                    m = n > m ? n : m;
+                }
+            maxima[b] = m;
             dirty[b] = 0;
         }
         largest = maxima[b] > largest ? maxima[b] : largest;

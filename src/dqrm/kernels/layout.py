@@ -11,15 +11,42 @@ Limits = tuple[int, int] | Tensor
 from -highest - 1 to highest, and 0 is a table that is not quantized."""
 
 
+class GroupMap(NamedTuple):
+    """Which scale a row has, where blocks of 1 << shift rows of one table share one: row `id` of table t has the scale
+    first[t] + (id >> shift).
+
+    With shift 0 each row has its own: whatever raises scales then sets it to exactly what the row needs.
+    """
+
+    starts: Tensor
+    """int64 [tables], the first row of each."""
+    first: Tensor
+    """int64 [tables], the first scale of each."""
+    shift: int
+
+    def part(self, tables: slice) -> "GroupMap":
+        """Of these tables only."""
+        return GroupMap(self.starts[tables], self.first[tables], self.shift)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The scale of each row int64 [N] of the weight: int64 [N]."""
+        if self.shift == 0:
+            return rows
+        table = torch.searchsorted(self.starts, rows, right=True).sub_(1)
+        return self.first[table] + (rows - self.starts[table] >> self.shift)
+
+
 class TableRanges(NamedTuple):
     """Scales of the tables in one weight, for code that changes its rows to raise."""
 
     starts: Tensor
     """int64 [tables], the first row of each."""
     scale: Tensor
-    """float32 [tables]."""
+    """float32 [tables], or [groups]."""
     highest: int | Tensor
     """The highest code; or int32 [tables], that of each table (0: not quantized, its scale stays)."""
+    groups: GroupMap | None = None
+    """Which scale a row has; None: that of its table. With it, `highest` is a number."""
 
 
 IDLE_SIZES = 7

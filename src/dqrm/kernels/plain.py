@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqrm.kernels.layout import IDLE_SIZES, Blocks, IdleCourse, Limits, TableRanges
+from dqrm.kernels.idle import idle_adam  # noqa: F401 (an operation of this backend)
+from dqrm.kernels.layout import Blocks, GroupMap, Limits, TableRanges
 
 SMALLEST_MAXIMUM = 1e-8
 _MASK = 0xFFFFFFFF
-# Below it a weight without gradients is taken for 0, and so is what it moves by in a step.
-_AT_REST = 1e-10
 # Rows read at a time: torch may copy what it reduces.
 _CHUNK = 1 << 20
 
@@ -61,10 +60,45 @@ def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
 # ---- tables
 
 
+def values_per_row(weight: Tensor) -> int:
+    """Of a weight; of int8 rows of an odd dim one more, which is 0."""
+    return weight.shape[1] - 2 if weight.dtype == torch.int8 else weight.shape[1]
+
+
+def read_rows(weight: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """Rows of a weight, float32 [N, dim]."""
+    stored = weight.detach().index_select(0, rows)
+    if weight.dtype != torch.int8:
+        return stored.float()
+    return stored[:, :dim].float() * stored[:, -2:].contiguous().view(torch.bfloat16).float()
+
+
+def _int8_rows(values: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Values [N, dim] as int8 rows: codes on the scale max|row| / 127, rounded up to bf16, and that scale.
+
+    To the nearest code, or stochastically by `noise` from 0 to 1. NaN or infinite: codes 0 and a scale that is NaN or
+    infinite, so NaN comes back.
+    """
+    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+    scale = scale_of(largest, 127)
+    finite = scale.isfinite()
+    up = torch.where(finite, scale.view(torch.int32) + 0xFFFF >> 16, torch.where(scale.isnan(), 0x7FC0, 0x7F80))
+    stored = up.to(torch.int16).view(torch.bfloat16)
+    codes = values / stored.float()
+    codes = codes.round() if noise is None else (codes + noise).floor()
+    codes = torch.where(finite, codes.clamp(-127, 127), 0.0).to(torch.int8)
+    padding = codes.new_zeros(len(codes), values.shape[1] % 2)
+    return torch.cat([codes, padding, stored.view(torch.int8)], 1)
+
+
+def encode_int8_rows(values: Tensor, out: Tensor) -> None:
+    out.copy_(_int8_rows(values))
+
+
 def lookup(
     ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
-    dirty_starts: Tensor | None = None, block: int = 1,
+    dirty_starts: Tensor | None = None, block: int = 1, groups: GroupMap | None = None,
 ) -> int:  # fmt: skip
     ids = ids.reshape(-1, len(starts)).long()
     outside = (ids < 0) | (ids >= table_rows)
@@ -74,25 +108,29 @@ def lookup(
     rows_out.copy_(rows)
     if dirty is not None and dirty_starts is not None:
         dirty[(dirty_starts + ids.div(block, rounding_mode="floor")).view(-1)] = 1
-    values = weight.detach().index_select(0, rows).float().view(*ids.shape, weight.shape[1])
+    values = read_rows(weight, rows, out.shape[1]).view(*ids.shape, out.shape[1])
     if scale is not None and values.numel():
         each = isinstance(limits, Tensor)
         highest: Any = limits if each else limits[1]
         low, high = (-highest[:, None] - 1, highest[:, None]) if each else limits
-        if raising:
+        if raising and groups is not None:
+            raise_groups(groups.of(rows), values.abs().amax(2).view(-1), scale, highest, groups)
+        elif raising:
             torch.maximum(scale, scale_of(values.abs().amax((0, 2)), highest), out=scale)
-        codes = (values / scale[:, None]).round_()
+        scale = (scale if groups is None else scale[groups.of(rows)].view(ids.shape))[..., None]
+        codes = (values / scale).round_()
         if clamped is not None:
             clamped += (((codes < low) | (codes > high)) & (highest[:, None] > 0 if each else True)).sum()
-        quantized = codes.clamp_(low, high).mul_(scale[:, None])
+        quantized = codes.clamp_(low, high).mul_(scale)
         values = torch.where(highest[:, None] > 0, quantized, values) if each else quantized
     out.copy_(values.view(out.shape))
     return -1
 
 
 def lookup_packed(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int
-) -> tuple[Tensor, int]:
+    ids: Tensor, starts: Tensor, table_rows: Tensor, codes: Tensor, bits: int, scale: Tensor, dim: int,
+    zero_point: Tensor | None = None, groups: GroupMap | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
     tables = len(table_rows)
     ids = ids.reshape(-1, tables)
     outside = (ids < 0) | (ids >= table_rows)
@@ -104,11 +142,16 @@ def lookup_packed(
     stored = codes.index_select(0, rows)
     if bits == 32:
         return stored, -1
-    if len(scale) != tables:
-        scale = scale.index_select(0, rows)[:, None]
-        return (unpack(stored, bits, dim) if bits <= 8 else stored.float()) * scale, -1
-    stored = stored.view(-1, tables, stored.shape[1])
-    return ((unpack(stored, bits, dim) if bits <= 8 else stored.float()) * scale[:, None]).flatten(0, 1), -1
+    if groups is None:
+        stored = stored.view(-1, tables, stored.shape[1])
+    else:  # by division: some exporters do not support shifts
+        within = ids.div(1 << groups.shift, rounding_mode="floor") if groups.shift else ids
+        group = (within + groups.first).reshape(-1)
+        scale = scale.index_select(0, group)
+        zero_point = None if zero_point is None else zero_point.index_select(0, group)
+    values = unpack(stored, bits, dim) if bits <= 8 else stored.float()
+    values = values if zero_point is None else values - zero_point[:, None].float()
+    return (values * scale[:, None]).view(-1, dim), -1
 
 
 def add_rows(
@@ -128,10 +171,13 @@ def add_rows(
 def add_rows_stochastic(
     weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
 ) -> Tensor:
-    dim = weight.shape[1]
-    new = weight.index_select(0, rows).float() + values * factor
-    random = _hash(rows[:, None] * dim + torch.arange(dim, device=rows.device), seed) & 0xFFFF
-    weight.index_copy_(0, rows, _bf16_stochastic(new, random))
+    dim = values.shape[1]
+    new = read_rows(weight, rows, dim) + values * factor
+    position = rows[:, None] * dim + torch.arange(dim, device=rows.device)
+    if weight.dtype == torch.int8:
+        weight.index_copy_(0, rows, _int8_rows(new, uniform(position, seed)))
+    else:
+        weight.index_copy_(0, rows, _bf16_stochastic(new, _hash(position, seed) & 0xFFFF))
     if ranges is not None:
         raise_scales(rows, weight, ranges)
     return weight
@@ -142,10 +188,22 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return unique, add_rows(values.new_zeros(len(unique), values.shape[1]), inverse, values)
 
 
+def raise_groups(group: Tensor, largest: Tensor, scale: Tensor, highest: int, groups: GroupMap) -> None:
+    """Raise scale[group] in place to what magnitudes float [N] need, as `groups` says; group: int64 [N]."""
+    needed = scale_of(largest, highest)
+    if groups.shift == 0:
+        scale[group] = needed
+    else:
+        scale.scatter_reduce_(0, group, needed, "amax")
+
+
 def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
-    starts, scale, highest = ranges
+    starts, scale, highest, groups = ranges
     if len(rows):
-        largest = weight.detach().index_select(0, rows).abs().amax(1)
+        largest = read_rows(weight, rows, values_per_row(weight)).abs().amax(1)
+        if groups is not None:
+            assert isinstance(highest, int)
+            return raise_groups(groups.of(rows), largest, scale, highest, groups)
         table = torch.searchsorted(starts, rows, right=True).sub_(1)
         highest = highest[table] if isinstance(highest, Tensor) else highest
         scale.scatter_reduce_(0, table, scale_of(largest, highest), "amax")
@@ -156,59 +214,10 @@ def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> floa
     for chunk in dirty.nonzero()[:, 0].split(_CHUNK // block):
         # The last block may be short: its last row is repeated for those that are missing.
         rows = (chunk[:, None] * block + within).clamp_(max=len(table) - 1).view(-1)
-        maxima[chunk] = table.index_select(0, rows).abs().view(len(chunk), block * table.shape[1]).amax(1).float()
+        dim = values_per_row(table)
+        maxima[chunk] = read_rows(table, rows, dim).abs().view(len(chunk), block * dim).amax(1)
     dirty.zero_()
     return float(maxima.amax()) if len(maxima) else 0.0
-
-
-def idle_adam(weight: Tensor, first: Tensor, second: Tensor, last: Tensor, now: int, course: IdleCourse) -> None:
-    since = last.long()
-    done = since.clone()
-    while len(open_ := (done < now).nonzero()[:, 0]):
-        at, age, left = done[open_], (done - since)[open_], now - done[open_]
-        most = torch.minimum(torch.minimum(age // 8, at // 16).clamp_(1, 64), left)
-        sizes = torch.bucketize(most, 1 << torch.arange(IDLE_SIZES, device=most.device), right=True) - 1
-        for size in sizes.unique().tolist():
-            rows = open_[sizes == size]
-            state = [part.index_select(0, rows) for part in (weight, first, second)]
-            step = done[rows]
-            before, after = ((step + more) // course.stride for more in ((1 << size) - 1 >> 1, 1 << size >> 1))
-            alpha, root = ((line[before] + line[after])[:, None] * 0.5 for line in (course.alpha, course.root))
-            new = _idle_steps(state, size, alpha, root, course) if size else _idle_step(state, alpha, root, course)
-            for part, values in zip((weight, first, second), new):
-                part.index_copy_(0, rows, values)
-            done[rows] += 1 << size
-
-
-def _idle_step(state: Sequence[Tensor], alpha: Tensor, root: Tensor, course: IdleCourse) -> Sequence[Tensor]:
-    """Weights and moments after one step of `torch.optim.Adam`."""
-    w, m, v = state
-    _, _, beta2, rest = course.powers.view(4, -1)[:, 0]
-    g = course.l2 * w
-    m = course.beta1 * m + (1 - course.beta1) * g
-    v = beta2 * v + rest * (g * g)
-    return w - alpha * m / (v.sqrt() * root + course.eps), m, v
-
-
-def _idle_steps(
-    state: Sequence[Tensor], size: int, alpha: Tensor, root: Tensor, course: IdleCourse
-) -> Sequence[Tensor]:
-    """The same after 2^size steps in one."""
-    w, m, v = state
-    half, half_l2, whole, whole_l2 = course.powers.view(4, -1)[:, size]
-    q = (alpha / ((half * v + half_l2 * (w * w)).sqrt() * root + course.eps)).clamp(max=course.most)
-    a, b = 1 - q * course.gamma, -q * course.beta1
-    c, d = torch.full_like(w, course.gamma), torch.full_like(w, course.beta1)
-    for _ in range(size):
-        cross, trace = b * c, a + d
-        a, b, c, d = a * a + cross, b * trace, c * trace, d * d + cross
-    new, moment = a * w + b * m, c * w + d * m
-    v = whole * v + whole_l2 * (w * w + w * new + new * new)
-    rest = (q * moment).abs() <= _AT_REST
-    if course.l2:
-        rest &= new.abs() <= _AT_REST
-        new = torch.where(rest, 0, new)
-    return new, torch.where(rest, 0, moment), v
 
 
 # ---- linear layers and interaction

@@ -22,6 +22,7 @@ from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
+from dqrm.quant.storage import FP32, storage_for, storage_of
 
 # Table values drawn at a time; a piece stays in the processor's cache for all three passes over it.
 _PIECE = 1 << 18
@@ -88,7 +89,8 @@ def build_tables(
     Args:
         table_rows: rows of each table, single-valued columns first.
         multi: for each table, whether its column is multi-valued (a bag of ids per sample); default: none is.
-        dtype: of the master weights: torch.float32, or torch.bfloat16 for half the memory.
+        dtype: of the master weights: torch.float32; torch.bfloat16 for half the memory, or torch.int8 for a quarter
+            (`Int8Rows`).
         weight: the initial weights [sum(table_rows), embedding_dim], not copied; default: drawn later.
     """
     return QuantEmbeddingBagCollection(
@@ -97,7 +99,7 @@ def build_tables(
         multi=multi,
         pooling=config.pooling,
         qat=qat,
-        _weight=torch.empty(sum(table_rows), config.embedding_dim, dtype=dtype) if weight is None else weight,
+        _weight=storage_for(dtype).empty(sum(table_rows), config.embedding_dim) if weight is None else weight,
     )
 
 
@@ -113,7 +115,7 @@ class ClickModel(nn.Module, ABC):
         qat: what is quantized, and to how many bits.
         seed: determines all initial weights, which are the same on every machine and device.
         precision: 'bf16' multiplies in bf16 in training; evaluation is always FP32, like exported models.
-        table_dtype: with rows: of the tables' master weights.
+        table_dtype: with rows: of the tables' master weights, as of `build_tables`.
 
     Raises:
         ValueError: neither dense columns nor tables, or an architecture that is not valid for them.
@@ -239,7 +241,7 @@ class ClickModel(nn.Module, ABC):
         random = np.random.default_rng([seed, 0, number, epoch] if epoch else [seed, 0, number])
         factor = 2 / np.sqrt(self.tables.table_rows[number])
         for piece in table.split(max(1, _PIECE // table.shape[1])):
-            in_place = piece.device.type == "cpu" and piece.dtype == torch.float32
+            in_place = piece.device.type == "cpu" and storage_of(piece) is FP32
             values = piece.numpy() if in_place else np.empty(piece.shape, np.float32)
             random.random(dtype=np.float32, out=values)
             values -= 0.5

@@ -6,7 +6,6 @@ For a model of your own, subclass `ClickModel` and set `MODELS["its name"] = Its
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dqrm.config import Config, ModelConfig
@@ -15,11 +14,12 @@ from dqrm.models.base import ClickModel, Layer, Plan, build_tables
 from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
 from dqrm.options import build, did_you_mean
-from dqrm.quant.config import STORAGES, registered
+from dqrm.quant.config import STORAGES, registered, rows_per_scale
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mixed import packed_collection
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedLinear
+from dqrm.quant.storage import Storage
 
 MODELS: dict[str, type[ClickModel]] = {"dlrm": DLRM, "dcn": DCN}
 
@@ -57,24 +57,28 @@ def build_model(
         given, multi = build_tables(table_rows, config.model, config.quantization, multi, weight=table_weight), None
     return kind(
         num_dense, given, multi=multi, config=config.model, qat=config.quantization, seed=training.seed,
-        precision=training.precision, table_dtype=table_dtype(config),
+        precision=training.precision, table_dtype=table_storage(config).dtype,
     )  # fmt: skip
 
 
-def table_dtype(config: Config) -> torch.dtype:
-    """The dtype of the tables' master weights."""
-    dtype: torch.dtype = registered(config.training.table_dtype, STORAGES).dtype
-    return dtype
+def table_storage(config: Config) -> type[Storage]:
+    """How the tables' master weights are stored."""
+    storage: type[Storage] = registered(config.training.table_dtype, STORAGES)
+    return storage
 
 
 # Models as the header of an artifact describes them.
 
 
-def describe_model(model: ClickModel, table_bits: int | list[int], mlp_bits: int) -> dict[str, Any]:
+def describe_model(
+    model: ClickModel, table_bits: int | list[int], mlp_bits: int, granularity: str = "table",
+    qscheme: str = "symmetric",
+) -> dict[str, Any]:  # fmt: skip
     """What `packed_model` needs to know of a trained model besides its tensors, which have the given bits.
 
     Args:
         table_bits: of all tables, or a list with those of each where they differ.
+        granularity, qscheme: of the tables' scales, as `QATConfig` names them.
 
     Raises:
         ValueError: the model is not of the class that its configuration names, so the artifact would load another one.
@@ -88,6 +92,8 @@ def describe_model(model: ClickModel, table_bits: int | list[int], mlp_bits: int
         "table_rows": list(model.tables.table_rows),
         "multi": model.tables.multi,
         "table_bits": table_bits,
+        "table_granularity": granularity,
+        "table_qscheme": qscheme,
         "mlp_bits": mlp_bits,
         "activation_bits": next(layer.activation_bits for layer in layers if isinstance(layer, QuantLinear)),
     }
@@ -121,6 +127,20 @@ def weight_count(described: Mapping[str, Any]) -> int:
     return count + sum((layer.inputs + (layer.bias or layer.batch_norm)) * layer.outputs for layer in layers)
 
 
+def table_groups(described: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """Of a described model, the rows of a table that share a scale (None: all), and whether it has zero points.
+
+    Older descriptions do not have the first where it is 1.
+
+    Raises:
+        ValueError: an unknown granularity or scheme.
+    """
+    qscheme = described.get("table_qscheme", "symmetric")
+    if qscheme not in ("symmetric", "affine"):
+        raise ValueError(f"table_qscheme {str(qscheme)[:40]!r}")
+    return rows_per_scale(described.get("table_granularity", "table")), qscheme == "affine"
+
+
 def packed_model(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> ClickModel:
     """The described model, in eval mode, of packed tensors by module path: those of `tables`, and for each linear layer
     of a stack those of `PackedLinear`.
@@ -133,11 +153,15 @@ def packed_model(described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Cl
     stacks = {
         path: _packed_stack(path, layers, described, tensors) for path, layers in described_plan(described).items()
     }
+    scaled: dict[str, Any] = {}
+    if table_groups(described)[0] not in (None, 1):  # else the number of scales says it, as in older files
+        scaled["rows_per_scale"] = table_groups(described)[0]
+    names = ("codes", "scale", "zero_point") if table_groups(described)[1] else ("codes", "scale")
     tables = packed_collection(
         described["table_rows"],
         config.embedding_dim,
         described["table_bits"],
-        lambda prefix, bits, numbers: {name: tensors.pop(f"tables.{prefix}{name}") for name in ("codes", "scale")},
+        lambda prefix, bits, numbers: {name: tensors.pop(f"tables.{prefix}{name}") for name in names} | scaled,
         multi=described["multi"],
         pooling=config.pooling,
     )

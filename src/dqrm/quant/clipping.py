@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dqrm.quant.config import QATConfig
+from dqrm.quant.groups import Groups
 from dqrm.quant.ptq import grid_scales
-from dqrm.quant.quantizer import Groups, WeightFakeQuantizer
+from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.quant.ranges import TableMax
 from dqrm.quant.storage import storage_of
 from dqrm.quant.uniform import scale_from_max
@@ -56,6 +57,7 @@ class TableClipped(TableMax):
     """Scales of tables by `clipped_scales` of a sample of their rows, on the clock of `TableMax`."""
 
     clips = True
+    grouped = False
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
@@ -70,7 +72,7 @@ class TableClipped(TableMax):
         for number, table in enumerate(self.groups.tables(weight)):
             bits = self.groups.bits[number] if self.groups.bits else self.bits
             rows = sampled_rows(len(table), table.shape[1], number, self.scale_ticks).to(weight.device)
-            sample = storage_of(weight.dtype).gather(table, rows).view(1, -1)
+            sample = storage_of(weight).gather(table, rows).view(1, -1)
             self.scale[number] = 1 if bits == 32 else clipped_scales(sample, bits, self.qat)[0]
         self._scale_known = True
         self._covered(weight)
@@ -128,7 +130,7 @@ class NaiveTables(TableMax):
     gradient stays that of the rows in use.
     """
 
-    fusible = False
+    fusible = grouped = False
     marks_rows = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
@@ -148,10 +150,10 @@ class NaiveTables(TableMax):
             for number, table in enumerate(self.groups.tables(weight)):
                 group = slice(number, number + 1)
                 self.mark_rows(torch.arange(first, first + len(table), device=weight.device), number, 1)
-                parts.append(self.values_of(table.float()[:, None], self.scale[group], group)[:, 0])
+                parts.append(self.values_of(storage_of(table).read(table)[:, None], self.scale[group], group)[:, 0])
                 first += len(table)
             self._rows.clear()
-            self._quantized = torch.cat(parts) if parts else weight.detach().float()
+            self._quantized = torch.cat(parts) if parts else storage_of(weight).read(weight)
 
     def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
         if self._quantized is None:

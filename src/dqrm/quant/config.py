@@ -30,7 +30,11 @@ where it is."""
 _OURS = frozenset(QUANTIZERS), frozenset(ACTIVATION_QUANTIZERS)
 _LEARNING = frozenset({"lsq"}), frozenset({"pact"})
 
-STORAGES: dict[str, Any] = {"fp32": "dqrm.quant.storage.FP32", "bf16": "dqrm.quant.storage.BF16"}
+STORAGES: dict[str, Any] = {
+    "fp32": "dqrm.quant.storage.FP32",
+    "bf16": "dqrm.quant.storage.BF16",
+    "int8": "dqrm.quant.storage.INT8",
+}
 """What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
 
 
@@ -46,6 +50,24 @@ def registered(name: str, register: dict[str, Any]) -> Any:
         module, _, attribute = register[name].rpartition(".")
         register[name] = getattr(import_module(module), attribute)
     return register[name]
+
+
+def rows_per_scale(granularity: Any) -> int | None:
+    """Rows of a table that share a scale at a `table_granularity`; None: all.
+
+    Raises:
+        ValueError: there is no such granularity.
+    """
+    if granularity in ("table", "row"):
+        return None if granularity == "table" else 1
+    name, _, count = str(granularity).partition(":")
+    rows = int(count) if name == "block" and count.isascii() and count.isdecimal() and len(count) < 10 else 0
+    if rows < 2 or rows & (rows - 1):
+        raise ValueError(
+            f"table_granularity is {granularity!r}, expected 'table', 'row', or 'block:N' with a power of 2 from 2 on, "
+            "as block:16"
+        )
+    return rows
 
 
 class BitsOfParts:
@@ -111,6 +133,12 @@ class QATConfig(BitsOfParts):
     (DQRM's Figure 2a: slow, for comparison); lsq: learned step size (arXiv 1902.08153), which ignores scale_refresh."""
     percentile: float = PERCENTILE
     """With quantizer percentile: which one of the magnitudes |w| the highest code stands for, in percent."""
+    table_granularity: str = "table"
+    """One scale per 'table', per 'row', or 'block:N' for N rows of one table, a power of 2 (quantizer max only; scales
+    are stored with the codes, 4 bytes each)."""
+    table_qscheme: Literal["symmetric", "affine"] = "symmetric"
+    """Codes of tables on both sides of 0, or affine: asymmetric, with a zero point (an integer code) per scale
+    (quantizer max only; slower: plain torch)."""
     scale_refresh: Literal["periodic", "running_max"] | None = None
     """Scale of a table: raised each step by the rows just updated, or from all rows every scale_period steps (clips
     weights that grow in between); none: running_max, but periodic where a scale_period is given or the quantizer clips
@@ -143,6 +171,7 @@ class QATConfig(BitsOfParts):
             )
         self._resolve_small_tables()
         check_registered("quantizer", self.quantizer, QUANTIZERS)
+        self._check_groups()
         percent = self.percentile
         if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 < percent <= 100:
             raise ValueError(f"percentile is {percent!r}, expected a number of percent above 0 and at most 100")
@@ -178,6 +207,42 @@ class QATConfig(BitsOfParts):
     def learns_scales(self) -> bool:
         """Whether the scales of weights are learned, by one of our quantizers."""
         return self.quantizer in _LEARNING[0]
+
+    @property
+    def rows_per_scale(self) -> int | None:
+        """Rows of a table that share a scale; None: all.
+
+        Raises:
+            ValueError: a table_granularity that is none.
+        """
+        return rows_per_scale(self.table_granularity)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales of tables are per row or block of rows, or have zero points."""
+        return self.rows_per_scale is not None or self.table_qscheme != "symmetric"
+
+    def refuse_groups(self, why: str) -> None:
+        """Raise ValueError, naming the option that asks for them."""
+        name = "table_qscheme" if self.rows_per_scale is None else "table_granularity"
+        raise ValueError(f"{name} is {getattr(self, name)!r}, but {why}")
+
+    def _check_groups(self) -> None:
+        if self.table_qscheme not in ("symmetric", "affine"):
+            raise ValueError(f"table_qscheme is {self.table_qscheme!r}, expected 'symmetric' or 'affine'")
+        if not self.grouped:
+            return
+        if self.small_table_bits is not None:
+            self.refuse_groups(
+                f"small_table_bits is {self.small_table_bits}, and tables of several bit widths have one scale each "
+                "and no zero point; leave small_table_bits out"
+            )
+        if self.effective_table_bits == 32:
+            self.refuse_groups("the tables are not quantized (table_bits is 32); leave it out")
+        if self.quantizer in _OURS[0] - {"max"}:
+            self.refuse_groups(
+                f"the quantizer {self.quantizer!r} has one scale per table and no zero point; use quantizer 'max'"
+            )
 
     @property
     def learned_fields(self) -> set[str]:

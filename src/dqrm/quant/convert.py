@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddi
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mixed import packed_collection
 from dqrm.quant.packed import PackedEmbedding, PackedEmbeddingBag, PackedLinear
-from dqrm.quant.packing import encode, encode_table, storage
+from dqrm.quant.packing import TableScales, encode, encode_table, joined, storage
 from dqrm.quant.quantizer import FakeQuantized, WeightFakeQuantizer
 
 _SWAPS: dict[type, type] = {nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding, nn.EmbeddingBag: QuantEmbeddingBag}
@@ -73,7 +74,7 @@ def prepare_qat(
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes that the weights of `model` need at the bits they are trained in, computed from shapes.
 
-    Quantized weights count bits/8 bytes each plus 4 per scale, everything else its own dtype.
+    Quantized weights count bits/8 bytes each plus 4 per scale and 4 per zero point, everything else its own dtype.
 
     Returns:
         {'tables': bytes, 'mlp': bytes (weights and biases of everything that is not a table), 'total': bytes}.
@@ -91,12 +92,13 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
             )
             full, stored = 8 * parameter.element_size(), [(parameter.numel(), 32, 0)]
             if name == "weight" and isinstance(module, FakeQuantized):
-                groups, each = module.weight_fake_quantizer.groups, parameter.shape[-1]
-                stored = [(parameter.numel(), module.bits, groups.count)]
+                quantizer, each = module.weight_fake_quantizer, parameter.shape[-1]
+                groups = quantizer.groups
+                stored = [(parameter.numel(), module.bits, groups.count * quantizer.bytes_per_group)]
                 if groups.bits and groups.table_rows:
-                    stored = [(rows * each, bits, 1) for rows, bits in zip(groups.table_rows, groups.bits)]
+                    stored = [(rows * each, bits, 4) for rows, bits in zip(groups.table_rows, groups.bits)]
             for count, bits, scales in stored:
-                sizes[part] += count * full // 8 if bits == 32 else -(-count * bits // 8) + 4 * scales
+                sizes[part] += count * full // 8 if bits == 32 else -(-count * bits // 8) + scales
     return {**sizes, "total": sum(sizes.values())}
 
 
@@ -137,13 +139,13 @@ def _pack(module: nn.Module) -> nn.Module | None:
     if type(module) not in (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection) or module.bits == 32:
         return None
     assert isinstance(module, (QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection))
-    scale = module.current_scale().clone()
+    scales = module.weight_fake_quantizer.table_scales(module.weight)
     if isinstance(module, QuantEmbeddingBagCollection):
-        return _pack_collection(module, scale)
+        return _pack_collection(module, scales)
     kind = PackedEmbedding if isinstance(module, QuantEmbedding) else PackedEmbeddingBag
     packed = kind(
-        module.num_embeddings, module.embedding_dim, bits=module.bits,
-        codes=encode_table(module.weight.detach(), scale, module.bits), scale=scale,
+        module.num_embeddings, module.embedding_dim, bits=module.bits, **joined(scales),
+        codes=encode_table(module.weight.detach(), scales[0], module.bits),
     )  # fmt: skip
     packed.padding_idx, packed.dtype = module.padding_idx, module.weight.dtype
     if isinstance(module, QuantEmbeddingBag):
@@ -151,14 +153,14 @@ def _pack(module: nn.Module) -> nn.Module | None:
     return packed
 
 
-def _pack_collection(module: QuantEmbeddingBagCollection, scale: Tensor) -> nn.Module:
-    def tensors(prefix: str, bits: int, tables: list[int]) -> dict[str, Tensor]:
+def _pack_collection(module: QuantEmbeddingBagCollection, scales: list[TableScales]) -> nn.Module:
+    def tensors(prefix: str, bits: int, tables: list[int]) -> dict[str, Any]:
         dtype, width = storage(module.embedding_dim, bits)
         table_rows = [module.table_rows[number] for number in tables]
         codes = torch.empty(sum(table_rows), width, dtype=dtype)
         for number, rows in zip(tables, codes.split(table_rows)):
-            rows.copy_(encode_table(module.table(number), scale[number : number + 1], bits))
-        return {"codes": codes, "scale": scale[tables]}
+            rows.copy_(encode_table(module.table(number), scales[number], bits))
+        return {"codes": codes, **joined([scales[number] for number in tables])}
 
     return packed_collection(
         module.table_rows, module.embedding_dim, module.table_bits or module.bits, tensors, multi=module.multi,

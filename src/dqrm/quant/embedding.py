@@ -1,8 +1,9 @@
 """Embedding tables that are quantized as they are looked up: only the rows of the batch, and before pooling.
 
-One scale per table (DQRM paper). A lookup of N rows reads N rows, a backward pass writes a gradient of N
-rows; the whole table is read only when its scale is refreshed (`ranges`). The paper's reference code quantizes the
-pooled vector instead; with more than one row per bag that corresponds to no stored INT4 table.
+One scale per table (DQRM paper), per row, or per block of a table's rows. A lookup of N rows reads N rows, a backward
+pass writes a gradient of N rows; the whole table is read only when its scale is refreshed (`ranges`). The paper's
+reference code quantizes the pooled vector instead; with more than one row per bag that corresponds to no stored INT4
+table.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from torch.autograd.function import once_differentiable
 from dqrm import kernels
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig, take_qat
-from dqrm.quant.quantizer import FakeQuantized, Groups
-from dqrm.quant.storage import storage_of
+from dqrm.quant.groups import Groups
+from dqrm.quant.int8_rows import Int8Rows
+from dqrm.quant.quantizer import FakeQuantized, LookupArguments
+from dqrm.quant.storage import storage_for, storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
@@ -28,7 +31,6 @@ class _Lookup(NamedTuple):
     first: int
     starts: Tensor  # int64 [tables], the first row of each
     table_rows: Tensor  # int64 [tables]
-    scale: Tensor | None  # float32 [tables]; None: not quantized
 
 
 class _ActiveRows(torch.autograd.Function):
@@ -36,9 +38,10 @@ class _ActiveRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, lookups: list[_Lookup], limits: kernels.Limits, blocks: Any,
-        clamped: Tensor | None, raising: bool,
+        ctx: Any, weight: Tensor, lookups: list[_Lookup], scale: Tensor | None, groups: kernels.GroupMap | None,
+        limits: kernels.Limits, blocks: Any, clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        memory = storage_of(weight).memory(weight)
         count = sum(lookup.ids.numel() for lookup in lookups)
         values = torch.empty(count, weight.shape[1], device=weight.device)
         rows = torch.empty(count, dtype=torch.int64, device=weight.device)
@@ -47,10 +50,13 @@ class _ActiveRows(torch.autograd.Function):
             end = at + lookup.ids.numel()
             tables = slice(lookup.first, lookup.first + len(lookup.starts))
             part = limits if isinstance(limits, tuple) else limits[tables]
-            watched = () if blocks is None else (blocks.dirty, blocks.starts[tables], blocks.block)
+            watched: tuple[Any, Any, int] = (None, None, 1)
+            if blocks is not None:
+                watched = blocks.dirty, blocks.starts[tables], blocks.block
+            own = scale[tables] if scale is not None and groups is None else scale
             wrong = kernels.lookup(
-                lookup.ids, lookup.starts, lookup.table_rows, weight, lookup.scale, part, values[at:end],
-                rows[at:end], clamped, raising, *watched,
+                lookup.ids, lookup.starts, lookup.table_rows, memory, own, part, values[at:end], rows[at:end], clamped,
+                raising, *watched, None if groups is None else groups.part(tables),
             )  # fmt: skip
             if wrong >= 0:
                 number = wrong % len(lookup.starts)
@@ -62,10 +68,10 @@ class _ActiveRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values = grads[0].to(ctx.dtype).contiguous()
         grad = torch.sparse_coo_tensor(ctx.rows[None], values, ctx.shape, check_invariants=False)
-        return grad, None, None, None, None, None
+        return grad, *[None] * 7
 
 
 def refuse_unsupported(module: Any) -> None:
@@ -86,7 +92,7 @@ class QuantizedTables(FakeQuantized):
 
     @property
     def scale(self) -> Tensor:
-        """The scale of each table as of the last forward: float32 [tables]; 0 until it is first set."""
+        """The scale of each table, or group of rows, as of the last forward: float32 [groups]; 0 until it is set."""
         return self.weight_fake_quantizer.scale
 
     @property
@@ -126,6 +132,12 @@ class QuantizedTables(FakeQuantized):
         """These tables hold other weights now, drawn anew: set scales from them."""
         self.weight_fake_quantizer.tables_redrawn(self.weight, numbers)
 
+    def _lookup_arguments(self, rows: int) -> LookupArguments:
+        """Of the quantizer, for compiled code; what is not quantized has no scale, and is not clamped either."""
+        quantized = self.bits_in_use != 32
+        scale, *others = self.weight_fake_quantizer.lookup_arguments(self.weight, rows if quantized else 0)
+        return (scale if quantized else None, *others)
+
     def weights_replaced(self, ticks: int) -> None:
         """Call after weights and scales were replaced; `ticks` is the new step count."""
         self.weight_fake_quantizer.weights_replaced(self.weight, ticks)
@@ -134,16 +146,31 @@ class QuantizedTables(FakeQuantized):
 class _OneTable(QuantizedTables):
     """Common base of `QuantEmbedding` and `QuantEmbeddingBag`: bits and scale of the one table in `weight`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
-        super().__init__(*args, **kwargs)
+        given, drawn = kwargs.get("_weight"), False
+        if kwargs.get("dtype") is torch.int8:
+            drawn = given is None
+            if given is None:
+                kwargs["_weight"] = Int8Rows.empty(num_embeddings, embedding_dim, kwargs.get("device"))
+            elif not isinstance(given, Int8Rows):  # torch's modules would leave it as it is
+                kwargs["_weight"] = Int8Rows.encode(given)
+        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+        if drawn:
+            self.reset_parameters()  # type: ignore[operator]
         self._init_quantization(qat)
 
     def _init_quantization(self, qat: QATConfig) -> None:
         refuse_unsupported(self)
-        self._add_quantizer(qat, qat.bits_of_table(len(self.weight)), Groups(1, (len(self.weight),)))
+        bits = qat.bits_of_table(len(self.weight))
+        self._add_quantizer(qat, bits, Groups.of_tables(qat, (len(self.weight),), (bits,)))
 
     padding_idx: int | None
+
+    @torch.no_grad()
+    def _fill_padding_idx_with_zero(self) -> None:
+        if self.padding_idx is not None:  # torch's fills a view of the row, which int8 rows do not have
+            self.weight[self.padding_idx : self.padding_idx + 1].zero_()
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
@@ -155,10 +182,8 @@ class _OneTable(QuantizedTables):
         plain = self.padding_idx is not None or weight.dtype != torch.float32 or not quantizer.fusible
         if self.sparse and not plain and not kernels.traced():
             start = torch.zeros(1, dtype=torch.int64, device=weight.device)
-            scale = quantizer.scale if quantized else None
-            table = _Lookup(ids.contiguous(), 0, start, start + len(weight), scale)
-            count = ids.numel() if quantized else 0
-            values, rows = _ActiveRows.apply(weight, [table], *quantizer.lookup_arguments(weight, count))
+            table = _Lookup(ids.contiguous(), 0, start, start + len(weight))
+            values, rows = _ActiveRows.apply(weight, [table], *self._lookup_arguments(ids.numel()))
         else:
             rows = ids.long()
             quantizer.mark_rows(rows, 0, 1)
@@ -175,6 +200,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
+        dtype: as of `nn.Embedding`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -190,6 +216,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
+        dtype: as of `nn.EmbeddingBag`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -198,7 +225,11 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         # Ids [B, L] together with include_last_offset: torch 2.9 reads past the end; `pool` works around it.
-        if self.bits == 32 and (offsets is not None or not self.include_last_offset):
+        if (
+            self.bits == 32
+            and not isinstance(self.weight, Int8Rows)
+            and (offsets is not None or not self.include_last_offset)
+        ):
             return super().forward(input, offsets, per_sample_weights)
         return pool(self, self._rows(input.reshape(-1)), input, offsets, per_sample_weights)
 
@@ -220,6 +251,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
         sparse: whether `weight.grad` is sparse; a dense one costs a second copy of all tables.
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
+        dtype: of the weight: torch.float32, torch.bfloat16, or torch.int8 (`Int8Rows`); `_weight` has its own.
 
     Raises:
         ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits.
@@ -233,6 +265,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         multi: Sequence[bool] | None = None,
         pooling: str = "sum",
         sparse: bool = True,
+        dtype: torch.dtype = torch.float32,
         _weight: Tensor | None = None,
         **options: Any,
     ) -> None:
@@ -242,11 +275,12 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self.sparse = sparse
-        self.weight = nn.Parameter(torch.empty(self._starts[-1], embedding_dim) if _weight is None else _weight)
+        self.weight = nn.Parameter(
+            storage_for(dtype).empty(self._starts[-1], embedding_dim) if _weight is None else _weight
+        )
         self.table_bits = tuple(map(qat.bits_of_table, self.table_rows))
         bits = min(self.table_bits, default=qat.effective_table_bits)
-        mixed = self.table_bits if len(set(self.table_bits)) > 1 else None
-        self._add_quantizer(qat, bits, Groups(len(self.table_rows), self.table_rows, mixed))
+        self._add_quantizer(qat, bits, Groups.of_tables(qat, self.table_rows, self.table_bits))
         if _weight is None:
             self.reset_parameters()
 
@@ -272,25 +306,17 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
             ValueError: the number of columns or of bags is not that of the tables.
         """
         groups = self._groups(ids, bags)
-        weight, quantizer, scale = self.weight, self.weight_fake_quantizer, None
+        weight, quantizer = self.weight, self.weight_fake_quantizer
         if self.bits != 32:
             quantizer.before_forward(weight, self.sparse)
-            scale = quantizer.scale if self.bits_in_use != 32 else None
         if self.sparse and quantizer.fusible and not kernels.traced():
             starts, table_rows = self.row_offsets, self.rows_per_table
             lookups = [
-                _Lookup(
-                    part,
-                    first,
-                    starts[first : first + tables],
-                    table_rows[first : first + tables],
-                    None if scale is None else scale[first : first + tables],
-                )
+                _Lookup(part, first, starts[first : first + tables], table_rows[first : first + tables])
                 for part, first, tables in groups
             ]
-            # What is not quantized is not clamped either.
-            count = 0 if scale is None else sum([part.numel() for part, _, _ in groups])
-            values, rows = _ActiveRows.apply(weight, lookups, *quantizer.lookup_arguments(weight, count))
+            count = sum([part.numel() for part, _, _ in groups])
+            values, rows = _ActiveRows.apply(weight, lookups, *self._lookup_arguments(count))
         else:
             values, rows = self._plain_rows(groups, weight)
         quantizer.note_rows(rows, weight, self.sparse)
@@ -305,7 +331,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
             pieces.append((ids.view(-1, tables) + self.row_offsets[first : first + tables]).view(-1))
             quantizer.mark_rows(pieces[-1], first, tables)
         rows = torch.cat(pieces).long() if len(pieces) > 1 else pieces[0].long()
-        values = storage_of(weight.dtype).lookup(weight, rows, self.sparse)
+        values = storage_of(weight).lookup(weight, rows, self.sparse)
         if self.bits_in_use == 32:
             return values, rows
         quantized = []

@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from dqrm.quant.activations import ActivationFakeQuantizer
 from dqrm.quant.config import QATConfig
+from dqrm.quant.groups import Groups
 from dqrm.quant.packing import pieces
-from dqrm.quant.quantizer import Groups, WeightFakeQuantizer
+from dqrm.quant.quantizer import WeightFakeQuantizer
 from dqrm.quant.uniform import SMALLEST_MAXIMUM, check_floats, code_limits, fake_quantize, scale_from_max
 
 

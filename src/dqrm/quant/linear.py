@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from dqrm import kernels
 from dqrm.quant.activations import ActivationFakeQuantizer, new_activation_quantizer
 from dqrm.quant.config import QATConfig, take_qat
-from dqrm.quant.quantizer import FakeQuantized, Groups, WeightFakeQuantizer
+from dqrm.quant.groups import Groups
+from dqrm.quant.quantizer import FakeQuantized, WeightFakeQuantizer
 from dqrm.quant.uniform import code_limits, fake_quantize, scale_from_max
 
 

@@ -4,6 +4,7 @@ Codes, scales and values are those that trained layers use in evaluation, so a p
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,11 +31,16 @@ class _Packed(nn.Module):
 class _PackedTables(_Packed):
     """Mixin: rows of packed tables, looked up by id.
 
-    Buffers: codes [rows, width] (see `packing.storage`); scale float32: one per table, or one per row of `codes`.
+    Buffers: codes [rows, width] (see `packing.storage`); scale float32: one per table, or for each `rows_per_scale`
+    rows of a table; zero_point int32, as `scale`, or None: symmetric.
     """
 
     codes: Tensor
     scale: Tensor
+    zero_point: Tensor | None
+    group_offsets: Tensor
+    rows_per_scale: int | None
+    """Rows of a table that share a scale, a power of 2; None: all."""
     bits: int
     embedding_dim: int
     source: Any = None
@@ -55,34 +61,49 @@ class _PackedTables(_Packed):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "source": None}  # copies are in memory
 
-    def _init_storage(self, rows: int, bits: int, codes: Tensor | None, scale: Tensor | None, tables: int) -> None:
+    def _init_storage(
+        self, table_rows: Sequence[int], bits: int, codes: Tensor | None, scale: Tensor | None,
+        zero_point: Tensor | None, rows_per_scale: int | None,
+    ) -> None:  # fmt: skip
         check_bits("bits", bits)
-        self.bits, self._tables = bits, tables
+        self.bits, rows, tables = bits, sum(table_rows), len(table_rows)
         dtype, width = storage(self.embedding_dim, bits)
         codes = torch.empty(rows, width, dtype=dtype) if codes is None else codes
-        scale = torch.empty(tables) if scale is None else scale
+        each = None if bits == 32 else rows_per_scale
+        if each is None and bits != 32 and scale is not None and scale.shape == (rows,) != (tables,):
+            each = 1
+        per_table = [1 if each is None else -(-count // each) for count in table_rows]
+        scale = torch.empty(sum(per_table)) if scale is None else scale
         if codes.dtype != dtype or codes.shape != (rows, width):
             raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}, expected {dtype} [{rows}, {width}]")
-        if scale.dtype != torch.float32 or scale.shape not in ((tables,), (rows,)):
+        if scale.dtype != torch.float32 or scale.shape not in ((sum(per_table),), (rows if bits == 32 else -1,)):
+            expected = f"[{tables}] or [{rows}]" if each is None else f"[{sum(per_table)}]"
+            raise ValueError(f"scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 {expected}")
+        if zero_point is not None and (zero_point.dtype != torch.int32 or zero_point.shape != scale.shape):
             raise ValueError(
-                f"scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 [{tables}] or [{rows}]"
+                f"zero_point is {zero_point.dtype} {list(zero_point.shape)}, expected torch.int32 {list(scale.shape)}"
             )
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        first = torch.tensor([0, *accumulate(per_table)][:-1], dtype=torch.int64, device=codes.device)
+        self.register_buffer("group_offsets", first, persistent=False)
+        self.rows_per_scale = each
 
     def _values(self, ids: Tensor, starts: Tensor, table_rows: Tensor, first: int) -> Tensor:
         """Values float32 [N, dim] of integer ids [..., T] of the T tables first, first + 1, ..."""
-        scale = self.scale if self.scale_per_row else self.scale[first : first + len(table_rows)]
-        values, wrong = kernels.lookup_packed(ids, starts, table_rows, self.codes, self.bits, scale, self.embedding_dim)
+        scale, zero_point, groups, part = self.scale, self.zero_point, None, slice(first, first + len(table_rows))
+        if self.rows_per_scale is None:
+            scale, zero_point = scale[part], None if zero_point is None else zero_point[part]
+        else:
+            groups = kernels.GroupMap(starts, self.group_offsets[part], self.rows_per_scale.bit_length() - 1)
+        values, wrong = kernels.lookup_packed(
+            ids, starts, table_rows, self.codes, self.bits, scale, self.embedding_dim, zero_point, groups
+        )
         if wrong >= 0:
             number = wrong % len(table_rows)
             refuse_id(int(ids.reshape(-1)[wrong]), first + number, int(table_rows[number]))
         return values
-
-    @property
-    def scale_per_row(self) -> bool:
-        """Whether each row has a scale of its own, rather than each table."""
-        return self.bits != 32 and len(self.scale) == len(self.codes) != self._tables
 
 
 class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
@@ -93,6 +114,9 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
         bits: 2, 4, 8, 16, or 32 (float32 rows).
         codes: [sum(table_rows), width], not copied; default: not initialized.
         scale: float32, one per table or one per row; ignored with 32 bits.
+        zero_point: int32, as `scale`: the code of 0.0, which is subtracted from codes; None: 0.
+        rows_per_scale: rows of a table that share a scale, a power of 2; `scale` then has ceil(rows / rows_per_scale)
+            for each table, one after the other. None: as the length of `scale` says.
 
     Raises:
         ValueError: as `QuantEmbeddingBagCollection`; or codes or scale of the wrong dtype or shape.
@@ -108,10 +132,12 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
         bits: int = 4,
         codes: Tensor | None = None,
         scale: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        rows_per_scale: int | None = None,
     ) -> None:
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
-        self._init_storage(self._starts[-1], bits, codes, scale, len(self.table_rows))
+        self._init_storage(self.table_rows, bits, codes, scale, zero_point, rows_per_scale)
 
     def forward(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """One pooled vector per sample and table: float32 [B, T, embedding_dim].
@@ -141,11 +167,14 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
 class _OnePackedTable(_PackedTables):
     """Common base of `PackedEmbedding` and `PackedEmbeddingBag`."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, codes: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, *, bits: int, codes: Tensor, scale: Tensor,
+        zero_point: Tensor | None = None, rows_per_scale: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.dtype = torch.float32  # of the output
-        self._init_storage(num_embeddings, bits, codes, scale, 1)
+        self._init_storage((num_embeddings,), bits, codes, scale, zero_point, rows_per_scale)
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Values float32 [N, dim] of ids [N]."""

@@ -6,10 +6,14 @@ second half in the high ones). So a row unpacks into contiguous halves or quarte
 every exporter and runtime supports, unlike shifts and masks. Padding (dim not a multiple of 8 / bits) holds code 0.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from dqrm.kernels import plain
+from dqrm.quant.int8_rows import Int8Rows
 from dqrm.quant.uniform import check_dtype, quantize
 
 PACKED_BITS = (2, 4, 8)
@@ -55,11 +59,12 @@ def storage_bytes(dim: int, bits: int) -> int:
     return dtype.itemsize * width
 
 
-def encode(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Weights [rows, dim] as they are stored: [rows, width], see `storage`. `scale`: float32, broadcast."""
+def encode(weight: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
+    """Weights [rows, dim] as they are stored: [rows, width], see `storage`. `scale`: float32, and `zero_point`: int32,
+    broadcast."""
     if bits == 32:
         return weight.detach().float()
-    codes = quantize(weight.detach(), scale, bits)
+    codes = quantize(weight.detach(), scale, bits, zero_point)
     return codes if bits == 16 else pack(codes, bits)
 
 
@@ -75,17 +80,44 @@ def decode(stored: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
 _CHUNK = 1 << 22
 
 
-def pieces(table: Tensor) -> tuple[Tensor, ...]:
-    """A table [rows, dim] in views of some megabytes, at least one."""
-    return table.split(max(1, _CHUNK // max(1, table.shape[1])))
+def pieces(table: Tensor) -> Iterator[Tensor]:
+    """A table [rows, dim] in views of some megabytes, at least one; of int8 rows in float32 copies."""
+    for piece in table.split(max(1, _CHUNK // max(1, table.shape[1]))):
+        yield piece.dequantize() if isinstance(piece, Int8Rows) else piece
 
 
-def encode_table(table: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """A float table [rows, dim] as it is stored (see `packing.storage`), in pieces. `scale`: [1] or [rows]."""
+class TableScales(NamedTuple):
+    """The scales of one table."""
+
+    scale: Tensor
+    """float32 [groups]: one for all rows, or one for each `rows` of them."""
+    zero_point: Tensor | None = None
+    """int32 [groups]; None: codes are symmetric."""
+    rows: int | None = None
+    """Rows that share a scale; None: all."""
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of each of these rows int64 [N]: [N, 1], or [1, 1] for all."""
+        group = slice(None) if self.rows is None else rows.div(self.rows, rounding_mode="floor")
+        return self.scale[group, None], None if self.zero_point is None else self.zero_point[group, None]
+
+
+def joined(scales: Sequence[TableScales]) -> dict[str, Any]:
+    """Those of several tables, as arguments of packed tables: `scale`, `zero_point` and `rows_per_scale`."""
+    zero_points = [each.zero_point for each in scales if each.zero_point is not None]
+    return {
+        "scale": torch.cat([each.scale for each in scales]) if scales else torch.empty(0),
+        "zero_point": torch.cat(zero_points) if zero_points else None,
+        "rows_per_scale": scales[0].rows if scales else None,
+    }
+
+
+def encode_table(table: Tensor, scales: TableScales, bits: int) -> Tensor:
+    """A float table [rows, dim] as it is stored (see `packing.storage`), in pieces."""
     dtype, width = storage(table.shape[1], bits)
     stored, done = torch.empty(len(table), width, dtype=dtype), 0
     for piece in pieces(table):
-        part = slice(done, done + len(piece))
-        stored[part] = encode(piece, scale[part if len(scale) > 1 else slice(None), None], bits)
+        scale, zero_point = scales.of(torch.arange(done, done + len(piece), device=table.device))
+        stored[done : done + len(piece)] = encode(piece, scale, bits, zero_point)
         done += len(piece)
     return stored

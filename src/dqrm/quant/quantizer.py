@@ -6,54 +6,25 @@ in `config.QUANTIZERS`; `QATConfig.quantizer` then names it. A scale may be lear
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dqrm.kernels import Limits, TableRanges, plain
+from dqrm.kernels import GroupMap, Limits, TableRanges, plain
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import BITS, QUANTIZERS, QATConfig, registered
-from dqrm.quant.storage import storage_of
+from dqrm.quant.groups import Groups
+from dqrm.quant.packing import TableScales
 from dqrm.quant.uniform import code_limits, fake_quantize, fake_quantize_groups, highest_codes, scale_from_max
 
 _NAME = "weight_fake_quantizer"
-# Code limits; blocks to mark (`ranges.BlockMaxima`) or None; where clamped weights are counted, or None; whether scales
-# are raised to what the rows need.
-LookupArguments = tuple[Limits, Any, Tensor | None, bool]
+# Scales (None: not quantized), and which a row has (None: that of its table); code limits; blocks to mark
+# (`ranges.BlockMaxima`) or None; where clamped weights are counted, or None; whether scales are raised to what the rows
+# need.
+LookupArguments = tuple[Tensor | None, GroupMap | None, Limits, Any, Tensor | None, bool]
 # Keys of the same values in state dicts of versions without this child module.
 _MOVED = ("scale", "scale_ticks")
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The parts of a weight [rows, dim] that have one scale each."""
-
-    count: int
-    table_rows: tuple[int, ...] | None = None
-    """Rows of each table in the weight; None: of a linear layer, with one group per row, or one in all."""
-    bits: tuple[int, ...] | None = None
-    """Bits of each table where they differ (32: not quantized); None: all have the quantizer's `bits`."""
-
-    def tables(self, weight: Tensor) -> Sequence[Tensor]:
-        """Each table's rows of the weight: views without a gradient."""
-        weight = weight.detach()
-        return [weight] if self.count == 1 else weight.split(self.table_rows or ())
-
-    def starts(self, device: torch.device) -> Tensor:
-        """The first row of each table: int64 [count]."""
-        return torch.tensor([0, *(self.table_rows or ())][:-1], dtype=torch.int64, device=device).cumsum(0)
-
-    def largest(self, weight: Tensor) -> Tensor:
-        """max|weight| of each group, from all of its rows: [count], without a gradient."""
-        if self.count == 0 or weight.numel() == 0:
-            return weight.new_zeros(self.count)
-        if self.table_rows is not None:
-            largest = storage_of(weight.dtype).largest
-            return torch.stack([largest(table) for table in self.tables(weight)])
-        magnitude = weight.detach().abs()
-        return magnitude.amax(1) if self.count == len(weight) else magnitude.amax().view(1)
 
 
 class WeightFakeQuantizer(nn.Module):
@@ -88,6 +59,8 @@ class WeightFakeQuantizer(nn.Module):
     """Whether a training loop whose steps have several forwards must say which step it is, by `step`."""
     marks_rows = False
     """Whether `fake_quantize` needs to know which rows its values are: `self._rows`, by the first group."""
+    grouped = False
+    """Whether it knows tables whose blocks of rows have a scale each (`groups.rows_per_group`), and zero points."""
     uniform = False
     """Whether its scales are from `scale_of` and its values from `values_of`, which know tables of several bit widths
     (`groups.bits`) and stochastic rounding."""
@@ -158,7 +131,7 @@ class WeightFakeQuantizer(nn.Module):
 
     def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
         """Arguments for compiled code that looks up a number of rows in place of `fake_quantize`."""
-        return self.limits, None, None, False
+        return self.scale, None, self.limits, None, None, False
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
         """A forward without compiled code looks up rows int64 [N]; position i is of table first + i % tables.
@@ -178,6 +151,16 @@ class WeightFakeQuantizer(nn.Module):
         if not self._scale_known:
             self.refresh(weight)
         return self.scale.detach()
+
+    def table_scales(self, weight: Tensor) -> list[TableScales]:
+        """The scales of each table that a forward in evaluation uses, copied."""
+        scale = self.current_scale(weight).clone()
+        return [TableScales(each, None, self.groups.rows_per_group) for each in scale.split(self.groups.per_table)]
+
+    @property
+    def bytes_per_group(self) -> int:
+        """What a group's scale takes when it is stored."""
+        return 4
 
     @torch.no_grad()
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
@@ -253,6 +236,8 @@ def new_quantizer(qat: QATConfig, bits: int, groups: Groups) -> WeightFakeQuanti
     """The quantizer that a configuration names, for a weight of `bits` bits."""
     name = "max" if bits == 32 else qat.quantizer
     quantizer: WeightFakeQuantizer = registered(name, QUANTIZERS)(qat, bits, groups)
+    if groups.table_rows is not None and qat.grouped and not quantizer.grouped:
+        qat.refuse_groups(f"the quantizer '{name}' has one scale per table and no zero point; use quantizer 'max'")
     if quantizer.uniform:
         return quantizer
     if groups.bits:

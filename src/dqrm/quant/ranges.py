@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dqrm import kernels
 from dqrm.quant.config import QATConfig
+from dqrm.quant.groups import Groups, largest_of_each
 from dqrm.quant.linear import LinearMax
-from dqrm.quant.quantizer import Groups, LookupArguments, WeightFakeQuantizer
+from dqrm.quant.quantizer import LookupArguments, WeightFakeQuantizer
 from dqrm.quant.storage import storage_of
 
 # Rows per block whose maximum is remembered: small enough that a period dirties few of them.
@@ -29,14 +30,17 @@ class BlockMaxima:
 
     Correct as long as only rows that a training forward looked up can have changed; costs 5 bytes per block (0.5 % of a
     float32 table of dim 16).
+
+    Args:
+        block: rows of a block, a power of 2; fewer than 16 where fewer rows share a scale.
     """
 
-    def __init__(self, table_rows: tuple[int, ...], device: torch.device | str = "cpu") -> None:
-        blocks = torch.tensor([0, *(-(-rows // _BLOCK) for rows in table_rows)], dtype=torch.int64).cumsum(0)
+    def __init__(self, table_rows: tuple[int, ...], device: torch.device | str = "cpu", block: int = _BLOCK) -> None:
+        blocks = torch.tensor([0, *(-(-rows // block) for rows in table_rows)], dtype=torch.int64).cumsum(0)
         self.starts = blocks[:-1].to(device)
         self._row_starts = torch.tensor([0, *table_rows[:-1]], dtype=torch.int64).cumsum(0).to(device)
         self._bounds = blocks.tolist()
-        self.block = _BLOCK
+        self.block = block
         self.dirty = torch.ones(self._bounds[-1], dtype=torch.uint8, device=device)
         self.maxima = torch.zeros(self._bounds[-1], device=device)
 
@@ -44,14 +48,14 @@ class BlockMaxima:
         """Rows of the whole weight, position i of table first + i % tables, may change (the kernels mark their own)."""
         part = slice(first, first + tables)
         blocks = self.starts[part] + (rows.view(-1, tables) - self._row_starts[part]).div_(
-            _BLOCK, rounding_mode="floor"
+            self.block, rounding_mode="floor"
         )
         self.dirty[blocks.view(-1)] = 1
 
     def mark_any(self, rows: Tensor) -> None:
         """The same for rows of any tables, in any order."""
         table = torch.searchsorted(self._row_starts, rows, right=True).sub_(1)
-        blocks = (rows - self._row_starts[table]).div_(_BLOCK, rounding_mode="floor")
+        blocks = (rows - self._row_starts[table]).div_(self.block, rounding_mode="floor")
         self.dirty[blocks.add_(self.starts[table])] = 1
 
     def all_changed(self) -> None:
@@ -61,18 +65,27 @@ class BlockMaxima:
     def table_max(self, number: int, table: Tensor) -> float:
         """max|table| of table `number`, exact."""
         part = slice(self._bounds[number], self._bounds[number + 1])
-        return kernels.blocks_max(table, self.block, self.dirty[part], self.maxima[part])
+        return kernels.blocks_max(storage_of(table).memory(table), self.block, self.dirty[part], self.maxima[part])
+
+    def largest(self, number: int, table: Tensor, rows: int) -> Tensor:
+        """max|.| of each `rows` rows, a power of 2, of table `number`, exact: float32 [ceil(len(table) / rows)]."""
+        self.table_max(number, table)
+        part = slice(self._bounds[number], self._bounds[number + 1])
+        return largest_of_each(self.maxima[part], max(1, rows // self.block))
 
 
 class TableMax(WeightFakeQuantizer):
     """Scales of tables in one weight from their largest magnitudes, and the clock that says when to refresh them.
 
-    Its state is the buffer `scale` (float32 [tables]; 0 until it is first computed) and `scale_ticks` (int64 scalar):
+    Blocks of rows that have a scale each (`groups`) are treated as tables are. A row that has its own scale is at hand
+    whole: with running_max its scale is that of the row as it is, whenever the row is read.
+
+    Its state is the buffer `scale` (float32 [groups]; 0 until it is first computed) and `scale_ticks` (int64 scalar):
     the number of training forwards, so that a resumed run refreshes at the same steps. Activation checkpointing runs a
     forward twice and so counts it twice.
     """
 
-    fusible = uniform = keeps_ticks = True
+    fusible = uniform = keeps_ticks = grouped = True
 
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
@@ -80,7 +93,7 @@ class TableMax(WeightFakeQuantizer):
         self._running = qat.scale_refresh == "running_max" and bits != 32
         assert qat.scale_period is not None  # after QATConfig's defaults
         self._period = qat.scale_period if qat.scale_refresh == "periodic" else qat.rescan_period
-        self._starts = groups.starts(self.scale.device)
+        self._starts, self._map = groups.starts(self.scale.device), groups.map(self.scale.device)
         self._step_goes_on = False
         self._promised = False
         self._raising = False  # whether this forward raises scales to what its rows need
@@ -96,7 +109,8 @@ class TableMax(WeightFakeQuantizer):
     def only_looked_up_rows_change(self, weight: Tensor) -> None:
         self._promised = True
         if self.bits != 32 and not self._running and self._blocks is None:
-            self._blocks = BlockMaxima(tuple(len(table) for table in self.groups.tables(weight)), weight.device)
+            rows = tuple(len(table) for table in self.groups.tables(weight))
+            self._blocks = BlockMaxima(rows, weight.device, min(_BLOCK, self.groups.rows_per_group or _BLOCK))
 
     @torch.no_grad()
     def refresh(self, weight: Tensor, everything: bool = False) -> None:
@@ -110,10 +124,12 @@ class TableMax(WeightFakeQuantizer):
         self._covered(weight)
 
     def _largest(self, weight: Tensor) -> Tensor:
-        """max|w| of each table, from all of its rows: float32 [tables]."""
+        """max|w| of each group, from all of its rows: float32 [groups]."""
         if self._blocks is None:
             return self.groups.largest(weight)
         tables = enumerate(self.groups.tables(weight))
+        if each := self.groups.rows_per_group:
+            return torch.cat([self._blocks.largest(number, table, each) for number, table in tables])
         return torch.tensor([self._blocks.table_max(number, table) for number, table in tables], device=weight.device)
 
     def _covered(self, weight: Tensor) -> None:
@@ -132,19 +148,31 @@ class TableMax(WeightFakeQuantizer):
 
     def _ranges(self) -> kernels.TableRanges:
         limits = self.limits
-        return kernels.TableRanges(self._starts, self.scale, limits[1] if isinstance(limits, tuple) else limits)
+        highest = limits[1] if isinstance(limits, tuple) else limits
+        return kernels.TableRanges(self._starts, self.scale, highest, self._map)
 
-    def _raise_to(self, largest: Tensor, group: slice = slice(None)) -> None:
-        """In place: scales at least those of weights whose largest magnitudes are `largest` [groups].
+    def _raise_to(self, largest: Tensor, index: slice | Tensor = slice(None)) -> None:
+        """In place: scales at least those of weights whose largest magnitudes are `largest`, by index.
 
         As scales, not as products: never below what the same maximum gave when it was exact.
         """
-        scale = self.scale[group]
-        torch.maximum(scale, self.scale_of(largest, group), out=scale)
+        if isinstance(index, Tensor):
+            assert self._map is not None
+            kernels.plain.raise_groups(index, largest, self.scale, self._limits[1], self._map)
+        else:
+            scale = self.scale[index]
+            torch.maximum(scale, self.scale_of(largest, index), out=scale)
+
+    def _raise_all(self, weight: Tensor) -> None:
+        """Raise scales to what all rows need; of rows with a scale each: set them."""
+        if self._map is not None and self._map.shift == 0:
+            self.scale.copy_(self.scale_of(self._largest(weight)))
+        else:
+            self._raise_to(self._largest(weight))
 
     def _raise_for(self, rows: Tensor, weight: Tensor) -> None:
         """Raise scales to what these rows need: int64 [N] of the weight."""
-        storage_of(weight.dtype).raise_scales(weight, rows, self._ranges())
+        storage_of(weight).raise_scales(weight, rows, self._ranges())
 
     def ranges_to_raise(self, weight: Tensor) -> kernels.TableRanges | None:
         return self._ranges() if self._running and self._scale_known else None
@@ -164,7 +192,7 @@ class TableMax(WeightFakeQuantizer):
         if not self._running or not self._scale_known or self._promised:
             return
         if self._trained_since or _version(weight) != self._covered_at:
-            self._raise_to(self._largest(weight))
+            self._raise_all(weight)
             self._covered(weight)
 
     def note_rows(self, rows: Tensor, weight: Tensor, sparse: bool) -> None:
@@ -176,28 +204,42 @@ class TableMax(WeightFakeQuantizer):
     def lookup_arguments(self, weight: Tensor, rows: int) -> LookupArguments:
         counting = self.training and self.bits != 32
         counter = self.clamps.counter(rows * weight.shape[1], weight.device) if counting else None
-        return self.limits, self._blocks, counter, self._raising
+        scale = None if self.bits == 32 else self.scale
+        return scale, self._map, self.limits, self._blocks, counter, self._raising
 
     def mark_rows(self, rows: Tensor, first: int, tables: int) -> None:
         super().mark_rows(rows, first, tables)
+        if self._map is not None:
+            self._rows[first] = rows
         if self._blocks is not None:
             self._blocks.mark(rows, first, tables)
 
     def fake_quantize(self, values: Tensor, group: slice = slice(None)) -> Tensor:
         """Also raise the scales to what these values need (running_max), or count what they clamp (periodic)."""
-        scale = self.scale[group]
+        index, shape = self._index(group), values.shape
+        if isinstance(index, Tensor):
+            values = values.reshape(-1, shape[-1])
         if values.numel() and not torch.compiler.is_compiling():
-            self._meet(values.detach().view(-1, len(scale), values.shape[-1]), scale, group)
-        return self.values_of(values, scale, group)
+            self._meet(values.detach(), index, group)
+        return self.values_of(values, self.scale[index], group).view(shape)
 
-    def _meet(self, values: Tensor, scale: Tensor, group: slice) -> None:
+    def _index(self, group: slice) -> slice | Tensor:
+        """Of the tables' scales, or for each row that was marked: int64 [N]."""
+        if self._map is None:
+            return group
+        key = group.start or 0
+        rows = self._rows[key] if self.stochastic and self.training else self._rows.pop(key)
+        return self._map.of(rows)
+
+    def _meet(self, values: Tensor, index: slice | Tensor, group: slice) -> None:
+        values = values.view(-1, len(self.scale[index]), values.shape[-1])
         if self._raising:
-            self._raise_to(values.abs().amax((0, 2)).float(), group)
+            self._raise_to(values.abs().amax((0, 2)).float(), index)
         if not self.training:
             return
         counter = self.clamps.counter(values.numel(), values.device)
         if not self._running:
-            codes = (values.float() / scale[:, None]).round_()
+            codes = (values.float() / self.scale[index, None]).round_()
             low, high = self._limits
             if self._highest is None:
                 counter += ((codes < low) | (codes > high)).sum()
@@ -227,7 +269,7 @@ class TableMax(WeightFakeQuantizer):
         self._covered(weight)  # evaluation uses the scales that were saved with the weights
 
     def current_scale(self, weight: Tensor) -> Tensor:
-        """The scales that a forward in evaluation uses: float32 [tables]. Does not advance the step count."""
+        """The scales that a forward in evaluation uses: float32 [groups]. Does not advance the step count."""
         self.synchronize(weight)
         if not self._scale_known:
             self.refresh(weight)
@@ -259,12 +301,12 @@ class TableMax(WeightFakeQuantizer):
         self._trained_since = True
 
     def weight_moved(self, weight: Tensor, cast: bool) -> None:
-        self._starts = self.groups.starts(weight.device)
+        self._starts, self._map = self.groups.starts(weight.device), self.groups.map(weight.device)
         self._looked_up.clear()
         self._covered_at = -1
         if self._running and self._scale_known and cast:
             with torch.no_grad():  # rounding to another type makes some weights larger
-                self._raise_to(self._largest(weight))
+                self._raise_all(weight)
         if self._blocks is not None:
             self._blocks = None
             self.only_looked_up_rows_change(weight)
@@ -284,5 +326,11 @@ def _version(weight: Tensor) -> int:
 
 
 def max_quantizer(qat: QATConfig, bits: int, groups: Groups) -> WeightFakeQuantizer:
-    """The largest magnitude's scale for tables or for a linear layer."""
-    return (LinearMax if groups.table_rows is None else TableMax)(qat, bits, groups)
+    """The scale of the largest magnitude for tables or for a linear layer; for affine tables that of their range."""
+    if groups.table_rows is None:
+        return LinearMax(qat, bits, groups)
+    if qat.table_qscheme == "affine" and bits != 32:
+        from dqrm.quant.affine import TableAffine
+
+        return TableAffine(qat, bits, groups)
+    return TableMax(qat, bits, groups)

@@ -1,7 +1,7 @@
 """Storage formats of the tables' master weights: read rows as float32, add to rows, their largest magnitude.
 
 A storage is a dtype with these operations. To add one: subclass `Storage` and enter it in `config.STORAGES`; its name
-is then a `table_dtype`, and modules and optimizers take weights of its dtype.
+is then a `table_dtype`, and modules and optimizers take weights that are stored so.
 """
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 from dqrm import kernels
 from dqrm.kernels import TableRanges
 from dqrm.quant.config import STORAGES, registered
+from dqrm.quant.int8_rows import Int8Rows, row_width
 
+# Rows per block of the largest magnitude of int8 rows.
+_BLOCK = 1 << 10
 # Rows read at once: torch may copy what it reduces.
 _CHUNK = 1 << 20
 
@@ -32,6 +35,31 @@ class Storage:
     rounds = False
     """Whether adding rounds at random: rows must not repeat then, and each update needs another seed."""
 
+    @classmethod
+    def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+        """An uninitialized weight [rows, dim]."""
+        return torch.empty(rows, dim, dtype=cls.dtype, device=device)
+
+    @classmethod
+    def row_bytes(cls, dim: int) -> int:
+        """Bytes of a row of `dim` values."""
+        return cls.dtype.itemsize * dim
+
+    @staticmethod
+    def memory(weight: Tensor) -> Tensor:
+        """The plain tensor that holds a weight: what kernels, files and collectives take."""
+        return weight.detach()
+
+    @staticmethod
+    def of_memory(memory: Tensor, dim: int) -> Tensor:
+        """The inverse: the weight of `dim` values per row that such a tensor holds, not copied."""
+        return memory
+
+    @staticmethod
+    def read(weight: Tensor) -> Tensor:
+        """All values as float32 [rows, dim]: for some rows at a time, since it may be a copy."""
+        return weight.detach().float()
+
     @staticmethod
     def gather(weight: Tensor, rows: Tensor) -> Tensor:
         """Rows int64 [N] of a weight as float32 [N, dim], without a gradient."""
@@ -44,10 +72,10 @@ class Storage:
 
     largest = staticmethod(max_abs)
 
-    @staticmethod
-    def raise_scales(weight: Tensor, rows: Tensor, ranges: TableRanges) -> None:
+    @classmethod
+    def raise_scales(cls, weight: Tensor, rows: Tensor, ranges: TableRanges) -> None:
         """Raise the scales of tables in the weight, in place, to what its rows int64 [N] need."""
-        kernels.raise_scales(rows, weight, ranges)
+        kernels.raise_scales(rows, cls.memory(weight), ranges)
 
     @staticmethod
     def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
@@ -92,10 +120,61 @@ class BF16(Storage):
         return ranges is not None
 
 
-def storage_of(dtype: torch.dtype) -> type[Storage]:
+class INT8(Storage):
+    """INT8 codes with a scale per row (`Int8Rows`), a quarter of the memory; updates round stochastically."""
+
+    dtype = torch.int8
+    rounds = True
+    row_bytes = staticmethod(row_width)
+
+    @classmethod
+    def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+        return Int8Rows.empty(rows, dim, device)
+
+    @staticmethod
+    def of_memory(memory: Tensor, dim: int) -> Tensor:
+        return Int8Rows(memory, dim)
+
+    @staticmethod
+    def memory(weight: Tensor) -> Tensor:
+        assert isinstance(weight, Int8Rows)
+        return weight.stored
+
+    @staticmethod
+    def read(weight: Tensor) -> Tensor:
+        return weight.detach().dequantize()
+
+    @classmethod
+    def largest(cls, weight: Tensor) -> Tensor:
+        """max|weight| as a float32 scalar tensor, without decoding all of it at once."""
+        blocks = -(-len(weight) // _BLOCK)
+        dirty = torch.ones(blocks, dtype=torch.uint8, device=weight.device)
+        maxima = torch.zeros(blocks, device=weight.device)
+        return torch.tensor(kernels.blocks_max(cls.memory(weight), _BLOCK, dirty, maxima), device=weight.device)
+
+    @classmethod
+    def add(
+        cls, weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None
+    ) -> bool:
+        """Each row is decoded, added to, and encoded again on the scale that it then needs (`add_rows_stochastic`)."""
+        if values.shape != (len(rows), weight.shape[1]):  # the stored rows may be one byte longer
+            raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {weight.shape[1]}]")
+        kernels.add_rows_stochastic(cls.memory(weight), rows, values, factor, seed, ranges)
+        torch.autograd.graph.increment_version(weight)
+        return ranges is not None
+
+
+def storage_for(dtype: torch.dtype) -> type[Storage]:
     """The registered storage of a dtype; of one that is not registered, the base, which can only be read."""
     for name in STORAGES:
         storage: type[Storage] = registered(name, STORAGES)
         if storage.dtype == dtype:
             return storage
     return Storage
+
+
+def storage_of(weight: Tensor) -> type[Storage]:
+    """The storage of a weight."""
+    if isinstance(weight, Int8Rows):
+        return INT8
+    return Storage if weight.dtype == torch.int8 else storage_for(weight.dtype)  # int8 alone is no weight, but codes

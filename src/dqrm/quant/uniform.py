@@ -66,15 +66,20 @@ def scale_from_max(max_abs: Tensor, bits: int) -> Tensor:
     return max_abs.float().clamp(min=SMALLEST_MAXIMUM) / code_limits(bits)[1]
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = None) -> Tensor:
     """Codes of `x` on `scale` (broadcast against x): int8, or int16 for 16 bits.
+
+    Args:
+        zero_point: int32, broadcast: the code of 0.0, which is added to round(x / scale); None: 0.
 
     Raises:
         ValueError: `bits` is not 2, 4, 8 or 16, or x is not a floating-point tensor.
     """
     check_floats("x", x)
     low, high = code_limits(bits)
-    return (x.float() / scale).round_().clamp_(low, high).to(torch.int16 if bits == 16 else torch.int8)
+    codes = (x.float() / scale).round_()
+    codes = codes if zero_point is None else codes.add_(zero_point)
+    return codes.clamp_(low, high).to(torch.int16 if bits == 16 else torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -96,17 +101,23 @@ class _FakeQuantize(torch.autograd.Function):
     """dequantize(quantize(x)) forward; the straight-through estimator (STE) backward: the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, scale: Tensor, low: Any, high: Any, noise: Tensor | None) -> Tensor:
+    def forward(
+        ctx: object, x: Tensor, scale: Tensor, low: Any, high: Any, noise: Tensor | None, zero_point: Tensor | None
+    ) -> Tensor:
         codes = x.float() / scale
         codes = codes.round_() if noise is None else codes.add_(noise).floor_()
-        return codes.clamp_(low, high).mul_(scale).to(x.dtype)
+        if zero_point is None:
+            return codes.clamp_(low, high).mul_(scale).to(x.dtype)
+        return codes.add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return grads[0], None, None, None, None
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], *[None] * 5
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int, noise: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, bits: int, noise: Tensor | None = None, zero_point: Tensor | None = None
+) -> Tensor:
     """`x` rounded to the values that its codes stand for; same shape and dtype.
 
     The gradient passes unchanged, also where a code was clamped (DQRM paper); `scale` gets none.
@@ -115,6 +126,7 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, noise: Tensor | None = No
     Args:
         noise: float32, as `x`, uniform between 0 and 1: rounds stochastically, floor(x / scale + noise). None: half to
             even.
+        zero_point: int32, broadcast as `scale`: the code of 0.0; None: 0.
 
     Raises:
         ValueError: `bits` is not 2, 4, 8, 16 or 32, or x is not a floating-point tensor.
@@ -123,7 +135,7 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int, noise: Tensor | None = No
     if bits == 32:
         return x
     low, high = code_limits(bits)
-    return _FakeQuantize.apply(x, scale.detach(), low, high, noise)
+    return _FakeQuantize.apply(x, scale.detach(), low, high, noise, zero_point)
 
 
 def fake_quantize_groups(x: Tensor, scale: Tensor, highest: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -134,4 +146,4 @@ def fake_quantize_groups(x: Tensor, scale: Tensor, highest: Tensor, noise: Tenso
     """
     check_floats("x", x)
     high = highest[:, None].float()
-    return torch.where(high == 0, x, _FakeQuantize.apply(x, scale.detach()[:, None], -high - 1, high, noise))
+    return torch.where(high == 0, x, _FakeQuantize.apply(x, scale.detach()[:, None], -high - 1, high, noise, None))

@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 from dqrm import checksums
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, require, why_not_written, write_json
+from dqrm.quant.storage import storage_of
+from dqrm.training.footprint import TableBytes
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
@@ -82,7 +84,7 @@ def save_checkpoint(
         return
     partial = final.with_name(final.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    weights: dict[str, Tensor] = model.state_dict()
+    weights = {name: storage_of(weight).memory(weight) for name, weight in model.state_dict().items()}
     try:
         partial.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
@@ -211,7 +213,7 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
 
 
 def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) -> None:
-    """Copy the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables.
+    """Read the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables, mapped or not.
 
     Args:
         skip: the name of a parameter that holds its values already.
@@ -227,10 +229,14 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         target = parameters.get(name)
         if target is None:
             small[name] = tensor
-        elif target.shape != tensor.shape:
-            raise UserError(f"{file}: '{name}' is {list(tensor.shape)}, but the model has {list(target.shape)} there")
         elif name != skip:
-            target.data.copy_(tensor)
+            memory = storage_of(target).memory(target)
+            if (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
+                raise UserError(
+                    f"{file}: '{name}' is {list(tensor.shape)} {tensor.dtype}, but the model has {list(memory.shape)} "
+                    f"{memory.dtype} there"
+                )
+            _read(file, name, memory)
             copied.add(name)
     try:
         keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
@@ -240,6 +246,29 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         raise UserError(f"{file} does not match the model: unexpected key '{keys.unexpected_keys[0]}'")
     if missing := [name for name in keys.missing_keys if name not in copied]:
         raise UserError(f"{file} does not match the model: missing key '{missing[0]}'")
+
+
+def _read(file: Path, name: str, target: Tensor) -> None:
+    """Fill a contiguous tensor with the one of that name in a safetensors file that was opened before.
+
+    By reading: the pages of a mapping would count as this process's memory beside those that they are copied to.
+    """
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            opened.seek(8 + length + json.loads(opened.read(length))[name]["data_offsets"][0])
+            for piece in target.view(-1).split(max(1, _PIECE // target.element_size())):
+                here = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+                rest = here.view(torch.uint8).numpy().data
+                while len(rest):
+                    count = opened.readinto(rest)
+                    if not count:
+                        raise UserError(f"{file} is damaged: it was cut short while it was read")
+                    rest = rest[count:]
+                if here is not piece:
+                    piece.copy_(here)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
 
 
 def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -256,7 +285,10 @@ def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, A
 
 
 def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Restore optimizers from a checkpoint; returns all tensors of their file.
+    """Restore optimizers from a checkpoint; returns all tensors of their file, mapped.
+
+    State that an optimizer has already is read in place: a second copy of the tables' may not fit. No mapping is kept,
+    since it would also keep the file's bytes on disk after a later checkpoint has replaced it.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -266,18 +298,28 @@ def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[s
     if "random/cpu" not in tensors:
         raise UserError(f"{file} holds no random state: damaged, or not written by dqrm")
     for number, optimizer in enumerate(optimizers):
+        saved = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{number}/")}
+        present = _optimizer_tensors([optimizer], number)
+        if _alike(saved, present):
+            for name, tensor in present.items():
+                _read(file, name, tensor)
+            continue
         content = optimizer.state_dict()
         content["state"] = {}
-        for name, tensor in tensors.items():
-            owner, _, rest = name.partition("/")
-            if owner == str(number):
-                parameter, _, key = rest.partition("/")
-                content["state"].setdefault(int(parameter), {})[key] = tensor
+        for name, tensor in saved.items():
+            _, parameter, key = name.split("/", 2)
+            content["state"].setdefault(int(parameter), {})[key] = tensor.clone()
         try:
             optimizer.load_state_dict(content)
         except (ValueError, KeyError, RuntimeError):
             raise UserError(f"{file} does not match the optimizer or the model") from None
     return tensors
+
+
+def _alike(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same names, shapes and dtypes."""
+    described = [{name: (each.shape, each.dtype) for name, each in tensors.items()} for tensors in (some, others)]
+    return described[0] == described[1]
 
 
 def steps_pending(checkpoint: Path) -> bool:
@@ -290,6 +332,17 @@ def steps_pending(checkpoint: Path) -> bool:
     return len(steps) == 2 and steps[0] != steps[1]
 
 
+def saved_table_bytes(checkpoint: Path) -> TableBytes:
+    """`footprint.table_bytes` of a checkpoint, without reading the tensors.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    weights = [tensor.nbytes for _, tensor in _tensors(checkpoint / WEIGHTS, "tables.weight")]
+    state = [tensor.nbytes for name, tensor in _tensors(checkpoint / OPTIMIZER) if name.startswith("0/")]
+    return {"weights": sum(weights), "optimizer": sum(state)}
+
+
 def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The tensors of the file EXCHANGE or CALLBACKS; empty where the checkpoint has none.
 
@@ -297,13 +350,13 @@ def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
         UserError: the file is damaged.
     """
     file = checkpoint / name
-    return dict(_tensors(file)) if file.exists() else {}
+    return {key: tensor.clone() for key, tensor in _tensors(file)} if file.exists() else {}
 
 
-def _optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizers: Sequence[Optimizer], first: int = 0) -> dict[str, Tensor]:
     return {
         f"{number}/{parameter}/{key}": value
-        for number, optimizer in enumerate(optimizers)
+        for number, optimizer in enumerate(optimizers, start=first)
         for parameter, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
         if isinstance(value, Tensor)

@@ -20,7 +20,9 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.options import registered
 from dqrm.training.callbacks import Callback, build_callbacks
+from dqrm.training.checkpoints import latest_step
 from dqrm.training.environment import Log, Progress, check_environment
+from dqrm.training.footprint import describe_table_bytes, table_bytes
 from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
@@ -72,16 +74,21 @@ def train(
         if not data.rows["train"]:
             raise UserError(f"{data.path} has no training rows: nothing to train on")
         _check_data(world, data, verify, progress)
-        for told in world.together(lambda: check_selection(config, data)):
+        for text in world.together(lambda: check_selection(config, data)):
             if world.first:
-                log(told) if log else warnings.warn(told, stacklevel=2)
+                log(text) if log else warnings.warn(text, stacklevel=2)
         model = world.together(run.new_model)  # before the folder is made: an invalid model must not leave one
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
         if config != asked and log and world.first:
             log(_described(config, data))
-        return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
+        trainer = Trainer(run, model, data, progress, log, world, verify, callbacks)
+        if log and world.first:
+            log(
+                describe_table_bytes(table_bytes(model.tables.weight, trainer.optimizers[0]), config, run.table_weights)
+            )
+        return trainer.fit()
 
 
 def resume(
@@ -123,7 +130,8 @@ def resume(
         if run.dropped and world.first:
             log(run.dropped) if log else warnings.warn(run.dropped, stacklevel=2)
         held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
-        model = world.together(run.new_model)
+        begun = world.on_first(lambda: latest_step(run.checkpoints) is not None)  # its weights replace those drawn
+        model = world.together(lambda: run.new_model(drawn=not begun))
         return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
 
 
@@ -140,7 +148,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         judged = has_figure(options.select_by, dataset)
         options = replace(options, epochs=recipe.EPOCHS if judged and options.patience else 1)
     if optimizer.learning_rate is None:
-        rate = recipe.learning_rate(optimizer.optimizer, options.batch_size)
+        rate = recipe.learning_rate(optimizer.rule, options.batch_size)
         optimizer = replace(optimizer, learning_rate=rate)
     try:
         return replace(config, training=options, optimizer=optimizer)
@@ -154,14 +162,14 @@ def _described(config: Config, dataset: Dataset) -> str:
     judged = has_figure(options.select_by, dataset)
     until = f"patience {options.patience}" if judged else f"no validation {options.select_by} that could end it earlier"
     return (
-        f"Training with {optimizer.optimizer}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
+        f"Training with {optimizer.rule}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
         f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until})"
     )
 
 
 def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]:
     """All callbacks of a run; raises UserError unless everything that its configuration names is registered."""
-    registered("optimizer", config.optimizer.optimizer, OPTIMIZERS)
+    registered("optimizer", config.optimizer.rule, OPTIMIZERS)
     selecting(config.training.select_by)
     return build_callbacks(config.training.callbacks, callbacks)
 

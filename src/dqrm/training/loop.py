@@ -41,6 +41,7 @@ from dqrm.training.checkpoints import (
 from dqrm.training.divergence import too_wide
 from dqrm.training.environment import Log, Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
+from dqrm.training.footprint import table_bytes
 from dqrm.training.metrics import METRICS
 from dqrm.training.optimizers import learning_rate
 from dqrm.training.recording import Recorder
@@ -344,6 +345,7 @@ class Trainer:
             "steps": state.step,
             "epochs": state.epoch,
             "stored_bytes": stored_bytes(model),
+            "table_bytes": table_bytes(model.tables.weight, self.optimizers[0]),
             "train_seconds": round(state.train_seconds, 3),
             "samples_per_second": round(state.train_rows / seconds, 1),
             "clamped_weights": state.clamping.share,

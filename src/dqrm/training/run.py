@@ -22,7 +22,7 @@ from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
 from dqrm.models.base import ClickModel
-from dqrm.models.registry import MODELS, build_model, table_dtype
+from dqrm.models.registry import MODELS, build_model, table_storage
 from dqrm.training.checkpoints import (
     BEST,
     METRICS,
@@ -34,9 +34,11 @@ from dqrm.training.checkpoints import (
     load_weights,
     mapped_tensor,
     read_state,
+    saved_table_bytes,
     steps_pending,
     verify_checkpoint,
 )
+from dqrm.training.footprint import TableBytes
 from dqrm.training.optimizers import build_optimizers
 from dqrm.training.parameter_groups import parameter_groups
 
@@ -197,6 +199,20 @@ class Run:
         compared = [verify_checkpoint(path) for path in checkpoints if path.name.removeprefix("step-").isdecimal()]
         return bool(compared) and all(compared)
 
+    def table_bytes(self) -> TableBytes | None:
+        """What the tables take in training, as its newest checkpoint says; None before the first.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        last = latest_step(self.checkpoints)
+        return None if last is None else saved_table_bytes(checkpoint_path(self.checkpoints, last))
+
+    @property
+    def table_weights(self) -> int:
+        """Weights of all tables."""
+        return sum(column["rows"] for column in self.info["data"]["columns"]) * self.config.model.embedding_dim
+
     def require_same_data(self, dataset: Dataset) -> None:
         """Raise UserError unless `dataset` is the one that the run was trained on: another maps ids to other rows."""
         wanted = self.info["data"]["fingerprint"]
@@ -206,12 +222,15 @@ class Run:
                 f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
             )
 
-    def new_model(self, table_weight: torch.Tensor | None = None) -> ClickModel:
-        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given."""
+    def new_model(self, table_weight: torch.Tensor | None = None, drawn: bool = True) -> ClickModel:
+        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given, and
+        uninitialized with `drawn` False, for those who then load them."""
         data, config = self.info["data"], self.config
         try:
             tables = [column["rows"] for column in data["columns"]]
             multi = [column["multi"] for column in data["columns"]]
+            if not drawn:
+                table_weight = table_storage(config).empty(sum(tables), config.model.embedding_dim)
             return build_model(config, len(data["dense"]), tables, multi, table_weight)
         except ValueError as error:
             raise UserError(f"{self.info['data']['path']}: {error}") from None
@@ -219,7 +238,7 @@ class Run:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             rows = sum(column["rows"] for column in data["columns"])
-            need = rows * config.model.embedding_dim * table_dtype(config).itemsize / 1e9
+            need = rows * table_storage(config).row_bytes(config.model.embedding_dim) / 1e9
             raise UserError(
                 f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and its other layers "
                 f"come on top ({MODELS[config.model.model].describe(config.model)})"
@@ -254,16 +273,21 @@ class Run:
         if pending and verify:
             verify_checkpoint(checkpoint, OPTIMIZER)
         if pending or not mapped:
-            model = self.new_model()
+            model = self.new_model(drawn=False)
             load_weights(checkpoint, model)
             if pending:
                 self._catch_up(model, checkpoint)
             return model.eval(), state
-        weight, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
-        expected = (sum(column["rows"] for column in data["columns"]), self.config.model.embedding_dim)
-        if tuple(weight.shape) != expected:
-            raise UserError(f"{checkpoint}: the tables are {list(weight.shape)}, but the run's are {list(expected)}")
-        model = self.new_model(weight)
+        memory, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
+        dim, storage = self.config.model.embedding_dim, table_storage(self.config)
+        width = storage.memory(storage.empty(0, dim)).shape[1]
+        expected = [sum(column["rows"] for column in data["columns"]), width]
+        if (list(memory.shape), memory.dtype) != (expected, storage.dtype):
+            raise UserError(
+                f"{checkpoint}: the tables are {list(memory.shape)} {memory.dtype}, but the run's are {expected} "
+                f"{storage.dtype}"
+            )
+        model = self.new_model(storage.of_memory(memory, dim))
         load_weights(checkpoint, model, skip="tables.weight")
         return model.eval(), state
 

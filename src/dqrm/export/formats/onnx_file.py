@@ -28,7 +28,7 @@ def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
     folder above, to which an export moves its files, has a file of that name, which the model there still needs.
 
     Args:
-        tensors: uint8, int16 or float32, on the CPU.
+        tensors: uint8, int16, int32 or float32, on the CPU.
 
     Raises:
         OSError: a file cannot be written.
@@ -63,7 +63,8 @@ def _head(name: str, tensor: Tensor) -> Any:
     """The TensorProto without its data."""
     from onnx import TensorProto
 
-    kinds = {torch.uint8: TensorProto.UINT8, torch.int16: TensorProto.INT16, torch.float32: TensorProto.FLOAT}
+    kinds = {torch.uint8: TensorProto.UINT8, torch.int16: TensorProto.INT16, torch.int32: TensorProto.INT32,
+             torch.float32: TensorProto.FLOAT}  # fmt: skip
     return TensorProto(name=name, dims=tensor.shape, data_type=kinds[tensor.dtype])
 
 

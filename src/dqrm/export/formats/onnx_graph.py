@@ -105,7 +105,7 @@ def _linear(graph: Graph, name: str, x: str, layer: PackedLinear) -> str:
     return graph.node("Gemm", x, weight, *bias, transB=1)
 
 
-def _decode(graph: Graph, stored: str, bits: int, dim: int, axis: int, scale: str) -> str:
+def _decode(graph: Graph, stored: str, bits: int, dim: int, axis: int, scale: str, zero_point: str = "") -> str:
     """Stored rows as their values in float32, along the last axis: the arithmetic of `packing.decode`, bit for bit."""
     codes = graph.cast_float(stored)
     if bits in PACKED_BITS:
@@ -118,7 +118,7 @@ def _decode(graph: Graph, stored: str, bits: int, dim: int, axis: int, scale: st
         if dim * bits % 8:
             codes = graph.node("Slice", codes, *(graph.ints(number) for number in (0, dim, axis)))
         codes = graph.node("Sub", codes, graph.float(1 << (bits - 1)))
-    return graph.node("Mul", codes, scale)
+    return graph.node("Mul", graph.node("Sub", codes, zero_point) if zero_point else codes, scale)
 
 
 def look_up_tables(graph: Graph, tables: PackedTables) -> str:
@@ -148,8 +148,10 @@ def _vectors(
 ) -> str:
     """The vectors [B, T, dim] of tables of one bit width; their initializers begin with `name`."""
     graph.streamed[f"{name}.codes"] = tables.codes
-    if tables.scale_per_row:
+    if tables.rows_per_scale is not None:
         graph.streamed[f"{name}.scale"] = tables.scale[:, None]
+        if tables.zero_point is not None:
+            graph.streamed[f"{name}.zero_point"] = tables.zero_point[:, None]
     single, vectors = tables.num_single, []
     if single:
         vectors.append(_look_up(graph, tables, name, ids, slice(0, single), axis=2))
@@ -164,15 +166,25 @@ def _look_up(graph: Graph, tables: PackedEmbeddingBagCollection, name: str, ids:
     """Values of ids [..., T] of the T tables `of`: ids' dimensions, then dim, which is number `axis`."""
     zero, count = graph.constant(0, np.int64), graph.constant(tables.rows_per_table[of].numpy())
     ids = graph.node("Max", graph.node("Where", graph.node("Less", ids, count), ids, zero), zero)
-    rows = graph.node("Add", ids, graph.constant(tables.row_offsets[of].numpy()))
+    rows, zero_point = graph.node("Add", ids, graph.constant(tables.row_offsets[of].numpy())), ""
     stored = graph.node("Gather", f"{name}.codes", rows)
     if tables.bits == 32:
         return stored
-    if tables.scale_per_row:
-        scale = graph.node("Gather", f"{name}.scale", rows)
+    if tables.rows_per_scale is not None:
+        group = (
+            ids
+            if tables.rows_per_scale == 1
+            else graph.node("Div", ids, graph.constant(tables.rows_per_scale, np.int64))
+        )
+        group = graph.node("Add", group, graph.constant(tables.group_offsets[of].numpy()))
+        scale = graph.node("Gather", f"{name}.scale", group)
+        if tables.zero_point is not None:
+            zero_point = graph.cast_float(graph.node("Gather", f"{name}.zero_point", group))
     else:
         scale = graph.float(tables.scale[of].numpy()[:, None])
-    return _decode(graph, stored, tables.bits, tables.embedding_dim, axis, scale)
+        if tables.zero_point is not None:
+            zero_point = graph.float(tables.zero_point[of].numpy()[:, None])
+    return _decode(graph, stored, tables.bits, tables.embedding_dim, axis, scale, zero_point)
 
 
 def _pool(graph: Graph, rows: str, values: str, offsets: str, dim: int, pooling: str) -> str:

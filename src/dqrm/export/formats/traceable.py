@@ -15,6 +15,7 @@ from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mixed import MixedPackedCollection, PackedTables
 from dqrm.quant.mlp import QuantMLP
 from dqrm.quant.packed import PackedEmbeddingBagCollection, PackedLinear
+from dqrm.quant.storage import storage_of
 
 
 def packed_tables(model: ClickModel) -> PackedTables:
@@ -34,7 +35,7 @@ def packed_tables(model: ClickModel) -> PackedTables:
         multi=tables.multi,
         pooling=tables.pooling,
         bits=32,
-        codes=tables.weight.detach().float(),
+        codes=storage_of(tables.weight).read(tables.weight),
         scale=torch.ones(len(tables.table_rows)),
     )
 

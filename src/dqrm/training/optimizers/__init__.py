@@ -15,11 +15,12 @@ from dqrm.options import registered
 from dqrm.training.optimizers.adam import SparseAdam
 from dqrm.training.optimizers.base import SparseOptimizer
 from dqrm.training.optimizers.dense_adam import DenseAdam
+from dqrm.training.optimizers.frequency import CounterAdagrad, FrequencyAdagrad
 from dqrm.training.optimizers.simple import SparseAdagrad, SparseSGD
 
 __all__ = [
-    "OPTIMIZERS", "DenseAdam", "SparseAdagrad", "SparseAdam", "SparseOptimizer", "SparseSGD", "build_optimizers",
-    "learning_rate",
+    "OPTIMIZERS", "CounterAdagrad", "DenseAdam", "FrequencyAdagrad", "SparseAdagrad", "SparseAdam", "SparseOptimizer",
+    "SparseSGD", "build_optimizers", "learning_rate",
 ]  # fmt: skip
 
 Pair = tuple[SparseOptimizer, Optimizer]
@@ -35,8 +36,21 @@ def _adagrad(
     tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int, *, rowwise: bool = False
 ) -> Pair:
     rate, eps = config.rate, config.adagrad_eps
-    mlp = torch.optim.Adagrad(others, rate, eps=eps, weight_decay=config.mlp_l2)
-    return SparseAdagrad(tables, rate, config.table_l2, eps, rowwise, seed), mlp
+    return SparseAdagrad(tables, rate, config.table_l2, eps, rowwise, seed), _torch_adagrad(others, config)
+
+
+def _counter_adagrad(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int) -> Pair:
+    options = config.rate, config.table_l2, config.adagrad_eps, config.count_halflife
+    return CounterAdagrad(tables, *options, seed), _torch_adagrad(others, config)
+
+
+def _frequency_adagrad(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int) -> Pair:
+    options = config.rate, config.table_l2, config.adagrad_eps
+    return FrequencyAdagrad(tables, *options, seed), _torch_adagrad(others, config)
+
+
+def _torch_adagrad(others: list[Any], config: OptimizerConfig) -> Optimizer:
+    return torch.optim.Adagrad(others, config.rate, eps=config.adagrad_eps, weight_decay=config.mlp_l2)
 
 
 def _adam(tables: list[Any], others: list[Any], config: OptimizerConfig, seed: int, *, rowwise: bool = False) -> Pair:
@@ -63,6 +77,8 @@ OPTIMIZERS: dict[str, Callable[[list[Any], list[Any], OptimizerConfig, int], Pai
     "sgd": _sgd,
     "adagrad": _adagrad,
     "rowwise_adagrad": partial(_adagrad, rowwise=True),
+    "counter_adagrad": _counter_adagrad,
+    "frequency_adagrad": _frequency_adagrad,
     "adam": _adam,
     "rowwise_adam": partial(_adam, rowwise=True),
     "dense_adam": _dense_adam,
@@ -77,7 +93,7 @@ def build_optimizers(tables: list[Any], others: list[Any], config: OptimizerConf
     Raises:
         UserError: no optimizer of that name is registered.
     """
-    return registered("optimizer", config.optimizer, OPTIMIZERS)(tables, others, config, seed)
+    return registered("optimizer", config.rule, OPTIMIZERS)(tables, others, config, seed)
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:

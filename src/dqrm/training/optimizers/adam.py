@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dqrm import kernels
+from dqrm.quant.storage import storage_of
 from dqrm.training.optimizers.base import SparseOptimizer
 
 
@@ -83,7 +84,7 @@ class SparseAdam(SparseOptimizer):
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+            values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
         state, beta1, beta2 = self.state[weight], group["beta1"], group["beta2"]
         steps = state["row_steps"].index_select(0, rows).add_(1)
         state["row_steps"].index_copy_(0, rows, steps)

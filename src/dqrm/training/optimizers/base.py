@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dqrm.quant.embedding import QuantizedTables
-from dqrm.quant.storage import Storage, storage_of
+from dqrm.quant.storage import storage_of
 
 
 class SparseOptimizer(Optimizer):
@@ -38,18 +38,10 @@ class SparseOptimizer(Optimizer):
             raise ValueError(f"l2 is {l2}, expected 0 or more")
         super().__init__(params, {"lr": lr, "l2": l2, **defaults})
         self.seed = seed
-        self._storages: dict[torch.dtype, type[Storage]] = {}
         for group in self.param_groups:
             for weight in group["params"]:
-                if self._storage(weight).rounds:  # the random bits of a step depend on the step count
+                if storage_of(weight).rounds:  # the random bits of a step depend on the step count
                     self.state[weight]["steps"] = torch.zeros((), dtype=torch.int64)
-
-    def _storage(self, weight: Tensor) -> type[Storage]:
-        try:
-            return self._storages[weight.dtype]
-        except KeyError:
-            storage = self._storages[weight.dtype] = storage_of(weight.dtype)
-            return storage
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, but the state keeps its dtypes: torch would cast it to that of a bf16 weight."""
@@ -79,7 +71,7 @@ class SparseOptimizer(Optimizer):
 
     def _add(self, weight: Tensor, rows: Tensor, values: Tensor, factor: float) -> None:
         """weight[rows] += factor * values; no row twice where the storage rounds."""
-        storage, seed = self._storage(weight), 0
+        storage, seed = storage_of(weight), 0
         if storage.rounds:
             steps = self.state[weight]["steps"]
             steps += 1

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dqrm import kernels
 from dqrm.kernels.layout import IdleCourse, idle_powers
+from dqrm.quant.storage import storage_of
 from dqrm.training.optimizers.adam import check_adam, new_moments, update_moments
 from dqrm.training.optimizers.base import SparseOptimizer
 
@@ -96,7 +97,7 @@ class DenseAdam(SparseOptimizer):
 
     def _catch_up(self, weight: Tensor, rows: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weight]
-        now, storage = int(state["count"]), self._storage(weight)
+        now, storage = int(state["count"]), storage_of(weight)
         rows = rows[state["last"].index_select(0, rows) < now]
         if not len(rows):
             return
@@ -122,7 +123,7 @@ class DenseAdam(SparseOptimizer):
         self._catch_up(weight, rows, group)
         state = self.state[weight]
         alpha, root = self._count(weight, group)
-        values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+        values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
         first, second = update_moments(state, rows, values, values.square(), group)
         state["last"].index_copy_(0, rows, torch.full_like(rows, int(state["count"]), dtype=torch.int32))
         self._add(weight, rows, first.div_(second.sqrt_().mul_(root).add_(group["eps"])), -alpha)

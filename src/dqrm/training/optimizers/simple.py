@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dqrm import kernels
+from dqrm.quant.storage import storage_of
 from dqrm.training.optimizers.base import SparseOptimizer
 
 
@@ -24,10 +25,10 @@ class SparseSGD(SparseOptimizer):
         super().__init__(params, lr, l2, seed)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
-        if group["l2"] or self._storage(weight).rounds:
+        if group["l2"] or storage_of(weight).rounds:
             rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+            values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
         self._add(weight, rows, values, -group["lr"])
 
 
@@ -65,11 +66,15 @@ class SparseAdagrad(SparseOptimizer):
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
         if group["l2"]:
-            values.add_(self._storage(weight).gather(weight, rows), alpha=group["l2"])
+            values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
+        self._add(weight, rows, self._direction(weight, rows, values, group), -group["lr"])
+
+    def _direction(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> Tensor:
+        """g / (sqrt(s) + eps) of the gradients g, `values`, of rows that are each there once: in place."""
         square = values.square()
         if self.rowwise:
             square = square.mean(1, keepdim=True)
         accumulator = self.state[weight]["sum"]
         total = accumulator.index_select(0, rows).add_(square)
         accumulator.index_copy_(0, rows, total)
-        self._add(weight, rows, values.div_(total.sqrt_().add_(group["eps"])), -group["lr"])
+        return values.div_(total.sqrt_().add_(group["eps"]))

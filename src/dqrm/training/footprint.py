@@ -1,0 +1,38 @@
+"""What the tables take in training: bytes of their master weights and of their optimizer's state."""
+
+from typing import TypedDict
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dqrm.config import Config
+from dqrm.quant.storage import storage_of
+
+
+class TableBytes(TypedDict):
+    """Bytes of the tables' master weights, and of the state that their optimizer keeps for them."""
+
+    weights: int
+    optimizer: int
+
+
+def table_bytes(weight: nn.Parameter, optimizer: Optimizer) -> TableBytes:
+    """Of the tables' weight and the optimizer that updates it."""
+    state = optimizer.state.get(weight, {}).values()
+    return {
+        "weights": storage_of(weight).memory(weight).nbytes,
+        "optimizer": sum(value.nbytes for value in state if isinstance(value, Tensor)),
+    }
+
+
+def describe_table_bytes(found: TableBytes, config: Config, weights: int) -> str:
+    """The same as a sentence, for tables of so many weights."""
+    each = max(weights, 1)
+    text = (
+        f"Tables in training: {config.training.table_dtype} weights {found['weights'] / 1e6:,.1f} MB "
+        f"({found['weights'] / each:.3g} bytes per weight), {config.optimizer.rule} state "
+        f"{found['optimizer'] / 1e6:,.1f} MB ({found['optimizer'] / each:.3g})"
+    )
+    if config.training.table_dtype == "int8" and found["optimizer"] > found["weights"]:
+        text += "; rowwise_adagrad keeps 4 bytes per row, sgd none"
+    return text
