@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import cells
-from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, NUMBERED, SPARSE, PrepareConfig, cross_parts
+from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig, cross_parts
 from dqrm.data.lines import Block
 from dqrm.errors import UserError
 from dqrm.options import did_you_mean
@@ -89,17 +89,17 @@ class Plan:
 
     @property
     def criteo(self) -> bool:
-        return self.config.layout in ("criteo-kaggle", "criteo-terabyte")
+        return self.config.kind.columns == "criteo"
 
     @property
     def numbered(self) -> bool:
         """Whether Criteo's categories are numbers in place of text."""
-        return self.config.layout in NUMBERED
+        return self.config.kind.columns == "ids"
 
     @property
     def sparse(self) -> bool:
         """Whether lines are lists of features, as in LIBSVM's files."""
-        return self.config.layout in SPARSE
+        return self.config.kind.columns == "features"
 
     @cached_property
     def markers(self) -> tuple[str, ...]:
@@ -294,8 +294,8 @@ class Plan:
 
 def make_plan(config: PrepareConfig) -> Plan:
     """The columns that a configuration asks for."""
-    criteo = config.layout in ("criteo-kaggle", "criteo-terabyte")
-    number: KeyKind = "hex" if criteo else "id" if config.layout in NUMBERED else "text"
+    criteo = config.kind.columns == "criteo"
+    number: KeyKind = "hex" if criteo else "id" if config.kind.columns == "ids" else "text"
     singles = [KeyColumn(name, (name,), number) for name in config.categorical_names if name not in config.multi_names]
     for cross in config.cross:
         parts = cross_parts(cross)

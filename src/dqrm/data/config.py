@@ -6,37 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.data import conditions
+from dqrm.data.layouts import CRITEO_CATEGORICAL, CRITEO_DENSE, LAYOUTS, LIBSVM_COLUMN, Layout
 from dqrm.options import check_fields, split_quoted, unquoted
 
-Layout = Literal[
-    "criteo-kaggle",
-    "criteo-terabyte",
-    "table",
-    "libsvm",
-    "libffm",
-    "dlrm-kaggle",
-    "dlrm-terabyte",
-    "mlperf-binary",
-    "criteo-npy",
-    "fuxictr",
-]
-
-CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
-CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
-_CRITEO = ("criteo-kaggle", "criteo-terabyte")
-# Criteo's logs with numbers in place of categories, as other programs have processed them.
-NUMBERED = ("dlrm-kaggle", "dlrm-terabyte", "mlperf-binary", "criteo-npy")
-_NAMED = (*_CRITEO, *NUMBERED)
-# Layouts whose columns are named by whoever uses them.
-_TABULAR = ("table", "fuxictr")
-_SPLITS = {
-    "criteo-kaggle": "time",
-    "dlrm-kaggle": "time",
-    **dict.fromkeys(("criteo-terabyte", "dlrm-terabyte", "mlperf-binary", "criteo-npy", "fuxictr"), "file"),
-}
-# Lines are lists of features there; LIBSVM's have one column.
-SPARSE = ("libsvm", "libffm")
-LIBSVM_COLUMN = "features"
+__all__ = ["CRITEO_CATEGORICAL", "CRITEO_DENSE", "LIBSVM_COLUMN", "PrepareConfig", "cross_parts"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +20,11 @@ class PrepareConfig:
         ValueError: a combination that cannot work, in one sentence.
     """
 
-    layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text
-    (libsvm gives one multi-valued column and no dense ones: train with --interaction cat); or data that DLRM (.npz),
-    MLPerf (binary), TorchRec or HugeCTR (npy) or FuxiCTR (Parquet) has processed."""
+    layout: str = "table"
+    """Layout of the log. table: CSV, TSV or Parquet whose columns you name; criteo-kaggle, criteo-terabyte: the raw
+    files; libsvm, libffm: sparse text (libsvm has one multi-valued column and no dense ones: train with --interaction
+    cat); processed by other programs: dlrm-kaggle, dlrm-terabyte (.npz), mlperf-binary, criteo-npy (TorchRec, HugeCTR),
+    fuxictr (Parquet)."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
@@ -105,7 +79,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.layout in _TABULAR:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: got {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if self.kind.columns == "named":
             _check_roles(self)
         else:
             _check_own_columns(self)
@@ -142,26 +118,31 @@ class PrepareConfig:
             raise ValueError(f"delimiter is '{self.delimiter}', expected one ASCII character other than a quote{tab}")
 
     @property
+    def kind(self) -> Layout:
+        """What is known of the layout."""
+        return LAYOUTS[self.layout]
+
+    @property
     def split_rule(self) -> str:
         """The rule of the split, the layout's own where none is given."""
-        return self.split or _SPLITS.get(self.layout, "random")
+        return self.split or self.kind.split
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return CRITEO_DENSE if self.layout in _NAMED else self.dense
+        return CRITEO_DENSE if self.kind.columns in ("criteo", "ids") else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
         if self.layout == "libsvm":
             return (LIBSVM_COLUMN,)
-        return CRITEO_CATEGORICAL if self.layout in _NAMED else self.categorical
+        return CRITEO_CATEGORICAL if self.kind.columns in ("criteo", "ids") else self.categorical
 
     @property
     def multi_names(self) -> tuple[str, ...]:
         """Names of the categorical columns whose cells hold several ids."""
-        return self.categorical_names if self.layout in SPARSE else self.multi
+        return self.categorical_names if self.kind.columns == "features" else self.multi
 
 
 def cross_parts(cross: str) -> tuple[str, ...]:
@@ -175,11 +156,11 @@ def _check_own_columns(config: PrepareConfig) -> None:
     for field in ("dense", "categorical", "multi", "weight", "delimiter"):
         if getattr(config, field) and field not in allowed:
             raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
-    if config.layout in SPARSE:
+    if config.kind.columns == "features":
         for field in ("cross", "null_values"):
             if getattr(config, field):
                 raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
-    if config.layout in NUMBERED and config.null_values:
+    if config.kind.columns == "ids" and config.null_values:
         raise ValueError(f"null_values is for text, and files of layout {config.layout} hold numbers")
     for name in config.categorical:
         if not (name.isdecimal() and name.isascii() and str(int(name)) == name):

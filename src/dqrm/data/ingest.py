@@ -11,7 +11,7 @@ import polars as pl
 from dqrm.data import parquet_files, sparse_text
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
-from dqrm.data.formats import FORMATS
+from dqrm.data.formats import format_of
 from dqrm.data.formats.base import BLOCK_ROWS
 from dqrm.data.lines import Block, TextReader
 from dqrm.data.partitions import complete, in_file, offered
@@ -173,8 +173,8 @@ def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
     Raises:
         UserError: there is no field, or a stream, which can be read only once.
     """
-    if config.layout in FORMATS and sources and sources[0].format:
-        return FORMATS[config.layout].complete(sources, config)
+    if (known := format_of(config)) is not None and sources[0].format:
+        return known.complete(sources, config)
     if config.layout != "libffm" or config.categorical:
         return config
     for source in sources:

@@ -1,25 +1,25 @@
-"""The file formats beside text and Parquet, by layout: data that other programs have processed.
+"""The file formats beside text and Parquet: data that other programs have processed.
 
-A format of your own is a subclass of `Format` and an entry here; its layout must be one of `PrepareConfig.layout`.
+A format of your own is a subclass of `base.Format` and a line in `dqrm.data.layouts.LAYOUTS`.
 """
 
 from collections.abc import Sequence
+from pkgutil import resolve_name
 
 from dqrm.data.config import PrepareConfig
 from dqrm.data.formats.base import Format
-from dqrm.data.formats.criteo_arrays import NpyFormat, NpzFormat, RecordFormat
-from dqrm.data.formats.fuxictr import FuxiFormat
 from dqrm.data.sources import Source
 from dqrm.data.tables import TableSource
 from dqrm.errors import UserError
 
-FORMATS: dict[str, Format] = {
-    "dlrm-kaggle": NpzFormat(),
-    "dlrm-terabyte": NpzFormat(),
-    "mlperf-binary": RecordFormat(),
-    "criteo-npy": NpyFormat(),
-    "fuxictr": FuxiFormat(),
-}
+
+def format_of(config: PrepareConfig) -> Format | None:
+    """The format of the layout; None: text or Parquet."""
+    entry = config.kind.format
+    if entry is None:
+        return None
+    known: Format = (resolve_name(entry) if isinstance(entry, str) else entry)()
+    return known
 
 
 def arrange(sources: Sequence[Source], config: PrepareConfig) -> list[Source]:
@@ -28,7 +28,7 @@ def arrange(sources: Sequence[Source], config: PrepareConfig) -> list[Source]:
     Raises:
         UserError: as `Format.arrange`; a file is in a pipe that has to be read from more than one place.
     """
-    known = FORMATS.get(config.layout)
+    known = format_of(config)
     if known is None:
         return list(sources)
     files = [source for source in sources if not isinstance(source, TableSource)]

@@ -1,4 +1,4 @@
-"""What a file format does; one class of this kind per layout, listed in `dqrm.data.formats`."""
+"""What a file format does; listed in `dqrm.data.layouts`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
