@@ -65,10 +65,10 @@ class _Deflated:
         pieces = []
         while count and not self.inflate.eof:
             packed = self.rest or self.packed.read(min(_READ, count + 1024))
-            if not packed:
-                break
             piece = self.inflate.decompress(packed, count)
             self.rest = self.inflate.unconsumed_tail
+            if not piece and not packed:
+                break
             pieces.append(piece)
             count -= len(piece)
         return b"".join(pieces)
@@ -237,7 +237,7 @@ def require(array: Stored, where: str, columns: int | None, kinds: str = "iuf") 
     shapes = [(columns,)] if columns else [(), (1,)]
     if not array.shape or array.shape[1:] not in shapes:
         raise UserError(f"{where}: {array.name} has the shape {list(array.shape)}, expected {wanted}")
-    if array.dtype.kind not in kinds:
+    if array.dtype.kind not in kinds or array.dtype.itemsize > 8:
         expected = " or ".join(
             word for letter, word in (("i", "integers"), ("f", "floats"), ("b", "booleans")) if letter in kinds
         )

@@ -2,8 +2,10 @@
 columns. Values are numbers of ids already; 0 pads sequences.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -15,7 +17,7 @@ from dqrm.data.formats.base import Format
 from dqrm.data.lines import Block
 from dqrm.data.sources import Source
 from dqrm.errors import UserError
-from dqrm.files import OBJECT, TEXT, read_json, require
+from dqrm.files import OBJECT, TEXT, problem
 
 MAP = "feature_map.json"
 _SHAPE = {"labels": [TEXT], "features": [OBJECT]}
@@ -60,14 +62,25 @@ class FuxiFormat(Format):
             yield block
 
 
+def _read(path: Path) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is not JSON: damaged, or not written by FuxiCTR") from None
+    if wrong := problem(content, _SHAPE):
+        raise UserError(f"{path} {wrong}: damaged, or not written by FuxiCTR")
+    return content
+
+
 def _columns(source: Source, config: PrepareConfig) -> dict[str, Any]:
     """The fields of a configuration that a feature map decides."""
     folders = [folder / MAP for folder in list(source.path.absolute().parents)[:2]]
     path = next((path for path in folders if path.is_file()), None)
     if path is None:
         raise UserError(f"there is no {MAP} beside {source.where}; name its columns in categorical and dense")
-    content = read_json(path)
-    require(path, content, _SHAPE)
+    content = _read(path)
     kinds: dict[str, list[str]] = {}
     for entry in content["features"]:
         for name, spec in entry.items():
