@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.data import conditions
+from dqrm.data.layouts import CRITEO_CATEGORICAL, CRITEO_DENSE, LAYOUTS, LIBSVM_COLUMN, Layout
 from dqrm.options import check_fields, split_quoted, unquoted
 
-Layout = Literal["criteo-kaggle", "criteo-terabyte", "table", "libsvm", "libffm"]
-
-CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
-CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
-_CRITEO = ("criteo-kaggle", "criteo-terabyte")
-# Lines are lists of features there; LIBSVM's have one column.
-SPARSE = ("libsvm", "libffm")
+__all__ = ["CRITEO_CATEGORICAL", "CRITEO_DENSE", "LIBSVM_COLUMN", "PrepareConfig", "cross_parts"]
 # Fields without a meaning where ids are hashed, and their defaults.
 _OF_VOCABULARIES = {"extend": None, "min_count": 1, "max_rows_per_table": None, "count_decay": 1.0, "evict_after": None}
-LIBSVM_COLUMN = "features"
 
 
 @dataclass(frozen=True)
@@ -28,9 +22,11 @@ class PrepareConfig:
         ValueError: a combination that cannot work, in one sentence.
     """
 
-    layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text;
-    libsvm gives one multi-valued column and no dense ones: train with --interaction cat."""
+    layout: str = "table"
+    """Layout of the log. table: CSV, TSV or Parquet whose columns you name; criteo-kaggle, criteo-terabyte: the raw
+    files; libsvm, libffm: sparse text (libsvm has one multi-valued column and no dense ones: train with --interaction
+    cat); processed by other programs: dlrm-kaggle, dlrm-terabyte (.npz), mlperf-binary, criteo-npy (TorchRec, HugeCTR),
+    fuxictr (Parquet)."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
@@ -73,7 +69,8 @@ class PrepareConfig:
     column_rows: tuple[str, ...] = ()
     """Tables of other sizes than --rows, by column: user=1000000,ad=5000."""
     split: Literal["time", "file", "column", "random"] | None = None
-    """Rule of the split; none: time for criteo-kaggle, file for criteo-terabyte, random for a table."""
+    """Rule of the split; none: time for criteo-kaggle and dlrm-kaggle, random for tables and sparse text, file for the
+    other layouts."""
     validation_fraction: float = 0.1
     """Fraction of rows for validation, with a split that is random or by time (table and criteo-terabyte)."""
     test_fraction: float = 0.1
@@ -95,7 +92,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.layout == "table":
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: got {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if self.kind.columns == "named":
             _check_roles(self)
         else:
             _check_own_columns(self)
@@ -146,26 +145,31 @@ class PrepareConfig:
         return tuple(given.get(name) or self.rows or 0 for name in names)
 
     @property
+    def kind(self) -> Layout:
+        """What is known of the layout."""
+        return LAYOUTS[self.layout]
+
+    @property
     def split_rule(self) -> str:
         """The rule of the split, the layout's own where none is given."""
-        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file"}.get(self.layout, "random")
+        return self.split or self.kind.split
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return CRITEO_DENSE if self.layout in _CRITEO else self.dense
+        return CRITEO_DENSE if self.kind.columns in ("criteo", "ids") else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
         if self.layout == "libsvm":
             return (LIBSVM_COLUMN,)
-        return CRITEO_CATEGORICAL if self.layout in _CRITEO else self.categorical
+        return CRITEO_CATEGORICAL if self.kind.columns in ("criteo", "ids") else self.categorical
 
     @property
     def multi_names(self) -> tuple[str, ...]:
         """Names of the categorical columns whose cells hold several ids."""
-        return self.categorical_names if self.layout in SPARSE else self.multi
+        return self.categorical_names if self.kind.columns == "features" else self.multi
 
 
 def cross_parts(cross: str) -> tuple[str, ...]:
@@ -179,10 +183,12 @@ def _check_own_columns(config: PrepareConfig) -> None:
     for field in ("dense", "categorical", "multi", "weight", "delimiter"):
         if getattr(config, field) and field not in allowed:
             raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
-    if config.layout in SPARSE:
+    if config.kind.columns == "features":
         for field in ("cross", "null_values"):
             if getattr(config, field):
                 raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
+    if config.kind.columns == "ids" and config.null_values:
+        raise ValueError(f"null_values is for text, and files of layout {config.layout} hold numbers")
     for name in config.categorical:
         if not (name.isdecimal() and name.isascii() and str(int(name)) == name):
             raise ValueError(f"categorical has {name!r}, expected field numbers, as in 0,1,2 (layout libffm)")

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from dqrm import __version__, checksums
-from dqrm.data import encode, folder, ingest, numbering, splits
+from dqrm.data import encode, folder, formats, ingest, numbering, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
@@ -67,7 +67,8 @@ def prepare(
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
     given = as_list(sources)
-    files = gather(given)
+    found = gather(given)
+    files = formats.arrange(found, config)
     plan = make_plan(ingest.with_fields(files, config))
     extended = Extended(plan.config) if config.extend is not None else None
     if extended is not None:
@@ -76,7 +77,7 @@ def prepare(
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()
     partial = target.with_name(target.name + ".partial")
-    for file in files:
+    for file in found:
         if partial in file.path.resolve().parents:
             raise UserError(
                 f"{file.path} is in {partial}, which is emptied for the work; move it, or name another output"
@@ -87,7 +88,7 @@ def prepare(
         if (text := reads(named, partial)) is not None:
             raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
         _fill(partial, files, plan, extended, tell)
-        require_same_files(named, [file for file in files if not isinstance(file, TableSource)])
+        require_same_files(named, [file for file in found if not isinstance(file, TableSource)])
     return Dataset(output)
 
 

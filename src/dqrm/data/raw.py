@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from dqrm.data import ingest
+from dqrm.data import formats, ingest, parquet_files
 from dqrm.data.batches import Batch
 from dqrm.data.columns import KeyColumn, Plan, make_plan
 from dqrm.data.config import PrepareConfig
@@ -32,7 +32,7 @@ PROBABILITY = "probability"
 _BLOCK_ROWS = 1 << 16
 # As many are looked up one by one: whoever scores single rows waits for each call.
 _FEW_ROWS = 16
-_KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
+_KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "id": pl.UInt32, "text": pl.String}
 
 
 class RawEncoder:
@@ -143,9 +143,10 @@ class RawLog:
     def __init__(self, sources: str | Path | Sequence[str | Path], encoder: RawEncoder) -> None:
         self._encoder, self._plan = encoder, encoder.plan
         self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-        self._files = files = resolve(self._given)
+        self._found = resolve(self._given)
+        self._files = files = formats.arrange(self._found, self._plan.config)
         ingest.check(files, self._plan)
-        self.paths = [file.path for file in files if not file.stream]
+        self.paths = [file.path for file in self._found if not file.stream]
         self.size = total_size(files)
         self.schema = _common_schema(files, self._plan.copied)
         self._start()
@@ -174,8 +175,8 @@ class RawLog:
         self._start()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             for source in (file.again() for file in self._files):
-                size, told = source.state.size if source.state else None, 0
-                rows = ingest.parquet_rows(source) if source.parquet else 0
+                size, told = source.size, 0
+                rows = parquet_files.count(source) if source.parquet and source.state else 0
                 for block in self._encoder.blocks(source, threads):
                     self._count(block)
                     if len(block.batch):
@@ -190,7 +191,7 @@ class RawLog:
                     self.damaged.append(f"{source.where}: {source.damaged}")
                 if advance:
                     advance((source.bytes if size is None else size) - told)
-        require_same_files(self._given, self._files)
+        require_same_files(self._given, self._found)
 
     def means(self, path: Path) -> str | None:
         """The given folder or glob that means the file `path` (resolved), too; None: no source does."""
