@@ -29,12 +29,13 @@ def files(folder: Path) -> list[Path]:
     try:
         table = DeltaTable(str(folder))
         mapping = table.metadata().configuration.get("delta.columnMapping.mode") or "none"
-        features = table.protocol().reader_features or []
-        marked = "deletionVectors" in features and pl.DataFrame(table.deletion_vectors().read_all()).height > 0
+        marked = "deletionVectors" in (table.protocol().reader_features or []) and _has_vectors(table)
         actions = pl.DataFrame(table.get_add_actions(flatten=True))
         columns = table.metadata().partition_columns
     except (DeltaError, OSError, pl.exceptions.PolarsError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read as a Delta Lake table ({' '.join(str(error).split())})") from None
+        raise UserError(
+            f"{folder} cannot be read as a Delta Lake table ({' '.join(str(error).split())[:200]})"
+        ) from None
     if mapping != "none":
         raise UserError(f"{folder} is a Delta Lake table with mapped columns ({mapping}); {_REWRITE}")
     if marked:
@@ -43,6 +44,15 @@ def files(folder: Path) -> list[Path]:
 
 
 _REWRITE = "rewrite it without them, or export it as Parquet, first"
+
+
+def _has_vectors(table: Any) -> bool:
+    from deltalake.exceptions import DeltaError
+
+    try:
+        return pl.DataFrame(table.deletion_vectors().read_all()).height > 0
+    except DeltaError:  # there are some, of a kind that deltalake does not read
+        return True
 
 
 def _file(folder: Path, text: str, columns: list[Any]) -> Path:

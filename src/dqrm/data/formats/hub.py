@@ -47,7 +47,7 @@ def _from_disk(datasets: Any, folder: str) -> Any:
     try:
         return datasets.load_from_disk(folder)
     except Exception as error:
-        raise UserError(f"{folder} is no dataset of save_to_disk ({' '.join(str(error).split())})") from None
+        raise UserError(f"{folder} is no dataset of save_to_disk ({' '.join(str(error).split())[:200]})") from None
 
 
 def _from_cache(datasets: Any, name: str) -> Any:
