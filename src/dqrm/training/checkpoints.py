@@ -237,6 +237,7 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
                     f"{memory.dtype} there"
                 )
             _read(file, name, memory)
+            torch.autograd.graph.increment_version(target)  # as by any other change in place
             copied.add(name)
     try:
         keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
