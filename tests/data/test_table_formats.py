@@ -116,7 +116,7 @@ def test_what_a_feature_map_says_is_checked(tmp_path, features, config, message)
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "expected an object"),
+        ("[]", r"has \[\], expected an object"),
         ('{"labels": []}', "lacks 'features'"),
         ('{"labels": ["a", "b"], "features": []}', "has the labels a, b; name one with --label"),
     ],
