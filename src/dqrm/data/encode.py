@@ -60,12 +60,16 @@ class Translations:
 
     def add_groups(self, staged: Staging) -> None:
         """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
-        column = len(staged.plan.keys)
+        column, group = len(staged.plan.keys), staged.plan.group
+        no_missing = group is not None and group.kind == "id"  # those of a file are all categories, 0 too
         vocabulary = first_day(count(staged, column, np.empty(0, np.uint8), False), 1).vocabulary
 
         def number(keys: pl.Series) -> Array:
+            numbers = vocabulary.lookup(keys) - 1
+            if no_missing:
+                return numbers.astype(np.int32)
             missing = (keys == ("" if keys.dtype == pl.String else 0)).to_numpy()
-            return np.where(missing, -1, vocabulary.lookup(keys) - 1).astype(np.int32)
+            return np.where(missing, -1, numbers).astype(np.int32)
 
         self._append(staged, column, number)
 

@@ -98,19 +98,24 @@ class RecordFormat(Format):
 
     def blocks(self, source: Source, wanted: Sequence[str], rows: int) -> Iterator[Block]:
         """As `Format.blocks`."""
-        first, held, size = 1, [b""], 0
-        for piece in read_bytes(source):
-            held.append(piece)
-            size += len(piece)
-            if size >= rows * _RECORD:
-                data = b"".join(held)
-                cut = len(data) - len(data) % _RECORD
-                yield _records(data[:cut], wanted, first)
-                first, held, size = first + cut // _RECORD, [data[cut:]], len(data) - cut
+        first, held, size, damage = 1, [b""], 0, None
+        try:
+            for piece in read_bytes(source):
+                held.append(piece)
+                size += len(piece)
+                if size >= rows * _RECORD:
+                    data = b"".join(held)
+                    cut = len(data) - len(data) % _RECORD
+                    yield _records(data[:cut], wanted, first)
+                    first, held, size = first + cut // _RECORD, [data[cut:]], len(data) - cut
+        except Damaged as error:  # after the records that could be read
+            damage = error
         data = b"".join(held)
         cut = len(data) - len(data) % _RECORD
         if cut:
             yield _records(data[:cut], wanted, first)
+        if damage is not None:
+            raise damage
         if first == 1 and not data:
             raise Damaged("it is empty, expected rows")
         if cut < len(data):
