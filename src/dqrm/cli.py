@@ -71,11 +71,12 @@ def generate(output: str, **flags: Any) -> None:
 def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
     """Turn raw click logs (files, folders, globs; - is standard input) into a dataset folder."""
     from dqrm.console import bars, messages, print_json
+    from dqrm.data.extension import prepare_config
     from dqrm.data.prepare import prepare as run
     from dqrm.info import print_dataset
 
     fields = read_yaml(config_file) if config_file else {}
-    config = build(PrepareConfig, fields | given(flags), config_file or "prepare")
+    config = prepare_config(fields | given(flags), config_file or "prepare")
     with bars(quiet=as_json) as progress:
         dataset = run(sources, output, config, progress=progress)
     for name, value in dataset.wide(above=TOO_WIDE).items():

@@ -57,6 +57,12 @@ class PrepareConfig:
     """Ids seen less often than this share row 0 with unseen ones."""
     max_rows_per_table: int | None = None
     """Ids are taken modulo this before they are counted, so that a table has at most this many rows and row 0."""
+    extend: str | None = None
+    """Dataset folder of the days before: known ids keep their rows, new ones are appended; options come from it."""
+    count_decay: float = 1.0
+    """Factor on the counts of all ids for each day that extends the dataset, 1: none (for min_count)."""
+    evict_after: int | None = None
+    """Days after which an id that was not seen loses its row to a new one, with --extend; none: never."""
     vocabulary: Literal["train", "all"] = "train"
     """Rows whose ids get table rows: those of the training split, or all (as in the papers)."""
     split: Literal["time", "file", "column", "random"] | None = None
@@ -104,8 +110,7 @@ class PrepareConfig:
             raise ValueError(f"group is '{self.group}', a multi column; expected a single-valued one")
         _check_unique("cross", ["*".join(sorted(cross_parts(cross))) for cross in self.cross])
         _check_split(self)
-        if self.min_count < 1:
-            raise ValueError(f"min_count is {self.min_count}, expected 1 or more")
+        _check_vocabulary(self)
         if self.max_rows_per_table is not None and not 1 <= self.max_rows_per_table < 2**31:
             raise ValueError(f"max_rows_per_table is {self.max_rows_per_table}, expected 1 to 2147483647")
         if not (math.isfinite(self.subsample_negatives) and 0 <= self.subsample_negatives < 1):
@@ -206,6 +211,15 @@ def _check_split(config: PrepareConfig) -> None:
     for value in config.validation_values:
         if value in config.test_values:
             raise ValueError(f"'{value}' is in both validation_values and test_values, expected in one of them")
+
+
+def _check_vocabulary(config: PrepareConfig) -> None:
+    if config.min_count < 1:
+        raise ValueError(f"min_count is {config.min_count}, expected 1 or more")
+    if not (math.isfinite(config.count_decay) and 0 <= config.count_decay <= 1):
+        raise ValueError(f"count_decay is {config.count_decay}, expected 0 to 1 (1: counts do not decay)")
+    if config.evict_after is not None and config.evict_after < 1:
+        raise ValueError(f"evict_after is {config.evict_after}, expected 1 day or more, or none")
 
 
 def _check_unique(field: str, names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dqrm.data import folder
 from dqrm.data.ahead import ahead
+from dqrm.data.growth import first_day
 from dqrm.data.splits import TRAIN, Splits
 from dqrm.data.staging import Staging
 from dqrm.data.vocabulary import Counter, Vocabulary, count_chunk
@@ -18,12 +19,12 @@ from dqrm.files import flush
 Array = NDArray[Any]
 
 
-def build_vocabulary(staged: Staging, column: int, splits: Splits, train_only: bool, min_count: int) -> Vocabulary:
-    """Count the keys of one column over the training rows, or over all."""
+def count(staged: Staging, column: int, splits: Splits, train_only: bool) -> pl.DataFrame:
+    """The run of one column's keys over the training rows, or over all: key, count, first position; sorted by key."""
     counter = Counter()
     for run in ahead(_runs(staged, column, splits, train_only)):
         counter.add(run)
-    return counter.finish(min_count)
+    return counter.finish()
 
 
 def _runs(staged: Staging, column: int, splits: Splits, train_only: bool) -> Iterator[pl.DataFrame]:
@@ -56,7 +57,7 @@ class Translations:
     def add_groups(self, staged: Staging) -> None:
         """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
         column = len(staged.plan.keys)
-        vocabulary = build_vocabulary(staged, column, np.empty(0, np.uint8), False, 1)
+        vocabulary = first_day(count(staged, column, np.empty(0, np.uint8), False), 1).vocabulary
 
         def number(keys: pl.Series) -> Array:
             missing = (keys == ("" if keys.dtype == pl.String else 0)).to_numpy()

@@ -1,7 +1,8 @@
 """The dataset folder on disk: names, types and shapes of its files, the same for who writes and who reads.
 
 dataset.json                    schema, table sizes, rows per split, sources, fingerprint
-vocabulary/<nn>_<name>.parquet  key, row, count of each table
+vocabulary/<nn>_<name>.parquet  key, row, count of each table; also since, last where it extends another dataset
+rare/<nn>_<name>.parquet        key, count, last of the ids without a row, where there are any
 train/ validation/ test/        flat little-endian arrays, below
 """
 
@@ -33,6 +34,11 @@ def offsets_file(column: int) -> str:
 def vocabulary_file(column: int, name: str) -> str:
     """Path inside the folder of a column's vocabulary; any name gives a valid file name."""
     return f"vocabulary/{column:02d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:60]}.parquet"
+
+
+def rare_file(vocabulary: str) -> str:
+    """Path inside the folder of the ids without a row, from that of the vocabulary."""
+    return vocabulary.replace("vocabulary/", "rare/", 1)
 
 
 def arrays(info: dict[str, Any], split: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
