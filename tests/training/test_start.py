@@ -61,7 +61,7 @@ def started(data, folder, config, **more):
 def test_rows_are_carried_over_by_id_and_others_drawn(datasets, tmp_path):
     """Against a dict of ids, row by row: weights and optimizer state."""
     monday, _, wednesday, _ = datasets
-    config = tiny(optimizer="adagrad", seed=1)
+    config = tiny(optimizer="adagrad", seed=1, epochs=1)
     train(monday, tmp_path / "1", config)
     first = started(wednesday, tmp_path / "2", replace(config, training=replace(config.training, seed=5)),
                     start_from=tmp_path / "1")  # fmt: skip
@@ -215,7 +215,7 @@ def test_killed_and_resumed_bit_for_bit(datasets, tmp_path):
     for number, call in enumerate((1, 2, 5)):  # before the first checkpoint, and after it
         cut = tmp_path / f"cut{number}"
         with pytest.raises(Killed):
-            train(datasets[1], cut, config, start_from=tmp_path / "1", progress=killer(call))
+            train(datasets[1], cut, config, start_from=tmp_path / "1", verify=False, progress=killer(call))
         if call == 5:
             assert any(cut.glob("checkpoints/step-*"))
             shutil.rmtree(tmp_path / "1")  # no longer needed
@@ -242,7 +242,6 @@ def test_real_ranks_do_what_simulated_ranks_do(datasets, tmp_path, capsys, ranks
     earlier = simulated(capsys, datasets[0], tmp_path / "1", ranks, optimizer="adagrad")
     words = {"real": [*train_words(datasets[1], optimizer="adagrad"), "--from", earlier]}
     runs, _ = launched(tmp_path, ranks, words)
-    train(datasets[1], tmp_path / "here", Run.open(runs["real"][0]).config, start_from=earlier)  # one rank
     config = Run.open(runs["real"][0]).config
     train(datasets[1], tmp_path / "simulated", replace(config, exchange=ExchangeConfig(ranks)), start_from=earlier)
     same_tensors(runs["real"][0], tmp_path / "simulated")

@@ -75,18 +75,22 @@ class Folder:
         """The published model."""
         return self.path / _CURRENT
 
+    def require_own(self) -> None:
+        """Raise UserError if the folder holds something and is not one of `dqrm daily`."""
+        others = {entry.name for entry in self.path.iterdir()} - set(_OURS) if self.path.is_dir() else set()
+        if others and not (self.path / _RECIPE).exists():
+            raise UserError(f"{self.path} holds {min(others)} and no {_RECIPE}; name another folder with -o")
+
     def begin(self, recipe: Recipe) -> None:
         """Record how days are prepared and trained, or compare it with the record.
 
         Raises:
-            UserError: the folder is another program's, or was begun with another configuration.
+            UserError: the folder was begun with another configuration.
         """
         content = {"format_version": 1, "prepare": asdict(recipe.prepare(None)), "train": recipe.train.to_dict()}
         content = json.loads(json.dumps(content))
         file = self.path / _RECIPE
         if not file.exists():
-            if others := sorted({entry.name for entry in self.path.iterdir()} - set(_OURS)):
-                raise UserError(f"{self.path} holds {others[0]} and no {_RECIPE}; name another folder with -o")
             write_json(file, content)
             return
         before = read_json(file)

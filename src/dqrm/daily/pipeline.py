@@ -21,11 +21,12 @@ from dqrm.errors import UserError
 from dqrm.export.config import ExportConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import exclusive, read_json, write_json
+from dqrm.options import registered
 from dqrm.training.callbacks import RedrawTables, build_callbacks
 from dqrm.training.environment import Log, Progress
 from dqrm.training.launch import resume, train
+from dqrm.training.metrics import METRICS, Metric
 from dqrm.training.run import Run
-from dqrm.training.selection import selecting
 
 
 def run_daily(
@@ -55,6 +56,7 @@ def run_daily(
     config, folder = config or DailyConfig(), Folder(Path(output))
     _check(recipe, config)
     days = list_days(logs)
+    folder.require_own()
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,7 +83,7 @@ def run_daily(
 def _check(recipe: Recipe, config: DailyConfig) -> None:
     if launched():
         raise UserError("dqrm daily runs in one process; several ranks are for `dqrm train`, day by day")
-    if selecting(config.gate_metric).needs_group and recipe.prepare(None).group is None:
+    if _gate(config).needs_group and recipe.prepare(None).group is None:
         raise UserError(f"gate_metric is {config.gate_metric}, which needs a group column; give one in {recipe.file}")
     epochs, named = recipe.train.training.epochs, recipe.train.training.callbacks
     if epochs > 1 and any(isinstance(callback, RedrawTables) for callback in build_callbacks(named)):
@@ -90,6 +92,11 @@ def _check(recipe: Recipe, config: DailyConfig) -> None:
             "the rows of the days before at epoch 2; leave epochs out (1 epoch on those days), or give callbacks "
             "without it"
         )
+
+
+def _gate(config: DailyConfig) -> Metric:
+    choices = {name: metric for name, metric in METRICS.items() if metric.higher_is_better is not None}
+    return registered("gate_metric", config.gate_metric, choices)
 
 
 def _left(days: dict[str, Path], lines: Sequence[dict[str, Any]]) -> dict[str, Path]:
@@ -192,7 +199,7 @@ class _Day:
             figures = {which: measure(run, dataset, [split], self.progress)[name] for which, run in runs.items()}
         passed = margin is None
         if margin is not None and None not in figures.values():
-            sign = 1 if selecting(name).higher_is_better else -1
+            sign = 1 if _gate(self.config).higher_is_better else -1
             passed = sign * (figures["new"] - figures["published"]) >= -margin
         if not passed and self.log:
             told = " and ".join(f"{value} ({which})" for which, value in figures.items())

@@ -53,8 +53,7 @@ def train(
         config: what to train and how; default INT4 by the recipe of `dqrm.recipe`.
         progress: called as progress(stage, done, total).
         log: called with one line of text per evaluation.
-        verify: compare the dataset with its checksums first, which reads all of it; on several ranks, one does so on
-            each machine.
+        verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
         callbacks: objects, in addition to the callbacks that `config` names.
         start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
             or one whose vocabularies it extends. Epochs that are not set are then 1. See `training.start`.
@@ -74,8 +73,7 @@ def train(
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         config = world.together(lambda: resolved(asked, data, start_from is not None))
         check_ranks(world, config, data)
-        callbacks = world.together(lambda: _registered(config, callbacks))
-        world.together(lambda: _check_callbacks(callbacks, config, start_from if carry == "all" else None))
+        callbacks = world.together(lambda: _checked(config, callbacks, start_from if carry == "all" else None))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
@@ -89,10 +87,10 @@ def train(
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
-        if config != asked and log and world.first:
-            log(_described(config, data))
         trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, start)
         if log and world.first:
+            if config != asked:
+                log(_described(config, data))
             found = table_bytes(model.tables.weight, trainer.optimizers[0])
             log(describe_table_bytes(found, config, run.table_weights))
         return trainer.fit()
@@ -212,8 +210,9 @@ def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]
     return build_callbacks(config.training.callbacks, callbacks)
 
 
-def _check_callbacks(callbacks: Sequence[Callback], config: Config, start_from: str | Path | None) -> None:
-    epochs = config.training.epochs
+def _checked(config: Config, given: Sequence[Callback], start_from: str | Path | None) -> list[Callback]:
+    """All callbacks of a new run; raises UserError where it cannot begin with one of them."""
+    epochs, callbacks = config.training.epochs, _registered(config, given)
     for callback in callbacks:
         callback.check(config)
         if start_from is not None and epochs > 1 and isinstance(callback, RedrawTables):
@@ -221,6 +220,7 @@ def _check_callbacks(callbacks: Sequence[Callback], config: Config, start_from: 
                 f"epochs is {epochs}, but the callback redraw_tables would redraw the rows carried over from "
                 f"{start_from} at epoch 2; use epochs 1, or callbacks without it"
             )
+    return callbacks
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:

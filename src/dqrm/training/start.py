@@ -141,7 +141,7 @@ class Start:
         model.tables.weights_replaced(0)
         self.told = self._describe(lost, config)
 
-    def _carry_learned(self, mine: dict[str, nn.Module], theirs: dict[str, nn.Module]) -> bool:
+    def _carry_learned(self, mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
         """What quantizers learned, or saw of activations; whether anything of it was dropped."""
         lost = False
         for path, other in theirs.items():
@@ -151,7 +151,6 @@ class Start:
             if type(own) is not type(other) or own.bits != other.bits or not _alike(own.state_dict(), state):
                 lost = True
                 continue
-            assert own is not None
             own.load_state_dict(state)
             self.carried |= {f"{path}.{name}" for name in state}
         return lost
