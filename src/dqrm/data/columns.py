@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dqrm.data import cells
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, SPARSE, PrepareConfig, cross_parts
+from dqrm.data.hashing import HashedRows
 from dqrm.data.lines import Block
 from dqrm.errors import UserError
 from dqrm.options import did_you_mean
@@ -49,16 +50,17 @@ class KeyColumn:
             numbers = _splitmix64(numbers)
         return (numbers % np.uint64(rows)).astype(np.uint32)
 
+    def entries(self, cells: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+        """The keys of a column of `Plan.typed` one by one, and a multi-valued column's entries per row."""
+        return (cells.explode(empty_as_null=False), cells.list.len()) if self.multi else (cells, None)
+
     def code(self, cells: pl.Series, rows: int | None) -> tuple[pl.Series, NDArray[Any], pl.Series | None]:
         """The distinct keys of a column of `Plan.typed`, sorted, the code of each entry into them, and a multi-valued
         column's entries per row.
 
         rows: what keys are taken modulo of (None: they are not). The codes are of the smallest unsigned type.
         """
-        lengths = None
-        if self.multi:
-            lengths = cells.list.len()
-            cells = cells.explode(empty_as_null=False)
+        cells, lengths = self.entries(cells)
         keys = cells.unique().sort()
         codes: NDArray[Any] = keys.search_sorted(cells).to_numpy()
         if rows is not None:
@@ -73,7 +75,7 @@ class Plan:
 
     label: the label's column, None where rows need none; weight and group likewise. copied: columns whose cells are
     handed on as they are. key_version: the rules by which values become keys, those of the vocabularies that keys are
-    looked up in.
+    looked up in. hashing: of each of the keys, where ids are hashed to rows.
     """
 
     config: PrepareConfig
@@ -84,6 +86,7 @@ class Plan:
     weight: str | None = None
     group: KeyColumn | None = None
     key_version: int = cells.KEY_VERSION
+    hashing: tuple[HashedRows, ...] | None = None
 
     @property
     def criteo(self) -> bool:
@@ -279,7 +282,11 @@ class Plan:
 
 
 def make_plan(config: PrepareConfig) -> Plan:
-    """The columns that a configuration asks for."""
+    """The columns that a configuration asks for.
+
+    Raises:
+        UserError: rows of tables that do not go with the columns.
+    """
     criteo = config.layout in ("criteo-kaggle", "criteo-terabyte")
     singles = [
         KeyColumn(name, (name,), "hex" if criteo else "text")
@@ -298,7 +305,14 @@ def make_plan(config: PrepareConfig) -> Plan:
     if config.group:
         hexadecimal = criteo and config.group in CRITEO_CATEGORICAL
         group = KeyColumn(config.group, (config.group,), "hex" if hexadecimal else "text")
-    return Plan(config, (*singles, *multis), split, config.label, weight=config.weight, group=group)
+    keys, hashing = (*singles, *multis), None
+    if config.vocabulary == "hash":
+        try:
+            table_rows = config.hashed_rows([key.name for key in keys])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        hashing = tuple(HashedRows(rows, seed) for seed, rows in enumerate(table_rows))
+    return Plan(config, keys, split, config.label, weight=config.weight, group=group, hashing=hashing)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:

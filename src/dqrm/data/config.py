@@ -1,7 +1,7 @@
 """How a raw log is read: the fields of `dqrm prepare`. Imports no torch and no polars, so that `--help` is quick."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,8 @@ CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
 _CRITEO = ("criteo-kaggle", "criteo-terabyte")
 # Lines are lists of features there; LIBSVM's have one column.
 SPARSE = ("libsvm", "libffm")
+# Fields without a meaning where ids are hashed, and their defaults.
+_OF_VOCABULARIES = {"extend": None, "min_count": 1, "max_rows_per_table": None, "count_decay": 1.0, "evict_after": None}
 LIBSVM_COLUMN = "features"
 
 
@@ -63,8 +65,13 @@ class PrepareConfig:
     """Factor on the counts of all ids for each day that extends the dataset, 1: none (for min_count)."""
     evict_after: int | None = None
     """Days after which an id that was not seen loses its row to a new one, with --extend; none: never."""
-    vocabulary: Literal["train", "all"] = "train"
-    """Rows whose ids get table rows: those of the training split, or all (as in the papers)."""
+    vocabulary: Literal["train", "all", "hash"] = "train"
+    """Rows whose ids get table rows: those of the training split, or all (as in the papers); hash: none, ids are hashed
+    to one of --rows table rows."""
+    rows: int | None = None
+    """Rows of each table with --vocabulary hash; row 0 is for missing ids."""
+    column_rows: tuple[str, ...] = ()
+    """Tables of other sizes than --rows, by column: user=1000000,ad=5000."""
     split: Literal["time", "file", "column", "random"] | None = None
     """Rule of the split; none: time for criteo-kaggle, file for criteo-terabyte, random for a table."""
     validation_fraction: float = 0.1
@@ -122,6 +129,21 @@ class PrepareConfig:
         if self.delimiter is not None and (len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n'):
             tab = "; in a shell a tab is $'\\t'" * (self.delimiter in ("\\t", "tab"))
             raise ValueError(f"delimiter is '{self.delimiter}', expected one ASCII character other than a quote{tab}")
+
+    def hashed_rows(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Rows of the named columns' tables, where ids are hashed.
+
+        Raises:
+            ValueError: a column without rows, or rows for one that is not there.
+        """
+        given = {name: int(count) for name, _, count in (text.rpartition("=") for text in self.column_rows)}
+        for name in given:
+            if name not in names:
+                raise ValueError(f"column_rows has '{name}', expected one of {', '.join(names)}")
+        for name in names:
+            if self.rows is None and name not in given:
+                raise ValueError(f"column_rows lacks '{name}', and there is no rows for the columns that it lacks")
+        return tuple(given.get(name) or self.rows or 0 for name in names)
 
     @property
     def split_rule(self) -> str:
@@ -220,6 +242,22 @@ def _check_vocabulary(config: PrepareConfig) -> None:
         raise ValueError(f"count_decay is {config.count_decay}, expected 0 to 1 (1: counts do not decay)")
     if config.evict_after is not None and config.evict_after < 1:
         raise ValueError(f"evict_after is {config.evict_after}, expected 1 day or more, or none")
+    if config.vocabulary != "hash":
+        for field in ("rows", "column_rows"):
+            if value := getattr(config, field):
+                raise ValueError(f"{field} is {value}, which goes with vocabulary hash, and it is {config.vocabulary}")
+        return
+    for field, default in _OF_VOCABULARIES.items():
+        if (value := getattr(config, field)) != default:
+            raise ValueError(f"{field} is {value}, but with vocabulary hash there are no ids to count or to extend")
+    if config.rows is None and not config.column_rows:
+        raise ValueError("vocabulary hash needs rows, the number of rows of each table")
+    for text in (*map(str, () if config.rows is None else (config.rows,)), *config.column_rows):
+        name, equals, count = text.rpartition("=")
+        if (text in config.column_rows and not (name and equals)) or not count.isdecimal():
+            raise ValueError(f"column_rows has '{text}', expected a column and a number of rows, as in user=1000000")
+        if not 2 <= int(count) < 2**31:
+            raise ValueError(f"rows is {text}, expected 2 to 2147483647 (row 0 is for missing ids)")
 
 
 def _check_unique(field: str, names: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, Kind, proble
 from dqrm.options import did_you_mean
 
 if TYPE_CHECKING:
+    from dqrm.data.hashing import HashedRows
     from dqrm.data.vocabulary import Vocabulary
 
 __all__ = ["Batch", "Column", "Dataset", "Split"]
@@ -26,7 +27,10 @@ _SHARE = Kind("a number of 0 or more and below 1", lambda value: NUMBER.holds(va
 _SHAPE = {
     "format_version": COUNT,
     "fingerprint": TEXT,
-    "schema": {"dense": [TEXT], "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": (TEXT, None)}]},
+    "schema": {
+        "dense": [TEXT],
+        "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": (TEXT, None)}],
+    },
     "split": OBJECT,
     "rows": _PER_SPLIT,
     "clicks": _PER_SPLIT,
@@ -34,9 +38,7 @@ _SHAPE = {
     "vocabulary_digest?": TEXT,
     "lineage?": {
         "day": COUNT,
-        "ancestors": [
-            {"day": COUNT, "fingerprint": TEXT, "vocabulary_digest": (TEXT, None), "table_rows": [POSITIVE]}
-        ],
+        "ancestors": [{"day": COUNT, "fingerprint": TEXT, "vocabulary_digest": (TEXT, None), "table_rows": [POSITIVE]}],
     },
     "options?": ({"subsample_negatives?": _SHARE}, None),
     "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
@@ -103,7 +105,7 @@ class Dataset:
         return Split(self.path, name, self.info, known)
 
     def as_of(self, day: int, table_rows: Sequence[int]) -> "Dataset":
-        """This dataset as a model reads it whose vocabularies are those of `day`, when its tables had `table_rows` rows.
+        """This dataset as a model reads it whose vocabularies are those of `day`, with tables of `table_rows` rows.
 
         The same folder; ids whose rows are newer, or were given to other ids since, are row 0 in batches and absent
         from vocabularies. `Split.newer_ids` counts them.
@@ -119,6 +121,17 @@ class Dataset:
     def narrowed(self) -> bool:
         """Whether it is seen as of an earlier day."""
         return self._day is not None
+
+    def row_maps(self) -> "list[Vocabulary] | list[HashedRows]":
+        """Per categorical column, what maps keys to table rows: the vocabularies, or the hash.
+
+        Raises:
+            UserError: as `vocabulary`.
+        """
+        from dqrm.data.hashing import HashedRows
+
+        hashed = HashedRows.of_columns(self.info["schema"]["columns"])
+        return [self.vocabulary(number) for number in range(len(self.columns))] if hashed is None else hashed
 
     def vocabulary(self, number: int) -> "Vocabulary":
         """The vocabulary of categorical column `number`, in memory.
@@ -316,9 +329,10 @@ def _read_info(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path / folder.INFO} cannot be read ({error}); prepare the data again") from None
     version = info.get("format_version") if isinstance(info, dict) else None
-    if version != folder.FORMAT_VERSION:
+    if version not in folder.KNOWN_VERSIONS:
         raise UserError(
-            f"{path} has format version {version}, this dqrm reads version {folder.FORMAT_VERSION}; "
+            f"{path} has format version {version}, this dqrm reads versions "
+            f"{' and '.join(map(str, folder.KNOWN_VERSIONS))}; "
             "prepare the data again"
         )
     wrong = problem(info, _SHAPE)

@@ -48,11 +48,15 @@ class Translations:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.touch()
-        self._starts: list[list[int]] = []
+        self._starts: list[list[int] | None] = []
 
     def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
         """Append the next column, chunk by chunk."""
         self._append(staged, column, vocabulary.lookup)
+
+    def add_hashed(self) -> None:
+        """Append a column whose codes are table rows already."""
+        self._starts.append(None)
 
     def add_groups(self, staged: Staging) -> None:
         """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
@@ -73,10 +77,14 @@ class Translations:
                 file.write(_bytes(number(keys)))
         self._starts.append(starts)
 
-    def read(self, staged: Staging, chunk: int) -> list[Array]:
-        """The rows of one chunk's keys, per column."""
+    def read(self, staged: Staging, chunk: int) -> list[Callable[[Array], Array]]:
+        """Per column, a function from the codes of one chunk to table rows."""
         with self._path.open("rb") as file:
-            return [self._read(file, starts[chunk], staged.distinct[n][chunk]) for n, starts in enumerate(self._starts)]
+            return [
+                np.asarray if starts is None
+                else self._read(file, starts[chunk], staged.distinct[n][chunk]).__getitem__
+                for n, starts in enumerate(self._starts)
+            ]  # fmt: skip
 
     @staticmethod
     def _read(file: IO[bytes], start: int, count: int) -> Array:
@@ -174,7 +182,7 @@ def write_splits(
         ids = np.empty((rows, len(single)), np.int32)
         maps = translated.read(staged, chunk)
         for at, n in enumerate(single):
-            ids[:, at] = maps[n][arrays[f"codes{n}"]]
+            ids[:, at] = maps[n](arrays[f"codes{n}"])
         here = splits[row : row + rows]
         for split, writer in enumerate(writers):
             chosen = here == split
@@ -186,9 +194,9 @@ def write_splits(
             if weighted:
                 writer.add_weights(arrays["weight"][part])
             if grouped:
-                writer.add_groups(maps[group][arrays[f"codes{group}"][part]])
+                writer.add_groups(maps[group](arrays[f"codes{group}"][part]))
             for n in multi:
-                lengths, values = arrays[f"lengths{n}"], maps[n][arrays[f"codes{n}"]]
+                lengths, values = arrays[f"lengths{n}"], maps[n](arrays[f"codes{n}"])
                 writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
         row += rows
         advance(rows)

@@ -1,4 +1,4 @@
-"""A dataset of one day that extends that of the day before: which options it takes over, and from which rows it goes on."""
+"""A dataset of one day that extends that of the day before: the options it takes over, and the rows it starts from."""
 
 import dataclasses
 import warnings
@@ -34,11 +34,11 @@ def prepare_config(given: Mapping[str, Any], where: str) -> PrepareConfig:
     """
     path = coerce("extend", given.get("extend"), str | None)
     if path is None:
-        return build(PrepareConfig, given, where)  # type: ignore[no-any-return]
+        return build(PrepareConfig, given, where)
     inherited = _options(Dataset(path))
     if any(name in given for name in _SPLIT):
         inherited = {name: value for name, value in inherited.items() if name not in _SPLIT}
-    return build(PrepareConfig, {**inherited, **given}, where)  # type: ignore[no-any-return]
+    return build(PrepareConfig, {**inherited, **given}, where)
 
 
 def complete_config(config: PrepareConfig | None, extend: str | Path | None) -> PrepareConfig:

@@ -11,7 +11,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+# Written unless the content needs a newer reader, so that an older dqrm opens what it can.
 FORMAT_VERSION = 1
+# Ids that are hashed, or vocabularies of several days, which may have vacant rows.
+GROWING_VERSION = 2
+KNOWN_VERSIONS = (FORMAT_VERSION, GROWING_VERSION)
 INFO = "dataset.json"
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(SplitName)

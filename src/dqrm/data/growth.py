@@ -33,8 +33,8 @@ class Policy:
 class Grown:
     """A vocabulary of one day.
 
-    vocabulary: key -> row. rare: the keys without a row, sorted (key, count, last). new, reused: rows given to new keys,
-    appended and vacant ones. freed: rows that lost their keys on this day, also those that were reused at once.
+    vocabulary: key -> row. rare: the keys without a row, sorted (key, count, last). new, reused: rows given to new
+    keys, appended and vacant ones. freed: rows that lost their keys on this day, also those that were reused at once.
     """
 
     vocabulary: Vocabulary
@@ -91,10 +91,8 @@ def next_day(known: Vocabulary, rare: pl.DataFrame, run: pl.DataFrame, day: int,
     added = added.with_columns(row=pl.Series(given), since=pl.lit(day, pl.Int32)).sort("key")
     names = ["key", "row", "count", "since", "last"]
     whole = old.select(names).merge_sorted(added.select(names), "key")
-    vocabulary = Vocabulary(
-        whole["key"].rechunk(), *(whole[name].to_numpy() for name in ("row", "count")), rows,
-        *(whole[name].to_numpy() for name in ("since", "last")),
-    )  # fmt: skip
+    given, counts, since, last = (whole[name].to_numpy() for name in names[1:])
+    vocabulary = Vocabulary(whole["key"].rechunk(), given, counts, rows, since, last)
     left = fresh.filter(~promoted).select("key", "count", "last")
     return Grown(vocabulary, left, appended, len(free), len(known.keys) - old.height)
 

@@ -117,7 +117,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
                 f"{folder} is {kind} table, whose files also hold rows that were deleted or replaced; "
                 "export it as Parquet or CSV first"
             )
-    if {"dataset.json", "train", "vocabulary"} <= names:
+    if {"dataset.json", "train"} <= names:
         raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
     files: list[Path] = []
     for entry in entries:

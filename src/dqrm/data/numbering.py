@@ -44,11 +44,27 @@ class Numbering:
 def number(
     staged: Staging, splits: Splits, plan: Plan, path: Path, work: Path, extended: Extended | None, tell: Any
 ) -> Numbering:
-    """Count the ids of each column, give them rows, and write the vocabularies into the folder `path`.
+    """Count the ids of each column, give them rows, and write the vocabularies into the folder `path`; where ids are
+    hashed, only record how.
 
     extended: the dataset whose vocabularies are continued; None: they begin here. work: for temporary files.
     """
     made = Numbering(Translations(work / "rows.i32"))
+    if plan.hashing is not None:
+        for key, hashed in zip(plan.keys, plan.hashing):
+            made.translated.add_hashed()
+            made.columns.append({**_entry(plan, key, hashed.rows, None), **hashed.describe()})
+            made.digests.append(None)
+    else:
+        _count(made, staged, splits, plan, path, extended, tell)
+    if plan.group is not None:
+        made.translated.add_groups(staged)
+    return made
+
+
+def _count(
+    made: Numbering, staged: Staging, splits: Splits, plan: Plan, path: Path, extended: Extended | None, tell: Any
+) -> None:
     for name in ("vocabulary", "rare"):
         (path / name).mkdir()
     for at, key in enumerate(plan.keys):
@@ -68,9 +84,6 @@ def number(
     tell("counting ids", len(plan.keys), len(plan.keys))
     if not any((path / "rare").iterdir()):
         (path / "rare").rmdir()
-    if plan.group is not None:
-        made.translated.add_groups(staged)
-    return made
 
 
 def _entry(plan: Plan, key: KeyColumn, rows: int, file: str | None) -> dict[str, Any]:

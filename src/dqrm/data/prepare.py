@@ -31,7 +31,8 @@ Progress = Callable[[str, int, int | None], None]
 # Columns with one number for each row beside the model's.
 _PER_ROW = ("weight", "group")
 # Recorded where they are not the default: datasets without them stay what they were.
-_OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None}
+_OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None, "rows": None,
+             "column_rows": ()}  # fmt: skip
 # Of no effect on the result, or recorded in another way.
 _UNRECORDED = ("chunk_rows", "extend")
 
@@ -200,7 +201,7 @@ def _info(
 ) -> dict[str, Any]:
     by_split = dict(zip(folder.SPLITS, writers))
     info: dict[str, Any] = {
-        "format_version": folder.FORMAT_VERSION,
+        "format_version": folder.GROWING_VERSION if extended or plan.hashing else folder.FORMAT_VERSION,
         "schema": _schema(plan, made.columns),
         "split": splits.describe(plan.config),
         "rows": {name: writer.rows for name, writer in by_split.items()},
