@@ -285,6 +285,13 @@ def test_logs_and_folders_that_cannot_be(logs, recipe, whole, tmp_path):
         pipeline.run_daily(recipe, [logs], tmp_path / "out", DailyConfig(gate_metric="auk"))
 
 
+def test_days_whose_ids_are_hashed_extend_nothing_and_carry_all_rows_over(logs, tmp_path):
+    recipe = Recipe.read(write_recipe(tmp_path, evict_after=None, vocabulary="hash", rows=64))
+    lines = pipeline.run_daily(recipe, [logs.replace("*", "[12]")], tmp_path / "out", DailyConfig(gate_margin=None))
+    assert [line["changes"] for line in lines] == [None, None]
+    assert lines[1]["before"]["rows"] == 300
+
+
 def test_days_are_in_natural_order(tmp_path):
     for name in ("day_10", "day_2", "day_1", "_SUCCESS"):
         (tmp_path / name).touch()

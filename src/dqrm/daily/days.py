@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dqrm.daily.config import Recipe
-from dqrm.data.listing import is_hidden, natural
+from dqrm.data.listing import hidden, natural
 from dqrm.errors import UserError
 from dqrm.files import FLAG, OBJECT, TEXT, flush, read_json, require, write_json
 
@@ -35,7 +35,7 @@ def list_days(logs: Sequence[str]) -> dict[str, Path]:
     found: list[Path] = []
     for text in logs:
         matches = [Path(text)] if os.path.lexists(text) or not glob.has_magic(text) else map(Path, glob.glob(text))
-        kept = [path for path in matches if not is_hidden(path.name)]
+        kept = [path for path in matches if not hidden(path.name)]
         if not kept:
             raise UserError(f"nothing matches '{text}', expected a file or a folder for each day")
         found += kept

@@ -7,7 +7,6 @@ import numpy as np
 
 from dqrm.data.dataset import Dataset
 from dqrm.data.folder import SPLITS
-from dqrm.data.lineage import as_seen_by
 from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.errors import UserError
 from dqrm.training.environment import Progress, resolve_device
@@ -30,7 +29,7 @@ def measure(
     Raises:
         UserError: a dataset of other vocabularies; a damaged checkpoint; a prediction that is not finite.
     """
-    seen, options = as_seen_by(dataset, run.info["data"], run.path), run.config.training
+    seen, options = run.require_vocabularies(dataset), run.config.training
     model, _ = run.load_model()
     share = dataset.subsample_negatives
     # The number of threads of the run: the bits of the metrics depend on it.

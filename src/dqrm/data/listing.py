@@ -65,7 +65,7 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
             real = Path(os.path.realpath(match))
             if path == real:
                 return text
-            if real in path.parents and not any(map(is_hidden, path.relative_to(real).parts)):
+            if real in path.parents and not any(map(hidden, path.relative_to(real).parts)):
                 return text
     return None
 
@@ -90,7 +90,7 @@ def _expand(text: str) -> list[tuple[Path, Path | None]]:
         fixed = fixed.parent
     files: dict[Path, None] = {}
     for path in sorted(map(Path, glob.glob(text, recursive=True)), key=natural):
-        if any(map(is_hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
+        if any(map(hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
             continue  # such as _temporary, with what failed tasks of Spark left
         if not os.path.isdir(path):
             files[path] = None
@@ -121,7 +121,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
         raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
     files: list[Path] = []
     for entry in entries:
-        if is_hidden(entry.name):
+        if hidden(entry.name):
             continue
         if os.path.isdir(entry):
             files += _walk(entry, (*above, real))
@@ -135,7 +135,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def is_hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     """What Spark and Hive leave out, too. A column may begin with an underscore: _day=3."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or _MARKERS.fullmatch(name) is not None
 
