@@ -76,7 +76,7 @@ def test_each_day_is_what_the_same_steps_by_hand_give(logs, recipe, whole, tmp_p
         if before is not None:
             model, _ = before.load_model()
             seen = data.as_of(number - 1, [column["rows"] for column in before.info["data"]["columns"]])
-            batches = [batch for split in SPLITS for batch in seen.split(split).batches(50)]
+            batches = [batch for split in SPLITS for batch in seen.split(split).batches(8192)]
             logits = np.concatenate([model(b.dense, b.ids, b.bags).detach().numpy() for b in batches])
             labels = np.concatenate([b.labels.numpy() for b in batches])
             expected = click_metrics(labels, logits)

@@ -329,7 +329,9 @@ class Trainer:
         """Optimizer state of the run that this one starts from."""
         self.world.together(lambda: start and start.carry_optimizers(self.model, self.optimizers, self.config))
         share_state(self.world, self.optimizers)
-        self.log(start.told if start else "")
+        if start:
+            self.log(start.told)
+            start.changes.clear()
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the chosen checkpoint on test and write the summary."""

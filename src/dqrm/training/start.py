@@ -145,7 +145,7 @@ class Start:
         """What quantizers learned, or saw of activations; whether anything of it was dropped."""
         lost = False
         for path, other in theirs.items():
-            if not _learns(other) or (path.startswith("tables.") and not self.changes):
+            if not _learns(other) or (path.startswith("tables.") and self.carry == "mlp"):
                 continue
             own, state = mine.get(path), other.state_dict()
             if type(own) is not type(other) or own.bits != other.bits or not _alike(own.state_dict(), state):
