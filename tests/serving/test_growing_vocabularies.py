@@ -28,7 +28,8 @@ def days_of(folder, config, count, extend):
     """Datasets of some days, the first of `config`, and what a model trained on each is."""
     made = []
     for day in range(count):
-        file = table(folder / f"{day}.csv", log(day, 200))
+        # The last day is shorter: fewer new ids than freed rows.
+        file = table(folder / f"{day}.csv", log(day, 100 if day == count - 1 else 200))
         extended = {"extend": made[-1].path} if extend and made else {}
         made.append(dqrm.prepare([file], folder / f"d{day}", None if extended else config, **extended))
     return made
@@ -71,6 +72,10 @@ def by_hand(folder, dataset, trained_on, split):
     return np.array([int(line["click"]) for line in lines]), logits.numpy().astype(np.float64)
 
 
+def flat(metrics):
+    return {name: value for name, value in metrics.items() if name != "newer_ids"} | metrics.get("newer_ids", {})
+
+
 def test_metrics_of_later_days(made):
     folder, kind, days = made
     loaded = dqrm.load(folder / "run.dqrm")
@@ -81,7 +86,7 @@ def test_metrics_of_later_days(made):
                 for model in (folder / "run", folder / "run.dqrm", folder / "run.onnx", loaded)
             ]
             for other in found[1:]:
-                assert other == pytest.approx(found[0], abs=1e-6)
+                assert flat(other) == pytest.approx(flat(found[0]), abs=1e-6)
             if kind == "hashed" or day == 1:
                 assert "newer_ids" not in found[0]
                 continue
@@ -110,6 +115,8 @@ def test_predictions_with_later_vocabularies(made, tmp_path):
             later = scored(model, file, tmp_path / "later.parquet", data=str(days[3].path))
             if kind != "evicting":
                 np.testing.assert_allclose(later, own, atol=1e-6)
+            elif day == 1:  # ids of that day are forgotten by day 3
+                assert not np.allclose(later, own, atol=1e-6)
             if kind != "hashed" and day == 3:
                 logits = np.concatenate([by_hand(folder, days[3], days[1], split)[1] for split in
                                          ("train", "validation", "test")])  # fmt: skip
@@ -118,7 +125,6 @@ def test_predictions_with_later_vocabularies(made, tmp_path):
         loaded = dqrm.load(folder / "run.dqrm", data=days[3].path)
         again = loaded.score(pl.read_csv(folder / "3.csv", infer_schema=False))
         np.testing.assert_allclose(again, later, atol=1e-6)
-        assert not np.allclose(later, own, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["embed", "beside", "none"])

@@ -25,7 +25,7 @@ _SEAL, _DIGITS = b"dqrm-sha256:", 64
 # The metadata that has the number of the table's rows, where it is not that of the keys and 1.
 _ROWS = "dqrm.rows"
 # Keys hashed at once.
-_PIECE = 1 << 20
+_PIECE = 1 << 17
 
 
 class Vocabulary:

@@ -81,21 +81,22 @@ def evaluate(
             f"--device {device} is for run folders; exported files are evaluated on the cpu, models where they are"
         )
     if path is None:
-        dataset, size = _as_loaded(model, Dataset.of(data)), batch_size or _BATCH_SIZE
-        if verify and dataset.narrowed:
-            dataset.verify("vocabulary", tell=progress)
-        metrics = evaluate_model(model, dataset, split, size, progress, verify, *more)  # type: ignore[arg-type]
-        return _with_newer_ids(metrics, dataset, split)
+        return _evaluate_module(model, Dataset.of(data), split, batch_size or _BATCH_SIZE, progress, verify, *more)
     return _evaluate_file(path, data, split, batch_size or _BATCH_SIZE, progress, verify, *more)
 
 
-def _as_loaded(model: Model, dataset: Dataset) -> Dataset:
-    """The dataset as a model that `dqrm.load` gave reads it; others in memory do not know theirs."""
+def _evaluate_module(
+    model: Any, dataset: Dataset, split: str, batch_size: int, progress: Progress | None, verify: bool, *more: Any
+) -> dict[str, Any]:
+    """Of a model in memory: one that `dqrm.load` gave knows its dataset, others do not."""
     from dqrm.serving.loaded import LoadedModel
 
-    if not isinstance(model, LoadedModel):
-        return dataset
-    return require_dataset(model._opened.content, dataset, model._opened.path)
+    if isinstance(model, LoadedModel):
+        dataset = require_dataset(model._opened.content, dataset, model._opened.path)
+    if verify and dataset.narrowed:
+        dataset.verify("vocabulary", tell=progress)
+    metrics = evaluate_model(model, dataset, split, batch_size, progress, verify, *more)
+    return _with_newer_ids(metrics, dataset, split)
 
 
 def _with_newer_ids(metrics: dict[str, Any], dataset: Dataset, split: str) -> dict[str, Any]:
