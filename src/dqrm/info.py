@@ -180,9 +180,11 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
     small = ""
     if quantization.get("small_table_bits"):
         small = f" ({quantization['small_table_bits']} below {quantization['small_table_rows']:,} rows)"
+    columns, dim = Run.open(path).info["data"]["columns"], summary["config"]["model"]["embedding_dim"]
+    of_tables = 8 * summary["stored_bytes"]["tables"] / max(1, dim * sum(column["rows"] for column in columns))
     results.print(
         f"Tables {bits[0]} bits{small}, MLP {bits[1]} bits{_quantizers(quantization)}: "
-        f"{size(summary['stored_bytes']['total'])} of weights; "
+        f"{size(summary['stored_bytes']['total'])} of weights, {_scales(quantization, of_tables)}; "
         f"{summary['steps']:,} steps, {summary['samples_per_second']:,.0f} samples per second of training"
     )
     _print_table_bytes(Run.open(path))
@@ -223,8 +225,8 @@ def print_artifact(found: dict[str, Any]) -> None:
     config = described_config(model)
     _say(
         f"{model_class(config).describe(config)}; "
-        f"tables {_told(bits, model['table_bits'])} bits, MLP {model['mlp_bits']} bits "
-        f"({_METHODS[found['quantization']['method']]})"
+        f"tables {_told(bits, model['table_bits'])} bits ({_scales(model, found['table_bits_per_weight'])}), "
+        f"MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
     )
     print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
@@ -251,6 +253,17 @@ def _told(bits: Sequence[int], described: Any) -> str:
     if not isinstance(described, list):
         return str(described)
     return " and ".join(f"{each} ({bits.count(each)} of {len(bits)})" for each in sorted({*bits}))
+
+
+def _scales(described: dict[str, Any], bits: float) -> str:
+    """What the tables' weights take, and how many of them share a scale."""
+    granularity = str(described.get("table_granularity", "table"))
+    told = f"{bits:.3f} bits per weight of the tables"
+    if bits >= 32:
+        return told
+    of = f"{granularity.partition(':')[2]} rows" if granularity.startswith("block:") else granularity
+    zero_point = " and zero point" if described.get("table_qscheme") == "affine" else ""
+    return f"{told} with a scale{zero_point} per {of}"
 
 
 def print_export(found: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Measured figures are in docs/guides/choosing.md, the papers' settings in configs
 torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OPTIMIZER = "adagrad"
@@ -54,9 +54,37 @@ def quantization(given: Mapping[str, Any]) -> dict[str, Any]:
     return open_fields
 
 
+def callbacks(given: Sequence[str], base: Sequence[str] = CALLBACKS) -> Sequence[str]:
+    """The callbacks that `given` names: themselves or, each with a '+' before it, those of `base` and these, which
+    replace any of the same name.
+
+    Raises:
+        ValueError: only some have a '+'.
+    """
+    added = [each.removeprefix("+") for each in given if each.startswith("+")]
+    if not added:
+        return given
+    if len(added) < len(given):
+        raise ValueError(
+            f"callbacks is {','.join(given)!r}, expected '+' before each name (in addition to the callbacks of the "
+            "configuration file, by default the recipe's) or before none (instead of them)"
+        )
+    names = {each.partition(":")[0] for each in added}
+    return (*(each for each in base if each.partition(":")[0] not in names), *added)
+
+
 def optimizer(table_dtype: str) -> str:
     """The update rule for tables whose master weights are stored so."""
     return OPTIMIZER_OF.get(table_dtype, OPTIMIZER)
+
+
+def overridden(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of the section `quantization` of a file that the values given beside it override without naming them."""
+    if "bits" not in given:
+        return ()
+    names = ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows")
+    scales = ("table_granularity", "table_qscheme") if given["bits"] == 32 else ()
+    return (*(names[:3] if "small_table_bits" in given else names), *scales)
 
 
 def batch_size(rows: int) -> int:

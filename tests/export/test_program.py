@@ -13,7 +13,8 @@ from selection import slow
 KINDS = ["2 bits", "4 bits", "32 bits", "dim 5", "cat", "no dense, cat, bags alone", "no tables", "one table",
          "bags, mean", "8-bit activations", "32-bit MLP, 8-bit activations", "dcn",
          "dcn, stacked, low rank, norm, bags", "dcn, norm, 32-bit MLP", "small tables of 8 bits",
-         "small tables of 16 bits, bags", "lsq and pact"]  # fmt: skip
+         "small tables of 16 bits, bags", "lsq and pact", "a scale per row", "a scale per 4 rows", "affine",
+         "affine, a scale per row, 2 bits", "affine, a scale per 4 rows, bags alone, 16 bits"]  # fmt: skip
 
 
 def write(model, path):

@@ -1,6 +1,7 @@
 """Runs with each quantizer and option of quantization: resumed bit for bit, and exported as they were evaluated."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,17 @@ OPTIONS = {
         "small_table_rows": 50,
     },
     "naive": {"quantizer": "naive"},
+    "row": {"table_granularity": "row"},
+    "row, periodic, stochastic": {
+        "table_granularity": "row",
+        "scale_period": 7,
+        "forward_rounding": "stochastic",
+    },
+    "block": {"table_granularity": "block:8"},
+    "block, periodic": {"table_granularity": "block:32", "scale_period": 7},
+    "affine": {"table_qscheme": "affine"},
+    "affine, block": {"table_qscheme": "affine", "table_granularity": "block:8"},
+    "affine, row, periodic": {"table_qscheme": "affine", "table_granularity": "row", "scale_period": 7},
     "stochastic": {"forward_rounding": "stochastic"},
     "stochastic, small tables": {"forward_rounding": "stochastic", "small_table_bits": 8, "small_table_rows": 50},
 }
@@ -106,6 +118,42 @@ def test_the_file_says_the_bits_of_each_table_and_so_does_info(generated, tmp_pa
     assert Artifact.open(tmp_path / "uniform.dqrm").container.version == 1  # which an older dqrm reads
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "granularity", "qscheme"),
+    [("row", 1, "row", "symmetric"), ("block", 3, "block:8", "symmetric"), ("affine", 3, "table", "affine"),
+     ("affine, block", 3, "block:8", "affine")],
+)  # fmt: skip
+def test_the_file_says_granularity_and_zero_points_and_info_the_bits_per_weight(
+    generated, tmp_path, capsys, name, version, granularity, qscheme
+):
+    summary = train(generated, tmp_path / "run", config(name))
+    dqrm.export_run(tmp_path / "run", tmp_path / "model.dqrm")
+    opened = Artifact.open(tmp_path / "model.dqrm", verify=True)
+    assert opened.container.version == version
+    model = opened.content["model"]
+    assert (model["table_granularity"], model["table_qscheme"]) == (granularity, qscheme)
+    rows_of = {"table": 1 << 30, "row": 1, "block:8": 8}[granularity]
+    groups, weights = sum(-(-rows // rows_of) for rows in generated.table_rows), 4 * sum(generated.table_rows)
+    sizes = opened.sizes()
+    assert sizes["table scales"] == groups * (8 if qscheme == "affine" else 4)
+    assert summary["stored_bytes"]["tables"] == sizes["table codes"] + sizes["table scales"]
+    bits = 8 * (sizes["table codes"] + sizes["table scales"]) / weights
+    assert opened.describe()["table_bits_per_weight"] == pytest.approx(bits, abs=1e-4)
+    assert bits == pytest.approx(4 + 8 * sizes["table scales"] / weights)
+    capsys.readouterr()
+    told = []
+    for path in ("model.dqrm", "run"):
+        print_description(str(tmp_path / path))
+        told.append(" ".join(capsys.readouterr().out.split()))
+        (figure,) = re.findall(r"(\S+) bits per weight of the tables", told[-1])
+        assert float(figure.strip("(")) == pytest.approx(bits, abs=1e-3)
+        assert ("zero point" in told[-1]) == (qscheme == "affine")
+    scales = f" per {granularity}" if granularity != "block:8" else " per 8 rows"
+    assert all(scales in text for text in told)
+    dqrm.export_run(tmp_path / "model.dqrm", tmp_path / "model.onnx")
+    dqrm.export_run(tmp_path / "run", tmp_path / "model.pt2")
+
+
 @pytest.mark.parametrize("granularity", ["table", "row"])
 def test_quantization_after_training_has_bits_by_size_too(generated, tmp_path, granularity):
     train(generated, tmp_path / "run", tiny(32, max_steps=10))
@@ -130,3 +178,7 @@ def test_a_command_line_in_32_bits_takes_the_files_small_tables_with_it(tmp_path
     assert dqrm.Config.load(path).quantization.bits_of_table(6) == 8
     found = dqrm.Config.load(path, {"bits": 32}).quantization
     assert (found.small_table_bits, found.bits_of_table(6)) == (None, 32)
+    path.write_text("quantization:\n  bits: 4\n  table_granularity: row\n  table_qscheme: affine\n")
+    assert dqrm.Config.load(path).quantization.small_table_bits is None
+    assert dqrm.Config.load(path, {"bits": 2}).quantization.table_granularity == "row"
+    assert dqrm.Config.load(path, {"bits": 32}).quantization == dqrm.QATConfig(bits=32)

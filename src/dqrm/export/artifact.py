@@ -156,6 +156,12 @@ class Artifact:
         sizes = self.sizes()
         return 8 * sum(sizes[part] for part in WEIGHTS) / weight_count(self.content["model"])
 
+    def table_bits_per_weight(self) -> float:
+        """Bits of the tables' codes, scales and zero points for each of their weights; 0 without tables."""
+        model, sizes = self.content["model"], self.sizes()
+        weights = sum(model["table_rows"]) * model["config"]["embedding_dim"]
+        return 8 * (sizes["table codes"] + sizes["table scales"]) / max(weights, 1)
+
     def describe(self) -> dict[str, Any]:
         """What `dqrm info` prints, ready for JSON."""
         try:
@@ -165,6 +171,7 @@ class Artifact:
                 "format_version": self.container.version,
                 "sizes": self.sizes(),
                 "bits_per_weight": round(self.bits_per_weight(), 4),
+                "table_bits_per_weight": round(self.table_bits_per_weight(), 4),
                 **self.content,
                 "subsampling": self.base_rate.header(),
             }

@@ -148,9 +148,11 @@ class _OneTable(QuantizedTables):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
-        drawn = kwargs.get("dtype") is torch.int8 and kwargs.get("_weight") is None
-        if drawn:
-            kwargs["_weight"] = Int8Rows.empty(num_embeddings, embedding_dim, kwargs.get("device"))
+        given, drawn = kwargs.get("_weight"), False
+        if kwargs.get("dtype") is torch.int8 and not isinstance(given, Int8Rows):
+            drawn = given is None
+            empty = (num_embeddings, embedding_dim, kwargs.get("device"))
+            kwargs["_weight"] = Int8Rows.empty(*empty) if given is None else Int8Rows.encode(given)
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         if drawn:
             self.reset_parameters()  # type: ignore[operator]
@@ -231,7 +233,8 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
 
 class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
-    """All tables of a model in one contiguous weight, looked up together and fake-quantized on one scale per table.
+    """All tables of a model in one contiguous weight, looked up together and fake-quantized on one scale per table (or
+    per row, or per block of rows: `QATConfig.table_granularity`).
 
     One gather instead of one per table, and one sparse gradient for the whole collection: `weight.grad` is a COO tensor
     of row numbers in the contiguous weight and their gradients.

@@ -175,6 +175,13 @@ def _to_copy(weight: Int8Rows, dtype: torch.dtype | None = None, device: Any = N
     return Int8Rows(weight.stored.to(device=device, copy=True), weight.shape[1])
 
 
+@_implements(aten.view.default)
+def _view(weight: Int8Rows, size: Any) -> Int8Rows:  # torch takes one of the same shape when it moves a module
+    if list(size) != list(weight.shape):
+        raise NotImplementedError("a table stored as INT8 rows cannot have another shape")
+    return _same(weight)
+
+
 @_implements(aten.slice.Tensor)
 def _slice(weight: Int8Rows, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Int8Rows:
     if dim != 0 or step != 1:

@@ -237,6 +237,7 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
                     f"{memory.dtype} there"
                 )
             _read(file, name, memory)
+            torch.autograd.graph.increment_version(target)  # as by any other change in place
             copied.add(name)
     try:
         keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time
@@ -285,7 +286,10 @@ def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, A
 
 
 def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Restore optimizers from a checkpoint; returns all tensors of their file.
+    """Restore optimizers from a checkpoint; returns all tensors of their file, mapped.
+
+    State that an optimizer has already is read in place: a second copy of the tables' may not fit. No mapping is kept,
+    since it would also keep the file's bytes on disk after a later checkpoint has replaced it.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -295,18 +299,28 @@ def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[s
     if "random/cpu" not in tensors:
         raise UserError(f"{file} holds no random state: damaged, or not written by dqrm")
     for number, optimizer in enumerate(optimizers):
+        saved = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{number}/")}
+        present = _optimizer_tensors([optimizer], number)
+        if _alike(saved, present):
+            for name, tensor in present.items():
+                _read(file, name, tensor)
+            continue
         content = optimizer.state_dict()
         content["state"] = {}
-        for name, tensor in tensors.items():
-            owner, _, rest = name.partition("/")
-            if owner == str(number):
-                parameter, _, key = rest.partition("/")
-                content["state"].setdefault(int(parameter), {})[key] = tensor
+        for name, tensor in saved.items():
+            _, parameter, key = name.split("/", 2)
+            content["state"].setdefault(int(parameter), {})[key] = tensor.clone()
         try:
             optimizer.load_state_dict(content)
         except (ValueError, KeyError, RuntimeError):
             raise UserError(f"{file} does not match the optimizer or the model") from None
     return tensors
+
+
+def _alike(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same names, shapes and dtypes."""
+    described = [{name: (each.shape, each.dtype) for name, each in tensors.items()} for tensors in (some, others)]
+    return described[0] == described[1]
 
 
 def steps_pending(checkpoint: Path) -> bool:
@@ -346,13 +360,13 @@ def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
         UserError: the file is damaged.
     """
     file = checkpoint / name
-    return dict(_tensors(file)) if file.exists() else {}
+    return {key: tensor.clone() for key, tensor in _tensors(file)} if file.exists() else {}
 
 
-def _optimizer_tensors(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizers: Sequence[Optimizer], first: int = 0) -> dict[str, Tensor]:
     return {
         f"{number}/{parameter}/{key}": value
-        for number, optimizer in enumerate(optimizers)
+        for number, optimizer in enumerate(optimizers, start=first)
         for parameter, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
         if isinstance(value, Tensor)

@@ -87,10 +87,10 @@ def train(
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
+        if log and world.first:
+            log(_described(config, data, callbacks))
         trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, start)
         if log and world.first:
-            if config != asked:
-                log(_described(config, data))
             found = table_bytes(model.tables.weight, trainer.optimizers[0])
             log(describe_table_bytes(found, config, run.table_weights))
         return trainer.fit()
@@ -135,7 +135,8 @@ def resume(
         if run.dropped and world.first:
             log(run.dropped) if log else warnings.warn(run.dropped, stacklevel=2)
         held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
-        model, start = _begun(world, run, lambda: _recorded(run, data), verify)
+        begun = world.on_first(lambda: latest_step(run.checkpoints) is not None)  # its weights replace those drawn
+        model, start = _begun(world, run, lambda: None if begun else _recorded(run, data), verify, drawn=not begun)
         return Trainer(run, model, data, progress, log, world, verify, callbacks, start).fit()
 
 
@@ -150,13 +151,15 @@ def _planned(run: Run, config: Config, data: Dataset, start_from: str | Path | N
 def _recorded(run: Run, data: Dataset) -> Start | None:
     """What a run without a checkpoint starts from."""
     record = run.info.get("start")
-    return Start.recorded(record, run.config, data) if record and latest_step(run.checkpoints) is None else None
+    return Start.recorded(record, run.config, data) if record else None
 
 
-def _begun(world: World, run: Run, plan: Callable[[], Start | None], verify: bool) -> tuple[ClickModel, Start | None]:
+def _begun(
+    world: World, run: Run, plan: Callable[[], Start | None], verify: bool, drawn: bool = True
+) -> tuple[ClickModel, Start | None]:
     """The model as it was drawn, or on all ranks with the weights that it starts from; and rank 0's plan of that."""
     start = world.together(lambda: plan() if world.first else None)
-    model = world.together(run.new_model)
+    model = world.together(lambda: run.new_model(drawn=drawn))
 
     def carry() -> None:
         if start is not None:
@@ -192,14 +195,16 @@ def resolved(config: Config, dataset: Dataset, starts: bool = False) -> Config:
         raise UserError(f"{dataset.path}: {error}") from None
 
 
-def _described(config: Config, dataset: Dataset) -> str:
-    """The resolved optimizer, batch size and epochs, as a sentence."""
+def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) -> str:
+    """The resolved optimizer, batch size, epochs and callbacks, as a sentence."""
     options, optimizer = config.training, config.optimizer
     judged = has_figure(options.select_by, dataset)
     until = f"patience {options.patience}" if judged else f"no validation {options.select_by} that could end it earlier"
+    objects = [each.name for each in callbacks[len(options.callbacks) :]]
     return (
         f"Training with {optimizer.rule}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
-        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until})"
+        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until}); "
+        f"callbacks: {', '.join([*options.callbacks, *objects]) or 'none'}"
     )
 
 

@@ -66,6 +66,7 @@ _SUMMARY_SHAPE = {
     "selection": TEXT,
     "config": {"quantization": OBJECT},
     "stored_bytes": {"total": COUNT},
+    "table_bytes?": {"weights": COUNT, "optimizer": COUNT},
     "steps": COUNT,
     "samples_per_second": NUMBER,
 }
@@ -203,11 +204,13 @@ class Run:
         return bool(compared) and all(compared)
 
     def table_bytes(self) -> TableBytes | None:
-        """What the tables take in training, as its newest checkpoint says; None before the first.
+        """What the tables take in training, as the summary says, or the newest checkpoint; None before the first.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: one of them is damaged.
         """
+        if found := (self.summary or {}).get("table_bytes"):
+            return {"weights": found["weights"], "optimizer": found["optimizer"]}
         last = latest_step(self.checkpoints)
         return None if last is None else saved_table_bytes(checkpoint_path(self.checkpoints, last))
 
@@ -233,12 +236,15 @@ class Run:
         """
         return as_seen_by(dataset, self.info["data"], self.path)
 
-    def new_model(self, table_weight: torch.Tensor | None = None) -> ClickModel:
-        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given."""
+    def new_model(self, table_weight: torch.Tensor | None = None, drawn: bool = True) -> ClickModel:
+        """The run's model with its initial weights; the tables' are `table_weight` itself where that is given, and
+        uninitialized with `drawn` False, for those who then load them."""
         data, config = self.info["data"], self.config
         try:
             tables = [column["rows"] for column in data["columns"]]
             multi = [column["multi"] for column in data["columns"]]
+            if not drawn:
+                table_weight = table_storage(config).empty(sum(tables), config.model.embedding_dim)
             return build_model(config, len(data["dense"]), tables, multi, table_weight)
         except ValueError as error:
             raise UserError(f"{self.info['data']['path']}: {error}") from None
@@ -281,7 +287,7 @@ class Run:
         if pending and verify:
             verify_checkpoint(checkpoint, OPTIMIZER)
         if pending or not mapped:
-            model = self.new_model()
+            model = self.new_model(drawn=False)
             load_weights(checkpoint, model)
             if pending:
                 self._catch_up(model, checkpoint)
