@@ -62,4 +62,4 @@ class Recipe:
     def prepare(self, extend: str | None) -> PrepareConfig:
         """How a day is prepared; `extend`: the dataset of the day before, of no use where ids are hashed."""
         more = {} if extend is None or self.fields.get("vocabulary") == "hash" else {"extend": extend}
-        return build(PrepareConfig, {**self.fields, **more}, self.file)  # type: ignore[no-any-return]
+        return build(PrepareConfig, {**self.fields, **more}, self.file)

@@ -74,8 +74,9 @@ def run_daily(
             if lines[-1]["published"]:
                 folder.publish(name)
             folder.finish(lines)
-        if (name := published(lines)) is not None and not folder.current.exists():
-            folder.publish(name)
+        newest = published(lines)
+        if newest is not None and not folder.current.exists():
+            folder.publish(newest)
         folder.prune(lines, config.keep)
     return lines
 

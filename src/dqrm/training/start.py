@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from dqrm.training.optimizers import SparseOptimizer
 from dqrm.training.parameter_groups import parameter_groups
 from dqrm.training.run import Run
 
-Carry = Literal["all", "mlp"]
 # Fields of the architecture that have no weights.
 _FREE = ("dropout",)
 # State of an optimizer that only storages which round have.
@@ -57,7 +56,7 @@ class Start:
 
     run: Run
     step: int
-    carry: Carry
+    carry: str
     changes: list[RowChanges]
     carried: set[str] = field(default_factory=set)
     told: str = ""
@@ -80,7 +79,7 @@ class Start:
         _require_same_columns(run, dataset, carry)
         step = (summary["best"] or {}).get("step", summary["steps"])
         changes = [] if carry == "mlp" else row_changes(dataset, run.info["data"], run.path)
-        return cls(run, step, carry, changes)  # type: ignore[arg-type]
+        return cls(run, step, carry, changes)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -148,7 +147,12 @@ class Start:
             if not _learns(other) or (path.startswith("tables.") and self.carry == "mlp"):
                 continue
             own, state = mine.get(path), other.state_dict()
-            if type(own) is not type(other) or own.bits != other.bits or not _alike(own.state_dict(), state):
+            if (
+                own is None
+                or type(own) is not type(other)
+                or own.bits != other.bits
+                or not _alike(own.state_dict(), state)
+            ):
                 lost = True
                 continue
             own.load_state_dict(state)
@@ -245,7 +249,7 @@ def _require_same_architecture(run: Run, config: Config) -> None:
             )
 
 
-def _require_same_columns(run: Run, dataset: Dataset, carry: Carry) -> None:
+def _require_same_columns(run: Run, dataset: Dataset, carry: str) -> None:
     data = run.info["data"]
     before = list(data["dense"]), [(column["name"], column["multi"]) for column in data["columns"]]
     now = list(dataset.dense), [(column.name, column.multi) for column in dataset.columns]
