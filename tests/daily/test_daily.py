@@ -267,7 +267,7 @@ def test_logs_and_folders_that_cannot_be(logs, recipe, whole, tmp_path):
         pipeline.run_daily(recipe, [logs.replace("dt", "dy")], tmp_path / "out")
     with pytest.raises(UserError, match=r"there is no .*dt=9, expected the log of a day"):
         list_days([logs.replace("*", "9")])
-    with pytest.raises(UserError, match="have the same name, expected one file or folder a day"):
+    with pytest.raises(UserError, match="have the same name, expected one file or folder for each day"):
         list_days([logs, logs])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
