@@ -16,6 +16,10 @@ from dqrm.training.run import Run
 
 # Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
 _ALMOST_ALL = 0.95
+# Magnitude of dense values above which training hardly works.
+_TOO_WIDE = 1e4
+# Mean weight of the rows (or one over it) above which the learning rate is not what it seems.
+_FAR_FROM_1 = 5
 
 
 def describe(path: str, verify: bool = False) -> dict[str, Any]:
@@ -90,6 +94,20 @@ def print_dataset(dataset: Dataset) -> None:
     for what in ("weight", "group"):
         if name := getattr(dataset, what):
             _say(f"{what.capitalize()} of each row: column {name}")
+
+
+def warn_of_data(dataset: Dataset) -> None:
+    """Warn of values with which training hardly works."""
+    for name, value in dataset.wide(above=_TOO_WIDE).items():
+        messages.print(
+            f"Warning: dense column {name} holds values up to {value:.3g}, with which training is likely to diverge; "
+            "use --dense-transform log1p, or leave it out if it is a time or an id"
+        )
+    if (mean := dataset.mean_weight) is not None and not 1 / _FAR_FROM_1 <= mean <= _FAR_FROM_1:
+        messages.print(
+            f"Warning: the mean weight of the training rows is {mean:.3g}, which scales loss and gradients as much; "
+            "divide the weights by it, or choose --learning-rate for it"
+        )
 
 
 def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: float = 0.0) -> None:

@@ -73,7 +73,7 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
             real = Path(os.path.realpath(match))
             if path == real:
                 return text
-            if real in path.parents and not any(map(_hidden, path.relative_to(real).parts)):
+            if real in path.parents and not any(map(hidden, path.relative_to(real).parts)):
                 return text
     return None
 
@@ -103,8 +103,8 @@ def _expand(text: str) -> list[tuple[Path, Path | None]]:
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     files: dict[Path, None] = {}
-    for path in sorted(map(Path, glob.glob(text, recursive=True)), key=_natural):
-        if any(map(_hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
+    for path in sorted(map(Path, glob.glob(text, recursive=True)), key=natural):
+        if any(map(hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
             continue  # such as _temporary, with what failed tasks of Spark left
         if not os.path.isdir(path):
             files[path] = None
@@ -121,7 +121,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     if real in above:
         raise UserError(f"{folder} is a link to a folder that contains it: following it would never end")
     try:
-        entries = sorted(folder.iterdir(), key=_natural)
+        entries = sorted(folder.iterdir(), key=natural)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
     names = {entry.name for entry in entries}
@@ -139,7 +139,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
         return sorted(delta.files(folder), key=_natural)
     files: list[Path] = []
     for entry in entries:
-        if _hidden(entry.name):
+        if hidden(entry.name):
             continue
         if os.path.isdir(entry):
             files += _walk(entry, (*above, real))
@@ -153,7 +153,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     """What Spark and Hive leave out, too. A column may begin with an underscore: _day=3."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or _MARKERS.fullmatch(name) is not None
 
@@ -225,7 +225,8 @@ def _tell_apart(sources: Sequence[Source]) -> None:
         source.name = path.relative_to(common).as_posix()
 
 
-def _natural(path: Path) -> list[list[str | int]]:
+def natural(path: Path) -> list[list[str | int]]:
+    """A key that sorts by the numbers in names: day_2 before day_10."""
     # Every second piece is a number.
     return [
         [int(piece) if at % 2 else piece for at, piece in enumerate(re.split(r"(\d+)", part))] for part in path.parts
