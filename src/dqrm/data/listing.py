@@ -136,7 +136,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     if _DELTA in names:
         from dqrm.data.formats import delta
 
-        return sorted(delta.files(folder), key=_natural)
+        return sorted(delta.files(folder), key=natural)
     files: list[Path] = []
     for entry in entries:
         if hidden(entry.name):
