@@ -147,8 +147,8 @@ def encode_int8_rows(values: Tensor, out: Tensor) -> None:
     """Values float32 [N, dim] as int8 rows, to the nearest code, into `out` int8 [N, dim + 2] (an odd dim: dim + 3).
 
     A row is its codes from -127 to 127, one byte of padding where dim is odd, and in the last two bytes the scale in
-    bf16: max|row| / 127, rounded up. A row with NaN or infinite values gets codes 0 and a scale that is NaN or
-    infinite.
+    bf16: max(max|row|, 1e-8) / 127, rounded up. A row with NaN or infinite values gets codes 0 and a scale that is NaN
+    or infinite.
     """
     choose("encode_int8_rows", values, out).encode_int8_rows(values, out)
 

@@ -20,7 +20,7 @@ def advice(clamped: int, looked_up: int, flags: bool = False) -> str:
     rule, period = ("--scale-refresh running_max", "--scale-period") if flags else (
         "scale_refresh='running_max'", "scale_period")  # fmt: skip
     return (
-        f"{clamped / looked_up:.2%} of the weights that training looked up had outgrown the scale of their table and "
+        f"{clamped / looked_up:.2%} of the weights that training looked up had outgrown their scale and "
         f"were clamped, which costs accuracy: use {rule}, or a shorter {period}"
     )
 

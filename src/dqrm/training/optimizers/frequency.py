@@ -78,7 +78,8 @@ class CounterAdagrad(SparseAdagrad):
 class FrequencyAdagrad(SparseAdagrad):
     """Row-wise Adagrad whose learning rate of a row is lr * log(f[row] + 1) / max of log(f + 1) over its table.
 
-    The frequency-adaptive learning rate of Qiu et al. (arXiv 2505.05605): rows of rare ids learn more slowly, the most
+    After the frequency-adaptive learning rate of Qiu et al. (arXiv 2505.05605; the formula is from a secondary summary,
+    not checked against the paper): rows of rare ids learn more slowly, the most
     frequent row of each table at lr. f counts the steps in which a row had a gradient, this one included.
 
     State: float32 `sum` and int32 `row_steps` [R], 8 bytes per row.
