@@ -88,8 +88,8 @@ def refuse_tracing(weight: Tensor) -> None:
     """Raise NotImplementedError while a module whose table is stored as INT8 rows is traced."""
     if kernels.traced() and isinstance(weight, Int8Rows):
         raise NotImplementedError(
-            "a table stored as INT8 rows cannot be traced (torch.compile, torch.export, torch.jit.trace); trace it after "
-            "dqrm.convert, or with 32 bits, which are not packed, load its state dict into a module on float32"
+            "a table stored as INT8 rows cannot be traced (torch.compile, torch.export, torch.jit.trace); trace it "
+            "after dqrm.convert, or with 32 bits, which are not packed, load its state dict into a module on float32"
         )
 
 
@@ -215,7 +215,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
-        ValueError: max_norm or scale_grad_by_freq is set, or the number of bits or the dtype is not supported.
+        ValueError: max_norm or scale_grad_by_freq is set, or bits or dtype are not supported.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
-        ValueError: mode 'max', max_norm or scale_grad_by_freq is set, or the number of bits or the dtype is not supported.
+        ValueError: mode 'max', max_norm or scale_grad_by_freq is set, or bits or dtype are not supported.
     """
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
