@@ -49,7 +49,7 @@ def cli() -> None:
 
 
 @cli.command(cls=GroupedCommand)
-@click.option("-o", "--output", required=True, help="The log file to write.")
+@click.option("-o", "--output", required=True, help="The log file to write; with --days the folder.")
 @config_options(("Generated data", GenerateConfig))
 def generate(output: str, **flags: Any) -> None:
     """Draw a click log in Criteo's layout from a known model."""
@@ -69,13 +69,18 @@ def generate(output: str, **flags: Any) -> None:
 @_json
 @config_options(("What is in the log, and how it becomes a dataset", PrepareConfig))
 def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
-    """Turn raw click logs (files, folders, globs; - is standard input) into a dataset folder."""
+    """Turn raw click logs into a dataset folder.
+
+    SOURCES are files, folders and globs; - is standard input, a folder may be a Delta Lake table, and hf:NAME (or
+    hf:FOLDER) is a Hugging Face dataset.
+    """
     from dqrm.console import bars, messages, print_json
+    from dqrm.data.extension import prepare_config
     from dqrm.data.prepare import prepare as run
     from dqrm.info import print_dataset
 
     fields = read_yaml(config_file) if config_file else {}
-    config = build(PrepareConfig, fields | given(flags), config_file or "prepare")
+    config = prepare_config(fields | given(flags), config_file or "prepare")
     with bars(quiet=as_json) as progress:
         dataset = run(sources, output, config, progress=progress)
     for name, value in dataset.wide(above=TOO_WIDE).items():

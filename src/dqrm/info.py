@@ -83,6 +83,10 @@ def print_dataset(dataset: Dataset) -> None:
         ["column", "rows", "ids per sample"],
         [[column.name, figure(column.rows), "many" if column.multi else "1"] for column in dataset.columns],
     )
+    if dataset.day:
+        found = dataset.describe()
+        told = ", ".join(f"{count:,} {_CHANGES[name]}" for name, count in found["changes"].items())
+        _say(f"Day {dataset.day}, extends data {found['extends'][:16]}: {told}")
     for what in ("weight", "group"):
         if name := getattr(dataset, what):
             _say(f"{what.capitalize()} of each row: column {name}")
@@ -96,6 +100,12 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
     names = _measured(metrics)
     print_table(title, names, [[figure(metrics[name], 6) for name in names]])
     results.print(legend(names))
+    if newer := metrics.get("newer_ids"):
+        share = newer["ids"] / newer["all"] if newer["all"] else 0
+        _say(
+            f"{newer['ids']:,} of {newer['all']:,} ids ({share:.2%}) are newer than the model's vocabularies and are "
+            "looked up as row 0 (unseen)"
+        )
     if subsample_negatives:
         share, weight = f"{subsample_negatives:g}", f"{negative_weight(subsample_negatives):.6g}"
         _say(
@@ -108,7 +118,7 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
     """What was measured, of metrics that are not registered here too."""
-    return [name for name, value in metrics.items() if not isinstance(value, str)]
+    return [name for name, value in metrics.items() if not isinstance(value, (str, dict))]
 
 
 def print_predictions(log: Sequence[str], found: dict[str, Any]) -> None:
@@ -202,7 +212,10 @@ def print_artifact(found: dict[str, Any]) -> None:
     )
     print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
-    where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
+    where = {
+        "embed": "in the file", "beside": "in a second file beside it", "none": "left out",
+        "hash": "not needed: ids are hashed to rows",
+    }[kept]  # fmt: skip
     _say(
         f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
         f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * found['verified']}"
@@ -277,6 +290,10 @@ def _quantizers(quantization: dict[str, Any]) -> str:
     return f" ({'; '.join(told)})" if told else ""
 
 
+_CHANGES = {
+    "new": "new rows", "reused": "vacant rows reused", "freed": "rows freed", "vacant": "rows vacant",
+    "rare": "ids without a row",
+}  # fmt: skip
 _METHODS = {"qat": "as trained", "ptq": "quantized after training", "none": "not quantized"}
 
 

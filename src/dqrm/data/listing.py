@@ -17,23 +17,30 @@ _DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/(\d+))|/proc/(?:self|thread-self|\d+
 # Files that say something about a table and hold no rows of it. A shell's own glob names them too.
 _MARKERS = re.compile(r"_(SUCCESS|metadata|common_metadata|committed_.*|started_.*)|.*\.crc")
 # Folders in a folder that says which of its files count: reading all would bring deleted rows back.
-_TABLES = {"_delta_log": "a Delta Lake", ".hoodie": "a Hudi"}
+_TABLES = {".hoodie": "a Hudi"}
+_DELTA = "_delta_log"
+# Of a dataset of Hugging Face.
+_HUB = "hf:"
 
 
 def resolve(given: Sequence[str | Path]) -> list[Source]:
     """The sources named by paths, globs and folders: in the order given, those of one glob or folder in natural order
-    (day_2 before day_10). `-` is standard input. Pipes are not read yet.
+    (day_2 before day_10). `-` is standard input. Pipes are not read yet. A Delta Lake table is the files of its newest
+    version, `hf:NAME` a dataset of Hugging Face, split by split (`dqrm.data.formats`).
 
     Raises:
         UserError: none given, none of that name, a file that cannot be opened, a device, or a source meant twice.
     """
-    sources = [_source(path, base) for path, base in _listed(given)]
+    sources: list[Source] = []
+    for item in map(str, given):
+        sources += _hub(item) if item.startswith(_HUB) else [_source(path, base) for path, base in _expand(item)]
     if not sources:
         only = f", got only {', '.join(map(str, given))}, Spark's marker files" if given else ""
         raise UserError(f"no source file was given{only}; expected at least one")
     seen: set[tuple[int, int]] = set()
     for source in sources:
-        assert source.state is not None
+        if source.state is None:
+            continue
         if source.state.file in seen:
             raise UserError(f"{source.where} is given twice, and its rows would count twice")
         seen.add(source.state.file)
@@ -49,7 +56,8 @@ def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -
     Raises:
         UserError: a file appeared or disappeared while they were read.
     """
-    before, now = {source.path for source in sources}, {path for path, _ in _listed(given)}
+    before = {source.path for source in sources if source.state or source.stream}
+    now = {path for path, _ in _listed(given)}
     for path in sorted(before ^ now):
         what = "is new" if path in now else "is gone"
         raise UserError(
@@ -72,7 +80,13 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
 
 def _listed(given: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
     """Each file, and the folder below which it is told from the others (None: a stream)."""
-    return [pair for item in given for pair in _expand(str(item))]
+    return [pair for item in map(str, given) if not item.startswith(_HUB) for pair in _expand(item)]
+
+
+def _hub(text: str) -> Sequence[Source]:
+    from dqrm.data.formats import hub
+
+    return hub.sources(text)
 
 
 def _expand(text: str) -> list[tuple[Path, Path | None]]:
@@ -117,8 +131,12 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
                 f"{folder} is {kind} table, whose files also hold rows that were deleted or replaced; "
                 "export it as Parquet or CSV first"
             )
-    if {"dataset.json", "train", "vocabulary"} <= names:
+    if {"dataset.json", "train"} <= names:
         raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
+    if _DELTA in names:
+        from dqrm.data.formats import delta
+
+        return sorted(delta.files(folder), key=_natural)
     files: list[Path] = []
     for entry in entries:
         if _hidden(entry.name):
@@ -198,7 +216,7 @@ def _kind(mode: int) -> str:
 
 def _tell_apart(sources: Sequence[Source]) -> None:
     """Files of one name get as much of their path as they need."""
-    files = [source for source in sources if not source.stream]
+    files = [source for source in sources if source.state is not None]
     if len({source.name for source in files}) == len(files):
         return
     paths = [Path(os.path.abspath(source.path)) for source in files]
