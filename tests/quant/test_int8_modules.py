@@ -302,3 +302,59 @@ def test_other_modes_are_refused_as_ever():
         QuantEmbedding(ROWS, DIM, max_norm=1.0, dtype=torch.int8)
     with pytest.raises(ValueError, match="mode is 'max'"):
         QuantEmbeddingBag(ROWS, DIM, mode="max", dtype=torch.int8)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.bool, "int8"], ids=str)
+@pytest.mark.parametrize("kind", [QuantEmbedding, QuantEmbeddingBag])
+def test_a_table_of_other_integers_is_refused(kind, dtype):
+    with pytest.raises(ValueError, match=f"^dtype is {dtype!r}, expected a floating-point dtype, or torch.int8"):
+        kind(ROWS, DIM, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32], ids=str)
+def test_a_collection_of_a_dtype_without_a_storage_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"^dtype is {dtype}, expected torch.float32 or torch.bfloat16 or torch.int8$"):
+        QuantEmbeddingBagCollection([ROWS], DIM, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [(QuantEmbedding, 4), (QuantEmbeddingBag, 4), (QuantEmbeddingBagCollection, 4), (QuantEmbeddingBag, 32)],
+)
+@pytest.mark.parametrize("trace", ["compile", "export", "jit"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_is_refused_by_what_to_trace_instead(trace, kind, bits):
+    shape, ids = ([ROWS],) if kind is QuantEmbeddingBagCollection else (ROWS,), IDS.view(8, 1)
+    model, whole = (nn.Sequential(kind(*shape, DIM, dtype=dtype, bits=bits)) for dtype in (torch.int8, torch.float32))
+    how = {
+        "compile": lambda model: torch.compile(model, backend="eager")(ids),
+        "export": lambda model: torch.export.export(model, (ids,)).module()(ids),
+        "jit": lambda model: torch.jit.trace(model, (ids,))(ids),
+    }[trace]
+    with pytest.raises(NotImplementedError, match=r"INT8 rows cannot be traced .* after dqrm.convert, or with 32 bits"):
+        how(model.eval())
+    expected = model(ids)
+    if bits == 32:
+        whole.load_state_dict(model.state_dict())
+    else:
+        whole = convert(model)
+    torch._dynamo.reset()
+    assert torch.equal(how(whole.eval()), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
+def test_optimizers_of_torch_are_refused_with_ours_named(kind):
+    module = QuantEmbeddingBag(ROWS, DIM, mode="sum", sparse=True, dtype=torch.int8)
+    before = module.weight.stored.clone()
+
+    def train():
+        optimizer = kind(module.parameters(), lr=0.1)
+        module(IDS, OFFSETS).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(NotImplementedError, match="an optimizer of dqrm, as SparseSGD or SparseAdagrad"):
+        train()
+    assert torch.equal(module.weight.stored, before)

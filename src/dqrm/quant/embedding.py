@@ -20,7 +20,7 @@ from dqrm.quant.config import QATConfig, take_qat
 from dqrm.quant.groups import Groups
 from dqrm.quant.int8_rows import Int8Rows
 from dqrm.quant.quantizer import FakeQuantized, LookupArguments
-from dqrm.quant.storage import storage_for, storage_of
+from dqrm.quant.storage import new_weight, storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
@@ -82,6 +82,15 @@ def refuse_unsupported(module: Any) -> None:
         raise ValueError("scale_grad_by_freq is True: not supported for a quantized table; use False")
     if getattr(module, "mode", "sum") == "max":
         raise ValueError("mode is 'max', expected 'sum' or 'mean'")
+
+
+def refuse_tracing(weight: Tensor) -> None:
+    """Raise NotImplementedError while a module whose table is stored as INT8 rows is traced."""
+    if kernels.traced() and isinstance(weight, Int8Rows):
+        raise NotImplementedError(
+            "a table stored as INT8 rows cannot be traced (torch.compile, torch.export, torch.jit.trace); trace it "
+            "after dqrm.convert, or with 32 bits, which are not packed, load its state dict into a module on float32"
+        )
 
 
 class QuantizedTables(FakeQuantized):
@@ -148,8 +157,11 @@ class _OneTable(QuantizedTables):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
+        dtype = kwargs.get("dtype") or torch.float32
+        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype is torch.int8):
+            raise ValueError(f"dtype is {dtype!r}, expected a floating-point dtype, or torch.int8 for INT8 rows")
         given, drawn = kwargs.get("_weight"), False
-        if kwargs.get("dtype") is torch.int8 and not isinstance(given, Int8Rows):
+        if dtype is torch.int8 and not isinstance(given, Int8Rows):
             drawn = given is None
             empty = (num_embeddings, embedding_dim, kwargs.get("device"))
             kwargs["_weight"] = Int8Rows.empty(*empty) if given is None else Int8Rows.encode(given)
@@ -173,6 +185,7 @@ class _OneTable(QuantizedTables):
     def _rows(self, ids: Tensor) -> Tensor:
         """Fake-quantized rows of ids [N]: float [N, dim], with the gradient that `sparse` asks for."""
         weight, quantizer = self.weight, self.weight_fake_quantizer
+        refuse_tracing(weight)
         if self.bits == 32:
             return F.embedding(ids, weight, self.padding_idx, sparse=self.sparse)
         ids, quantized = integers(ids), self.bits_in_use != 32
@@ -202,7 +215,7 @@ class QuantEmbedding(_OneTable, nn.Embedding):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
-        ValueError: max_norm or scale_grad_by_freq is set, or the number of bits is not supported.
+        ValueError: max_norm or scale_grad_by_freq is set, or bits or dtype are not supported.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -218,7 +231,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
-        ValueError: mode 'max', max_norm or scale_grad_by_freq is set, or the number of bits is not supported.
+        ValueError: mode 'max', max_norm or scale_grad_by_freq is set, or bits or dtype are not supported.
     """
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -253,7 +266,8 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         dtype: of the weight: torch.float32, torch.bfloat16, or torch.int8 (`Int8Rows`); `_weight` has its own.
 
     Raises:
-        ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits.
+        ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits, or
+            another dtype.
     """
 
     def __init__(
@@ -274,9 +288,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         super().__init__()
         self._init_layout(table_rows, embedding_dim, multi, pooling)
         self.sparse = sparse
-        self.weight = nn.Parameter(
-            storage_for(dtype).empty(self._starts[-1], embedding_dim) if _weight is None else _weight
-        )
+        self.weight = nn.Parameter(new_weight(self._starts[-1], embedding_dim, dtype) if _weight is None else _weight)
         self.table_bits = tuple(map(qat.bits_of_table, self.table_rows))
         bits = min(self.table_bits, default=qat.effective_table_bits)
         self._add_quantizer(qat, bits, Groups.of_tables(qat, self.table_rows, self.table_bits))
@@ -306,6 +318,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         """
         groups = self._groups(ids, bags)
         weight, quantizer = self.weight, self.weight_fake_quantizer
+        refuse_tracing(weight)
         if self.bits != 32:
             quantizer.before_forward(weight, self.sparse)
         if self.sparse and quantizer.fusible and not kernels.traced():

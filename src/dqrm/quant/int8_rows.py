@@ -121,7 +121,8 @@ class Int8Rows(Tensor):
         operation = _OPERATIONS.get(func)
         if operation is None:
             raise NotImplementedError(
-                f"{func} is not available on a table stored as INT8 rows; look rows up, or use .dequantize() on a slice"
+                f"{func} is not available on a table stored as INT8 rows; look rows up, use .dequantize() on a slice, "
+                "or update it with an optimizer of dqrm, as SparseSGD or SparseAdagrad"
             )
         return operation(*args, **(kwargs or {}))
 

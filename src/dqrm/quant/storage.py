@@ -93,8 +93,7 @@ class Storage:
         Raises:
             ValueError: this dtype has no such update.
         """
-        known = [str(registered(name, STORAGES).dtype) for name in STORAGES]
-        raise ValueError(f"the weight is {weight.dtype}, expected {' or '.join(known)} for sparse updates")
+        raise ValueError(f"the weight is {weight.dtype}, expected {_known()} for sparse updates")
 
 
 class FP32(Storage):
@@ -173,6 +172,22 @@ def storage_for(dtype: torch.dtype) -> type[Storage]:
         if storage.dtype == dtype:
             return storage
     return Storage
+
+
+def new_weight(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialized weight [rows, dim] in the registered storage of a dtype.
+
+    Raises:
+        ValueError: there is none.
+    """
+    storage = storage_for(dtype)
+    if storage is Storage:
+        raise ValueError(f"dtype is {dtype}, expected {_known()}")
+    return storage.empty(rows, dim)
+
+
+def _known() -> str:
+    return " or ".join(str(registered(name, STORAGES).dtype) for name in STORAGES)
 
 
 def storage_of(weight: Tensor) -> type[Storage]:
