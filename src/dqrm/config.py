@@ -263,9 +263,7 @@ class TrainingConfig:
         if not 0 <= self.hot_rows <= 0.5:
             raise ValueError(f"hot_rows is {self.hot_rows}, expected 0 to 0.5 of the rows")
         if self.hot_rows != HOT_ROWS and self.table_dtype != "int4":
-            raise ValueError(
-                f"hot_rows is {self.hot_rows}, but table_dtype is {self.table_dtype!r}, not int4"
-            )
+            raise ValueError(f"hot_rows is {self.hot_rows}, but table_dtype is {self.table_dtype!r}, not int4")
         check_device(self.device)
 
 

@@ -117,7 +117,7 @@ def update_tiers(
     _before_update(weight, rows, values)
     moved = torch.empty_like(rows)
     wrong = call(
-        "update_tiers", weight.cold, weight.hot, weight.owner, weight.count, len(weight.hot), weight.dim, rows, values,
+        "update_tiers", weight.cold, weight.hot, weight.owner, weight.counts, len(weight.hot), weight.dim, rows, values,
         len(rows), factor, seed, moved, *_watched(ranges),
     )  # fmt: skip
     if wrong:

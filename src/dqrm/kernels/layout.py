@@ -21,7 +21,7 @@ class Tiers(NamedTuple):
     dim: int
     owner: Tensor
     """int32 [slots]: the row of the whole table that has a slot, plus 1, or 0."""
-    count: Tensor
+    counts: Tensor
     """int16 [slots], to be read without sign: updates counted."""
 
     @property

@@ -28,7 +28,7 @@ from dqrm.kernels.tiers import encode_tiers, update_tiers  # noqa: F401
 _CHUNK = 1 << 20
 
 
-def takes(operation: str, *tensors: Tensor | None) -> bool:
+def takes(operation: str, *tensors: Weight | None) -> bool:
     return True
 
 

@@ -37,7 +37,7 @@ def update_tiers(
     slots = slots_of(weight, rows)
     _write(weight, rows, slots, new, _noise(rows, weight.dim, seed))
     used = slots[slots >= 0]
-    weight.count[used] = ((weight.count[used].int() & _MOST) + 1).clamp_(max=_MOST).to(torch.int16)
+    weight.counts[used] = ((weight.counts[used].int() & _MOST) + 1).clamp_(max=_MOST).to(torch.int16)
     moved = _admit_all(weight, rows, seed) if len(weight.hot) else rows[:0]
     if ranges is not None:
         raise_scales(torch.cat([rows, moved]), weight, ranges)
@@ -49,18 +49,18 @@ def _admit_all(weight: Tiers, rows: Tensor, seed: int) -> Tensor:
     sets = hash_of(rows, _SET_SEED) * (len(weight.hot) // WAYS) >> 32
     draw = hash_of(rows, seed ^ _ADMIT)
     # Counts only grow here: a row that is refused by the lowest count of its set now is refused later as well.
-    lowest = (weight.count.view(-1, WAYS).int() & _MOST).amin(1).long()
+    lowest = (weight.counts.view(-1, WAYS).int() & _MOST).amin(1).long()
     likely = (draw * (lowest[sets] + 1) >> 32 == 0).nonzero()[:, 0]
     moved = []
     for row, place, chance in zip(rows[likely].tolist(), sets[likely].tolist(), draw[likely].tolist()):
         if int(weight.cold[row, -1]) >= 0x80:
             continue
-        counts = [count & _MOST for count in weight.count[place * WAYS : (place + 1) * WAYS].tolist()]
+        counts = [count & _MOST for count in weight.counts[place * WAYS : (place + 1) * WAYS].tolist()]
         least = min(counts)
         if chance * (least + 1) >> 32:
             continue
         moved.append(_admit(weight, row, place * WAYS + counts.index(least), seed))
-        weight.count[place * WAYS + counts.index(least)] = _signed(min(least + 1, _MOST))
+        weight.counts[place * WAYS + counts.index(least)] = _signed(min(least + 1, _MOST))
     return torch.tensor([row for row in moved if row >= 0], dtype=torch.int64, device=rows.device)
 
 

@@ -231,7 +231,7 @@ class INT8(Encoded):
 class INT4(Encoded):
     """INT4 codes with a scale per row, and INT8 codes for the rows that are updated most often (`TieredRows`)."""
 
-    dtype = torch.int4
+    dtype = torch.int4  # type: ignore[attr-defined]
     hot_rows = HOT_ROWS
 
     @classmethod

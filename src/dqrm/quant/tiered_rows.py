@@ -94,7 +94,7 @@ class TieredRows(EncodedRows):
         if stored.dtype != torch.int32 or stored.dim() != 1 or slots < 0 or len(stored) != words_for(rows, dim, slots):
             least = words_for(rows, dim, 0)
             raise ValueError(
-                f"stored rows are {stored.dtype} {list(stored.shape)}, expected torch.int32 of one dimension, [{least}] "
+                f"stored rows are {stored.dtype} {list(stored.shape)}, expected torch.int32 [{least}] "
                 f"for {rows} rows of dim {dim} without slots and {WAYS * slot_bytes(dim)} bytes more for each {WAYS}"
             )
         if not stored.is_contiguous():
