@@ -58,7 +58,7 @@ class EncodedRows(Tensor):
         """Write values float32 [R, dim], contiguous, to the nearest codes."""
 
     @abstractmethod
-    def take(self, other: Any) -> bool:
+    def take_codes(self, other: Any) -> bool:
         """Copy the codes of a weight of the same class and shape, where that is possible; returns whether it was."""
 
     def same_codes(self, other: Any) -> bool:
@@ -214,7 +214,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, EncodedRows):
         assert isinstance(source, EncodedRows)
         _copy_to(target, source)
-    elif type(source) is not type(target) or not target.take(source):
+    elif type(source) is not type(target) or not target.take_codes(source):
         for part, piece in _chunks(target):
             values = source[part].detach()
             values = values.dequantize() if isinstance(values, EncodedRows) else values

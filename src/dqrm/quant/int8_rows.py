@@ -37,7 +37,7 @@ class Int8Rows(EncodedRows):
         made.stored = stored
         return made
 
-    @property  # type: ignore[override]
+    @property
     def stored(self) -> Tensor:
         """int8 [R, row_width(dim)]."""
         stored: Tensor = self.__dict__["stored"]
@@ -91,7 +91,7 @@ class Int8Rows(EncodedRows):
     def encode_into(self, values: Tensor) -> None:
         kernels.encode_int8_rows(values, self.stored)
 
-    def take(self, other: "Int8Rows") -> bool:
+    def take_codes(self, other: "Int8Rows") -> bool:
         self.stored.copy_(other.stored)
         return True
 

@@ -6,7 +6,6 @@ is then a `table_dtype`, and modules and optimizers take weights that are stored
 
 from functools import cache
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +46,14 @@ class Storage:
         return torch.empty(rows, dim, dtype=cls.dtype, device=device)
 
     @classmethod
+    def encode(cls, values: Tensor) -> Tensor:
+        """Floating-point values [R, dim], rounded to what is nearest."""
+        rows, dim = values.shape
+        made = cls.empty(rows, dim, values.device)
+        made.copy_(values)
+        return made
+
+    @classmethod
     def with_hot_rows(cls, hot_rows: float) -> "type[Storage]":
         """This storage with at most such a share of the rows in its finer tier; itself, if it has no tiers."""
         return cls
@@ -57,7 +64,7 @@ class Storage:
         return (rows, dim), cls.dtype
 
     @classmethod
-    def bytes(cls, rows: int, dim: int) -> int:
+    def memory_bytes(cls, rows: int, dim: int) -> int:
         """Bytes of `memory`."""
         shape, dtype = cls.layout(rows, dim)
         return prod(shape) * dtype.itemsize
@@ -162,13 +169,6 @@ class Encoded(Storage):
 
     rounds = True
 
-    @classmethod
-    def encode(cls, values: Tensor) -> Tensor:
-        """Floating-point values [R, dim] to the nearest codes."""
-        made = cls.empty(*values.shape, values.device)
-        made.copy_(values)
-        return made
-
     @staticmethod
     def memory(weight: Tensor) -> Tensor:
         assert isinstance(weight, EncodedRows)
@@ -236,7 +236,7 @@ class INT4(Encoded):
 
     @classmethod
     def with_hot_rows(cls, hot_rows: float) -> "type[Storage]":
-        return cls if hot_rows == cls.hot_rows else _sharing(cls, hot_rows)
+        return _sharing(hot_rows)
 
     @classmethod
     def layout(cls, rows: int, dim: int) -> tuple[tuple[int, ...], torch.dtype]:
@@ -273,8 +273,8 @@ class INT4(Encoded):
 
 
 @cache
-def _sharing(storage: Any, hot_rows: float) -> Any:
-    return type(storage.__name__, (storage,), {"hot_rows": hot_rows, "__doc__": storage.__doc__})
+def _sharing(hot_rows: float) -> type[INT4]:
+    return INT4 if hot_rows == HOT_ROWS else type("INT4", (INT4,), {"hot_rows": hot_rows, "__doc__": INT4.__doc__})
 
 
 def storage_for(dtype: torch.dtype | type[Storage]) -> type[Storage]:

@@ -64,7 +64,7 @@ class TieredRows(EncodedRows):
         made.stored = stored
         return made
 
-    @property  # type: ignore[override]
+    @property
     def stored(self) -> Tensor:
         """int32 [words], of the whole table."""
         stored: Tensor = self.__dict__["stored"]
@@ -159,7 +159,8 @@ class TieredRows(EncodedRows):
     @classmethod
     def encode(cls, values: Tensor, hot_rows: float = HOT_ROWS) -> "TieredRows":
         """Floating-point values [R, dim] to the nearest codes of 4 bits."""
-        made = cls.empty(*values.shape, values.device, hot_rows)
+        rows, dim = values.shape
+        made = cls.empty(rows, dim, values.device, hot_rows)
         made.copy_(values)
         return made
 
@@ -176,7 +177,7 @@ class TieredRows(EncodedRows):
     def encode_into(self, values: Tensor) -> None:
         kernels.encode_tiers(values, self.operand)
 
-    def take(self, other: "TieredRows") -> bool:
+    def take_codes(self, other: "TieredRows") -> bool:
         if not (self.whole and other.whole and len(self.stored) == len(other.stored)):
             return False
         self.stored.copy_(other.stored)

@@ -238,7 +238,7 @@ class Run:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             rows = sum(column["rows"] for column in data["columns"])
-            need = table_storage(config).bytes(rows, config.model.embedding_dim) / 1e9
+            need = table_storage(config).memory_bytes(rows, config.model.embedding_dim) / 1e9
             raise UserError(
                 f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and its other layers "
                 f"come on top ({MODELS[config.model.model].describe(config.model)})"
