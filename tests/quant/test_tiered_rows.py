@@ -236,9 +236,9 @@ def test_what_needs_all_values_at_once_is_refused(weight):
 
 
 def test_the_share_of_hot_rows_is_checked():
-    with pytest.raises(ValueError, match="hot_rows is 0.6, expected 0 to 0.5"):
+    with pytest.raises(ValueError, match=r"hot_rows is 0\.6, expected 0 to 0.5"):
         TrainingConfig(table_dtype="int4", hot_rows=0.6)
-    with pytest.raises(ValueError, match="hot_rows is 0.1, but table_dtype is 'fp32'"):
+    with pytest.raises(ValueError, match=r"hot_rows is 0\.1, but table_dtype is 'fp32'"):
         TrainingConfig(hot_rows=0.1)
     storage = INT4.with_hot_rows(0.1)
     assert storage_for(storage) is storage
@@ -252,24 +252,22 @@ def test_the_share_of_hot_rows_is_checked():
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 32])
 def test_the_forward_is_that_of_the_float32_values(weight, bits):
-    ids = torch.tensor([[0, 3], [30, 19], [29, 0]])
+    ids = torch.tensor([[0, 3], [30, 18], [29, 0]])
     for training in (True, False):
         tables = [
             QuantEmbeddingBagCollection([31, 19], 3, bits=bits, _weight=each).train(training)
             for each in (weight, weight.detach().dequantize())
         ]
-        outs = [
-            table(ids - torch.tensor([0, 1]).clamp(max=0)) if training else table.eval()(ids % 19) for table in tables
-        ]
-        assert torch.equal(*outs)
+        assert torch.equal(*[table(ids) for table in tables])
     bag = QuantEmbeddingBag(50, 3, dtype=torch.int4, bits=bits)
     assert isinstance(bag.weight, TieredRows)
     assert bag(torch.tensor([[1, 2]])).shape == (1, 3)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"table_granularity": "row"}, {"scale_refresh": "periodic", "scale_period": 3}]
-)
+PERIODIC = {"scale_refresh": "periodic", "scale_period": 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"table_granularity": "row"}, PERIODIC])
 def test_scales_fit_the_rows_that_lost_their_slot(options):
     """What a kept scale or maximum says is what a scan of all rows gives."""
     tables = QuantEmbeddingBagCollection([300, 100], 5, bits=8, dtype=INT4.with_hot_rows(0.05), **options)
