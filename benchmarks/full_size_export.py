@@ -49,8 +49,8 @@ def make_run(folder: Path, arch_name: str, scale: float) -> None:
     }  # fmt: skip
     info = {"format_version": 1, "versions": versions(), "config": config.to_dict(), "data": data}
     run = Run(folder, info)
-    run.start()
-    save_checkpoint(run.checkpoints, 1, model, [], {"step": 1, "best": None}, set())
+    with run.started():
+        save_checkpoint(run.checkpoints, 1, model, [], {"step": 1, "best": None}, set())
 
 
 def main() -> None:

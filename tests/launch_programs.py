@@ -18,6 +18,7 @@ def probe(folder: Path) -> None:
     from dqrm.cli import cli
     from dqrm.distributed.processes import join
     from dqrm.errors import UserError
+    from dqrm.quant.storage import storage_of
     from dqrm.training.loop import Trainer
 
     found: list[dict[str, Any]] = []
@@ -37,7 +38,8 @@ def probe(folder: Path) -> None:
         def wrapped(trainer: Any) -> Any:
             digest = hashlib.sha256()
             for tensor in trainer.model.state_dict().values():
-                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                held = storage_of(tensor).memory(tensor)
+                digest.update(held.contiguous().view(-1).view(torch.uint8).numpy())
             found[-1]["weights"][str(trainer.state.step)] = digest.hexdigest()
             return call(trainer)
 

@@ -47,7 +47,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.training.launch import resume as resume
     from dqrm.training.launch import train as train
     from dqrm.training.metrics import Metric as Metric
+    from dqrm.training.optimizers import CounterAdagrad as CounterAdagrad
     from dqrm.training.optimizers import DenseAdam as DenseAdam
+    from dqrm.training.optimizers import FrequencyAdagrad as FrequencyAdagrad
     from dqrm.training.optimizers import SparseAdagrad as SparseAdagrad
     from dqrm.training.optimizers import SparseAdam as SparseAdam
     from dqrm.training.optimizers import SparseOptimizer as SparseOptimizer
@@ -85,7 +87,9 @@ _HOMES = {
     "QuantEmbeddingBagCollection": "dqrm.quant.embedding",
     "QuantLinear": "dqrm.quant.linear",
     "Run": "dqrm.training.run",
+    "CounterAdagrad": "dqrm.training.optimizers",
     "DenseAdam": "dqrm.training.optimizers",
+    "FrequencyAdagrad": "dqrm.training.optimizers",
     "SparseAdagrad": "dqrm.training.optimizers",
     "SparseAdam": "dqrm.training.optimizers",
     "SparseOptimizer": "dqrm.training.optimizers",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dqrm import recipe
 from dqrm.distributed.config import ExchangeConfig
 from dqrm.errors import UserError
-from dqrm.options import at_least, build, check_device, did_you_mean, field_types, read_yaml
+from dqrm.options import at_least, build, check_device, coerce, did_you_mean, field_types, read_yaml
 from dqrm.quant.config import HOT_ROWS, STORAGES, QATConfig, check_registered
 
 _OWNERS = {
@@ -118,9 +118,10 @@ class OptimizerConfig:
 
     optimizer: str | None = None
     """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
-    row; plain Adagrad for the MLP), counter_adagrad (the same; with table_l2, rare rows decay more), frequency_adagrad
-    (the same; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4), dense_adam (8; L2 acts on
-    all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype int8 or int4."""
+    row; plain Adagrad for the MLP), counter_adagrad (12 per row; with table_l2, rare rows decay more),
+    frequency_adagrad (8 per row; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4),
+    dense_adam (8; L2 acts on all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype
+    int8 or int4."""
     learning_rate: float | None = None
     """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
     batch size 2048."""
@@ -237,7 +238,8 @@ class TrainingConfig:
     """Steps between lines with the training loss in metrics.jsonl; 0: at evaluations only."""
     callbacks: tuple[str, ...] = recipe.CALLBACKS
     """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch),
-    ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (first epochs' bits); '' for none."""
+    ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (first epochs' bits). A list replaces the
+    default one; with + before each name it extends it, as +ema:decay=0.99; '' for none."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
     device: str = "auto"
@@ -259,6 +261,7 @@ class TrainingConfig:
             self, epochs=0, batch_size=0, max_steps=0, eval_every=0, eval_batch_size=1, patience=0, early_stopping=0,
             checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
         )  # fmt: skip
+        object.__setattr__(self, "callbacks", recipe.callbacks(self.callbacks))  # what is stored is the whole list
         check_registered("table_dtype", self.table_dtype, STORAGES)
         if not 0 <= self.hot_rows <= 0.5:
             raise ValueError(f"hot_rows is {self.hot_rows}, expected 0 to 0.5 of the rows")
@@ -331,7 +334,7 @@ class Config:
         """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
 
         Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file too, unless they are given;
-        with 32 also table_granularity and table_qscheme.
+        with 32 also table_granularity and table_qscheme. Callbacks with a '+' are added to those of the file.
 
         Raises:
             UserError: as `from_dict`; or the file cannot be read.
@@ -340,6 +343,8 @@ class Config:
         overrides = dict(overrides or {})
         for name in recipe.overridden(overrides):
             sections.get("quantization", {}).pop(name, None)
+        if "callbacks" in overrides and "callbacks" in (sections.get("training") or {}):
+            overrides["callbacks"] = _added(overrides["callbacks"], sections["training"]["callbacks"], str(path))
         for name, value in overrides.items():
             section = _section_of(name)
             if section is None:
@@ -357,6 +362,15 @@ def _checked(sections: Mapping[str, Any], where: str) -> dict[str, dict[str, Any
         if values is not None and not isinstance(values, Mapping):
             raise UserError(f"{where}: section '{section}' is {values!r}, expected 'name: value' lines below it")
     return {section: dict(values or {}) for section, values in sections.items()}
+
+
+def _added(given: Any, of_file: Any, where: str) -> tuple[str, ...]:
+    """The callbacks of a flag, where they have a '+' beside those of the file, which may have one themselves."""
+    base, named = (coerce("callbacks", value, tuple[str, ...]) for value in (of_file, given))
+    try:
+        return tuple(recipe.callbacks(named, recipe.callbacks(base)))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _section_of(field_name: str) -> str | None:

@@ -4,7 +4,7 @@ Measured figures are in docs/guides/choosing.md, the papers' settings in configs
 torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OPTIMIZER = "adagrad"
@@ -52,6 +52,25 @@ def quantization(given: Mapping[str, Any]) -> dict[str, Any]:
         if all(given.get(name) in (None, value) for name, value in one_width):
             open_fields["small_table_bits"] = SMALL_TABLE_BITS
     return open_fields
+
+
+def callbacks(given: Sequence[str], base: Sequence[str] = CALLBACKS) -> Sequence[str]:
+    """The callbacks that `given` names: themselves or, each with a '+' before it, those of `base` and these, which
+    replace any of the same name.
+
+    Raises:
+        ValueError: only some have a '+'.
+    """
+    added = [each.removeprefix("+") for each in given if each.startswith("+")]
+    if not added:
+        return given
+    if len(added) < len(given):
+        raise ValueError(
+            f"callbacks is {','.join(given)!r}, expected '+' before each name (in addition to the callbacks of the "
+            "configuration file, by default the recipe's) or before none (instead of them)"
+        )
+    names = {each.partition(":")[0] for each in added}
+    return (*(each for each in base if each.partition(":")[0] not in names), *added)
 
 
 def optimizer(table_dtype: str) -> str:

@@ -27,6 +27,7 @@ from dqrm.bench.measure import Clock, require_memory, spread
 from dqrm.cli import cli
 from dqrm.errors import UserError
 from dqrm.models.registry import build_model
+from dqrm.quant.int8_rows import Int8Rows
 from dqrm.quant.uniform import fake_quantize
 
 SMALL = {"rows_scale": 0.0001, "samples": 512, "steps": 4, "warmup": 1, "threads": 1, "device": "cpu"}
@@ -62,7 +63,7 @@ def test_steps_as_json(capsys, order):
     assert set(found["machine"]) == MACHINE
     assert [(v["batch_size"], v["variant"]) for v in found["variants"]] == [(b, n) for b in (16, 8) for n in names]
     for variant in found["variants"]:
-        more = {"batch_size", "median_excl_data_ms", "cost_ms", "parts", "loss", "ratio_to_baseline"}
+        more = {"batch_size", "median_excl_data_ms", "cost_ms", "parts", "loss", "ratio_to_baseline", "table_bytes"}
         assert set(variant) == FIGURES | more | {"ratio_to_fp32"}
         assert variant["steps"] == SMALL["steps"]
         assert variant["p10_ms"] <= variant["median_ms"] <= variant["p90_ms"]
@@ -105,6 +106,27 @@ def test_variants_share_tables_where_they_can():
     assert memory["create_seconds"] >= 0
     start = sum(rows[:5])
     torch.testing.assert_close(made[0].tables.bags[5].weight, weights[0][start : start + rows[5]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("optimizer", "of_row"), [("sgd", 0), ("rowwise_adagrad", 4), ("adagrad", 4 * 16)])
+def test_each_variant_tells_what_its_tables_take(optimizer, of_row):
+    variants = ("baseline", "fp32", "int4_bf16_tables", "int4_int8_tables", "int8_bf16_int8_tables")
+    options = BenchStepConfig(**SMALL, batch_size=(8,), variants=variants, optimizer=optimizer)
+    rows = sum(ARCHITECTURES["kaggle"].scaled(options.rows_scale))
+    found = {each["variant"]: each["table_bytes"] for each in step.run_step(options)["variants"]}
+    widths = dict(zip(variants, (64, 64, 32, 18, 18)))
+    assert {name: each["weights"] for name, each in found.items()} == {name: rows * w for name, w in widths.items()}
+    # Storages that round at random count their steps in 8 bytes.
+    expected = {"baseline": 0, "fp32": rows * of_row} | dict.fromkeys(variants[2:], rows * of_row + 8)
+    assert {name: each["optimizer"] for name, each in found.items()} == expected
+
+
+def test_int8_tables_are_not_shared():
+    options = BenchStepConfig(**SMALL, variants=("fp32", "fp32_int8_tables", "int4_periodic_int8_tables"))
+    rows = ARCHITECTURES["kaggle"].scaled(options.rows_scale)
+    weights = [each.tables.weight for each in step._contenders(options, rows, Clock(torch.device("cpu")), {})]
+    assert [type(weight.data) for weight in weights] == [torch.Tensor, Int8Rows, Int8Rows]
+    assert weights[1].stored.data_ptr() != weights[2].stored.data_ptr()
 
 
 def test_the_baseline_is_the_same_model():
@@ -220,7 +242,7 @@ def test_what_the_names_of_variants_say():
     assert SCHEMES["int4_running_max"] == Scheme(4, refresh="running_max")
     assert SCHEMES["int4_periodic_bf16"] == Scheme(4, refresh="periodic", bf16=True)
     assert SCHEMES["int8_bf16"].reference == SCHEMES["fp32_bf16"].reference == "fp32_bf16"
-    assert SCHEMES["fp32_bf16_tables"] == Scheme(32, bf16_tables=True)
+    assert SCHEMES["fp32_bf16_tables"] == Scheme(32, table_dtype="bf16")
     assert "fp32_running_max" not in SCHEMES
 
 

@@ -43,12 +43,14 @@ ODD = {"table_codec": "int4", "mlp_codec": "int4", "mlp_codec_scale": "bucket:10
 SHARED = {"shared_scales": True, "table_codec": "int4", "table_dtype": "bf16", "precision": "bf16", "log_every": 4,
           "mlp_codec": "bf16", "bits": 8, "quantizer": "mse", "max_steps": 20}  # fmt: skip
 ROWS = {"table_codec_scale": "row", "shuffle": "block", "log_every": 1, "batch_size": 37, "table_l2": 0.1,
-        "optimizer": "adagrad", "max_steps": 20, "forward_rounding": "stochastic"}  # fmt: skip
+        "optimizer": "adagrad", "max_steps": 20, "forward_rounding": "stochastic",
+        "table_granularity": "row"}  # fmt: skip
 DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "cross_rank": 3, "deep_mlp": "8-4",
        "dropout": 0.4, "optimizer": "rowwise_adagrad", "learning_rate": 0.01, "max_steps": 20, "log_every": 5,
        "checkpoint_every": 8}  # fmt: skip
 REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": "rowwise_adagrad", "epochs": 2,
            "max_steps": 40, "scale_refresh": "running_max"}  # fmt: skip
+BLOCKS = REDRAWN | {"table_granularity": "block:8", "table_qscheme": "affine", "rescan_period": 13}
 COUNTED = REDRAWN | {"optimizer": "counter_adagrad", "table_l2": 0.01, "count_halflife": 20, "checkpoint_every": 9,
                      "table_dtype": "int4", "hot_rows": 0.1}  # fmt: skip
 STAGED = REDRAWN | {"callbacks": "stage_bits:tables=32:mlp=16,redraw_tables:min_rows=30", "checkpoint_every": 9,
@@ -58,6 +60,8 @@ ADAM = {"optimizer": "rowwise_adam", "table_learning_rate": 0.02, "clip_norm": 0
         "max_steps": 20, "log_every": 5, "checkpoint_every": 8}  # fmt: skip
 DENSE_ADAM = {"optimizer": "dense_adam", "table_l2": 1e-3, "learning_rate": 0.01, "scale_refresh": "running_max",
               "max_steps": 40, "log_every": 5, "checkpoint_every": 8, "eval_every": 11, "warmup_steps": 9}  # fmt: skip
+INT8 = REDRAWN | {"table_dtype": "int8", "learning_rate": 0.02, "table_l2": 1e-3, "checkpoint_every": 9,
+                  "embedding_dim": 5, "bottom_mlp": "8-5", "table_codec": "int4"}  # fmt: skip
 # On the bags: 38 samples a step, and last batches that are smaller than the number of ranks.
 BAGS = {"batch_size": 38, "epochs": 3, "scale_period": 2, "log_every": 2}
 
@@ -105,11 +109,13 @@ def pair(generated, bags_data, small, work):
         "shared": train_words(generated, **SHARED),
         "rows": train_words(generated, **ROWS),
         "redrawn": train_words(generated, **REDRAWN),
+        "blocks": train_words(generated, **BLOCKS),
         "lsq": train_words(generated, **LSQ),
         "staged": train_words(generated, **STAGED),
         "counted": train_words(generated, **COUNTED),
         "adam": train_words(generated, **ADAM),
         "dense_adam": train_words(generated, **DENSE_ADAM),
+        "int8": train_words(generated, **INT8),
         "plain": train_words(generated, **PLAIN, batch_size=61, optimizer="rowwise_adagrad"),
         "gathered": train_words(generated, max_steps=27, log_every=9),
         "summed": train_words(generated, max_steps=9, table_exchange="all_to_all"),
@@ -162,16 +168,16 @@ def test_four_ranks_give_the_bits_of_four_simulated_ones(generated, four, capsys
     same_run(four[0]["default"][0], run)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["odd", "shared", "rows", "redrawn", "lsq", "staged", "counted", "gathered", "summed", "dcn", "adam", "dense_adam"],
-)
+OTHERS = {
+    "odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "blocks": BLOCKS, "lsq": LSQ, "staged": STAGED,
+    "counted": COUNTED, "adam": ADAM, "dense_adam": DENSE_ADAM, "int8": INT8, "dcn": DCN,
+    "gathered": {"max_steps": 27, "log_every": 9}, "summed": {"max_steps": 9, "table_exchange": "all_to_all"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_configurations_are_simulated_to_the_bit(generated, pair, capsys, tmp_path, name):
-    fields = {"odd": ODD, "shared": SHARED, "rows": ROWS, "redrawn": REDRAWN, "lsq": LSQ,
-              "gathered": {"max_steps": 27, "log_every": 9},
-              "summed": {"max_steps": 9, "table_exchange": "all_to_all"}, "dcn": DCN, "adam": ADAM,
-              "dense_adam": DENSE_ADAM, "staged": STAGED, "counted": COUNTED}[name]  # fmt: skip
-    same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **fields))
+    same_run(pair[0][name][0], simulated(capsys, generated, tmp_path / "run", 2, **OTHERS[name]))
 
 
 @pytest.mark.parametrize("name", ["bags", "dense", "unsplit"])

@@ -44,7 +44,7 @@ def update_tiers(shape, numbers, seed, raising):
     weight, found = tiers(*shape, numbers), []
     weight.counts[1::3] = -1  # 65535
     for step in range(3):
-        some = torch.arange(step, rows, 2)
+        some = torch.arange(min(step, rows), rows, 2)
         starts = torch.tensor([0])
         groups = GroupMap(starts, torch.tensor([0]), 0) if raising == "row" else None
         ranges = TableRanges(starts, torch.zeros(rows if groups else 1), 7, groups) if raising else None

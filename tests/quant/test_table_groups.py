@@ -12,6 +12,7 @@ from dqrm.quant.affine import affine_parameters
 from dqrm.quant.config import QATConfig
 from dqrm.quant.convert import convert, stored_bytes
 from dqrm.quant.embedding import QuantEmbedding, QuantEmbeddingBag, QuantEmbeddingBagCollection
+from dqrm.quant.uniform import dequantize, quantize
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
 from kernel_helpers import NATIVE, ODD, PATHS, both, on
 
@@ -273,6 +274,14 @@ def test_zero_is_exact_and_odd_ranges_have_a_scale(bits):
     for (smallest, largest), own, zero in zip(ranges.double().tolist(), scale.tolist(), zero_point.tolist()):
         expected = parameters(np.array([smallest, largest]), bits, True)
         assert (own, zero) == (pytest.approx(expected[0], rel=1e-6), expected[1])
+        x, zero_code = torch.linspace(smallest, largest, 33, dtype=torch.float64).float(), torch.tensor(zero).int()
+        values, none = (
+            dequantize(quantize(each, torch.tensor(own), bits, zero_code), torch.tensor(own), zero_code)
+            for each in (x, x * 0)
+        )
+        assert not none.any()
+        if largest < 1e30:  # else the grid's end may be beyond float32
+            assert ((values.double() - x.double()).abs() <= 0.51 * own).all()
     nan, _ = affine_parameters(torch.tensor([float("nan")]), torch.tensor([1.0]), bits)
     assert nan.isnan().all()
 
@@ -333,6 +342,21 @@ def test_stochastic_rounding_has_the_weights_as_its_mean(kind):
     assert len({out.sum().item() for out in outs}) > 500
     evaluated = tables.eval()(ids, bags)
     assert torch.equal(evaluated, convert(torch.nn.ModuleList([copy.deepcopy(tables)]))[0](ids, bags))
+
+
+@CASES
+@PATHS
+def test_a_stage_without_quantization_reads_the_weights_and_then_sets_scales(path, kind):
+    tables, (ids, bags) = made(kind), batch(9)
+    tables.train_with_bits(32)
+    with on(path):
+        train(tables)
+        out = tables(ids, bags)
+        assert torch.equal(out[:, :4], torch.stack([tables.table(n)[ids[:, n]] for n in range(4)], 1))
+        tables.train_with_bits(None)
+        fresh = QuantEmbeddingBagCollection(ROWS, DIM, multi=MULTI, _weight=tables.weight.detach(), **KINDS[kind])
+        assert torch.equal(tables(ids, bags), fresh(ids, bags))
+        assert torch.equal(tables.scale, fresh.scale)
 
 
 @CASES

@@ -42,7 +42,10 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     config = Config(model=SMALL, training=TrainingConfig(max_steps=3))
     told = []
     summary = train(generated, tmp_path / "run", config, log=told.append)
-    assert told[0] == "Training with adagrad, learning rate 0.01, batch size 64, at most 20 epochs (patience 3)"
+    assert told[0] == (
+        "Training with adagrad, learning rate 0.01, batch size 64, at most 20 epochs (patience 3); "
+        "callbacks: redraw_tables:min_rows=1000, ema:decay=0.999"
+    )
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert written == summary["config"]
     wanted = {"batch_size": recipe.batch_size(generated.rows["train"]), "epochs": recipe.EPOCHS}
@@ -72,7 +75,7 @@ def test_without_a_figure_to_stop_by_there_is_one_epoch(tmp_path, splits, option
 def test_a_run_of_no_validation_rows_ends_after_its_epoch(tmp_path):
     data, told = log_of(tmp_path / "data", 400, validation_fraction=0), []
     summary = train(data, tmp_path / "run", Config(training=TrainingConfig(threads=1)), log=told.append)
-    assert told[0].endswith("at most 1 epoch (no validation auc that could end it earlier)")
+    assert told[0].split(";")[0].endswith("at most 1 epoch (no validation auc that could end it earlier)")
     assert (summary["epochs"], summary["selection"]) == (1, "last state (no validation figure)")
 
 
@@ -183,3 +186,57 @@ def test_sigkill_in_epoch_two_changes_no_bit(generated, tmp_path, callbacks, ref
     subprocess.run(command("train", "--resume", tmp_path / "cut"), check=True, stdout=subprocess.DEVNULL)
     subprocess.run(command(*arguments, tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
     same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), ()),
+        (("warm_start:run=a",), ("warm_start:run=a",)),
+        (("+warm_start:run=a",), (*recipe.CALLBACKS, "warm_start:run=a")),
+        (("+ema:decay=0.5",), (recipe.CALLBACKS[0], "ema:decay=0.5")),
+        (("+redraw_tables", "+toy"), (recipe.CALLBACKS[1], "redraw_tables", "toy")),
+    ],
+)
+def test_callbacks_with_a_plus_are_added_to_the_default_ones(given, expected):
+    assert TrainingConfig(callbacks=given).callbacks == expected
+    assert Config.from_dict({"training": {"callbacks": list(given)}}).training.callbacks == expected
+    assert Config.load(overrides={"callbacks": ",".join(given)}).training.callbacks == expected
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flag", "expected"),
+    [
+        ("[toy]", "+ema", ("toy", "ema")),
+        ("toy,ema:decay=0.1", "+ema", ("toy", "ema")),
+        ("['+toy']", "+ema", (recipe.CALLBACKS[0], "toy", "ema")),
+        ("''", "+ema", ("ema",)),
+        ("['+toy']", "ema", ("ema",)),
+    ],
+)
+def test_a_flag_with_a_plus_adds_to_the_callbacks_of_the_file(tmp_path, in_file, flag, expected):
+    (tmp_path / "run.yaml").write_text(f"training:\n  callbacks: {in_file}\n")
+    assert Config.load(tmp_path / "run.yaml", {"callbacks": flag}).training.callbacks == expected
+
+
+def test_callbacks_with_and_without_a_plus_are_refused():
+    with pytest.raises(ValueError, match=r"callbacks is 'ema,\+toy', expected '\+' before each name .* or before none"):
+        TrainingConfig(callbacks=("ema", "+toy"))
+    with pytest.raises(UserError, match=r"callbacks is 'ema,\+toy', expected"):
+        Config.load(overrides={"callbacks": "ema,+toy"})
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "shown"),
+    [
+        ((), "callbacks: none"),
+        (("+redraw_tables:min_rows=9",), "callbacks: ema:decay=0.999, redraw_tables:min_rows=9"),
+        (("ema",), "callbacks: ema, Collapse"),
+    ],
+)
+def test_a_run_says_which_callbacks_it_has(generated, tmp_path, callbacks, shown):
+    told = []
+    config = tiny(max_steps=1, callbacks=callbacks)
+    train(generated, tmp_path / "run", config, log=told.append, callbacks=[Collapse()] if "Collapse" in shown else [])
+    assert told[0].startswith("Training with sgd, learning rate 0.1, batch size 64, at most 2 epochs")
+    assert told[0].endswith(shown)

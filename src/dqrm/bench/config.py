@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.options import at_least, check_device, did_you_mean
-from dqrm.quant.config import BITS, QATConfig
+from dqrm.quant.config import BITS, STORAGES, QATConfig
 
 NUM_DENSE = 13
 BASELINE = "baseline"
@@ -46,14 +46,15 @@ class Scheme:
     bits: int
     refresh: Literal["periodic", "running_max"] | None = None
     bf16: bool = False
-    bf16_tables: bool = False
+    table_dtype: str = "fp32"
+    """Of the tables' master weights, as in `TrainingConfig`."""
     recipe: bool = False
     """Whether the bits are those of the default recipe: INT8 for small tables and the MLP, `bits` for the others."""
 
     @property
     def own_tables(self) -> bool:
         """Whether it cannot train the tables of other variants: their updates would outgrow its scales in each step."""
-        return self.bf16_tables or (self.bits != 32 and self.refresh != "periodic")
+        return self.table_dtype != "fp32" or (self.bits != 32 and self.refresh != "periodic")
 
     @property
     def reference(self) -> str:
@@ -67,10 +68,10 @@ def _schemes() -> dict[str, Scheme]:
         rules: tuple[Literal["periodic", "running_max"] | None, ...] = (None, "periodic", "running_max")
         for refresh in rules[:1] if bits == 32 else rules:
             for bf16 in (False, True):
-                for bf16_tables in (False, True):
+                for dtype in STORAGES:
                     name = "fp32" if bits == 32 else f"int{bits}"
-                    name += f"_{refresh}" * (refresh is not None) + "_bf16" * bf16 + "_bf16_tables" * bf16_tables
-                    schemes[name] = Scheme(bits, refresh, bf16, bf16_tables)
+                    name += f"_{refresh}" * (refresh is not None) + "_bf16" * bf16
+                    schemes[name + f"_{dtype}_tables" * (dtype != "fp32")] = Scheme(bits, refresh, bf16, dtype)
     schemes[DEFAULT] = Scheme(QATConfig().bits, recipe=True)
     return schemes
 
@@ -100,7 +101,7 @@ class BenchStepConfig:
     variants: tuple[str, ...] = ("baseline", "fp32", "int4", "int4_periodic", "fp32_bf16", "int4_bf16")
     """What to measure: baseline (nn.EmbeddingBag and nn.Linear), default (bits as dqrm train sets them), or
     fp32|int2|int4|int8|int16 (of all weights) followed by _periodic or _running_max (scales; neither: as dqrm train),
-    _bf16 (arithmetic), _bf16_tables (weights of the tables), in this order."""
+    _bf16 (arithmetic), _bf16_tables or _int8_tables (weights of the tables), in this order."""
     optimizer: str = "sgd"
     """Update rule, as in dqrm train; the baseline always has plain SGD."""
     samples: int = 262_144

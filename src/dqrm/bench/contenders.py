@@ -14,6 +14,7 @@ from dqrm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.models.base import ClickModel
 from dqrm.quant.config import QATConfig
+from dqrm.training.footprint import TableBytes, table_bytes
 from dqrm.training.step import TrainStep
 
 LEARNING_RATE = 0.1
@@ -28,6 +29,7 @@ class _Variant:
         self.name, self.tables = name, tables
         self.batches: Iterator[Batch] = iter(())
         self.loss: Any = None
+        self.table_bytes: TableBytes = {"weights": 0, "optimizer": 0}
 
 
 class Ours(_Variant):
@@ -39,6 +41,7 @@ class Ours(_Variant):
         model.tables.clamps.quiet = True  # figures of speed, not of accuracy
         self.train_step = TrainStep(model, config)
         self.rate = config.optimizer.rate
+        self.table_bytes = table_bytes(model.tables.weight, self.train_step.optimizers[0])
 
     def prepare(self, batch: Batch) -> Any:
         return batch.to(self.device)
@@ -66,6 +69,7 @@ class Plain(_Variant):
         self.model = PlainDLRM(NUM_DENSE, arch.bottom_mlp, arch.top_mlp, weights).to(device)
         super().__init__(name, self.model.tables)
         self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE)
+        self.table_bytes["weights"] = sum(weight.nbytes for weight in weights)
 
     def prepare(self, batch: Batch) -> Any:
         # One contiguous row of int64 per table is what nn.EmbeddingBag works on.
@@ -107,7 +111,7 @@ def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
         optimizer=OptimizerConfig(options.optimizer, recipe.learning_rate(options.optimizer, max(options.batch_size))),
         training=TrainingConfig(
             precision="bf16" if scheme.bf16 else "fp32",
-            table_dtype="bf16" if scheme.bf16_tables else "fp32",
+            table_dtype=scheme.table_dtype,
             device=options.device,
             threads=options.threads,
             seed=options.seed,

@@ -2,7 +2,7 @@
 
 Variants without scales, or with periodic ones, train the same FP32 tables, so that the full Kaggle model fits once and
 its pages are warm for all; each reads its own batches, so that none finds rows in the caches that another just looked
-up. With running_max each has tables of its own.
+up. With running_max, and with tables in BF16 or INT8, each has tables of its own.
 """
 
 import random
@@ -24,13 +24,18 @@ from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.kernels import native
 from dqrm.models.registry import build_model
+from dqrm.quant.config import STORAGES, registered
+from dqrm.quant.storage import storage_of
 from dqrm.training.environment import Progress, resolve_device
 from dqrm.training.threads import threads_set
 
 PARTS = ("data", "lookup", "forward", "backward", "update")
 _TOUCHED_ROWS = 4096
-# Of optimizer state per weight of the tables, for the check of memory; others: two FP32 values.
-_STATE_BYTES = {"sgd": 0, "adagrad": 4, "rowwise_adagrad": 1}
+# Bytes of optimizer state per weight and per row of the tables, for the check of memory; others: as adam.
+_STATE_BYTES = {
+    "sgd": (0, 0), "adagrad": (4, 0), "rowwise_adagrad": (0, 4), "counter_adagrad": (0, 12),
+    "frequency_adagrad": (0, 8), "rowwise_adam": (4, 8), "adam": (8, 4),
+}  # fmt: skip
 
 
 @dataclass
@@ -59,9 +64,12 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     table_rows = arch.scaled(options.rows_scale)
     values = sum(table_rows) * arch.embedding_dim
     own = [SCHEMES[name] for name in options.variants if name in SCHEMES and SCHEMES[name].own_tables]
-    needed = values * (sum(2 if scheme.bf16_tables else 4 for scheme in own) + 4 * (len(own) < len(options.variants)))
+    storages = [registered(scheme.table_dtype, STORAGES) for scheme in own]
+    tables = sum(storage.memory_bytes(sum(table_rows), arch.embedding_dim) for storage in storages)
+    needed = tables + 4 * values * (len(own) < len(options.variants))
     ours = sum(name != BASELINE for name in options.variants)
-    require_memory(needed + ours * values * _STATE_BYTES.get(options.optimizer, 8), device)
+    per_weight, per_row = _STATE_BYTES.get(options.optimizer, _STATE_BYTES["adam"])
+    require_memory(needed + ours * (values * per_weight + sum(table_rows) * per_row), device)
     rows = max(options.samples, 16 * max(options.batch_size))
     progress("generating data", 0, None)
     split = write_split(path / "data", rows, NUM_DENSE, table_rows, options.seed)
@@ -120,7 +128,8 @@ def _contenders(
 @torch.no_grad()
 def _touch(split: Split, collections: Sequence[Any]) -> None:
     """Read every row that the steps will read once, so that no measured step is the first to touch a page."""
-    for collection in {tables.weight.data_ptr(): tables for tables in collections}.values():
+    memory = {storage_of(tables.weight).memory(tables.weight).data_ptr(): tables for tables in collections}
+    for collection in memory.values():
         for batch in split.batches(_TOUCHED_ROWS):
             collection.weight.index_select(0, (batch.ids + collection.row_offsets).reshape(-1))
 
@@ -219,6 +228,7 @@ def _results(
             "cost_ms": round(median(taken.step) + data, 4),
             "parts": {part: round(value, 4) for part, value in parts.items()},
             "loss": float(contender.loss),
+            "table_bytes": contender.table_bytes,
             "peak_rss_mb": peak_rss_mb(),
         }
         if clock.device.type == "cuda":

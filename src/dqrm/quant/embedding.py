@@ -238,7 +238,8 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
 
 
 class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
-    """All tables of a model in one contiguous weight, looked up together and fake-quantized on one scale per table.
+    """All tables of a model in one contiguous weight, looked up together and fake-quantized on one scale per table (or
+    per row, or per block of rows: `QATConfig.table_granularity`).
 
     One gather instead of one per table, and one sparse gradient for the whole collection: `weight.grad` is a COO tensor
     of row numbers in the contiguous weight and their gradients.

@@ -82,14 +82,14 @@ def quantize(x: Tensor, scale: Tensor, bits: int, zero_point: Tensor | None = No
     return codes.clamp_(low, high).to(torch.int16 if bits == 16 else torch.int8)
 
 
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values of `codes`, signed integers, on `scale` (broadcast): float32.
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    """Values of `codes`, signed integers, on `scale` (broadcast): float32. `zero_point`: as of `quantize`.
 
     Raises:
         ValueError: codes of the wrong dtype.
     """
     check_dtype("codes", codes, torch.int8, torch.int16, torch.int32, torch.int64)
-    return codes.float() * scale
+    return (codes.float() if zero_point is None else codes.float() - zero_point) * scale
 
 
 def highest_codes(bits: Sequence[int]) -> Tensor:

@@ -238,6 +238,7 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
                 )
             _read(file, name, memory)
             _check(file, target)
+            torch.autograd.graph.increment_version(target)  # as by any other change in place
             copied.add(name)
     try:
         keys = model.load_state_dict(small, strict=False)  # it would copy parameters a second time

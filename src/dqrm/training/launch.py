@@ -81,8 +81,8 @@ def train(
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
-        if config != asked and log and world.first:
-            log(_described(config, data))
+        if log and world.first:
+            log(_described(config, data, callbacks))
         trainer = Trainer(run, model, data, progress, log, world, verify, callbacks)
         if log and world.first:
             log(
@@ -156,14 +156,16 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         raise UserError(f"{dataset.path}: {error}") from None
 
 
-def _described(config: Config, dataset: Dataset) -> str:
-    """The resolved optimizer, batch size and epochs, as a sentence."""
+def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) -> str:
+    """The resolved optimizer, batch size, epochs and callbacks, as a sentence."""
     options, optimizer = config.training, config.optimizer
     judged = has_figure(options.select_by, dataset)
     until = f"patience {options.patience}" if judged else f"no validation {options.select_by} that could end it earlier"
+    objects = [each.name for each in callbacks[len(options.callbacks) :]]
     return (
         f"Training with {optimizer.rule}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
-        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until})"
+        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until}); "
+        f"callbacks: {', '.join([*options.callbacks, *objects]) or 'none'}"
     )
 
 

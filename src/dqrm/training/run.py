@@ -64,6 +64,7 @@ _SUMMARY_SHAPE = {
     "selection": TEXT,
     "config": {"quantization": OBJECT},
     "stored_bytes": {"total": COUNT},
+    "table_bytes?": {"weights": COUNT, "optimizer": COUNT},
     "steps": COUNT,
     "samples_per_second": NUMBER,
 }
@@ -200,11 +201,13 @@ class Run:
         return bool(compared) and all(compared)
 
     def table_bytes(self) -> TableBytes | None:
-        """What the tables take in training, as its newest checkpoint says; None before the first.
+        """What the tables take in training, as the summary says, or the newest checkpoint; None before the first.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: one of them is damaged.
         """
+        if found := (self.summary or {}).get("table_bytes"):
+            return {"weights": found["weights"], "optimizer": found["optimizer"]}
         last = latest_step(self.checkpoints)
         return None if last is None else saved_table_bytes(checkpoint_path(self.checkpoints, last))
 
