@@ -81,13 +81,31 @@ class TieredRows(EncodedRows):
         """The first row of the table that is here: of a slice above 0."""
         return int(self.__dict__["first"])
 
+    @first.setter
+    def first(self, first: int) -> None:
+        self._set("first", first)
+
+    @property
+    def total(self) -> int:
+        """Rows of the whole table."""
+        return int(self.__dict__["total"])
+
+    @total.setter
+    def total(self, total: int) -> None:
+        self._set("total", total)
+
+    def _set(self, name: str, value: int) -> None:  # as a file says, before the memory, which is checked against it
+        if "stored" in self.__dict__:
+            raise ValueError(f"{name} of a table stored as INT4 rows cannot change")
+        self.__dict__[name] = int(value)
+
     @property
     def whole(self) -> bool:
         """Whether this is no slice."""
-        return len(self) == self.__dict__["total"]
+        return len(self) == self.total
 
     def _slots(self, stored: Tensor) -> int:
-        rows, dim = self.__dict__["total"], self.shape[1]
+        rows, dim = self.total, self.shape[1]
         slots = (4 * stored.numel() - rows * int4_row_width(dim)) // (WAYS * slot_bytes(dim)) * WAYS
         if not 0 <= self.first <= rows - len(self):
             raise ValueError(f"rows {self.first} to {self.first + len(self)} are not rows of a table of {rows}")
@@ -116,7 +134,7 @@ class TieredRows(EncodedRows):
 
     def check(self) -> None:
         """Raise ValueError unless exactly those rows refer to slots that have them: kernels read what they say."""
-        whole = self.part(-self.first, self.__dict__["total"] - self.first).operand
+        whole = self.part(-self.first, self.total - self.first).operand
         hot = (whole.cold[:, -1] >= 0x80).nonzero()[:, 0]
         slots = slots_of(whole, hot)
         owner = whole.owner.long()
@@ -166,7 +184,7 @@ class TieredRows(EncodedRows):
 
     def part(self, start: int, stop: int) -> "TieredRows":
         made: TieredRows = self._made(stop - start, self.shape[1], self.stored.device)
-        made.__dict__.update(first=self.first + start, total=self.__dict__["total"], stored=self.stored)
+        made.__dict__.update(first=self.first + start, total=self.total, stored=self.stored)
         return made
 
     def on(self, stored: Tensor) -> "TieredRows":
@@ -189,7 +207,7 @@ class TieredRows(EncodedRows):
         return torch.equal(self.dequantize(), other.dequantize())
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["stored"], (self.first, len(self), self.__dict__["total"], self.shape[1])
+        return ["stored"], (self.first, len(self), self.total, self.shape[1])
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> "TieredRows":
