@@ -76,7 +76,8 @@ def _admit(weight: Tiers, row: int, slot: int, seed: int) -> int:
         weight.cold[lost] = int4_rows(read_rows(weight, lost, dim), _noise(lost, dim, seed ^ _DEMOTE))
     mine = weight.cold[row : row + 1]
     codes = int4_codes(mine, dim) * 16  # exactly the same values, on a scale of a sixteenth
-    scale = (bf16_at_end(mine) / 16).to(torch.bfloat16)
+    scale = bf16_at_end(mine)
+    scale = torch.where(scale.isnan(), 0x7FC0, (scale / 16).view(torch.int32) >> 16).to(torch.int16)
     weight.hot[slot] = torch.cat([codes, codes.new_zeros(1, dim % 2), scale.view(torch.int8)], 1)[0]
     mine.zero_()
     mine[0, :4] = torch.tensor([slot], dtype=torch.int32).view(torch.uint8).to(mine.device)
