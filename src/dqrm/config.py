@@ -14,7 +14,7 @@ from dqrm import recipe
 from dqrm.distributed.config import ExchangeConfig
 from dqrm.errors import UserError
 from dqrm.options import at_least, build, check_device, coerce, did_you_mean, field_types, read_yaml
-from dqrm.quant.config import STORAGES, QATConfig, check_registered
+from dqrm.quant.config import HOT_ROWS, STORAGES, QATConfig, check_registered
 
 _OWNERS = {
     "bottom_mlp": "dlrm", "top_mlp": "dlrm", "interaction": "dlrm", "self_interaction": "dlrm",
@@ -121,7 +121,7 @@ class OptimizerConfig:
     row; plain Adagrad for the MLP), counter_adagrad (12 per row; with table_l2, rare rows decay more),
     frequency_adagrad (8 per row; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4),
     dense_adam (8; L2 acts on all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype
-    int8."""
+    int8 or int4."""
     learning_rate: float | None = None
     """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
     batch size 2048."""
@@ -249,8 +249,10 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of MLP and interaction in training; bf16 keeps FP32 weights and evaluates in FP32."""
     table_dtype: str = "fp32"
-    """Master weights of the tables: fp32 (4 bytes per weight); bf16 (2), or int8 (1, and 2 per row for its scale), both
-    updated with stochastic rounding."""
+    """Master weights of the tables: fp32 (4 bytes per weight); bf16 (2), int8 (1, and 2 per row for its scale), or int4
+    (half, the same, and --hot-rows in int8), all three updated with stochastic rounding."""
+    hot_rows: float = HOT_ROWS
+    """With --table-dtype int4: the share of rows, those updated most often, that are kept in int8; 0 to 0.5."""
     seed: int = 0
     """Seed of the initial weights and of the order of samples."""
 
@@ -261,6 +263,10 @@ class TrainingConfig:
         )  # fmt: skip
         object.__setattr__(self, "callbacks", recipe.callbacks(self.callbacks))  # what is stored is the whole list
         check_registered("table_dtype", self.table_dtype, STORAGES)
+        if not 0 <= self.hot_rows <= 0.5:
+            raise ValueError(f"hot_rows is {self.hot_rows}, expected 0 to 0.5 of the rows")
+        if self.hot_rows != HOT_ROWS and self.table_dtype != "int4":
+            raise ValueError(f"hot_rows is {self.hot_rows}, but table_dtype is {self.table_dtype!r}, not int4")
         check_device(self.device)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dqrm.quant.config import REFRESHES, unused_period
 
 OPTIMIZER = "adagrad"
-OPTIMIZER_OF = {"int8": "rowwise_adagrad"}
+OPTIMIZER_OF = {"int8": "rowwise_adagrad", "int4": "rowwise_adagrad"}
 """By table_dtype, where it differs: an FP32 value per weight would take four times the bytes of INT8 rows, one per row
 takes 6 % of them at dim 64 and 22 % at dim 16."""
 CALLBACKS = ("redraw_tables:min_rows=1000", "ema:decay=0.999")

@@ -51,7 +51,8 @@ DCN = {"model": "dcn", "bottom_mlp": None, "top_mlp": None, "cross_layers": 2, "
 REDRAWN = {"callbacks": "redraw_tables:min_rows=30,ema:decay=0.9", "optimizer": "rowwise_adagrad", "epochs": 2,
            "max_steps": 40, "scale_refresh": "running_max"}  # fmt: skip
 BLOCKS = REDRAWN | {"table_granularity": "block:8", "table_qscheme": "affine", "rescan_period": 13}
-COUNTED = REDRAWN | {"optimizer": "counter_adagrad", "table_l2": 0.01, "count_halflife": 20, "checkpoint_every": 9}
+COUNTED = REDRAWN | {"optimizer": "counter_adagrad", "table_l2": 0.01, "count_halflife": 20, "checkpoint_every": 9,
+                     "table_dtype": "int4", "hot_rows": 0.1}  # fmt: skip
 STAGED = REDRAWN | {"callbacks": "stage_bits:tables=32:mlp=16,redraw_tables:min_rows=30", "checkpoint_every": 9,
                     "optimizer": "frequency_adagrad"}  # fmt: skip
 LSQ = REDRAWN | {"quantizer": "lsq", "learning_rate": 0.02, "checkpoint_every": 9}

@@ -96,5 +96,5 @@ def test_a_run_names_it_trains_resumes_and_exports(generated, half, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="table_dtype is 'fp64', expected 'fp32' or 'bf16' or 'int8'"):
+    with pytest.raises(ValueError, match="table_dtype is 'fp64', expected 'fp32' or 'bf16' or 'int8' or 'int4'"):
         TrainingConfig(table_dtype="fp64")

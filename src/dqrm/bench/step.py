@@ -64,8 +64,9 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     table_rows = arch.scaled(options.rows_scale)
     values = sum(table_rows) * arch.embedding_dim
     own = [SCHEMES[name] for name in options.variants if name in SCHEMES and SCHEMES[name].own_tables]
-    row_bytes = [registered(scheme.table_dtype, STORAGES).row_bytes(arch.embedding_dim) for scheme in own]
-    needed = sum(table_rows) * sum(row_bytes) + 4 * values * (len(own) < len(options.variants))
+    storages = [registered(scheme.table_dtype, STORAGES) for scheme in own]
+    tables = sum(storage.memory_bytes(sum(table_rows), arch.embedding_dim) for storage in storages)
+    needed = tables + 4 * values * (len(own) < len(options.variants))
     ours = sum(name != BASELINE for name in options.variants)
     per_weight, per_row = _STATE_BYTES.get(options.optimizer, _STATE_BYTES["adam"])
     require_memory(needed + ours * (values * per_weight + sum(table_rows) * per_row), device)

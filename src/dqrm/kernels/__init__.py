@@ -14,16 +14,16 @@ from torch import Tensor
 
 from dqrm.kernels import cpu, plain
 from dqrm.kernels.build import library
-from dqrm.kernels.layout import Blocks, GroupMap, IdleCourse, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, GroupMap, IdleCourse, Limits, TableRanges, Tiers, Weight
 
 __all__ = [
-    "BACKENDS", "OPERATIONS", "Backend", "Blocks", "GroupMap", "IdleCourse", "Limits", "TableRanges", "choose",
-    "native", "traced",
+    "BACKENDS", "OPERATIONS", "Backend", "Blocks", "GroupMap", "IdleCourse", "Limits", "TableRanges", "Tiers",
+    "Weight", "choose", "native", "traced",
 ]  # fmt: skip
 
 
 class Backend(Protocol):
-    def takes(self, operation: str, *tensors: Tensor | None) -> bool:
+    def takes(self, operation: str, *tensors: Weight | None) -> bool:
         """Whether it computes this operation on these tensors: device, dtypes, contiguity. Called before each one."""
 
 
@@ -44,7 +44,7 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def choose(operation: str, *tensors: Tensor | None) -> Any:
+def choose(operation: str, *tensors: Weight | None) -> Any:
     """The backend that computes an operation on these tensors; while a model is traced, plain torch."""
     if not traced():
         for backend in BACKENDS:
@@ -63,7 +63,7 @@ def _operation(function: _Function) -> _Function:
 
 @_operation
 def lookup(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Weight, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
     dirty_starts: Tensor | None = None, block: int = 1, groups: GroupMap | None = None,
 ) -> int:  # fmt: skip
@@ -71,7 +71,7 @@ def lookup(
 
     Args:
         starts, table_rows: int64 [T], first row and number of rows of each table.
-        weight: float32, bf16, or int8 rows (`encode_int8_rows`). scale: float32 [T], or None: not quantized.
+        weight: float32, bf16, int8 rows (`encode_int8_rows`), or `Tiers`. scale: float32 [T], or None: not quantized.
         limits: lowest and highest code, or those of each table (`Limits`). rows_out: int64 [N], set to the rows read.
         clamped: int64 [1], to which the number of weights beyond the limits is added; None: not counted.
         raising: raise `scale` first, in place, to what these rows need, so that nothing is beyond the limits.
@@ -154,6 +154,38 @@ def encode_int8_rows(values: Tensor, out: Tensor) -> None:
 
 
 @_operation
+def update_tiers(
+    weight: Tiers, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None = None
+) -> Tensor:
+    """`add_rows_stochastic` on all rows of a weight in two tiers; rows that are updated often move to int8.
+
+    Each row is encoded where it lies, by a hash of (seed, row, column), and the count of its slot, if it has one,
+    rises by 1. Then, in the order of `rows`, one without a slot takes that of the lowest count c in its set of 8 with
+    probability 1 / (c + 1), and c becomes c + 1: randomized admission (Basat et al., INFOCOM 2017), which counts no
+    rows but those that have slots. The row that loses it is rounded to 4 bits, stochastically.
+
+    Returns:
+        The rows that lost their slots, int64; `ranges` covers them as well.
+
+    Raises:
+        ValueError, IndexError: as `add_rows`.
+    """
+    scale = None if ranges is None else ranges.scale
+    return choose("update_tiers", weight, rows, values, scale).update_tiers(weight, rows, values, factor, seed, ranges)
+
+
+@_operation
+def encode_tiers(values: Tensor, out: Tiers) -> None:
+    """Values float32 [N, dim] into N rows, to the nearest code; each stays in its tier.
+
+    A row of 4 bits is its codes from -7 to 7, plus 8, code j in the low and code j + ceil(dim / 2) in the high bits of
+    byte j, at least 4 bytes, and its scale in bf16: max|row| / 7, rounded up. One that has a slot is that number and,
+    in place of the scale, its sign bit.
+    """
+    choose("encode_tiers", values, out).encode_tiers(values, out)
+
+
+@_operation
 def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the values float32 [N, dim] of equal rows int64 [N]: unique rows int64 [U], ascending, and float32 [U, dim].
 
@@ -163,7 +195,7 @@ def sum_duplicates(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_operation
-def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
+def raise_scales(rows: Tensor, weight: Weight, ranges: TableRanges) -> None:
     """The scale of each row's table = max(itself, the scale of max|weight[row]|), in place; rows: int64 [N].
 
     With `ranges.groups`: that of its block of rows; a row that has its own scale: = the scale of max|weight[row]|.
@@ -172,7 +204,7 @@ def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
 
 
 @_operation
-def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
+def blocks_max(table: Weight, block: int, dirty: Tensor, maxima: Tensor) -> float:
     """max|table|, reading only the blocks of `block` rows whose flag in `dirty` (uint8) is set; clears the flags.
 
     maxima: float32, the maximum of each block, updated in place.

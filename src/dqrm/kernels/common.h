@@ -53,11 +53,29 @@ static inline uint32_t max_bits_of(const void *x, int half, int64_t count) {
     return m;
 }
 
-/* Formats of a row of a table: float, bf16, or int8 codes followed by the row's scale in bf16 (`quant/int8_rows.py`). */
-enum { ROW_FLOAT, ROW_BF16, ROW_INT8 };
+/* Formats of a row of a table: float, bf16, int8 codes followed by the row's scale in bf16 (`quant/int8_rows.py`), or codes
+ * of 4 bits and the scale, or the number of the row's int8 slot (`quant/tiered_rows.py`). */
+enum { ROW_FLOAT, ROW_BF16, ROW_INT8, ROW_TIERED };
+#define HOT 0x8000 /* in the place of the scale: the row lies in a slot */
 
+/* Bytes of the codes of a row of 4 bits: enough for the number of a slot. */
+static inline int64_t int4_bytes(int64_t dim) { return dim < 8 ? 4 : (dim + 1) / 2; }
 static inline int64_t row_bytes(int format, int64_t dim) {
+    if (format == ROW_TIERED) return int4_bytes(dim) + 2;
     return format == ROW_FLOAT ? dim * 4 : format == ROW_BF16 ? dim * 2 : ((dim + 1) & ~1LL) + 2;
+}
+static inline uint16_t int4_scale(const void *row, int64_t dim) {
+    uint16_t h;
+    memcpy(&h, (const char *)row + int4_bytes(dim), 2);
+    return h;
+}
+static inline uint32_t slot_of(const void *row) { uint32_t slot; memcpy(&slot, row, 4); return slot; }
+/* Where a row of a weight lies; of a tiered weight, a row that has a slot in `hot` lies there as int8. */
+static inline const void *row_at(const void *weight, const void *hot, int *format, int64_t dim, int64_t row) {
+    const char *at = (const char *)weight + row * row_bytes(*format, dim);
+    if (*format != ROW_TIERED || !(int4_scale(at, dim) & HOT)) return at;
+    *format = ROW_INT8;
+    return (const char *)hot + slot_of(at) * row_bytes(ROW_INT8, dim);
 }
 static inline float row_scale(const void *row, int64_t dim) {
     uint16_t h;
@@ -70,6 +88,17 @@ static inline void read_row(const void *row, int format, int64_t dim, float *to)
     } else if (format == ROW_BF16) {
         const uint16_t *from = row;
         for (int64_t d = 0; d < dim; d++) to[d] = widen(from[d]);
+    } else if (format == ROW_TIERED) {
+        const uint8_t *from = row;
+        float s = widen(int4_scale(row, dim));
+        int64_t half = (dim + 1) / 2;
+        if (dim == 16) {
+            for (int j = 0; j < 8; j++) to[j] = (float)((from[j] & 15) - 8) * s;
+            for (int j = 0; j < 8; j++) to[j + 8] = (float)((from[j] >> 4) - 8) * s;
+        } else {
+            for (int64_t j = 0; j < half; j++) to[j] = (float)((from[j] & 15) - 8) * s;
+            for (int64_t j = half; j < dim; j++) to[j] = (float)((from[j - half] >> 4) - 8) * s;
+        }
     } else {
         const int8_t *from = row;
         float s = row_scale(row, dim);
@@ -81,9 +110,20 @@ static inline void read_row(const void *row, int format, int64_t dim, float *to)
 }
 /* max|row|, NaN if any is. */
 static inline float row_max(const void *row, int format, int64_t dim) {
-    if (format != ROW_INT8) return float_of(max_bits_of(row, format == ROW_BF16, dim));
+    if (format < ROW_INT8) return float_of(max_bits_of(row, format == ROW_BF16, dim));
     const int8_t *codes = row;
     int low = 0, high = 0;
+    if (format == ROW_TIERED) {
+        const uint8_t *pairs = row;
+        for (int64_t j = 0; j < (dim + 1) / 2; j++) { /* the padding of an odd dim is 8, which is code 0 */
+            int one = (pairs[j] & 15) - 8, other = (pairs[j] >> 4) - 8;
+            low = one < low ? one : low;
+            low = other < low ? other : low;
+            high = one > high ? one : high;
+            high = other > high ? other : high;
+        }
+        return (float)(-low > high ? -low : high) * widen(int4_scale(row, dim));
+    }
     for (int64_t d = 0; d < dim; d++) {
         low = codes[d] < low ? codes[d] : low;
         high = codes[d] > high ? codes[d] : high;
@@ -101,9 +141,9 @@ static inline uint32_t hash_of(uint32_t position, uint32_t seed) {
 static inline float uniform_of(uint32_t position, uint32_t seed) {
     return ((float)(int32_t)(hash_of(position, seed) >> 16) + 0.5f) * 0x1p-16f;
 }
-/* The scale of an int8 row in bf16: max|row| / 127, rounded up; NaN and infinity stay. */
-static inline uint16_t int8_scale_of(uint32_t max_bits) {
-    uint32_t b = bits_of(scale_of(max_bits, 127));
+/* The scale of an encoded row in bf16: max|row| / the highest code, rounded up; NaN and infinity stay. */
+static inline uint16_t stored_scale_of(uint32_t max_bits, int high) {
+    uint32_t b = bits_of(scale_of(max_bits, high));
     return b >= 0x7f800000 ? (b > 0x7f800000 ? 0x7fc0 : 0x7f80) : (uint16_t)((b + 0xffff) >> 16);
 }
 /* Encode a row as int8: to the nearest code, or (`random`) up with the probability of the distance, by the hash of each
@@ -111,7 +151,7 @@ static inline uint16_t int8_scale_of(uint32_t max_bits) {
 static inline __attribute__((always_inline)) void write_int8_row(const float *restrict x, int64_t dim, int random,
                                                                  uint32_t seed, uint32_t position,
                                                                  int8_t *restrict codes) {
-    uint16_t stored = int8_scale_of(max_bits_of(x, 0, dim));
+    uint16_t stored = stored_scale_of(max_bits_of(x, 0, dim), 127);
     float s = widen(stored);
     memcpy(codes + ((dim + 1) & ~1LL), &stored, 2);
     if (dim & 1) codes[dim] = 0;

@@ -49,7 +49,7 @@ static int suspect(float largest, float scale, int high) { return !(largest < sc
  * a block of one row: the scale of max|weight[row]|. `only` (or NULL) says for which tables. Rows come table after table,
  * sample by sample, or sorted. */
 static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables, const void *weight,
-                      int format, int64_t dim, float *scale, int high, const int32_t *highs, const int64_t *first,
+                      const void *hot, int format, int64_t dim, float *scale, int high, const int32_t *highs, const int64_t *first,
                       int shift, const uint8_t *only, int threads) {
     int64_t width = row_bytes(format, dim);
 #pragma omp parallel num_threads(threads) if (count * dim > LITTLE)
@@ -60,7 +60,9 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
             table = table_of(rows[i], starts, tables, table);
             if (only && !only[table]) continue;
             if (!only && i + AHEAD < count) __builtin_prefetch((const char *)weight + rows[i + AHEAD] * width);
-            float largest = row_max((const char *)weight + rows[i] * width, format, dim);
+            int kind = format;
+            const void *row = row_at(weight, hot, &kind, dim, rows[i]);
+            float largest = row_max(row, kind, dim);
             float now, raised;
             int64_t group = group_of(table, rows[i] - starts[table], first, shift);
             int top = high_of(high, highs, table);
@@ -81,9 +83,9 @@ static void raise_for(const int64_t *rows, int64_t count, const int64_t *starts,
 }
 
 EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
-                              const void *weight, int format, int64_t dim, float *scale, int high, const int32_t *highs,
-                              const int64_t *first, int shift, int threads) {
-    raise_for(rows, count, starts, tables, weight, format, dim, scale, high, highs, first, shift, NULL, threads);
+                              const void *weight, const void *hot, int format, int64_t dim, float *scale, int high,
+                              const int32_t *highs, const int64_t *first, int shift, int threads) {
+    raise_for(rows, count, starts, tables, weight, hot, format, dim, scale, high, highs, first, shift, NULL, threads);
 }
 
 /* out[i] = fake-quantized weight[starts[i % tables] + ids[i]], rows_out[i] = that row. `scale` NULL: not quantized.
@@ -93,8 +95,8 @@ EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t 
  * on, are set for what is read. `first`, `per`: which scale a row has (`group_of`; `highs` is NULL then).
  * Returns the first position whose id is outside its table, or -1; the output is then incomplete. */
 EXPORT int64_t dqrm_lookup(const void *ids, int wide, int64_t count, int64_t tables, const int64_t *starts,
-                           const int64_t *table_rows, const void *weight, int format, int64_t dim, float *scale,
-                           int low, int high, const int32_t *highs, float *out, int64_t *rows_out, int64_t *clamped,
+                           const int64_t *table_rows, const void *weight, const void *hot, int format, int64_t dim,
+                           float *scale, int low, int high, const int32_t *highs, float *out, int64_t *rows_out, int64_t *clamped,
                            int raising, uint8_t *dirty, const int64_t *dirty_starts, int64_t block,
                            const int64_t *first, int per, int threads) {
     int64_t bad = INT64_MAX, beyond;
@@ -121,12 +123,14 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         if (i + AHEAD < count) {
             const char *next = (const char *)weight + rows_out[i + AHEAD] * width;
             for (int64_t b = 0; b < width; b += 64) __builtin_prefetch(next + b);
-            if (format == ROW_INT8) __builtin_prefetch(next + width - 1); /* its scale, where a line of the cache ends */
+            if (format >= ROW_INT8) __builtin_prefetch(next + width - 1); /* its scale, where a line of the cache ends */
         }
         float *to = out + i * dim;
         int64_t group = group_of(table, rows_out[i] - starts[table], first, per);
         float s = scale ? scale[group] : 1.0f;
-        read_row((const char *)weight + rows_out[i] * width, format, dim, to);
+        int kind = format;
+        const void *row = row_at(weight, hot, &kind, dim, rows_out[i]);
+        read_row(row, kind, dim, to);
         int top = high_of(high, highs, table), bottom = highs ? -top - 1 : low;
         if (!scale || !top) continue;
         if (raising && first && !per) { /* its own scale: nothing is beyond the codes */
@@ -145,7 +149,7 @@ again: /* at most once: where a row needs a larger scale, which is rare */
         for (int64_t d = 0; d < dim; d++) to[d] = code_of(to[d], s, bottom, top) * s;
       }
     if (grown) {
-        dqrm_raise_scales(rows_out, count, starts, tables, weight, format, dim, scale, high, highs, first, per, threads);
+        dqrm_raise_scales(rows_out, count, starts, tables, weight, hot, format, dim, scale, high, highs, first, per, threads);
         goto again;
     }
     if (clamped) *clamped += beyond;
@@ -258,7 +262,7 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
     }
     /* From what the rows are in the end: one that repeats may have been larger in between. */
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, ROW_FLOAT, dim, scale, high, highs, first, shift, grown, threads);
+        raise_for(rows, count, starts, tables, weight, NULL, ROW_FLOAT, dim, scale, high, highs, first, shift, grown, threads);
     free(grown);
 }
 
@@ -291,7 +295,7 @@ EXPORT void dqrm_add_rows_stochastic(uint16_t *weight, int64_t dim, const int64_
         }
     }
     if (scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, ROW_BF16, dim, scale, high, highs, first, shift, grown, threads);
+        raise_for(rows, count, starts, tables, weight, NULL, ROW_BF16, dim, scale, high, highs, first, shift, grown, threads);
     free(grown);
 }
 
@@ -339,7 +343,7 @@ EXPORT int dqrm_add_rows_int8(int8_t *weight, int64_t dim, const int64_t *rows, 
         free(x);
     }
     if (!failed && scale && (!grown || grown[tables]))
-        raise_for(rows, count, starts, tables, weight, ROW_INT8, dim, scale, high, highs, first, shift, grown, threads);
+        raise_for(rows, count, starts, tables, weight, NULL, ROW_INT8, dim, scale, high, highs, first, shift, grown, threads);
     free(grown);
     return failed;
 }
@@ -389,8 +393,8 @@ EXPORT int64_t dqrm_sum_duplicates(const int64_t *rows, const float *values, int
 }
 
 /* max|weight[0:rows]| in bits, reading only blocks that are dirty and taking `maxima` for the others; cleans them. */
-EXPORT uint32_t dqrm_blocks_max(const void *weight, int format, int64_t rows, int64_t dim, int64_t block,
-                                uint8_t *dirty, uint32_t *maxima, int threads) {
+EXPORT uint32_t dqrm_blocks_max(const void *weight, const void *hot, int format, int64_t rows, int64_t dim,
+                                int64_t block, uint8_t *dirty, uint32_t *maxima, int threads) {
     int64_t blocks = (rows + block - 1) / block, width = row_bytes(format, dim);
     uint32_t largest = 0;
 #pragma omp parallel for reduction(max : largest) schedule(static, 256) num_threads(threads) if (rows * dim > LITTLE)
@@ -398,11 +402,13 @@ EXPORT uint32_t dqrm_blocks_max(const void *weight, int format, int64_t rows, in
         if (dirty[b]) {
             int64_t end = rows - b * block < block ? rows : (b + 1) * block;
             uint32_t m = 0;
-            if (format != ROW_INT8)
+            if (format < ROW_INT8)
                 m = max_bits_of((const char *)weight + b * block * width, format == ROW_BF16, (end - b * block) * dim);
             else
                 for (int64_t row = b * block; row < end; row++) {
-                    uint32_t n = bits_of(row_max((const char *)weight + row * width, format, dim)) & 0x7fffffff;
+                    int kind = format;
+                    const void *at = row_at(weight, hot, &kind, dim, row);
+                    uint32_t n = bits_of(row_max(at, kind, dim)) & 0x7fffffff;
                     m = n > m ? n : m;
                 }
             maxima[b] = m;

@@ -11,6 +11,41 @@ Limits = tuple[int, int] | Tensor
 from -highest - 1 to highest, and 0 is a table that is not quantized."""
 
 
+class Tiers(NamedTuple):
+    """Rows of a table that is stored in two tiers (`quant/tiered_rows.py`), or some of them, as views of its memory."""
+
+    cold: Tensor
+    """uint8 [R, `int4_row_width(dim)`]: rows of 4 bits, and the slots of the others."""
+    hot: Tensor
+    """int8 [slots, `int8_row_width(dim)`]."""
+    dim: int
+    owner: Tensor
+    """int32 [slots]: the row of the whole table that has a slot, plus 1, or 0."""
+    counts: Tensor
+    """int16 [slots], to be read without sign: updates counted."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.cold.device
+
+    def __len__(self) -> int:
+        return len(self.cold)
+
+
+Weight = Tensor | Tiers
+"""What rows are read from."""
+
+
+def int8_row_width(dim: int) -> int:
+    """Bytes of an int8 row of `dim` values: codes, a byte of padding where dim is odd, and the scale in bf16."""
+    return dim + dim % 2 + 2
+
+
+def int4_row_width(dim: int) -> int:
+    """Bytes of a row of 4 bits: at least 4 of codes, since the number of a slot takes their place, and the scale."""
+    return max(4, -(-dim // 2)) + 2
+
+
 class GroupMap(NamedTuple):
     """Which scale a row has, where blocks of 1 << shift rows of one table share one: row `id` of table t has the scale
     first[t] + (id >> shift).

@@ -1,6 +1,6 @@
 """All operations in plain torch: on any device, in any floating-point dtype, and as recorded in a traced model.
 
-See `kernels` for their documentation. The first functions correspond to those of `common.h`.
+See `kernels` for their documentation.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,25 @@ import torch
 from torch import Tensor
 
 from dqrm.kernels.idle import idle_adam  # noqa: F401 (an operation of this backend)
-from dqrm.kernels.layout import Blocks, GroupMap, Limits, TableRanges
+from dqrm.kernels.layout import Blocks, GroupMap, Limits, TableRanges, Weight
+from dqrm.kernels.rows import (
+    MASK,
+    bf16_stochastic,
+    encode_int8_rows,  # noqa: F401
+    hash_of,
+    int8_rows,
+    read_rows,
+    scale_of,
+    uniform,
+    values_per_row,
+)
+from dqrm.kernels.tiers import encode_tiers, update_tiers  # noqa: F401
 
-SMALLEST_MAXIMUM = 1e-8
-_MASK = 0xFFFFFFFF
 # Rows read at a time: torch may copy what it reduces.
 _CHUNK = 1 << 20
 
 
-def takes(operation: str, *tensors: Tensor | None) -> bool:
+def takes(operation: str, *tensors: Weight | None) -> bool:
     return True
 
 
@@ -27,76 +37,16 @@ def limits(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
-def scale_of(largest: Tensor, highest: int | Tensor) -> Tensor:
-    """Where the highest code is 0 (not quantized): 0."""
-    scale = largest.float().clamp(min=SMALLEST_MAXIMUM) / highest
-    return torch.where(highest == 0, 0.0, scale) if isinstance(highest, Tensor) else scale
-
-
 def codes_of(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """As float32."""
     return (x.float() / scale).round_().clamp_(low, high)
 
 
-def _hash(position: Tensor, seed: int) -> Tensor:
-    """murmur3's finalizer of positions and a seed: 32 bits in int64; the same on any device, in any order."""
-    hashed = position * 0x9E3779B1 & _MASK ^ seed
-    hashed = (hashed ^ hashed >> 16) * 0x85EBCA6B & _MASK
-    hashed = (hashed ^ hashed >> 13) * 0xC2B2AE35 & _MASK
-    return hashed ^ hashed >> 16
-
-
-def uniform(position: Tensor, seed: int) -> Tensor:
-    """A number between 0 and 1 for each position (int64) and a seed below 2**32: float32, one of 2**16, odd / 2**17."""
-    return ((_hash(position, seed) >> 16).float() + 0.5) * 2**-16
-
-
-def _bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """Stochastically rounded bf16: 16 random bits are added to the low 16 bits, which are then cut off."""
-    rounded = (x.view(torch.int32) + random.int() & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
-
-
 # ---- tables
 
 
-def values_per_row(weight: Tensor) -> int:
-    """Of a weight; of int8 rows of an odd dim one more, which is 0."""
-    return weight.shape[1] - 2 if weight.dtype == torch.int8 else weight.shape[1]
-
-
-def read_rows(weight: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Rows of a weight, float32 [N, dim]."""
-    stored = weight.detach().index_select(0, rows)
-    if weight.dtype != torch.int8:
-        return stored.float()
-    return stored[:, :dim].float() * stored[:, -2:].contiguous().view(torch.bfloat16).float()
-
-
-def _int8_rows(values: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Values [N, dim] as int8 rows: codes on the scale max|row| / 127, rounded up to bf16, and that scale.
-
-    To the nearest code, or stochastically by `noise` from 0 to 1. NaN or infinite: codes 0 and a scale that is NaN or
-    infinite, so NaN comes back.
-    """
-    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
-    scale = scale_of(largest, 127)
-    finite = scale.isfinite()
-    up = torch.where(finite, scale.view(torch.int32) + 0xFFFF >> 16, torch.where(scale.isnan(), 0x7FC0, 0x7F80))
-    stored = up.to(torch.int16).view(torch.bfloat16)
-    codes = values / stored.float()
-    codes = codes.round() if noise is None else (codes + noise).floor()
-    codes = torch.where(finite, codes.clamp(-127, 127), 0.0).to(torch.int8)
-    padding = codes.new_zeros(len(codes), values.shape[1] % 2)
-    return torch.cat([codes, padding, stored.view(torch.int8)], 1)
-
-
-def encode_int8_rows(values: Tensor, out: Tensor) -> None:
-    out.copy_(_int8_rows(values))
-
-
 def lookup(
-    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Tensor, scale: Tensor | None, limits: Limits,
+    ids: Tensor, starts: Tensor, table_rows: Tensor, weight: Weight, scale: Tensor | None, limits: Limits,
     out: Tensor, rows_out: Tensor, clamped: Tensor | None = None, raising: bool = False, dirty: Tensor | None = None,
     dirty_starts: Tensor | None = None, block: int = 1, groups: GroupMap | None = None,
 ) -> int:  # fmt: skip
@@ -175,9 +125,9 @@ def add_rows_stochastic(
     new = read_rows(weight, rows, dim) + values * factor
     position = rows[:, None] * dim + torch.arange(dim, device=rows.device)
     if weight.dtype == torch.int8:
-        weight.index_copy_(0, rows, _int8_rows(new, uniform(position, seed)))
+        weight.index_copy_(0, rows, int8_rows(new, uniform(position, seed)))
     else:
-        weight.index_copy_(0, rows, _bf16_stochastic(new, _hash(position, seed) & 0xFFFF))
+        weight.index_copy_(0, rows, bf16_stochastic(new, hash_of(position, seed) & 0xFFFF))
     if ranges is not None:
         raise_scales(rows, weight, ranges)
     return weight
@@ -197,7 +147,7 @@ def raise_groups(group: Tensor, largest: Tensor, scale: Tensor, highest: int, gr
         scale.scatter_reduce_(0, group, needed, "amax")
 
 
-def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
+def raise_scales(rows: Tensor, weight: Weight, ranges: TableRanges) -> None:
     starts, scale, highest, groups = ranges
     if len(rows):
         largest = read_rows(weight, rows, values_per_row(weight)).abs().amax(1)
@@ -209,7 +159,7 @@ def raise_scales(rows: Tensor, weight: Tensor, ranges: TableRanges) -> None:
         scale.scatter_reduce_(0, table, scale_of(largest, highest), "amax")
 
 
-def blocks_max(table: Tensor, block: int, dirty: Tensor, maxima: Tensor) -> float:
+def blocks_max(table: Weight, block: int, dirty: Tensor, maxima: Tensor) -> float:
     within = torch.arange(block, device=table.device)
     for chunk in dirty.nonzero()[:, 0].split(_CHUNK // block):
         # The last block may be short: its last row is repeated for those that are missing.
@@ -290,7 +240,7 @@ def cast_blocks(
 ) -> Tensor:  # fmt: skip
     z = _z(x, blocks, residual)
     stochastic = seed is not None and dtype == torch.bfloat16
-    cast = _bf16_stochastic(z, _hash(blocks.key, seed or 0) >> 16) if stochastic else z.to(dtype)
+    cast = bf16_stochastic(z, hash_of(blocks.key, seed or 0) >> 16) if stochastic else z.to(dtype)
     if residual is not None:
         residual[blocks.key] = torch.zeros_like(z) if dtype == torch.float32 else z - cast.float()  # avoids inf - inf
     return cast if out is None else out.copy_(cast)
@@ -387,7 +337,7 @@ def decode_rows(
     ids = torch.zeros(count, 4, dtype=torch.uint8, device=device)
     end = at + int((counts * widths).sum())
     ids[_kept(widths)[table]] = message[at:end]
-    rows = (ids.view(torch.int32)[:, 0].to(torch.int64) & _MASK) + bounds[table]
+    rows = (ids.view(torch.int32)[:, 0].to(torch.int64) & MASK) + bounds[table]
     blocks, scale, stored = Blocks.of_rows(counts, dim, per_row), None, message[end + -end % 4 :]
     if bits:
         scale, stored = stored[: 4 * len(blocks)].view(torch.float32), stored[4 * len(blocks) :]

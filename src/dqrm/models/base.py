@@ -22,7 +22,7 @@ from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mlp import QuantMLP
-from dqrm.quant.storage import FP32, storage_for, storage_of
+from dqrm.quant.storage import FP32, Storage, storage_for, storage_of
 
 # Table values drawn at a time; a piece stays in the processor's cache for all three passes over it.
 _PIECE = 1 << 18
@@ -81,7 +81,7 @@ def build_tables(
     config: ModelConfig,
     qat: QATConfig,
     multi: Sequence[bool] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | type[Storage] = torch.float32,
     weight: Tensor | None = None,
 ) -> QuantEmbeddingBagCollection:
     """Tables to be trained.
@@ -89,8 +89,8 @@ def build_tables(
     Args:
         table_rows: rows of each table, single-valued columns first.
         multi: for each table, whether its column is multi-valued (a bag of ids per sample); default: none is.
-        dtype: of the master weights: torch.float32; torch.bfloat16 for half the memory, or torch.int8 for a quarter
-            (`Int8Rows`).
+        dtype: of the master weights: torch.float32; torch.bfloat16 for half the memory, torch.int8 for a quarter
+            (`Int8Rows`), torch.int4 for a sixth (`TieredRows`); or a `Storage`.
         weight: the initial weights [sum(table_rows), embedding_dim], not copied; default: drawn later.
     """
     return QuantEmbeddingBagCollection(
@@ -138,7 +138,7 @@ class ClickModel(nn.Module, ABC):
         qat: QATConfig | None = None,
         seed: int = 0,
         precision: str = "fp32",
-        table_dtype: torch.dtype = torch.float32,
+        table_dtype: torch.dtype | type[Storage] = torch.float32,
     ) -> None:
         super().__init__()
         config, qat = config or self.default_config(), qat or QATConfig()

@@ -57,14 +57,14 @@ def build_model(
         given, multi = build_tables(table_rows, config.model, config.quantization, multi, weight=table_weight), None
     return kind(
         num_dense, given, multi=multi, config=config.model, qat=config.quantization, seed=training.seed,
-        precision=training.precision, table_dtype=table_storage(config).dtype,
+        precision=training.precision, table_dtype=table_storage(config),
     )  # fmt: skip
 
 
 def table_storage(config: Config) -> type[Storage]:
     """How the tables' master weights are stored."""
     storage: type[Storage] = registered(config.training.table_dtype, STORAGES)
-    return storage
+    return storage.with_hot_rows(config.training.hot_rows)
 
 
 # Models as the header of an artifact describes them.

@@ -32,10 +32,14 @@ where it is."""
 _OURS = frozenset(QUANTIZERS), frozenset(ACTIVATION_QUANTIZERS)
 _LEARNING = frozenset({"lsq"}), frozenset({"pact"})
 
+HOT_ROWS = 0.025
+"""Of a table stored in two tiers, the share of rows in the finer one, where nothing else is said."""
+
 STORAGES: dict[str, Any] = {
     "fp32": "dqrm.quant.storage.FP32",
     "bf16": "dqrm.quant.storage.BF16",
     "int8": "dqrm.quant.storage.INT8",
+    "int4": "dqrm.quant.storage.INT4",
 }
 """What a TrainingConfig can name as `table_dtype`: a subclass of `quant.storage.Storage`, or where it is."""
 

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from dqrm import kernels
 from dqrm.quant.clamping import Clamps
 from dqrm.quant.config import QATConfig, take_qat
+from dqrm.quant.encoded_rows import EncodedRows
 from dqrm.quant.groups import Groups
-from dqrm.quant.int8_rows import Int8Rows
 from dqrm.quant.quantizer import FakeQuantized, LookupArguments
-from dqrm.quant.storage import new_weight, storage_of
+from dqrm.quant.storage import Encoded, Storage, new_weight, storage_for, storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
@@ -41,7 +41,7 @@ class _ActiveRows(torch.autograd.Function):
         ctx: Any, weight: Tensor, lookups: list[_Lookup], scale: Tensor | None, groups: kernels.GroupMap | None,
         limits: kernels.Limits, blocks: Any, clamped: Tensor | None, raising: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        memory = storage_of(weight).memory(weight)
+        memory = storage_of(weight).operand(weight)
         count = sum(lookup.ids.numel() for lookup in lookups)
         values = torch.empty(count, weight.shape[1], device=weight.device)
         rows = torch.empty(count, dtype=torch.int64, device=weight.device)
@@ -86,7 +86,7 @@ def refuse_unsupported(module: Any) -> None:
 
 def refuse_tracing(weight: Tensor) -> None:
     """Raise NotImplementedError while a module whose table is stored as INT8 rows is traced."""
-    if kernels.traced() and isinstance(weight, Int8Rows):
+    if kernels.traced() and isinstance(weight, EncodedRows):
         raise NotImplementedError(
             "a table stored as INT8 rows cannot be traced (torch.compile, torch.export, torch.jit.trace); trace it "
             "after dqrm.convert, or with 32 bits, which are not packed, load its state dict into a module on float32"
@@ -157,14 +157,17 @@ class _OneTable(QuantizedTables):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         qat = take_qat(kwargs)
-        dtype = kwargs.get("dtype") or torch.float32
-        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype is torch.int8):
+        given, dtype, drawn = kwargs.get("_weight"), kwargs.get("dtype") or torch.float32, False
+        storage = storage_for(dtype) if isinstance(dtype, (torch.dtype, type)) else Storage
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if not floating and not issubclass(storage, Encoded):
             raise ValueError(f"dtype is {dtype!r}, expected a floating-point dtype, or torch.int8 for INT8 rows")
-        given, drawn = kwargs.get("_weight"), False
-        if dtype is torch.int8 and not isinstance(given, Int8Rows):
+        if issubclass(storage, Encoded):
             drawn = given is None
-            empty = (num_embeddings, embedding_dim, kwargs.get("device"))
-            kwargs["_weight"] = Int8Rows.empty(*empty) if given is None else Int8Rows.encode(given)
+            if given is None:
+                kwargs["_weight"] = storage.empty(num_embeddings, embedding_dim, kwargs.get("device"))
+            elif storage_of(given).dtype != storage.dtype:  # torch's modules would leave it as it is
+                kwargs["_weight"] = storage.encode(given.dequantize() if isinstance(given, EncodedRows) else given)
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         if drawn:
             self.reset_parameters()  # type: ignore[operator]
@@ -179,7 +182,7 @@ class _OneTable(QuantizedTables):
 
     @torch.no_grad()
     def _fill_padding_idx_with_zero(self) -> None:
-        if self.padding_idx is not None:  # torch's fills a view of the row, which int8 rows do not have
+        if self.padding_idx is not None:  # torch's fills a view of the row, which encoded rows do not have
             self.weight[self.padding_idx : self.padding_idx + 1].zero_()
 
     def _rows(self, ids: Tensor) -> Tensor:
@@ -211,7 +214,8 @@ class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
-        dtype: as of `nn.Embedding`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
+        dtype: as of `nn.Embedding`; or torch.int8 or torch.int4, which store the table in 8 bits (`Int8Rows`) or 4
+            (`TieredRows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -227,7 +231,8 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
-        dtype: as of `nn.EmbeddingBag`; or torch.int8, which stores the table in 8 bits (`Int8Rows`).
+        dtype: as of `nn.EmbeddingBag`; or torch.int8 or torch.int4, which store the table in 8 bits (`Int8Rows`) or 4
+            (`TieredRows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -238,7 +243,7 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
         # Ids [B, L] together with include_last_offset: torch 2.9 reads past the end; `pool` works around it.
         if (
             self.bits == 32
-            and not isinstance(self.weight, Int8Rows)
+            and not isinstance(self.weight, EncodedRows)
             and (offsets is not None or not self.include_last_offset)
         ):
             return super().forward(input, offsets, per_sample_weights)
@@ -263,7 +268,8 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
         sparse: whether `weight.grad` is sparse; a dense one costs a second copy of all tables.
         _weight: the initial weight [sum(table_rows), embedding_dim], not copied; default: as `reset_parameters`.
-        dtype: of the weight: torch.float32, torch.bfloat16, or torch.int8 (`Int8Rows`); `_weight` has its own.
+        dtype: of the weight: torch.float32, torch.bfloat16, torch.int8 (`Int8Rows`) or torch.int4 (`TieredRows`), or a
+            `Storage`; `_weight` has its own.
 
     Raises:
         ValueError: a table without rows, single-valued tables after multi-valued ones, an unknown pooling or bits, or
@@ -278,7 +284,7 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         multi: Sequence[bool] | None = None,
         pooling: str = "sum",
         sparse: bool = True,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | type[Storage] = torch.float32,
         _weight: Tensor | None = None,
         **options: Any,
     ) -> None:

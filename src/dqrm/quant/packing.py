@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dqrm.kernels import plain
-from dqrm.quant.int8_rows import Int8Rows
+from dqrm.quant.encoded_rows import EncodedRows
 from dqrm.quant.uniform import check_dtype, quantize
 
 PACKED_BITS = (2, 4, 8)
@@ -81,9 +81,9 @@ _CHUNK = 1 << 22
 
 
 def pieces(table: Tensor) -> Iterator[Tensor]:
-    """A table [rows, dim] in views of some megabytes, at least one; of int8 rows in float32 copies."""
+    """A table [rows, dim] in views of some megabytes, at least one; of encoded rows in float32 copies."""
     for piece in table.split(max(1, _CHUNK // max(1, table.shape[1]))):
-        yield piece.dequantize() if isinstance(piece, Int8Rows) else piece
+        yield piece.dequantize() if isinstance(piece, EncodedRows) else piece
 
 
 class TableScales(NamedTuple):

@@ -65,7 +65,7 @@ class BlockMaxima:
     def table_max(self, number: int, table: Tensor) -> float:
         """max|table| of table `number`, exact."""
         part = slice(self._bounds[number], self._bounds[number + 1])
-        return kernels.blocks_max(storage_of(table).memory(table), self.block, self.dirty[part], self.maxima[part])
+        return kernels.blocks_max(storage_of(table).operand(table), self.block, self.dirty[part], self.maxima[part])
 
     def largest(self, number: int, table: Tensor, rows: int) -> Tensor:
         """max|.| of each `rows` rows, a power of 2, of table `number`, exact: float32 [ceil(len(table) / rows)]."""

@@ -4,14 +4,19 @@ A storage is a dtype with these operations. To add one: subclass `Storage` and e
 is then a `table_dtype`, and modules and optimizers take weights that are stored so.
 """
 
+from functools import cache
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dqrm import kernels
-from dqrm.kernels import TableRanges
-from dqrm.quant.config import STORAGES, registered
+from dqrm.kernels import TableRanges, Weight
+from dqrm.quant.config import HOT_ROWS, STORAGES, registered
+from dqrm.quant.encoded_rows import EncodedRows
 from dqrm.quant.int8_rows import Int8Rows, row_width
+from dqrm.quant.tiered_rows import TieredRows, slots_for, words_for
 
 # Rows per block of the largest magnitude of int8 rows.
 _BLOCK = 1 << 10
@@ -43,19 +48,51 @@ class Storage:
         return torch.empty(rows, dim, dtype=cls.dtype, device=device)
 
     @classmethod
-    def row_bytes(cls, dim: int) -> int:
-        """Bytes of a row of `dim` values."""
-        return cls.dtype.itemsize * dim
+    def encode(cls, values: Tensor) -> Tensor:
+        """Floating-point values [R, dim], rounded to what is nearest."""
+        rows, dim = values.shape
+        made = cls.empty(rows, dim, values.device)
+        made.copy_(values)
+        return made
+
+    @classmethod
+    def with_hot_rows(cls, hot_rows: float) -> "type[Storage]":
+        """This storage with at most such a share of the rows in its finer tier; itself, if it has no tiers."""
+        return cls
+
+    @classmethod
+    def layout(cls, rows: int, dim: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `memory`."""
+        return (rows, dim), cls.dtype
+
+    @classmethod
+    def memory_bytes(cls, rows: int, dim: int) -> int:
+        """Bytes of `memory`."""
+        shape, dtype = cls.layout(rows, dim)
+        return prod(shape) * dtype.itemsize
 
     @staticmethod
     def memory(weight: Tensor) -> Tensor:
-        """The plain tensor that holds a weight: what kernels, files and collectives take."""
+        """The plain tensor that holds a weight: what files and collectives take."""
         return weight.detach()
 
     @staticmethod
-    def of_memory(memory: Tensor, dim: int) -> Tensor:
-        """The inverse: the weight of `dim` values per row that such a tensor holds, not copied."""
+    def of_memory(memory: Tensor, rows: int, dim: int) -> Tensor:
+        """The inverse: the weight [rows, dim] that such a tensor holds, not copied.
+
+        Raises:
+            ValueError: it does not hold one.
+        """
         return memory
+
+    @staticmethod
+    def check(weight: Tensor) -> None:
+        """Raise ValueError where memory that was filled from a file holds no weight."""
+
+    @classmethod
+    def operand(cls, weight: Tensor) -> Weight:
+        """What kernels take: a weight's rows, or those of a slice."""
+        return cls.memory(weight)
 
     @staticmethod
     def read(weight: Tensor) -> Tensor:
@@ -77,7 +114,14 @@ class Storage:
     @classmethod
     def raise_scales(cls, weight: Tensor, rows: Tensor, ranges: TableRanges) -> None:
         """Raise the scales of tables in the weight, in place, to what its rows int64 [N] need."""
-        kernels.raise_scales(rows, cls.memory(weight), ranges)
+        kernels.raise_scales(rows, cls.operand(weight), ranges)
+
+    @classmethod
+    def update(
+        cls, weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None
+    ) -> tuple[bool, Tensor | None]:
+        """As `add`; also returns the other rows that it changed, int64 [M], if it may change others."""
+        return cls.add(weight, rows, values, factor, seed, ranges), None
 
     @staticmethod
     def add(weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None) -> bool:
@@ -121,25 +165,20 @@ class BF16(Storage):
         return ranges is not None
 
 
-class INT8(Storage):
-    """INT8 codes with a scale per row (`Int8Rows`), a quarter of the memory; updates round stochastically."""
+class Encoded(Storage):
+    """Base of storages in codes (`EncodedRows`); updates round stochastically."""
 
-    dtype = torch.int8
     rounds = True
-    row_bytes = staticmethod(row_width)
-
-    @classmethod
-    def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-        return Int8Rows.empty(rows, dim, device)
-
-    @staticmethod
-    def of_memory(memory: Tensor, dim: int) -> Tensor:
-        return Int8Rows(memory, dim)
 
     @staticmethod
     def memory(weight: Tensor) -> Tensor:
-        assert isinstance(weight, Int8Rows)
+        assert isinstance(weight, EncodedRows)
         return weight.stored
+
+    @classmethod
+    def operand(cls, weight: Tensor) -> Weight:
+        assert isinstance(weight, EncodedRows)
+        return weight.operand
 
     @staticmethod
     def read(weight: Tensor) -> Tensor:
@@ -151,22 +190,101 @@ class INT8(Storage):
         blocks = -(-len(weight) // _BLOCK)
         dirty = torch.ones(blocks, dtype=torch.uint8, device=weight.device)
         maxima = torch.zeros(blocks, device=weight.device)
-        return torch.tensor(kernels.blocks_max(cls.memory(weight), _BLOCK, dirty, maxima), device=weight.device)
+        return torch.tensor(kernels.blocks_max(cls.operand(weight), _BLOCK, dirty, maxima), device=weight.device)
 
     @classmethod
     def add(
         cls, weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None
     ) -> bool:
-        """Each row is decoded, added to, and encoded again on the scale that it then needs (`add_rows_stochastic`)."""
+        """Each row is decoded, added to, and encoded again on the scale that it then needs."""
+        return cls.update(weight, rows, values, factor, seed, ranges)[0]
+
+
+class INT8(Encoded):
+    """INT8 codes with a scale per row (`Int8Rows`), a quarter of the memory."""
+
+    dtype = torch.int8
+
+    @classmethod
+    def layout(cls, rows: int, dim: int) -> tuple[tuple[int, ...], torch.dtype]:
+        return (rows, row_width(dim)), torch.int8
+
+    @classmethod
+    def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+        return Int8Rows.empty(rows, dim, device)
+
+    @staticmethod
+    def of_memory(memory: Tensor, rows: int, dim: int) -> Tensor:
+        return Int8Rows(memory, dim)
+
+    @classmethod
+    def update(
+        cls, weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None
+    ) -> tuple[bool, Tensor | None]:
+        """See `add_rows_stochastic`."""
         if values.shape != (len(rows), weight.shape[1]):  # the stored rows may be one byte longer
             raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {weight.shape[1]}]")
         kernels.add_rows_stochastic(cls.memory(weight), rows, values, factor, seed, ranges)
         torch.autograd.graph.increment_version(weight)
-        return ranges is not None
+        return ranges is not None, None
 
 
-def storage_for(dtype: torch.dtype) -> type[Storage]:
-    """The registered storage of a dtype; of one that is not registered, the base, which can only be read."""
+class INT4(Encoded):
+    """INT4 codes with a scale per row, and INT8 codes for the rows that are updated most often (`TieredRows`)."""
+
+    dtype = torch.int4  # type: ignore[attr-defined]
+    hot_rows = HOT_ROWS
+
+    @classmethod
+    def with_hot_rows(cls, hot_rows: float) -> "type[Storage]":
+        return _sharing(hot_rows)
+
+    @classmethod
+    def layout(cls, rows: int, dim: int) -> tuple[tuple[int, ...], torch.dtype]:
+        return (words_for(rows, dim, slots_for(rows, cls.hot_rows)),), torch.int32
+
+    @classmethod
+    def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+        return TieredRows.empty(rows, dim, device, cls.hot_rows)
+
+    @staticmethod
+    def of_memory(memory: Tensor, rows: int, dim: int) -> Tensor:
+        return TieredRows(memory, rows, dim)
+
+    @staticmethod
+    def check(weight: Tensor) -> None:
+        assert isinstance(weight, TieredRows)
+        weight.check()
+
+    @classmethod
+    def update(
+        cls, weight: Tensor, rows: Tensor, values: Tensor, factor: float, seed: int, ranges: TableRanges | None
+    ) -> tuple[bool, Tensor | None]:
+        """See `update_tiers`; the other rows are those that lost their place in the finer tier.
+
+        Raises:
+            ValueError: the weight is a slice.
+        """
+        assert isinstance(weight, TieredRows)
+        if not weight.whole:
+            raise ValueError(f"{len(weight)} rows of a table stored as INT4 rows are updated alone, expected all of it")
+        moved = kernels.update_tiers(weight.operand, rows, values, factor, seed, ranges)
+        torch.autograd.graph.increment_version(weight)
+        return ranges is not None, moved
+
+
+@cache
+def _sharing(hot_rows: float) -> type[INT4]:
+    return INT4 if hot_rows == HOT_ROWS else type("INT4", (INT4,), {"hot_rows": hot_rows, "__doc__": INT4.__doc__})
+
+
+def storage_for(dtype: torch.dtype | type[Storage]) -> type[Storage]:
+    """The registered storage of a dtype; of one that is not registered, the base, which can only be read.
+
+    A storage is its own.
+    """
+    if isinstance(dtype, type):
+        return dtype
     for name in STORAGES:
         storage: type[Storage] = registered(name, STORAGES)
         if storage.dtype == dtype:
@@ -174,7 +292,7 @@ def storage_for(dtype: torch.dtype) -> type[Storage]:
     return Storage
 
 
-def new_weight(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
+def new_weight(rows: int, dim: int, dtype: torch.dtype | type[Storage]) -> Tensor:
     """An uninitialized weight [rows, dim] in the registered storage of a dtype.
 
     Raises:
@@ -192,8 +310,8 @@ def _known() -> str:
 
 def storage_of(weight: Tensor) -> type[Storage]:
     """The storage of a weight."""
-    if isinstance(weight, Int8Rows):
-        return INT8
+    if isinstance(weight, EncodedRows):
+        return INT8 if isinstance(weight, Int8Rows) else INT4
     return Storage if weight.dtype == torch.int8 else storage_for(weight.dtype)  # int8 alone is no weight, but codes
 
 

@@ -33,6 +33,6 @@ def describe_table_bytes(found: TableBytes, config: Config, weights: int) -> str
         f"({found['weights'] / each:.3g} bytes per weight), {config.optimizer.rule} state "
         f"{found['optimizer'] / 1e6:,.1f} MB ({found['optimizer'] / each:.3g})"
     )
-    if config.training.table_dtype == "int8" and found["optimizer"] > found["weights"]:
+    if config.training.table_dtype in ("int8", "int4") and found["optimizer"] > found["weights"]:
         text += "; rowwise_adagrad keeps 4 bytes per row, sgd none"
     return text

@@ -255,7 +255,7 @@ class Run:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             rows = sum(column["rows"] for column in data["columns"])
-            need = rows * table_storage(config).row_bytes(config.model.embedding_dim) / 1e9
+            need = table_storage(config).memory_bytes(rows, config.model.embedding_dim) / 1e9
             raise UserError(
                 f"the model does not fit in memory: its {rows:,} table rows need {need:,.1f} GB, and its other layers "
                 f"come on top ({MODELS[config.model.model].describe(config.model)})"
@@ -297,14 +297,18 @@ class Run:
             return model.eval(), state
         memory, data = mapped_tensor(checkpoint, "tables.weight"), self.info["data"]
         dim, storage = self.config.model.embedding_dim, table_storage(self.config)
-        width = storage.memory(storage.empty(0, dim)).shape[1]
-        expected = [sum(column["rows"] for column in data["columns"]), width]
-        if (list(memory.shape), memory.dtype) != (expected, storage.dtype):
+        rows = sum(column["rows"] for column in data["columns"])
+        expected, dtype = storage.layout(rows, dim)
+        if (memory.shape, memory.dtype) != (expected, dtype):
             raise UserError(
-                f"{checkpoint}: the tables are {list(memory.shape)} {memory.dtype}, but the run's are {expected} "
-                f"{storage.dtype}"
+                f"{checkpoint}: the tables are {list(memory.shape)} {memory.dtype}, but the run's are {list(expected)} "
+                f"{dtype}"
             )
-        model = self.new_model(storage.of_memory(memory, dim))
+        try:
+            table_weight = storage.of_memory(memory, rows, dim)
+        except ValueError as error:
+            raise UserError(f"{checkpoint} is damaged: {error}") from None
+        model = self.new_model(table_weight)
         load_weights(checkpoint, model, skip="tables.weight")
         return model.eval(), state
 

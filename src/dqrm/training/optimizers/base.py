@@ -79,8 +79,11 @@ class SparseOptimizer(Optimizer):
             seed = (self.seed * 0x9E3779B1 + int(steps) * 0x85EBCA77) % 2**32
         quantizer = None if self.tables is None else self.tables.weight_fake_quantizer
         ranges = None if quantizer is None else quantizer.ranges_to_raise(weight)
-        if storage.add(weight, rows, values, factor, seed, ranges) and quantizer is not None:
+        raised, others = storage.update(weight, rows, values, factor, seed, ranges)
+        if raised and quantizer is not None:
             quantizer.raised(weight)
+        if self.tables is not None and others is not None and len(others):
+            self.tables.rows_changed(torch.cat([rows, others]))
 
     @overload
     def step(self, closure: None = None) -> None: ...
