@@ -103,31 +103,6 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
     assert Config.load(file, {"bits": "2", "table_bits": "16"}).quantization.effective_table_bits == 16
 
 
-@pytest.mark.parametrize(("in_file", "overrides", "periods"), [
-    ({"scale_period": 5}, {"scale_refresh": "running_max"}, (None, 10_000)),
-    ({"scale_period": 5}, {"scale_refresh": "periodic"}, (5, None)),
-    ({"scale_period": 5}, {"scale_refresh": "running_max", "rescan_period": "9"}, (None, 9)),
-    ({"rescan_period": 9}, {"scale_refresh": "periodic", "bits": "8"}, (200, None)),
-    ({"rescan_period": 9}, {"scale_refresh": "none"}, (None, 9)),
-])  # fmt: skip
-def test_the_flag_scale_refresh_leaves_out_the_files_period_of_the_other_rule(tmp_path, in_file, overrides, periods):
-    file = tmp_path / "c.yaml"
-    file.write_text(json.dumps({"quantization": in_file}))
-    config = Config.load(file, overrides).quantization
-    assert (config.scale_period, config.rescan_period) == periods
-
-
-@pytest.mark.parametrize(("overrides", "message"), [
-    ({"scale_period": "5"}, "quantization: scale_period is 5, but scale_refresh is 'running_max', which has no such"),
-    ({"scale_refresh": "periodic", "rescan_period": "9"}, "rescan_period is 9, but scale_refresh is 'periodic'"),
-])  # fmt: skip
-def test_a_period_without_effect_is_refused(tmp_path, overrides, message):
-    file = tmp_path / "c.yaml"
-    file.write_text("quantization:\n  scale_refresh: running_max\n")
-    with pytest.raises(UserError, match=message):
-        Config.load(file, overrides)
-
-
 @pytest.mark.parametrize(("overrides", "small"), [
     ({"bits": "2"}, (None, None)),
     ({"bits": "2", "small_table_bits": "16"}, (16, 50)),  # the file's rows are not lost

@@ -334,8 +334,7 @@ class Config:
         """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
 
         Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file too, unless they are given;
-        with 32 also table_granularity and table_qscheme. Overriding `scale_refresh` leaves out the file's period of the
-        other rule. Callbacks with a '+' are added to those of the file.
+        with 32 also table_granularity and table_qscheme. Callbacks with a '+' are added to those of the file.
 
         Raises:
             UserError: as `from_dict`; or the file cannot be read.

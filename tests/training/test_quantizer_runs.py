@@ -48,9 +48,7 @@ CASES = pytest.mark.parametrize("name", OPTIONS)
 
 def config(name, **training):
     base = tiny(optimizer="rowwise_adagrad", max_steps=30, **training)
-    options = OPTIONS[name]
-    periodic = "scale_period" in options or options.get("scale_refresh") == "periodic"
-    return replace(base, quantization=dqrm.QATConfig(**({} if periodic else {"rescan_period": 7}), **options))
+    return replace(base, quantization=dqrm.QATConfig(**{"rescan_period": 7, **OPTIONS[name]}))
 
 
 @CASES
