@@ -41,6 +41,7 @@ def train_and_die(folder: Path, options: argparse.Namespace) -> None:
     overrides: dict[str, Any] = {
         "embedding_dim": ARCH.embedding_dim, "bottom_mlp": list(ARCH.bottom_mlp), "top_mlp": list(ARCH.top_mlp),
         "bits": 4, "table_dtype": "int8", "optimizer": "rowwise_adagrad", "batch_size": options.batch_size,
+        "shuffle": "block",
         "epochs": 1, "patience": 0, "callbacks": [], "checkpoint_every": half, "checkpoint_minutes": 0.0,
         "log_every": 0,
     }  # fmt: skip

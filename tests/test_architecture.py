@@ -20,6 +20,7 @@ ALLOWED = {
     "export": {"training", "models", "quant", "data"} | BASE,
     "serving": {"export", "training", "models", "quant", "data"} | BASE,
     "bench": {"distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
+    "daily": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
     "studies": {"serving", "export", "training", "models", "quant", "data", "console", "process"} | BASE,
 }
 

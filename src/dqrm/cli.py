@@ -6,6 +6,8 @@ Nothing heavy is imported before a verb needs it.
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,19 @@ import click
 from dqrm import __version__
 from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
 from dqrm.config import SECTIONS, Config, ExchangeConfig
+from dqrm.daily.config import DailyConfig, Recipe
 from dqrm.data.config import PrepareConfig
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.distributed import launched
 from dqrm.errors import UserError
 from dqrm.export.config import ExportConfig, PTQConfig
-from dqrm.flags import ExportCommand, GroupedCommand, config_options, given
+from dqrm.flags import ExportCommand, GroupedCommand, config_options, given, training_config
 from dqrm.options import build, field_types, read_yaml
 from dqrm.process import STOPPED, run_command
 from dqrm.serving.config import PredictConfig
 
 _HEADINGS = {"model": "Model", "quantization": "Quantization", "optimizer": "Optimizer", "training": "Training",
              "exchange": "Exchange between ranks"}  # fmt: skip
-# Magnitude of dense values above which `prepare` warns that training will hardly work.
-TOO_WIDE = 1e4
-# Mean weight of the rows (or one over it) above which it warns that the learning rate is not what it seems.
-FAR_FROM_1 = 5
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 _exported = click.option(
     "-o", "--output", required=True, help="The file to write; its suffix says in which format (below)."
@@ -49,7 +48,7 @@ def cli() -> None:
 
 
 @cli.command(cls=GroupedCommand)
-@click.option("-o", "--output", required=True, help="The log file to write.")
+@click.option("-o", "--output", required=True, help="The log file to write; with --days the folder.")
 @config_options(("Generated data", GenerateConfig))
 def generate(output: str, **flags: Any) -> None:
     """Draw a click log in Criteo's layout from a known model."""
@@ -69,25 +68,21 @@ def generate(output: str, **flags: Any) -> None:
 @_json
 @config_options(("What is in the log, and how it becomes a dataset", PrepareConfig))
 def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
-    """Turn raw click logs (files, folders, globs; - is standard input) into a dataset folder."""
-    from dqrm.console import bars, messages, print_json
+    """Turn raw click logs into a dataset folder.
+
+    SOURCES are files, folders and globs; - is standard input, a folder may be a Delta Lake table, and hf:NAME (or
+    hf:FOLDER) is a Hugging Face dataset.
+    """
+    from dqrm.console import bars, print_json
+    from dqrm.data.extension import prepare_config
     from dqrm.data.prepare import prepare as run
-    from dqrm.info import print_dataset
+    from dqrm.info import print_dataset, warn_of_data
 
     fields = read_yaml(config_file) if config_file else {}
-    config = build(PrepareConfig, fields | given(flags), config_file or "prepare")
+    config = prepare_config(fields | given(flags), config_file or "prepare")
     with bars(quiet=as_json) as progress:
         dataset = run(sources, output, config, progress=progress)
-    for name, value in dataset.wide(above=TOO_WIDE).items():
-        messages.print(
-            f"Warning: dense column {name} holds values up to {value:.3g}, with which training is likely to diverge; "
-            "use --dense-transform log1p, or leave it out if it is a time or an id"
-        )
-    if (mean := dataset.mean_weight) is not None and not 1 / FAR_FROM_1 <= mean <= FAR_FROM_1:
-        messages.print(
-            f"Warning: the mean weight of the training rows is {mean:.3g}, which scales loss and gradients as much; "
-            "divide the weights by it, or choose --learning-rate for it"
-        )
+    warn_of_data(dataset)
     if as_json:
         print_json(dataset.describe())
     else:
@@ -98,6 +93,18 @@ def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_j
 @click.argument("data", required=False)
 @click.option("-o", "--output", help="The run folder to make.")
 @click.option("--resume", "resumed", metavar="RUN", help="Continue this run where its newest checkpoint stands.")
+@click.option(
+    "--from",
+    "start_from",
+    metavar="RUN",
+    help="Start from this finished run, on its data or on data that "
+    "extends it (prepare --extend): its rows, layers and optimizer state; 1 epoch unless --epochs says.",
+)
+@click.option(
+    "--carry",
+    type=click.Choice(["all", "mlp"]),
+    help="With --from: take over all of it, or all but the tables.  [default: all]",
+)
 @click.option("--config", "config_file", help="A YAML file with any of the fields below; flags override it.")
 @_verify
 @_json
@@ -106,6 +113,8 @@ def train(
     data: str | None,
     output: str | None,
     resumed: str | None,
+    start_from: str | None,
+    carry: str | None,
     config_file: str | None,
     verify: bool,
     as_json: bool,
@@ -116,7 +125,8 @@ def train(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def load() -> Config:
-        return _training_config(data, output, resumed, config_file, given(flags))
+        start = given({"from": start_from, "carry": carry})
+        return training_config(data, output, resumed, config_file, given(flags), start)
 
     try:
         wait = load().exchange.exchange_timeout
@@ -141,7 +151,8 @@ def train(
             if dataset is None or resumed:
                 summary = continue_run(run, dataset, progress, progress.log, verify)
             else:
-                summary = start_run(dataset, run, config, progress, progress.log, verify)
+                started: Any = {"start_from": start_from, "carry": carry or "all"}
+                summary = start_run(dataset, run, config, progress, progress.log, verify, **started)
         except (Interrupted, KeyboardInterrupt) as stop:
             exactly = isinstance(stop, Interrupted)  # else before the first step, after the last, or the second time
             if not exactly and not (world.first and (Path(run) / "run.json").exists()):
@@ -154,20 +165,6 @@ def train(
         print_json(summary)
     elif world.first:
         print_summary(Path(run), summary)
-
-
-def _training_config(
-    data: str | None, output: str | None, resumed: str | None, config_file: str | None, overrides: dict[str, Any]
-) -> Config:
-    """The configuration of a new run; of one that is resumed, the defaults, which are not used."""
-    if resumed is not None:
-        extra = [f"--{name.replace('_', '-')}" for name in overrides]
-        extra += ["--config"] * bool(config_file) + ["-o"] * bool(output)
-        if extra:
-            raise UserError(f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}")
-    elif data is None or output is None:
-        raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
-    return Config.load(config_file, overrides)
 
 
 @cli.command(cls=ExportCommand, short_help="Write the model of a run as a packed file, and check it.")
@@ -295,20 +292,53 @@ def info(path: str, verify: bool, as_json: bool) -> None:
         print_description(path, verify)
 
 
+@cli.command(cls=GroupedCommand, short_help="Train a model a day, each from the one before, and publish it.")
+@click.argument("config_file", metavar="CONFIG")
+@click.argument("logs", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, help="The folder to make, or to go on with.")
+@_json
+@config_options(("What is kept and published", DailyConfig))
+def daily(config_file: str, logs: tuple[str, ...], output: str, as_json: bool, **flags: Any) -> None:
+    """Train a model on each day of LOGS that is not done ('logs/dt=*': a file or a folder for each), in the order of
+    their names: prepare (the vocabulary grows), evaluate the published model on the day, train from it, export, and
+    publish as OUTPUT/current.dqrm. CONFIG is a YAML file with the fields of prepare and the sections of train."""
+    config = build(DailyConfig, given(flags), "daily")
+
+    from dqrm.console import bars, print_json
+    from dqrm.daily.pipeline import run_daily
+    from dqrm.daily.report import print_days
+
+    with _stopping("Stopped; the same command continues where it stands."), bars(quiet=as_json) as progress:
+        lines = run_daily(Recipe.read(config_file), logs, output, config, progress, progress.log)
+    current = str(Path(output) / "current.dqrm")
+    if as_json:
+        print_json({"days": lines, "current": current})
+    else:
+        print_days(lines, current)
+
+
 @cli.command(cls=GroupedCommand, short_help="Generate a log, train in INT4 and in FP32, and compare.")
 @click.option("-o", "--output", default="demo", show_default=True, help="Folder for the log, the dataset and the runs.")
 @_json
 def demo(output: str, as_json: bool) -> None:
     """Generate a click log, train a DLRM by the default recipe in INT4 and FP32 and by the DQRM paper's in FP32, and
     compare them."""
-    from dqrm.console import messages
     from dqrm.studies.demo import run_demo
+
+    with _stopping("Stopped; the next `dqrm demo` starts again."):
+        run_demo(Path(output), as_json)
+
+
+@contextmanager
+def _stopping(told: str) -> Iterator[None]:
+    """End the process with a sentence where Ctrl-C or SIGTERM stopped what is inside."""
+    from dqrm.console import messages
     from dqrm.training.launch import Interrupted
 
     try:
-        run_demo(Path(output), as_json)
+        yield
     except (Interrupted, KeyboardInterrupt):
-        messages.print("Stopped; the next `dqrm demo` starts again.")
+        messages.print(told)
         sys.exit(STOPPED)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import click
 
+from dqrm.config import Config
 from dqrm.errors import UserError
 from dqrm.export.formats import formats
 from dqrm.options import field_help, field_types
@@ -98,6 +99,27 @@ def config_options(*sections: tuple[str, type]) -> Callable[[Any], Any]:
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as {field name: text or bool}."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def training_config(
+    data: str | None,
+    output: str | None,
+    resumed: str | None,
+    config_file: str | None,
+    overrides: dict[str, Any],
+    start: dict[str, Any],
+) -> Config:
+    """The configuration of a new run; of one that is resumed, the defaults, which are not used."""
+    if resumed is not None:
+        extra = [f"--{name.replace('_', '-')}" for name in (*start, *overrides)]
+        extra += ["--config"] * bool(config_file) + ["-o"] * bool(output)
+        if extra:
+            raise UserError(f"--resume {resumed} continues the run as it was started; it takes no {', '.join(extra)}")
+    elif data is None or output is None:
+        raise UserError("train needs a dataset folder and a run folder: dqrm train DATA -o RUN (or --resume RUN)")
+    elif "carry" in start and "from" not in start:
+        raise UserError(f"--carry {start['carry']} says what is taken over from the run --from, which is not given")
+    return Config.load(config_file, overrides)
 
 
 def _shown(default: Any) -> str:

@@ -16,6 +16,10 @@ from dqrm.training.run import Run
 
 # Share of unknown ids from which on `predict` asks whether a column is the one it seems to be.
 _ALMOST_ALL = 0.95
+# Magnitude of dense values above which training hardly works.
+_TOO_WIDE = 1e4
+# Mean weight of the rows (or one over it) above which the learning rate is not what it seems.
+_FAR_FROM_1 = 5
 
 
 def describe(path: str, verify: bool = False) -> dict[str, Any]:
@@ -83,9 +87,27 @@ def print_dataset(dataset: Dataset) -> None:
         ["column", "rows", "ids per sample"],
         [[column.name, figure(column.rows), "many" if column.multi else "1"] for column in dataset.columns],
     )
+    if dataset.day:
+        found = dataset.describe()
+        told = ", ".join(f"{count:,} {_CHANGES[name]}" for name, count in found["changes"].items())
+        _say(f"Day {dataset.day}, extends data {found['extends'][:16]}: {told}")
     for what in ("weight", "group"):
         if name := getattr(dataset, what):
             _say(f"{what.capitalize()} of each row: column {name}")
+
+
+def warn_of_data(dataset: Dataset) -> None:
+    """Warn of values with which training hardly works."""
+    for name, value in dataset.wide(above=_TOO_WIDE).items():
+        messages.print(
+            f"Warning: dense column {name} holds values up to {value:.3g}, with which training is likely to diverge; "
+            "use --dense-transform log1p, or leave it out if it is a time or an id"
+        )
+    if (mean := dataset.mean_weight) is not None and not 1 / _FAR_FROM_1 <= mean <= _FAR_FROM_1:
+        messages.print(
+            f"Warning: the mean weight of the training rows is {mean:.3g}, which scales loss and gradients as much; "
+            "divide the weights by it, or choose --learning-rate for it"
+        )
 
 
 def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: float = 0.0) -> None:
@@ -96,6 +118,12 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
     names = _measured(metrics)
     print_table(title, names, [[figure(metrics[name], 6) for name in names]])
     results.print(legend(names))
+    if newer := metrics.get("newer_ids"):
+        share = newer["ids"] / newer["all"] if newer["all"] else 0
+        _say(
+            f"{newer['ids']:,} of {newer['all']:,} ids ({share:.2%}) are newer than the model's vocabularies and are "
+            "looked up as row 0 (unseen)"
+        )
     if subsample_negatives:
         share, weight = f"{subsample_negatives:g}", f"{negative_weight(subsample_negatives):.6g}"
         _say(
@@ -108,7 +136,7 @@ def print_metrics(title: str, metrics: dict[str, Any], subsample_negatives: floa
 
 def _measured(metrics: dict[str, Any]) -> list[str]:
     """What was measured, of metrics that are not registered here too."""
-    return [name for name, value in metrics.items() if not isinstance(value, str)]
+    return [name for name, value in metrics.items() if not isinstance(value, (str, dict))]
 
 
 def print_predictions(log: Sequence[str], found: dict[str, Any]) -> None:
@@ -202,7 +230,10 @@ def print_artifact(found: dict[str, Any]) -> None:
     )
     print_base_rate(found["subsampling"])
     kept = found["vocabulary"]["mode"]
-    where = {"embed": "in the file", "beside": "in a second file beside it", "none": "left out"}[kept]
+    where = {
+        "embed": "in the file", "beside": "in a second file beside it", "none": "left out",
+        "hash": "not needed: ids are hashed to rows",
+    }[kept]  # fmt: skip
     _say(
         f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
         f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * found['verified']}"
@@ -277,6 +308,10 @@ def _quantizers(quantization: dict[str, Any]) -> str:
     return f" ({'; '.join(told)})" if told else ""
 
 
+_CHANGES = {
+    "new": "new rows", "reused": "vacant rows reused", "freed": "rows freed", "vacant": "rows vacant",
+    "rare": "ids without a row",
+}  # fmt: skip
 _METHODS = {"qat": "as trained", "ptq": "quantized after training", "none": "not quantized"}
 
 

@@ -169,7 +169,7 @@ def test_folders_that_are_none(tmp_path, copy):
 def test_another_format_version(copy):
     info = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps({**info, "format_version": 7}))
-    with pytest.raises(UserError, match="format version 7, this dqrm reads version 1; prepare the data again"):
+    with pytest.raises(UserError, match="format version 7, this dqrm reads versions 1 and 2; prepare the data again"):
         Dataset(copy)
 
 

@@ -233,7 +233,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda path: (path / "_delta_log").mkdir(), "is a Delta Lake table"),
+        (lambda path: (path / "_delta_log").mkdir(), "a Delta Lake table"),
         (lambda path: (path / ".hoodie").mkdir(), "is a Hudi table"),
         (lambda path: (path / "loop").symlink_to(path), "is a link to a folder that contains it"),
         (lambda path: (path / "gone.parquet").symlink_to("nowhere"), "is a link to nowhere"),

@@ -151,8 +151,6 @@ def test_by_name_in_python_yaml_and_flags(generated, tmp_path, monkeypatch):
     (["redraw_tables:min_rows=few"], [], "redraw_tables:min_rows: got 'few', expected a whole number"),
     (["redraw_tables:5"], [], "got 'redraw_tables:5', expected NAME:OPTION=VALUE"),
     ([], [Nudge], "got a type, expected instances of dqrm.Callback"),
-    (["warm_start:run=nowhere"], [], "nowhere does not exist, expected a run folder"),
-    (["warm_start"], [], "callbacks: got 'warm_start', expected warm_start:run=VALUE"),
     (["redraw_tables:min_rows=-1"], [], r"min_rows is -1, expected 0 \(all tables\) or more"),
     (["ema:decay=2"], [], "decay is 2.0, expected at least 0 and below 1"),
     (["ema:decay=0.5:decay=0.9"], [], "got 'ema:decay=0.5:decay=0.9', which gives decay twice"),
@@ -250,57 +248,3 @@ def test_large_tables_are_drawn_anew_with_their_scale_and_optimizer_state(genera
         again = DLRM(13, rows, config=config.model, qat=config.quantization, seed=9)
         again.redraw_tables(5, epoch, [number])
         assert torch.equal(again.tables.table(number), table)
-
-
-# ---- warm_start
-
-
-class Start(Callback):
-    """All parameters before the first step."""
-
-    def on_epoch_start(self, trainer):
-        if not trainer.state.step:
-            self.weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-
-
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_a_warm_start_takes_all_but_the_tables_of_the_best_checkpoint(generated, tmp_path, ranks):
-    train(generated, tmp_path / "monday", tiny(epochs=2, eval_every=9, seed=1, callbacks=("ema",)))
-    best, _ = Run.open(tmp_path / "monday").load_model("best")
-    start, config = Start(), tiny(epochs=2, seed=2, callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
-    config = replace(config, exchange=ExchangeConfig(ranks))
-    train(generated, tmp_path / "tuesday", config, callbacks=[start])
-    fresh = DLRM(13, generated.table_rows, config=config.model, qat=config.quantization, seed=2)
-    for name, value in fresh.named_parameters():
-        earlier = best.get_parameter(name)
-        assert torch.equal(start.weights[name], value if name.startswith("tables.") else earlier), name
-        assert not torch.equal(earlier, value), name
-
-
-def test_a_warm_start_is_resumed_bit_for_bit_where_the_earlier_run_is_gone(generated, tmp_path):
-    train(generated, tmp_path / "monday", tiny(max_steps=9, seed=1))
-    config = tiny(epochs=2, seed=2, checkpoint_every=4, callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
-    train(generated, tmp_path / "whole", config)
-    with pytest.raises(Killed):
-        train(generated, tmp_path / "cut", config, progress=killer(40))
-    shutil.rmtree(tmp_path / "monday")
-    resume(tmp_path / "cut")
-    same_run(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_a_warm_start_from_another_architecture_is_refused(generated, tmp_path):
-    train(generated, tmp_path / "monday", tiny(max_steps=2))
-    config = tiny(callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
-    config = replace(config, model=replace(config.model, top_mlp=(16, 1)))
-    with pytest.raises(UserError, match=r"warm_start: .*top\.0\.weight \[8, .*expected this run.s .*\[16, "):
-        train(generated, tmp_path / "tuesday", config)
-
-
-def test_a_warm_start_names_the_scales_that_only_one_of_the_runs_learns(generated, tmp_path):
-    train(generated, tmp_path / "monday", tiny(max_steps=2))
-    config = tiny(callbacks=(f"warm_start:run={tmp_path / 'monday'}",))
-    config = replace(config, quantization=QATConfig(quantizer="lsq"))
-    message = "monday has no other weights, expected this run's bottom.*same quantizers"
-    with pytest.raises(UserError, match=message) as told:
-        train(generated, tmp_path / "tuesday", config)
-    assert "bias" not in str(told.value)  # what both runs have alike is left out

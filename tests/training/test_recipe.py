@@ -192,8 +192,8 @@ def test_sigkill_in_epoch_two_changes_no_bit(generated, tmp_path, callbacks, ref
     ("given", "expected"),
     [
         ((), ()),
-        (("warm_start:run=a",), ("warm_start:run=a",)),
-        (("+warm_start:run=a",), (*recipe.CALLBACKS, "warm_start:run=a")),
+        (("stage_bits:mlp=16",), ("stage_bits:mlp=16",)),
+        (("+stage_bits:mlp=16",), (*recipe.CALLBACKS, "stage_bits:mlp=16")),
         (("+ema:decay=0.5",), (recipe.CALLBACKS[0], "ema:decay=0.5")),
         (("+redraw_tables", "+toy"), (recipe.CALLBACKS[1], "redraw_tables", "toy")),
     ],

@@ -1,8 +1,10 @@
 """One split of a dataset folder as batches of tensors, in a reproducible order, without loading it whole."""
 
 import math
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +26,8 @@ _BLOCKS_PER_BUFFER = 32
 _GATHER_ROWS = 32_768
 # Files of a split that stay mapped.
 _MOST_MAPS = 64
+# Bytes of the maps that may be resident in the process before they are given back.
+_MOST_RESIDENT = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,38 @@ class Batch:
 class Split:
     """The rows of one split, memory-mapped."""
 
-    def __init__(self, path: Path, name: str, info: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, name: str, info: dict[str, Any], known: Callable[[int], Array | None] | None = None
+    ) -> None:
+        """known: of a column, which ids are kept, bool [rows], None for all; in batches the others are 0."""
         self.name = name
         self.rows: int = info["rows"][name]
-        self.arrays: Mapping[str, Array] = _Arrays(path / name, folder.arrays(info, name))
-        self._multi = [number for number, column in enumerate(info["schema"]["columns"]) if column["multi"]]
+        self.arrays = _Arrays(path / name, folder.arrays(info, name))
+        columns = info["schema"]["columns"]
+        self._single = [number for number, column in enumerate(columns) if not column["multi"]]
+        self._multi = [number for number, column in enumerate(columns) if column["multi"]]
+        self._known_of = known
+
+    @cached_property
+    def _known(self) -> list[Array | None]:
+        """Per column, which ids are kept; read when they are first used."""
+        numbers = range(len(self._single) + len(self._multi))
+        return [None if self._known_of is None else self._known_of(number) for number in numbers]
+
+    def newer_ids(self) -> tuple[int, int]:
+        """How many ids of the split are 0 in batches because a model of an earlier day has no row for them, and how
+        many ids there are in all."""
+        newer = total = 0
+        for at in range(0, self.rows, _GATHER_ROWS):
+            ids = self.arrays[folder.IDS][at : at + _GATHER_ROWS]
+            total += ids.size
+            newer += sum(_unknown(ids[:, n], self._known[number]) for n, number in enumerate(self._single))
+        for number in self._multi:
+            values = self.arrays[folder.values_file(number)]
+            total += len(values)
+            for at in range(0, len(values), _GATHER_ROWS):
+                newer += _unknown(values[at : at + _GATHER_ROWS], self._known[number])
+        return newer, total
 
     def __len__(self) -> int:
         return self.rows
@@ -176,6 +207,8 @@ class Split:
     def _gather(self, rows: Array | slice) -> "_Piece":
         """Copies of the given rows."""
         dense, ids = (np.array(self.arrays[file][rows]) for file in (folder.DENSE, folder.IDS))
+        for n, number in enumerate(self._single):
+            _forget(ids[:, n], self._known[number])
         labels = self.arrays[folder.LABEL][rows].astype(np.float32)
         weights = np.array(self.arrays[folder.WEIGHT][rows]) if folder.WEIGHT in self.arrays else None
         bags = []
@@ -183,13 +216,16 @@ class Split:
             values, offsets = self.arrays[folder.values_file(number)], self.arrays[folder.offsets_file(number)]
             if isinstance(rows, slice):
                 ends = np.array(offsets[rows.start : rows.stop + 1])
-                bags.append((np.array(values[ends[0] : ends[-1]]), ends - ends[0]))
+                gathered, ends = np.array(values[ends[0] : ends[-1]]), ends - ends[0]
             else:
                 begins = offsets[rows]
                 lengths = offsets[rows + 1] - begins
                 ends = np.zeros(len(rows) + 1, np.int64)
                 np.cumsum(lengths, out=ends[1:])
-                bags.append((values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])], ends))
+                gathered = values[np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])]
+            _forget(gathered, self._known[number])
+            bags.append((gathered, ends))
+        self.arrays.were_read(len(labels))
         return _Piece(dense, ids, labels, weights, bags)
 
     def _cut(self, piece: "_Piece", size: int | Array) -> Iterator[Batch]:
@@ -208,6 +244,16 @@ class Split:
                 labels[at:end],
                 None if weights is None else weights[at:end],
             )
+
+
+def _forget(ids: Array, known: Array | None) -> None:
+    """Set the ids that are not kept to 0, in place."""
+    if known is not None:
+        ids *= known[ids]
+
+
+def _unknown(ids: Array, known: Array | None) -> int:
+    return 0 if known is None else len(ids) - int(np.count_nonzero(known[ids]))
 
 
 class _Piece(NamedTuple):
@@ -238,6 +284,19 @@ class _Arrays(Mapping[str, Array]):
         self._path, self._described = path, described
         kept = described if len(described) <= _MOST_MAPS else (folder.DENSE, folder.IDS, folder.LABEL)
         self._kept = {name: _map(path / name, *described[name]) for name in kept}
+        self._read = 0
+
+    def were_read(self, rows: int) -> None:
+        """These many rows were read, anywhere: pages of the maps go back to the system before they are the whole split.
+
+        They stay in its cache; a process that keeps them counts them as memory of its own.
+        """
+        self._read += rows * mmap.PAGESIZE * len(self._kept)
+        if self._read > _MOST_RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
+            self._read = 0
+            for array in self._kept.values():
+                if isinstance(array, np.memmap):
+                    array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._kept:

@@ -11,15 +11,18 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import cells
-from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, SPARSE, PrepareConfig, cross_parts
+from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig, cross_parts
+from dqrm.data.hashing import HashedRows
 from dqrm.data.lines import Block
 from dqrm.errors import UserError
 from dqrm.options import did_you_mean
 
 CRITEO_COLUMNS = ("label", *CRITEO_DENSE, *CRITEO_CATEGORICAL)
 
-# What a key is: Criteo's 32-bit number, two of them in 64 bits, or text (the parts of a cross joined by _JOIN).
-KeyKind = Literal["hex", "hex*hex", "text"]
+# What a key is: Criteo's 32-bit number in hexadecimal, two of them in 64 bits, a 32-bit number that is one already, or
+# text (the parts of a cross joined by _JOIN).
+KeyKind = Literal["hex", "hex*hex", "id", "text"]
+_LARGEST = 2**32 - 1
 _JOIN = "\x1f"
 # Name of the check of the weights among those of columns.
 _WEIGHT = "\x1fweight"
@@ -36,7 +39,7 @@ class KeyColumn:
 
     def hash_name(self) -> str:
         """The function whose value is taken modulo the cap."""
-        return {"hex": "value", "hex*hex": "splitmix64", "text": "crc32"}[self.kind]
+        return {"hex": "value", "hex*hex": "splitmix64", "id": "value", "text": "crc32"}[self.kind]
 
     def modulo(self, keys: pl.Series, rows: int) -> NDArray[np.uint32]:
         """The keys' hashes modulo `rows`: fixed functions, so that any program can look an id up."""
@@ -49,16 +52,17 @@ class KeyColumn:
             numbers = _splitmix64(numbers)
         return (numbers % np.uint64(rows)).astype(np.uint32)
 
+    def entries(self, cells: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+        """The keys of a column of `Plan.typed` one by one, and a multi-valued column's entries per row."""
+        return (cells.explode(empty_as_null=False), cells.list.len()) if self.multi else (cells, None)
+
     def code(self, cells: pl.Series, rows: int | None) -> tuple[pl.Series, NDArray[Any], pl.Series | None]:
         """The distinct keys of a column of `Plan.typed`, sorted, the code of each entry into them, and a multi-valued
         column's entries per row.
 
         rows: what keys are taken modulo of (None: they are not). The codes are of the smallest unsigned type.
         """
-        lengths = None
-        if self.multi:
-            lengths = cells.list.len()
-            cells = cells.explode(empty_as_null=False)
+        cells, lengths = self.entries(cells)
         keys = cells.unique().sort()
         codes: NDArray[Any] = keys.search_sorted(cells).to_numpy()
         if rows is not None:
@@ -73,7 +77,7 @@ class Plan:
 
     label: the label's column, None where rows need none; weight and group likewise. copied: columns whose cells are
     handed on as they are. key_version: the rules by which values become keys, those of the vocabularies that keys are
-    looked up in.
+    looked up in. hashing: of each of the keys, where ids are hashed to rows.
     """
 
     config: PrepareConfig
@@ -84,15 +88,21 @@ class Plan:
     weight: str | None = None
     group: KeyColumn | None = None
     key_version: int = cells.KEY_VERSION
+    hashing: tuple[HashedRows, ...] | None = None
 
     @property
     def criteo(self) -> bool:
-        return self.config.layout in ("criteo-kaggle", "criteo-terabyte")
+        return self.config.kind.columns == "criteo"
+
+    @property
+    def numbered(self) -> bool:
+        """Whether Criteo's categories are numbers in place of text."""
+        return self.config.kind.columns == "ids"
 
     @property
     def sparse(self) -> bool:
         """Whether lines are lists of features, as in LIBSVM's files."""
-        return self.config.layout in SPARSE
+        return self.config.kind.columns == "features"
 
     @cached_property
     def markers(self) -> tuple[str, ...]:
@@ -158,7 +168,7 @@ class Plan:
             *((self._label(kinds).alias("label"),) if self.label is not None else ()),
             *(self._number(name, kinds[name]).alias(f"d{n}") for n, name in enumerate(self.dense)),
             *((self._weight(kinds).alias("w"),) if self.weight is not None else ()),
-            *(_hex(self._raw(name)).alias(name) for name in self._hex_columns()),
+            *((_hex if self.criteo else _id)(self._raw(name)).alias(name) for name in self._number_columns()),
         )
         values = raw.hstack(parsed).select(
             *(("label",) if self.label is not None else ()),
@@ -185,9 +195,9 @@ class Plan:
     def _raw(self, name: str) -> pl.Expr:
         return pl.col(f"r{self.needed.index(name)}")
 
-    def _hex_columns(self) -> list[str]:
-        """Criteo's categories in use, alone or in a cross."""
-        return [name for name in self.used if name in CRITEO_CATEGORICAL] if self.criteo else []
+    def _number_columns(self) -> list[str]:
+        """Criteo's categories in use, alone or in a cross, which are 32-bit numbers."""
+        return [name for name in self.used if name in CRITEO_CATEGORICAL] if self.criteo or self.numbered else []
 
     def _label(self, kinds: dict[str, pl.DataType]) -> pl.Expr:
         assert self.label is not None
@@ -212,6 +222,8 @@ class Plan:
 
     def _key(self, key: KeyColumn, kinds: dict[str, pl.DataType]) -> pl.Expr:
         parts = [self._raw(part) for part in key.parts]
+        if key.kind == "id":
+            return pl.col(key.name)
         if key.kind == "hex":
             return pl.col(key.name).fill_null(0)
         if key.kind == "hex*hex":
@@ -251,7 +263,10 @@ class Plan:
         if self.weight is not None:
             # Under a name of its own: the column may be a dense one, too.
             checks[_WEIGHT] = (pl.col("w").is_finite() & (pl.col("w") >= 0)).fill_null(False)
-        for name in self._hex_columns():
+        for name in self._number_columns():
+            if self.numbered:
+                checks[name] = pl.col(name).is_not_null()
+                continue
             # Parsing alone would take a sign, and more digits if they are zeros.
             sound = (self._raw(name).str.len_bytes() <= 8) & ~self._raw(name).str.starts_with("+")
             checks[name] = self._raw(name).is_null() | (pl.col(name).is_not_null() & sound)
@@ -267,6 +282,8 @@ class Plan:
                 wanted += " (null_values says that it means missing)"
         elif name in self.dense:
             wanted = "a whole number or nothing" if self.criteo else "a finite number within float32's range or nothing"
+        elif self.numbered and name in CRITEO_CATEGORICAL:
+            wanted = f"a whole number from 0 to {_LARGEST}"
         elif not self.criteo:
             told, wanted = (
                 f"{name} of type {kind}",
@@ -279,13 +296,14 @@ class Plan:
 
 
 def make_plan(config: PrepareConfig) -> Plan:
-    """The columns that a configuration asks for."""
-    criteo = config.layout in ("criteo-kaggle", "criteo-terabyte")
-    singles = [
-        KeyColumn(name, (name,), "hex" if criteo else "text")
-        for name in config.categorical_names
-        if name not in config.multi_names
-    ]
+    """The columns that a configuration asks for.
+
+    Raises:
+        UserError: rows of tables that do not go with the columns.
+    """
+    criteo = config.kind.columns == "criteo"
+    number: KeyKind = "hex" if criteo else "id" if config.kind.columns == "ids" else "text"
+    singles = [KeyColumn(name, (name,), number) for name in config.categorical_names if name not in config.multi_names]
     for cross in config.cross:
         parts = cross_parts(cross)
         pair = criteo and len(parts) == 2 and all(part in CRITEO_CATEGORICAL for part in parts)
@@ -296,9 +314,15 @@ def make_plan(config: PrepareConfig) -> Plan:
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
     group = None
     if config.group:
-        hexadecimal = criteo and config.group in CRITEO_CATEGORICAL
-        group = KeyColumn(config.group, (config.group,), "hex" if hexadecimal else "text")
-    return Plan(config, (*singles, *multis), split, config.label, weight=config.weight, group=group)
+        group = KeyColumn(config.group, (config.group,), number if config.group in CRITEO_CATEGORICAL else "text")
+    keys, hashing = (*singles, *multis), None
+    if config.vocabulary == "hash":
+        try:
+            table_rows = config.hashed_rows([key.name for key in keys])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        hashing = tuple(HashedRows(rows, seed) for seed, rows in enumerate(table_rows))
+    return Plan(config, keys, split, config.label, weight=config.weight, group=group, hashing=hashing)
 
 
 def check_types(plan: Plan, schema: pl.Schema, where: str) -> None:
@@ -344,6 +368,12 @@ def _is_number(name: str) -> bool:
 
 def _hex(column: pl.Expr) -> pl.Expr:
     return column.str.to_integer(base=16, strict=False, dtype=pl.UInt32)
+
+
+def _id(column: pl.Expr) -> pl.Expr:
+    """UInt32: whole numbers that fit, null for others and for text that is none."""
+    number = column.cast(pl.Float64, strict=False)  # exact for all that fit
+    return pl.when(number == number.floor()).then(number).cast(pl.UInt32, strict=False)
 
 
 def _splitmix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:

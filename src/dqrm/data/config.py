@@ -1,21 +1,17 @@
 """How a raw log is read: the fields of `dqrm prepare`. Imports no torch and no polars, so that `--help` is quick."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.data import conditions
+from dqrm.data.layouts import CRITEO_CATEGORICAL, CRITEO_DENSE, LAYOUTS, LIBSVM_COLUMN, Layout
 from dqrm.options import check_fields, split_quoted, unquoted
 
-Layout = Literal["criteo-kaggle", "criteo-terabyte", "table", "libsvm", "libffm"]
-
-CRITEO_DENSE = tuple(f"I{number}" for number in range(1, 14))
-CRITEO_CATEGORICAL = tuple(f"C{number}" for number in range(1, 27))
-_CRITEO = ("criteo-kaggle", "criteo-terabyte")
-# Lines are lists of features there; LIBSVM's have one column.
-SPARSE = ("libsvm", "libffm")
-LIBSVM_COLUMN = "features"
+__all__ = ["CRITEO_CATEGORICAL", "CRITEO_DENSE", "LIBSVM_COLUMN", "PrepareConfig", "cross_parts"]
+# Fields without a meaning where ids are hashed, and their defaults.
+_OF_VOCABULARIES = {"extend": None, "min_count": 1, "max_rows_per_table": None, "count_decay": 1.0, "evict_after": None}
 
 
 @dataclass(frozen=True)
@@ -26,9 +22,11 @@ class PrepareConfig:
         ValueError: a combination that cannot work, in one sentence.
     """
 
-    layout: Layout = "table"
-    """Layout of the log: Criteo's raw files, a CSV, TSV or Parquet table whose columns you name, or sparse text;
-    libsvm gives one multi-valued column and no dense ones: train with --interaction cat."""
+    layout: str = "table"
+    """Layout of the log. table: CSV, TSV or Parquet whose columns you name; criteo-kaggle, criteo-terabyte: the raw
+    files; libsvm, libffm: sparse text (libsvm has one multi-valued column and no dense ones: train with --interaction
+    cat); processed by other programs: dlrm-kaggle, dlrm-terabyte (.npz), mlperf-binary, criteo-npy (TorchRec, HugeCTR),
+    fuxictr (Parquet)."""
     label: str = "label"
     """Column of the label: 0 or 1, false or true (table layout)."""
     dense: tuple[str, ...] = ()
@@ -57,10 +55,22 @@ class PrepareConfig:
     """Ids seen less often than this share row 0 with unseen ones."""
     max_rows_per_table: int | None = None
     """Ids are taken modulo this before they are counted, so that a table has at most this many rows and row 0."""
-    vocabulary: Literal["train", "all"] = "train"
-    """Rows whose ids get table rows: those of the training split, or all (as in the papers)."""
+    extend: str | None = None
+    """Dataset folder of the days before: known ids keep their rows, new ones are appended; options come from it."""
+    count_decay: float = 1.0
+    """Factor on the counts of all ids for each day that extends the dataset, 1: none (for min_count)."""
+    evict_after: int | None = None
+    """Days after which an id that was not seen loses its row to a new one, with --extend; none: never."""
+    vocabulary: Literal["train", "all", "hash"] = "train"
+    """Rows whose ids get table rows: those of the training split, or all (as in the papers); hash: none, ids are hashed
+    to one of --rows table rows."""
+    rows: int | None = None
+    """Rows of each table with --vocabulary hash; row 0 is for missing ids."""
+    column_rows: tuple[str, ...] = ()
+    """Tables of other sizes than --rows, by column: user=1000000,ad=5000."""
     split: Literal["time", "file", "column", "random"] | None = None
-    """Rule of the split; none: time for criteo-kaggle, file for criteo-terabyte, random for a table."""
+    """Rule of the split; none: time for criteo-kaggle and dlrm-kaggle, random for tables and sparse text, file for the
+    other layouts."""
     validation_fraction: float = 0.1
     """Fraction of rows for validation, with a split that is random or by time (table and criteo-terabyte)."""
     test_fraction: float = 0.1
@@ -82,7 +92,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.layout == "table":
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: got {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if self.kind.columns == "named":
             _check_roles(self)
         else:
             _check_own_columns(self)
@@ -104,8 +116,7 @@ class PrepareConfig:
             raise ValueError(f"group is '{self.group}', a multi column; expected a single-valued one")
         _check_unique("cross", ["*".join(sorted(cross_parts(cross))) for cross in self.cross])
         _check_split(self)
-        if self.min_count < 1:
-            raise ValueError(f"min_count is {self.min_count}, expected 1 or more")
+        _check_vocabulary(self)
         if self.max_rows_per_table is not None and not 1 <= self.max_rows_per_table < 2**31:
             raise ValueError(f"max_rows_per_table is {self.max_rows_per_table}, expected 1 to 2147483647")
         if not (math.isfinite(self.subsample_negatives) and 0 <= self.subsample_negatives < 1):
@@ -118,27 +129,47 @@ class PrepareConfig:
             tab = "; in a shell a tab is $'\\t'" * (self.delimiter in ("\\t", "tab"))
             raise ValueError(f"delimiter is '{self.delimiter}', expected one ASCII character other than a quote{tab}")
 
+    def hashed_rows(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Rows of the named columns' tables, where ids are hashed.
+
+        Raises:
+            ValueError: a column without rows, or rows for one that is not there.
+        """
+        given = {name: int(count) for name, _, count in (text.rpartition("=") for text in self.column_rows)}
+        for name in given:
+            if name not in names:
+                raise ValueError(f"column_rows has '{name}', expected one of {', '.join(names)}")
+        for name in names:
+            if self.rows is None and name not in given:
+                raise ValueError(f"column_rows lacks '{name}', and there is no rows for the columns that it lacks")
+        return tuple(given.get(name) or self.rows or 0 for name in names)
+
+    @property
+    def kind(self) -> Layout:
+        """What is known of the layout."""
+        return LAYOUTS[self.layout]
+
     @property
     def split_rule(self) -> str:
         """The rule of the split, the layout's own where none is given."""
-        return self.split or {"criteo-kaggle": "time", "criteo-terabyte": "file"}.get(self.layout, "random")
+        return self.split or self.kind.split
 
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names of the dense columns, Criteo's own included."""
-        return CRITEO_DENSE if self.layout in _CRITEO else self.dense
+        return CRITEO_DENSE if self.kind.columns in ("criteo", "ids") else self.dense
 
     @property
     def categorical_names(self) -> tuple[str, ...]:
         """Names of the categorical columns, without crosses."""
         if self.layout == "libsvm":
             return (LIBSVM_COLUMN,)
-        return CRITEO_CATEGORICAL if self.layout in _CRITEO else self.categorical
+        return CRITEO_CATEGORICAL if self.kind.columns in ("criteo", "ids") else self.categorical
 
     @property
     def multi_names(self) -> tuple[str, ...]:
         """Names of the categorical columns whose cells hold several ids."""
-        return self.categorical_names if self.layout in SPARSE else self.multi
+        return self.categorical_names if self.kind.columns == "features" else self.multi
 
 
 def cross_parts(cross: str) -> tuple[str, ...]:
@@ -152,10 +183,12 @@ def _check_own_columns(config: PrepareConfig) -> None:
     for field in ("dense", "categorical", "multi", "weight", "delimiter"):
         if getattr(config, field) and field not in allowed:
             raise ValueError(f"{field} is for layout table; layout {config.layout} has its own columns")
-    if config.layout in SPARSE:
+    if config.kind.columns == "features":
         for field in ("cross", "null_values"):
             if getattr(config, field):
                 raise ValueError(f"{field} is not for layout {config.layout}, whose lines are lists of features")
+    if config.kind.columns == "ids" and config.null_values:
+        raise ValueError(f"null_values is for text, and files of layout {config.layout} hold numbers")
     for name in config.categorical:
         if not (name.isdecimal() and name.isascii() and str(int(name)) == name):
             raise ValueError(f"categorical has {name!r}, expected field numbers, as in 0,1,2 (layout libffm)")
@@ -206,6 +239,31 @@ def _check_split(config: PrepareConfig) -> None:
     for value in config.validation_values:
         if value in config.test_values:
             raise ValueError(f"'{value}' is in both validation_values and test_values, expected in one of them")
+
+
+def _check_vocabulary(config: PrepareConfig) -> None:
+    if config.min_count < 1:
+        raise ValueError(f"min_count is {config.min_count}, expected 1 or more")
+    if not (math.isfinite(config.count_decay) and 0 <= config.count_decay <= 1):
+        raise ValueError(f"count_decay is {config.count_decay}, expected 0 to 1 (1: counts do not decay)")
+    if config.evict_after is not None and config.evict_after < 1:
+        raise ValueError(f"evict_after is {config.evict_after}, expected 1 day or more, or none")
+    if config.vocabulary != "hash":
+        for field in ("rows", "column_rows"):
+            if value := getattr(config, field):
+                raise ValueError(f"{field} is {value}, which goes with vocabulary hash, and it is {config.vocabulary}")
+        return
+    for field, default in _OF_VOCABULARIES.items():
+        if (value := getattr(config, field)) != default:
+            raise ValueError(f"{field} is {value}, but with vocabulary hash there are no ids to count or to extend")
+    if config.rows is None and not config.column_rows:
+        raise ValueError("vocabulary hash needs rows, the number of rows of each table")
+    for text in (*map(str, () if config.rows is None else (config.rows,)), *config.column_rows):
+        name, equals, count = text.rpartition("=")
+        if (text in config.column_rows and not (name and equals)) or not count.isdecimal():
+            raise ValueError(f"column_rows has '{text}', expected a column and a number of rows, as in user=1000000")
+        if not 2 <= int(count) < 2**31:
+            raise ValueError(f"rows is {text}, expected 2 to 2147483647 (row 0 is for missing ids)")
 
 
 def _check_unique(field: str, names: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
 """A dataset folder: its columns, table sizes and splits."""
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, Kind, problem
 from dqrm.options import did_you_mean
 
+if TYPE_CHECKING:
+    from dqrm.data.hashing import HashedRows
+    from dqrm.data.vocabulary import Vocabulary
+
 __all__ = ["Batch", "Column", "Dataset", "Split"]
 
 _PER_SPLIT = dict.fromkeys(folder.SPLITS, COUNT)
@@ -22,11 +27,19 @@ _SHARE = Kind("a number of 0 or more and below 1", lambda value: NUMBER.holds(va
 _SHAPE = {
     "format_version": COUNT,
     "fingerprint": TEXT,
-    "schema": {"dense": [TEXT], "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": TEXT}]},
+    "schema": {
+        "dense": [TEXT],
+        "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG, "vocabulary": (TEXT, None)}],
+    },
     "split": OBJECT,
     "rows": _PER_SPLIT,
     "clicks": _PER_SPLIT,
     "weights?": {"*": NUMBER},
+    "vocabulary_digest?": TEXT,
+    "lineage?": {
+        "day": COUNT,
+        "ancestors": [{"day": COUNT, "fingerprint": TEXT, "vocabulary_digest": (TEXT, None), "table_rows": [POSITIVE]}],
+    },
     "options?": ({"subsample_negatives?": _SHARE}, None),
     "files?": {"*": {"bytes": COUNT, "sha256": TEXT}},
 }
@@ -57,6 +70,10 @@ class Dataset:
         group: the column of groups, or None.
         rows: rows per split.
         fingerprint: hexadecimal digest of everything that decides the contents.
+        vocabulary_digest: the same of columns and vocabularies alone; None in folders of older versions.
+        day: number of datasets before it that it extends, one by one. ancestors: these, oldest first: each with day,
+            fingerprint, vocabulary_digest and table_rows.
+        hashed: whether ids are hashed to table rows, without vocabularies.
 
     Raises:
         UserError: no such folder, not a dataset folder, another format version, a missing or wrongly sized file.
@@ -71,6 +88,9 @@ class Dataset:
         self.path = Path(path)
         self.info = _read_info(self.path)
         self._take(self.info)
+        # Of the stored ids, and the day as of which they are seen.
+        self._stored = self.columns
+        self._day: int | None = None
         self._check_files()
 
     def split(self, name: str) -> Split:
@@ -81,7 +101,66 @@ class Dataset:
         """
         if name not in folder.SPLITS:
             raise UserError(f"no split '{name}' in {self.path}{did_you_mean(name, folder.SPLITS)}")
-        return Split(self.path, name, self.info)
+        known = None if self._day is None else self._known
+        return Split(self.path, name, self.info, known)
+
+    def as_of(self, day: int, table_rows: Sequence[int]) -> "Dataset":
+        """This dataset as a model reads it whose vocabularies are those of `day`, with tables of `table_rows` rows.
+
+        The same folder; ids whose rows are newer, or were given to other ids since, are row 0 in batches and absent
+        from vocabularies. `Split.newer_ids` counts them.
+        """
+        view, columns = copy.copy(self), self.info["schema"]["columns"]
+        narrowed = [{**column, "rows": rows} for column, rows in zip(columns, table_rows, strict=True)]
+        view.info = {**self.info, "schema": {**self.info["schema"], "columns": narrowed}}
+        view._take(view.info)
+        view._day = day
+        return view
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether it is seen as of an earlier day."""
+        return self._day is not None
+
+    def row_maps(self) -> "list[Vocabulary] | list[HashedRows]":
+        """Per categorical column, what maps keys to table rows: the vocabularies, or the hash.
+
+        Raises:
+            UserError: as `vocabulary`.
+        """
+        from dqrm.data.hashing import HashedRows
+
+        hashed = HashedRows.of_columns(self.info["schema"]["columns"])
+        return [self.vocabulary(number) for number in range(len(self.columns))] if hashed is None else hashed
+
+    def vocabulary(self, number: int) -> "Vocabulary":
+        """The vocabulary of categorical column `number`, in memory.
+
+        Raises:
+            UserError: its file is missing or damaged, or of another size than the table.
+        """
+        found = self._vocabulary(number)
+        return found if self._day is None else found.as_of(self._day, self.columns[number].rows)
+
+    def _vocabulary(self, number: int) -> "Vocabulary":
+        from dqrm.data.vocabulary import Vocabulary
+
+        column = self._stored[number]
+        path = self.vocabulary_path(column.name)
+        found = Vocabulary.read(path)
+        if found.rows != column.rows:
+            raise UserError(f"{path} is damaged: it is of a table of {found.rows} rows, expected {column.rows}")
+        return found
+
+    def _known(self, number: int) -> "np.ndarray[Any, np.dtype[np.bool_]] | None":
+        """Which rows of a column's stored table a model of the earlier day has, bool [rows]; None: all."""
+        vocabulary = self._vocabulary(number)
+        if vocabulary.since is None:
+            return None
+        known = np.zeros(vocabulary.rows, bool)
+        known[0] = True
+        known[vocabulary.table_rows[vocabulary.since <= self._day]] = True
+        return known
 
     @property
     def subsample_negatives(self) -> float:
@@ -102,6 +181,8 @@ class Dataset:
         """
         for entry in self.info["schema"]["columns"]:
             if entry["name"] == column:
+                if entry["vocabulary"] is None:
+                    raise UserError(f"{self.path} has no vocabularies: its ids are hashed ({entry['hash']})")
                 return self.path / entry["vocabulary"]
         known = (known.name for known in self.columns)
         raise UserError(f"no categorical column '{column}' in {self.path}{did_you_mean(column, known)}")
@@ -117,7 +198,7 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """What `dqrm info` prints, ready for JSON."""
-        hidden = ("schema", checksums.FILES, checksums.SEAL)
+        hidden = ("schema", "lineage", checksums.FILES, checksums.SEAL)
         shown = {key: value for key, value in self.info.items() if key not in hidden}
         return {
             "path": str(self.path),
@@ -130,8 +211,17 @@ class Dataset:
             "dense_columns": len(self.dense),
             "tables": len(self.columns),
             "table_rows": sum(self.table_rows),
+            **self._changes(),
             "schema": self.info["schema"],
         }
+
+    def _changes(self) -> dict[str, Any]:
+        """What became of table rows on the last day, over all tables, for a dataset that extends another."""
+        if "lineage" not in self.info:
+            return {}
+        tables, names = self.info["lineage"]["tables"], ("new", "reused", "freed", "vacant", "rare")
+        summed = {name: sum(table[name] for table in tables) for name in names}
+        return {"day": self.day, "extends": self.ancestors[-1]["fingerprint"], "changes": summed}
 
     def validate(self, *splits: str) -> None:
         """Check every value of the given splits (default: all), in pieces.
@@ -158,9 +248,9 @@ class Dataset:
                 if piece.min() < -1:
                     raise UserError(f"{where}: the group {piece.min()} is below -1; prepare the data again")
             for piece in _pieces(arrays[folder.IDS]):
-                for column, low, high in zip(self.columns, piece.min(axis=0), piece.max(axis=0)):
+                for column, low, high in zip(self._stored, piece.min(axis=0), piece.max(axis=0)):
                     _check_range(where, column, int(low), int(high))
-            for number, column in enumerate(self.columns):
+            for number, column in enumerate(self._stored):
                 if column.multi:
                     for piece in _pieces(arrays[folder.values_file(number)]):
                         _check_range(where, column, int(piece.min()), int(piece.max()))
@@ -193,7 +283,9 @@ class Dataset:
             f"{name}/{file}" for name in folder.SPLITS if name in wanted for file in folder.arrays(self.info, name)
         ]
         if "vocabulary" in wanted:
-            files += [column["vocabulary"] for column in self.info["schema"]["columns"]]
+            named = [column["vocabulary"] for column in self.info["schema"]["columns"] if column["vocabulary"]]
+            rare = [folder.rare_file(name) for name in named]
+            files += [*named, *(name for name in rare if name in self.info.get(checksums.FILES, {}))]
         then = "prepare the data again, or use it as it is with --no-verify"
         return checksums.verify(self.path, self.info, files, folder.INFO, then, tell)
 
@@ -207,6 +299,11 @@ class Dataset:
         self.group: str | None = schema.get("group")
         self.rows: dict[str, int] = {name: info["rows"][name] for name in folder.SPLITS}
         self.fingerprint: str = info["fingerprint"]
+        self.vocabulary_digest: str | None = info.get("vocabulary_digest")
+        lineage = info.get("lineage") or {"day": 0, "ancestors": []}
+        self.day: int = lineage["day"]
+        self.ancestors: list[dict[str, Any]] = lineage["ancestors"]
+        self.hashed = schema.get("vocabulary") == "hash"
         self._subsample_negatives = float((info.get("options") or {}).get("subsample_negatives", 0.0))
 
     def _check_files(self) -> None:
@@ -232,9 +329,10 @@ def _read_info(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path / folder.INFO} cannot be read ({error}); prepare the data again") from None
     version = info.get("format_version") if isinstance(info, dict) else None
-    if version != folder.FORMAT_VERSION:
+    if version not in folder.KNOWN_VERSIONS:
         raise UserError(
-            f"{path} has format version {version}, this dqrm reads version {folder.FORMAT_VERSION}; "
+            f"{path} has format version {version}, this dqrm reads versions "
+            f"{' and '.join(map(str, folder.KNOWN_VERSIONS))}; "
             "prepare the data again"
         )
     wrong = problem(info, _SHAPE)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dqrm.data import folder
 from dqrm.data.ahead import ahead
+from dqrm.data.growth import first_day
 from dqrm.data.splits import TRAIN, Splits
 from dqrm.data.staging import Staging
 from dqrm.data.vocabulary import Counter, Vocabulary, count_chunk
@@ -18,12 +19,12 @@ from dqrm.files import flush
 Array = NDArray[Any]
 
 
-def build_vocabulary(staged: Staging, column: int, splits: Splits, train_only: bool, min_count: int) -> Vocabulary:
-    """Count the keys of one column over the training rows, or over all."""
+def count(staged: Staging, column: int, splits: Splits, train_only: bool) -> pl.DataFrame:
+    """The run of one column's keys over the training rows, or over all: key, count, first position; sorted by key."""
     counter = Counter()
     for run in ahead(_runs(staged, column, splits, train_only)):
         counter.add(run)
-    return counter.finish(min_count)
+    return counter.finish()
 
 
 def _runs(staged: Staging, column: int, splits: Splits, train_only: bool) -> Iterator[pl.DataFrame]:
@@ -47,20 +48,28 @@ class Translations:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.touch()
-        self._starts: list[list[int]] = []
+        self._starts: list[list[int] | None] = []
 
     def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
         """Append the next column, chunk by chunk."""
         self._append(staged, column, vocabulary.lookup)
 
+    def add_hashed(self) -> None:
+        """Append a column whose codes are table rows already."""
+        self._starts.append(None)
+
     def add_groups(self, staged: Staging) -> None:
         """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
-        column = len(staged.plan.keys)
-        vocabulary = build_vocabulary(staged, column, np.empty(0, np.uint8), False, 1)
+        column, group = len(staged.plan.keys), staged.plan.group
+        no_missing = group is not None and group.kind == "id"  # those of a file are all categories, 0 too
+        vocabulary = first_day(count(staged, column, np.empty(0, np.uint8), False), 1).vocabulary
 
         def number(keys: pl.Series) -> Array:
+            numbers = vocabulary.lookup(keys) - 1
+            if no_missing:
+                return numbers.astype(np.int32)
             missing = (keys == ("" if keys.dtype == pl.String else 0)).to_numpy()
-            return np.where(missing, -1, vocabulary.lookup(keys) - 1).astype(np.int32)
+            return np.where(missing, -1, numbers).astype(np.int32)
 
         self._append(staged, column, number)
 
@@ -72,10 +81,14 @@ class Translations:
                 file.write(_bytes(number(keys)))
         self._starts.append(starts)
 
-    def read(self, staged: Staging, chunk: int) -> list[Array]:
-        """The rows of one chunk's keys, per column."""
+    def read(self, staged: Staging, chunk: int) -> list[Callable[[Array], Array]]:
+        """Per column, a function from the codes of one chunk to table rows."""
         with self._path.open("rb") as file:
-            return [self._read(file, starts[chunk], staged.distinct[n][chunk]) for n, starts in enumerate(self._starts)]
+            return [
+                np.asarray if starts is None
+                else self._read(file, starts[chunk], staged.distinct[n][chunk]).__getitem__
+                for n, starts in enumerate(self._starts)
+            ]  # fmt: skip
 
     @staticmethod
     def _read(file: IO[bytes], start: int, count: int) -> Array:
@@ -173,7 +186,7 @@ def write_splits(
         ids = np.empty((rows, len(single)), np.int32)
         maps = translated.read(staged, chunk)
         for at, n in enumerate(single):
-            ids[:, at] = maps[n][arrays[f"codes{n}"]]
+            ids[:, at] = maps[n](arrays[f"codes{n}"])
         here = splits[row : row + rows]
         for split, writer in enumerate(writers):
             chosen = here == split
@@ -185,9 +198,9 @@ def write_splits(
             if weighted:
                 writer.add_weights(arrays["weight"][part])
             if grouped:
-                writer.add_groups(maps[group][arrays[f"codes{group}"][part]])
+                writer.add_groups(maps[group](arrays[f"codes{group}"][part]))
             for n in multi:
-                lengths, values = arrays[f"lengths{n}"], maps[n][arrays[f"codes{n}"]]
+                lengths, values = arrays[f"lengths{n}"], maps[n](arrays[f"codes{n}"])
                 writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
         row += rows
         advance(rows)

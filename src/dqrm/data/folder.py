@@ -1,7 +1,8 @@
 """The dataset folder on disk: names, types and shapes of its files, the same for who writes and who reads.
 
 dataset.json                    schema, table sizes, rows per split, sources, fingerprint
-vocabulary/<nn>_<name>.parquet  key, row, count of each table
+vocabulary/<nn>_<name>.parquet  key, row, count of each table; also since, last where it extends another dataset
+rare/<nn>_<name>.parquet        key, count, last of the ids without a row, where there are any
 train/ validation/ test/        flat little-endian arrays, below
 """
 
@@ -10,7 +11,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+# Written unless the content needs a newer reader, so that an older dqrm opens what it can.
 FORMAT_VERSION = 1
+# Ids that are hashed, or vocabularies of several days, which may have vacant rows.
+GROWING_VERSION = 2
+KNOWN_VERSIONS = (FORMAT_VERSION, GROWING_VERSION)
 INFO = "dataset.json"
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(SplitName)
@@ -33,6 +38,11 @@ def offsets_file(column: int) -> str:
 def vocabulary_file(column: int, name: str) -> str:
     """Path inside the folder of a column's vocabulary; any name gives a valid file name."""
     return f"vocabulary/{column:02d}_{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:60]}.parquet"
+
+
+def rare_file(vocabulary: str) -> str:
+    """Path inside the folder of the ids without a row, from that of the vocabulary."""
+    return vocabulary.replace("vocabulary/", "rare/", 1)
 
 
 def arrays(info: dict[str, Any], split: str) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:

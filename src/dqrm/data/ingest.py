@@ -7,11 +7,12 @@ from functools import partial
 
 import numpy as np
 import polars as pl
-from polars.selectors import by_name
 
-from dqrm.data import sparse_text
+from dqrm.data import parquet_files, sparse_text
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
+from dqrm.data.formats import format_of
+from dqrm.data.formats.base import BLOCK_ROWS
 from dqrm.data.lines import Block, TextReader
 from dqrm.data.partitions import complete, in_file, offered
 from dqrm.data.sources import Damaged, Source, finish, hash_file, read_bytes
@@ -20,8 +21,6 @@ from dqrm.data.staging import Chunker, Staging
 from dqrm.data.tables import TableSource
 from dqrm.errors import UserError
 
-# What polars raises on a file that is not the Parquet file it seems to be. A panic is no Exception of Python's.
-_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 # A first line that is longer is no line of Criteo's.
 _FIRST_LINE = 1 << 24
 # Bytes at the beginning of a file among which a sound line is looked for, where malformed ones are skipped.
@@ -41,6 +40,11 @@ def check(sources: list[Source], plan: Plan) -> None:
         if isinstance(source, TableSource):
             source.check(plan)
             continue
+        if source.format:
+            kinds = source.format.check(source, plan.config)
+            plan.check(offered(list(kinds), source.partitions), source.where)
+            check_types(plan, pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **kinds}), source.where)
+            continue
         if source.parquet and (plan.criteo or plan.sparse):
             raise UserError(
                 f"{source.where} is a Parquet file, but layout {plan.config.layout} is text; use layout table"
@@ -57,7 +61,7 @@ def check(sources: list[Source], plan: Plan) -> None:
 
 
 def _check_parquet(source: Source, plan: Plan) -> None:
-    schema = parquet_schema(source)
+    schema = parquet_files.schema(source)
     plan.check(offered(list(schema), source.partitions), source.where)
     # What is in the file counts, where both have a column.
     check_types(plan, pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **schema}), source.where)
@@ -76,7 +80,7 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
     keep = _Subsample(config)
     for source in sources:
         told = 0
-        if source.parquet and not isinstance(source, TableSource):
+        if _read_apart(source):
             hash_file(source)
         for typed in typed_blocks(source, plan):
             frame = keep(typed)
@@ -90,13 +94,20 @@ def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable
     return keep.dropped
 
 
+def _read_apart(source: Source) -> bool:
+    """Whether the bytes are read for the rows by others, so that they have to be read once more for their hash."""
+    if source.format:
+        return not source.format.streamed
+    return source.parquet and not isinstance(source, TableSource)
+
+
 def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
     """The good rows of one file in order, a frame of `Plan.typed` per block; counts the others in `source.skipped`.
 
     Raises:
         UserError: the first malformed line, with file and number, unless they are skipped.
     """
-    unit = "row" if source.parquet else "line"
+    unit = "row" if source.parquet or source.format else "line"
     for block in _blocks(source, plan):
         try:
             frame = plan.typed(block)
@@ -112,16 +123,18 @@ def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
 def _blocks(source: Source, plan: Plan) -> Iterator[Block]:
     if isinstance(source, TableSource):
         return _table_blocks(source, plan)
+    if source.format:
+        return _format_blocks(source, plan)
     return _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
 
 
 def _table_blocks(source: TableSource, plan: Plan) -> Iterator[Block]:
     row = 1
     try:
-        for frame in source.blocks(plan, min(plan.config.chunk_rows, 1 << 17)):
+        for frame in source.blocks(plan, min(plan.config.chunk_rows, BLOCK_ROWS)):
             yield Block(frame, np.arange(row, row + frame.height))
             row += frame.height
-    except _UNREADABLE as error:
+    except parquet_files.UNREADABLE as error:
         raise UserError(f"{source.where}, after row {row - 1}: cannot be read ({error})") from None
 
 
@@ -131,36 +144,12 @@ def schema(source: Source) -> pl.Schema | None:
     Raises:
         UserError: it cannot be read.
     """
-    if not source.parquet:
+    if isinstance(source, TableSource):
+        return source.schema
+    if not (source.parquet or source.format):
         return None
-    return pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **parquet_schema(source)})
-
-
-def parquet_schema(source: Source) -> pl.Schema:
-    """The columns of a Parquet file and their types.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return pl.scan_parquet(source.path, glob=False, hive_partitioning=False).collect_schema()
-    except _UNREADABLE as error:
-        source.require_unchanged()
-        raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
-
-
-def parquet_rows(source: Source) -> int:
-    """How many rows a Parquet file says that it has.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
-        return int(scan.select(pl.len()).collect().item())
-    except _UNREADABLE as error:
-        source.require_unchanged()
-        raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
+    kinds = source.format.schema(source) if source.format else parquet_files.schema(source)
+    return pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **kinds})
 
 
 class _Subsample:
@@ -179,11 +168,13 @@ class _Subsample:
 
 
 def with_fields(sources: list[Source], config: PrepareConfig) -> PrepareConfig:
-    """The configuration with libffm's fields in it, by reading the files once where it names none.
+    """The configuration with what the files say in it: libffm's fields, by reading them once where it names none.
 
     Raises:
         UserError: there is no field, or a stream, which can be read only once.
     """
+    if (known := format_of(config)) is not None and sources[0].format:
+        return known.complete(sources, config)
     if config.layout != "libffm" or config.categorical:
         return config
     for source in sources:
@@ -298,29 +289,33 @@ def _text_blocks(source: Source, plan: Plan) -> Iterator[Block]:
             last = max([last, *block.lines[-1:], *(line for line, _ in block.bad[-1:])])
             yield block
     except Damaged as damage:
-        source.damaged = f"{damage}, after line {last}"
-        if plan.config.on_error == "stop":
-            raise UserError(f"{source.where}, after line {last}: {damage}") from None
-        finish(source)
+        _damaged(source, plan, f"{damage}, after line {last}")
+
+
+def _damaged(source: Source, plan: Plan, what: str) -> None:
+    source.damaged = what
+    if plan.config.on_error == "stop":
+        reason, _, last = what.rpartition(", ")
+        raise UserError(f"{source.where}, {last}: {reason}") from None
+    finish(source)
 
 
 def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
-    names = list(parquet_schema(source))
-    yield from _with_partitions(lambda wanted: _scan(source, wanted, plan.config.chunk_rows), names, source, plan)
+    names, rows = list(parquet_files.schema(source)), min(plan.config.chunk_rows, BLOCK_ROWS)
+    yield from _with_partitions(lambda wanted: parquet_files.blocks(source, wanted, rows), names, source, plan)
     source.require_unchanged()  # since it was found, and before it was hashed
 
 
-def _scan(source: Source, wanted: Sequence[str], chunk_rows: int) -> Iterator[Block]:
-    row = 1
+def _format_blocks(source: Source, plan: Plan) -> Iterator[Block]:
+    known, rows, last = source.format, min(plan.config.chunk_rows, BLOCK_ROWS), 0
+    names = list(known.schema(source))
     try:
-        # The name is a file's, whatever brackets are in it, and what its folders name is not polars' to find.
-        scan = pl.scan_parquet(source.path, glob=False, hive_partitioning=False).select(by_name(*wanted))
-        for frame in scan.collect_batches(chunk_size=min(chunk_rows, 1 << 17), maintain_order=True):
-            yield Block(frame, np.arange(row, row + frame.height))
-            row += frame.height
-    except _UNREADABLE as error:
-        source.require_unchanged()
-        raise UserError(f"{source.where}, after row {row - 1}: cannot be read as Parquet ({error})") from None
+        for block in _with_partitions(lambda wanted: known.blocks(source, wanted, rows), names, source, plan):
+            last = max([last, *block.lines[-1:]])
+            yield block
+    except Damaged as damage:
+        _damaged(source, plan, f"{damage}, after row {last}")
+    source.require_unchanged()
 
 
 def _with_partitions(

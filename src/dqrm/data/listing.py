@@ -17,23 +17,30 @@ _DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/(\d+))|/proc/(?:self|thread-self|\d+
 # Files that say something about a table and hold no rows of it. A shell's own glob names them too.
 _MARKERS = re.compile(r"_(SUCCESS|metadata|common_metadata|committed_.*|started_.*)|.*\.crc")
 # Folders in a folder that says which of its files count: reading all would bring deleted rows back.
-_TABLES = {"_delta_log": "a Delta Lake", ".hoodie": "a Hudi"}
+_TABLES = {".hoodie": "a Hudi"}
+_DELTA = "_delta_log"
+# Of a dataset of Hugging Face.
+_HUB = "hf:"
 
 
 def resolve(given: Sequence[str | Path]) -> list[Source]:
     """The sources named by paths, globs and folders: in the order given, those of one glob or folder in natural order
-    (day_2 before day_10). `-` is standard input. Pipes are not read yet.
+    (day_2 before day_10). `-` is standard input. Pipes are not read yet. A Delta Lake table is the files of its newest
+    version, `hf:NAME` a dataset of Hugging Face, split by split (`dqrm.data.formats`).
 
     Raises:
         UserError: none given, none of that name, a file that cannot be opened, a device, or a source meant twice.
     """
-    sources = [_source(path, base) for path, base in _listed(given)]
+    sources: list[Source] = []
+    for item in map(str, given):
+        sources += _hub(item) if item.startswith(_HUB) else [_source(path, base) for path, base in _expand(item)]
     if not sources:
         only = f", got only {', '.join(map(str, given))}, Spark's marker files" if given else ""
         raise UserError(f"no source file was given{only}; expected at least one")
     seen: set[tuple[int, int]] = set()
     for source in sources:
-        assert source.state is not None
+        if source.state is None:
+            continue
         if source.state.file in seen:
             raise UserError(f"{source.where} is given twice, and its rows would count twice")
         seen.add(source.state.file)
@@ -49,7 +56,8 @@ def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -
     Raises:
         UserError: a file appeared or disappeared while they were read.
     """
-    before, now = {source.path for source in sources}, {path for path, _ in _listed(given)}
+    before = {source.path for source in sources if source.state or source.stream}
+    now = {path for path, _ in _listed(given)}
     for path in sorted(before ^ now):
         what = "is new" if path in now else "is gone"
         raise UserError(
@@ -65,14 +73,20 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
             real = Path(os.path.realpath(match))
             if path == real:
                 return text
-            if real in path.parents and not any(map(_hidden, path.relative_to(real).parts)):
+            if real in path.parents and not any(map(hidden, path.relative_to(real).parts)):
                 return text
     return None
 
 
 def _listed(given: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
     """Each file, and the folder below which it is told from the others (None: a stream)."""
-    return [pair for item in given for pair in _expand(str(item))]
+    return [pair for item in map(str, given) if not item.startswith(_HUB) for pair in _expand(item)]
+
+
+def _hub(text: str) -> Sequence[Source]:
+    from dqrm.data.formats import hub
+
+    return hub.sources(text)
 
 
 def _expand(text: str) -> list[tuple[Path, Path | None]]:
@@ -89,8 +103,8 @@ def _expand(text: str) -> list[tuple[Path, Path | None]]:
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     files: dict[Path, None] = {}
-    for path in sorted(map(Path, glob.glob(text, recursive=True)), key=_natural):
-        if any(map(_hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
+    for path in sorted(map(Path, glob.glob(text, recursive=True)), key=natural):
+        if any(map(hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
             continue  # such as _temporary, with what failed tasks of Spark left
         if not os.path.isdir(path):
             files[path] = None
@@ -107,7 +121,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     if real in above:
         raise UserError(f"{folder} is a link to a folder that contains it: following it would never end")
     try:
-        entries = sorted(folder.iterdir(), key=_natural)
+        entries = sorted(folder.iterdir(), key=natural)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
     names = {entry.name for entry in entries}
@@ -117,11 +131,15 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
                 f"{folder} is {kind} table, whose files also hold rows that were deleted or replaced; "
                 "export it as Parquet or CSV first"
             )
-    if {"dataset.json", "train", "vocabulary"} <= names:
+    if {"dataset.json", "train"} <= names:
         raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
+    if _DELTA in names:
+        from dqrm.data.formats import delta
+
+        return sorted(delta.files(folder), key=natural)
     files: list[Path] = []
     for entry in entries:
-        if _hidden(entry.name):
+        if hidden(entry.name):
             continue
         if os.path.isdir(entry):
             files += _walk(entry, (*above, real))
@@ -135,7 +153,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     """What Spark and Hive leave out, too. A column may begin with an underscore: _day=3."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or _MARKERS.fullmatch(name) is not None
 
@@ -198,7 +216,7 @@ def _kind(mode: int) -> str:
 
 def _tell_apart(sources: Sequence[Source]) -> None:
     """Files of one name get as much of their path as they need."""
-    files = [source for source in sources if not source.stream]
+    files = [source for source in sources if source.state is not None]
     if len({source.name for source in files}) == len(files):
         return
     paths = [Path(os.path.abspath(source.path)) for source in files]
@@ -207,7 +225,8 @@ def _tell_apart(sources: Sequence[Source]) -> None:
         source.name = path.relative_to(common).as_posix()
 
 
-def _natural(path: Path) -> list[list[str | int]]:
+def natural(path: Path) -> list[list[str | int]]:
+    """A key that sorts by the numbers in names: day_2 before day_10."""
     # Every second piece is a number.
     return [
         [int(piece) if at % 2 else piece for at, piece in enumerate(re.split(r"(\d+)", part))] for part in path.parts

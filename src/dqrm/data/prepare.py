@@ -13,10 +13,11 @@ from typing import IO, Any
 import numpy as np
 
 from dqrm import __version__, checksums
-from dqrm.data import encode, folder, ingest, splits
+from dqrm.data import encode, folder, formats, ingest, numbering, splits
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
+from dqrm.data.extension import Extended, complete_config
 from dqrm.data.listing import reads, require_same_files
 from dqrm.data.sources import Source, total_size
 from dqrm.data.staging import Staging
@@ -27,16 +28,21 @@ from dqrm.files import claim, flush, why_not_written, write_json
 # Lies in a folder that is being written, locked while its process lives: what has it may be deleted.
 MARKER = ".dqrm-preparing"
 Progress = Callable[[str, int, int | None], None]
-DEFAULTS = PrepareConfig()
 # Columns with one number for each row beside the model's.
 _PER_ROW = ("weight", "group")
+# Recorded where they are not the default: datasets without them stay what they were.
+_OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None, "rows": None,
+             "column_rows": ()}  # fmt: skip
+# Of no effect on the result, or recorded in another way.
+_UNRECORDED = ("chunk_rows", "extend")
 
 
 def prepare(
     sources: Any,
     output: str | Path,
-    config: PrepareConfig = DEFAULTS,
+    config: PrepareConfig | None = None,
     progress: Progress | None = None,
+    extend: str | Path | None = None,
 ) -> Dataset:
     """Write the dataset folder `output` from logs.
 
@@ -46,26 +52,32 @@ def prepare(
         sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
             DataFrames, Arrow tables and datasets), alone or in a list.
         output: the folder to create.
-        config: columns, split and vocabularies.
+        config: columns, split and vocabularies; None: the defaults, or where `extend` is given those of that dataset.
         progress: called as progress(stage, done, total); total is None if unknown.
+        extend: the dataset folder of the days before, as `PrepareConfig.extend`.
 
     Returns:
         The dataset, opened.
 
     Raises:
-        UserError: an invalid file, column or line, an output that exists, or one that is being written.
+        UserError: an invalid file, column or line, an output that exists, or one that is being written; a dataset to
+            extend that is damaged or has other columns or options.
     """
-    output = Path(output)
+    output, config = Path(output), complete_config(config, extend)
     tell: Progress = progress or (lambda what, done, total: None)
     _check_output(output)
     given = as_list(sources)
-    files = gather(given)
+    found = gather(given)
+    files = formats.arrange(found, config)
     plan = make_plan(ingest.with_fields(files, config))
+    extended = Extended(plan.config) if config.extend is not None else None
+    if extended is not None:
+        plan = dataclasses.replace(plan, key_version=extended.key_version)
     ingest.check(files, plan)
     # A link to a folder means the folder: a folder cannot be renamed onto a link.
     target = output.resolve()
     partial = target.with_name(target.name + ".partial")
-    for file in files:
+    for file in found:
         if partial in file.path.resolve().parents:
             raise UserError(
                 f"{file.path} is in {partial}, which is emptied for the work; move it, or name another output"
@@ -75,8 +87,8 @@ def prepare(
         named = [item for item in given if isinstance(item, (str, Path))]
         if (text := reads(named, partial)) is not None:
             raise UserError(f"{output} would be in the log itself, '{text}'; name an output outside of it")
-        _fill(partial, files, plan, tell)
-        require_same_files(named, [file for file in files if not isinstance(file, TableSource)])
+        _fill(partial, files, plan, extended, tell)
+        require_same_files(named, [file for file in found if not isinstance(file, TableSource)])
     return Dataset(output)
 
 
@@ -155,7 +167,7 @@ def _remove(partial: Path) -> None:
         partial.rmdir()
 
 
-def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
+def _fill(path: Path, files: list[Source], plan: Plan, extended: Extended | None, tell: Progress) -> None:
     config, work = plan.config, path / "staging"
     staged = Staging(work, plan)
     try:
@@ -164,85 +176,51 @@ def _fill(path: Path, files: list[Source], plan: Plan, tell: Progress) -> None:
         if not sum(staged.rows):
             raise UserError(f"no row in {', '.join(file.name for file in files[:3])}, expected at least one")
         assigned = splits.assign(config, files, staged)
-        (path / "vocabulary").mkdir()
-        columns: list[dict[str, Any]] = []
-        translated = encode.Translations(work / "rows.i32")
-        for number, key in enumerate(plan.keys):
-            tell("counting ids", number, len(plan.keys))
-            vocabulary = encode.build_vocabulary(
-                staged, number, assigned, config.vocabulary == "train", config.min_count
-            )
-            file = folder.vocabulary_file(number, key.name)
-            vocabulary.write(path / file)
-            translated.add(staged, number, vocabulary)
-            columns.append(
-                {
-                    "name": key.name,
-                    "rows": vocabulary.rows,
-                    "multi": key.multi,
-                    "parts": list(key.parts),
-                    "key": key.kind,
-                    "key_version": plan.key_version,
-                    "hash": key.hash_name() if config.max_rows_per_table is not None else None,
-                    "vocabulary": file,
-                }
-            )
-        tell("counting ids", len(plan.keys), len(plan.keys))
-        if plan.group is not None:
-            translated.add_groups(staged)
+        made = numbering.number(staged, assigned, plan, path, work, extended, tell)
         wrote = _Steps(tell, "writing")
-        writers = encode.write_splits(staged, assigned, translated, path, lambda count: wrote(count, sum(staged.rows)))
+        writers = encode.write_splits(
+            staged, assigned, made.translated, path, lambda count: wrote(count, sum(staged.rows))
+        )
     finally:
         staged.close()
     if plan.weight is not None and writers[splits.TRAIN].weight == 0:
         raise UserError(f"the weights in column {plan.weight} of all training rows are 0: nothing to train on")
     shutil.rmtree(work)
-    info = _info(plan, files, columns, writers, dropped)
+    info = _info(plan, files, made, writers, dropped, extended)
     written = [f"{name}/{file}" for name in folder.SPLITS for file in folder.arrays(info, name)]
-    written += [column["vocabulary"] for column in columns]
-    info[checksums.FILES] = checksums.list_files(path, written, tell)
+    info[checksums.FILES] = checksums.list_files(path, [*written, *made.files], tell)
     write_json(path / folder.INFO, checksums.seal(info))
 
 
 def _info(
-    plan: Plan, files: list[Source], columns: list[dict[str, Any]], writers: list[encode.Writer], dropped: int
+    plan: Plan,
+    files: list[Source],
+    made: numbering.Numbering,
+    writers: list[encode.Writer],
+    dropped: int,
+    extended: Extended | None,
 ) -> dict[str, Any]:
-    config = plan.config
     by_split = dict(zip(folder.SPLITS, writers))
     info: dict[str, Any] = {
-        "format_version": folder.FORMAT_VERSION,
-        "schema": {
-            "layout": config.layout,
-            "label": plan.needed[0],
-            "dense": list(plan.dense),
-            "dense_transform": config.dense_transform,
-            "columns": columns,
-            "vocabulary": config.vocabulary,
-            "min_count": config.min_count,
-            "max_rows_per_table": config.max_rows_per_table,
-            "multi_separator": config.multi_separator if config.multi else None,
-            **_given(config),
-        },
-        "split": splits.describe(config),
+        "format_version": folder.GROWING_VERSION if extended or plan.hashing else folder.FORMAT_VERSION,
+        "schema": _schema(plan, made.columns),
+        "split": splits.describe(plan.config),
         "rows": {name: writer.rows for name, writer in by_split.items()},
         "clicks": {name: writer.clicks for name, writer in by_split.items()},
         "values": {
-            name: {columns[number]["name"]: count for number, count in writer.values.items()}
+            name: {made.columns[number]["name"]: count for number, count in writer.values.items()}
             for name, writer in by_split.items()
         },
         "dense_largest": np.max([w.largest for w in writers if w.largest is not None], axis=0).tolist(),
         "negatives_dropped": dropped,
         "lines_skipped": sum(file.skipped for file in files),
         "sources": [file.describe() for file in files],
-        # The number of rows at a time changes nothing in the result.
-        "options": {
-            key: value
-            for key, value in dataclasses.asdict(config).items()
-            if key != "chunk_rows" and (key not in _PER_ROW or value is not None)
-        },
+        "options": _options(plan.config),
     }
     if plan.weight is not None:
         info["weights"] = {name: writer.weight for name, writer in by_split.items()}
+    if extended is not None:
+        info["lineage"] = extended.lineage(made.tables)
     # Names of files may change without the data changing.
     hashed = {**info, "sources": [{k: v for k, v in file.describe().items() if k != "name"} for file in files]}
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -250,8 +228,30 @@ def _info(
         "format_version": info.pop("format_version"),
         "dqrm_version": __version__,
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        "vocabulary_digest": made.digest(plan),
         **info,
     }
+
+
+def _schema(plan: Plan, columns: list[dict[str, Any]]) -> dict[str, Any]:
+    config = plan.config
+    return {
+        "layout": config.layout,
+        "label": plan.needed[0],
+        "dense": list(plan.dense),
+        "dense_transform": config.dense_transform,
+        "columns": columns,
+        "vocabulary": config.vocabulary,
+        "min_count": config.min_count,
+        "max_rows_per_table": config.max_rows_per_table,
+        "multi_separator": config.multi_separator if config.multi else None,
+        **_given(config),
+    }
+
+
+def _options(config: PrepareConfig) -> dict[str, Any]:
+    recorded = {name: value for name, value in dataclasses.asdict(config).items() if name not in _UNRECORDED}
+    return {name: value for name, value in recorded.items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
 
 
 def _given(config: PrepareConfig) -> dict[str, str]:

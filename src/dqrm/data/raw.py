@@ -15,10 +15,12 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from dqrm.data import ingest
+from dqrm.data import formats, ingest, parquet_files
 from dqrm.data.batches import Batch
 from dqrm.data.columns import KeyColumn, Plan, make_plan
 from dqrm.data.config import PrepareConfig
+from dqrm.data.hashing import NAME as HASH
+from dqrm.data.hashing import HashedRows
 from dqrm.data.listing import reads, require_same_files, resolve
 from dqrm.data.sources import Source, total_size
 from dqrm.data.vocabulary import Vocabulary
@@ -30,14 +32,15 @@ PROBABILITY = "probability"
 _BLOCK_ROWS = 1 << 16
 # As many are looked up one by one: whoever scores single rows waits for each call.
 _FEW_ROWS = 16
-_KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "text": pl.String}
+_KEY_TYPES = {"hex": pl.UInt32, "hex*hex": pl.UInt64, "id": pl.UInt32, "text": pl.String}
 
 
 class RawEncoder:
     """What `prepare` would make of a row, for a model whose vocabularies are known; safe to use from several threads.
 
-    options: how the model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order. keep:
-    columns of the log that are handed on. on_error: whether a malformed line stops, or is skipped and counted.
+    options: how the model's own log was read. columns: the schema's, and vocabularies: theirs, in the same order, or
+    the hashes of their ids. keep: columns of the log that are handed on. on_error: whether a malformed line stops, or
+    is skipped and counted.
 
     Raises:
         UserError: columns and vocabularies that do not go together, or kept columns that cannot be.
@@ -47,7 +50,7 @@ class RawEncoder:
         self,
         options: PrepareConfig,
         columns: Sequence[Mapping[str, Any]],
-        vocabularies: Sequence[Vocabulary],
+        vocabularies: Sequence[Vocabulary] | Sequence[HashedRows],
         keep: Sequence[str] = (),
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
@@ -61,7 +64,7 @@ class RawEncoder:
         for name in keep:
             if self.plan.sparse and name != config.label:
                 raise UserError(f"keep names '{name}', but of layout {config.layout} only the label can be kept")
-        self._vocabularies = list(vocabularies)
+        self._vocabularies: list[Vocabulary | HashedRows] = list(vocabularies)
         _check_columns(self.plan, columns, self._vocabularies)
 
     def blocks(self, source: Source, threads: ThreadPoolExecutor | None = None) -> Iterator["RawBlock"]:
@@ -86,7 +89,8 @@ class RawEncoder:
         # Single-valued columns come first in every schema.
         for n, (values, lengths) in enumerate(run(self._look_up, plan.keys, self._vocabularies, cells)):
             entries.append(len(values))
-            unseen.append(len(values) - int(np.count_nonzero(values)))
+            # Every id has a row where ids are hashed.
+            unseen.append(0 if plan.hashing else len(values) - int(np.count_nonzero(values)))
             if lengths is None:
                 ids[:, n] = values
             else:
@@ -96,15 +100,17 @@ class RawEncoder:
         return RawBlock(frame.select(pl.col("^c\\d+$")), batch, entries, unseen)
 
     def _look_up(
-        self, column: KeyColumn, vocabulary: Vocabulary, cells: pl.Series
+        self, column: KeyColumn, vocabulary: Vocabulary | HashedRows, cells: pl.Series
     ) -> tuple[NDArray[np.int32], pl.Series | None]:
         """The table row of each entry, and a multi-valued column's entries per row."""
+        if isinstance(vocabulary, HashedRows):
+            cells, lengths = column.entries(cells)
+            return vocabulary.lookup(cells), lengths
         cap = self.plan.config.max_rows_per_table
         if len(cells) > _FEW_ROWS:
             keys, codes, lengths = column.code(cells, cap)
             return vocabulary.lookup(keys)[codes], lengths
-        lengths = cells.list.len() if column.multi else None
-        cells = cells.explode(empty_as_null=False) if column.multi else cells
+        cells, lengths = column.entries(cells)
         return vocabulary.find(cells.to_list() if cap is None else column.modulo(cells, cap).tolist()), lengths
 
 
@@ -137,9 +143,10 @@ class RawLog:
     def __init__(self, sources: str | Path | Sequence[str | Path], encoder: RawEncoder) -> None:
         self._encoder, self._plan = encoder, encoder.plan
         self._given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-        self._files = files = resolve(self._given)
+        self._found = resolve(self._given)
+        self._files = files = formats.arrange(self._found, self._plan.config)
         ingest.check(files, self._plan)
-        self.paths = [file.path for file in files if not file.stream]
+        self.paths = [file.path for file in self._found if not file.stream]
         self.size = total_size(files)
         self.schema = _common_schema(files, self._plan.copied)
         self._start()
@@ -168,8 +175,8 @@ class RawLog:
         self._start()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
             for source in (file.again() for file in self._files):
-                size, told = source.state.size if source.state else None, 0
-                rows = ingest.parquet_rows(source) if source.parquet else 0
+                size, told = source.size, 0
+                rows = parquet_files.count(source) if source.parquet and source.state else 0
                 for block in self._encoder.blocks(source, threads):
                     self._count(block)
                     if len(block.batch):
@@ -184,7 +191,7 @@ class RawLog:
                     self.damaged.append(f"{source.where}: {source.damaged}")
                 if advance:
                     advance((source.bytes if size is None else size) - told)
-        require_same_files(self._given, self._files)
+        require_same_files(self._given, self._found)
 
     def means(self, path: Path) -> str | None:
         """The given folder or glob that means the file `path` (resolved), too; None: no source does."""
@@ -215,7 +222,9 @@ def _check_keep(keep: Sequence[str]) -> None:
             raise UserError(f"keep names '{name}' twice, expected each column once")
 
 
-def _check_columns(plan: Plan, columns: Sequence[Mapping[str, Any]], vocabularies: Sequence[Vocabulary]) -> None:
+def _check_columns(
+    plan: Plan, columns: Sequence[Mapping[str, Any]], vocabularies: Sequence[Vocabulary | HashedRows]
+) -> None:
     names = [column["name"] for column in columns]
     if names != [key.name for key in plan.keys] or len(vocabularies) != len(names):
         raise UserError(
@@ -223,11 +232,16 @@ def _check_columns(plan: Plan, columns: Sequence[Mapping[str, Any]], vocabularie
             f"its options expect {', '.join(key.name for key in plan.keys)}"
         )
     capped = plan.config.max_rows_per_table is not None
-    for column, key, vocabulary in zip(columns, plan.keys, vocabularies):
+    for number, (column, key, vocabulary) in enumerate(zip(columns, plan.keys, vocabularies)):
         got = (column["multi"], tuple(column["parts"]), column["key"], column["hash"])
-        wanted = (key.multi, key.parts, key.kind, key.hash_name() if capped else None)
+        named = HASH if plan.hashing else key.hash_name() if capped else None
+        wanted = (key.multi, key.parts, key.kind, named)
         if got != wanted:
             raise UserError(f"column {key.name} of the model is {got}, its options expect {wanted}")
+        if plan.hashing or isinstance(vocabulary, HashedRows):
+            if plan.hashing is None or vocabulary != plan.hashing[number]:
+                raise UserError(f"column {key.name} of the model is hashed as {vocabulary}, its options expect another")
+            continue
         kind = pl.UInt32 if capped else _KEY_TYPES[key.kind]
         if vocabulary.rows != column["rows"] or vocabulary.keys.dtype != kind:
             raise UserError(

@@ -52,7 +52,8 @@ class Source:
 
     path: of the file. where: its name in messages. name: what distinguishes it from the others, without folders of this
     machine. partitions: columns in its path. state: what it was when it was found. stream: what is read instead of a
-    file. used: the columns of the path that the dataset depends on. rest: what has not been read yet.
+    file. used: the columns of the path that the dataset depends on. rest: what has not been read yet. format: what
+    reads it, if neither text nor Parquet (`dqrm.data.formats`). parts: the files that it consists of, if several.
     """
 
     path: Path
@@ -64,6 +65,8 @@ class Source:
     stream: Stream | None = None
     used: tuple[str, ...] = ()
     rest: Iterator[bytes] | None = field(default=None, repr=False)
+    format: Any = None
+    parts: tuple["Source", ...] = ()
     bytes: int = 0
     sha256: str = ""
     rows: int = 0
@@ -73,6 +76,13 @@ class Source:
 
     def __post_init__(self) -> None:
         self.where, self.name = self.where or str(self.path), self.name or self.path.name
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of its files; None of a stream, and of a table in memory."""
+        if self.parts:
+            return sum(part.size or 0 for part in self.parts)
+        return self.state.size if self.state else None
 
     def again(self) -> "Source":
         """The same source with nothing read of it yet."""
@@ -106,6 +116,8 @@ class Source:
         Raises:
             UserError: it has grown, shrunk, been written to or replaced, or is gone.
         """
+        for part in self.parts:
+            part.require_unchanged()
         if self.state is None:
             return
         try:
@@ -130,7 +142,7 @@ class Damaged(Exception):
 
 def total_size(sources: list[Source]) -> int | None:
     """Bytes of all files together; None where a stream is among them, whose end nobody knows."""
-    sizes = [source.state.size if source.state else None for source in sources]
+    sizes = [source.size for source in sources]
     return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
@@ -170,9 +182,16 @@ def read_bytes(source: Source) -> Iterator[bytes]:
 
 
 def hash_file(source: Source) -> None:
-    """Size and hash of a file that is read by other means."""
-    source.rest = _raw(source)
-    finish(source)
+    """Size and hash of a file that is read by other means; of several, the hash of their hashes."""
+    if not source.parts:
+        source.rest = _raw(source)
+        finish(source)
+        return
+    for part in (part.again() for part in source.parts):
+        hash_file(part)
+        source.bytes += part.bytes
+        source.digest.update(bytes.fromhex(part.sha256))
+    source.sha256 = source.digest.hexdigest()
 
 
 def finish(source: Source) -> None:

@@ -33,7 +33,7 @@ def assign(config: PrepareConfig, sources: Sequence[Source], staged: Staging) ->
         splits = _by_column(config, staged, rows)
     elif rule == "file":
         splits = _by_file(config, sources, rows)
-    elif rule == "time" and config.layout == "criteo-kaggle":
+    elif rule == "time" and config.kind.seven_days:
         splits = _runs(rows, *kaggle_rows(rows))
     else:
         validation, test = (round(rows * share) for share in (config.validation_fraction, config.test_fraction))
@@ -57,7 +57,7 @@ def describe(config: PrepareConfig) -> dict[str, Any]:
         chosen = _values(config)
     elif rule == "file":
         chosen = {"test": "first half of the last file", "validation": "second half of the last file"}
-    elif rule == "time" and config.layout == "criteo-kaggle":
+    elif rule == "time" and config.kind.seven_days:
         chosen = {"parts": 7, "test": "first half of part 7", "validation": "second half of part 7"}
     else:
         chosen = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}

@@ -1,4 +1,5 @@
-"""The log during preparation: chunks on disk, each column as the chunk's distinct keys and codes into them.
+"""The log during preparation: chunks on disk, each column as the chunk's distinct keys and codes into them; where ids
+are hashed, as table rows.
 
 Later passes process distinct keys only, which are far fewer than rows, and read one column at a time.
 """
@@ -23,7 +24,7 @@ class Staging:
 
     Attributes:
         rows: rows per chunk. entries: per column, entries per chunk (rows; ids, for a multi-valued column).
-        distinct: per column, distinct keys per chunk.
+        distinct: per column, distinct keys per chunk; 0 where ids are hashed: its codes are table rows.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
@@ -50,12 +51,13 @@ class Staging:
             stored["dense"] = pl.Series("dense", np.ascontiguousarray(dense).reshape(-1)).implode()
         coded = self._threads.map(self._code, self.columns, (frame[name] for name in names))
         for n, (keys, codes, lengths) in enumerate(coded):
-            stored[f"keys{n}"] = keys.implode()
+            if keys is not None:
+                stored[f"keys{n}"] = keys.implode()
             stored[f"codes{n}"] = pl.Series(codes).implode()
             if lengths is not None:
                 stored[f"lengths{n}"] = lengths.implode()
             self.entries[n].append(len(codes))
-            self.distinct[n].append(len(keys))
+            self.distinct[n].append(0 if keys is None else len(keys))
         chunk = pl.DataFrame([series.alias(name) for name, series in stored.items()])
         chunk.write_ipc(self._path(len(self.rows)), compression="lz4")
         self.rows.append(frame.height)
@@ -79,9 +81,12 @@ class Staging:
     def _path(self, chunk: int) -> Path:
         return self._folder / f"{chunk:06d}.arrow"
 
-    def _code(self, column: KeyColumn, cells: pl.Series) -> tuple[pl.Series, Array, pl.Series | None]:
+    def _code(self, column: KeyColumn, cells: pl.Series) -> tuple[pl.Series | None, Array, pl.Series | None]:
         # By identity: a group column may be one of the model's, too.
         modelled = not any(column is other for other in self.plan.unmodelled)
+        if modelled and self.plan.hashing is not None:
+            cells, lengths = column.entries(cells)
+            return None, self.plan.hashing[self.plan.keys.index(column)].lookup(cells), lengths
         return column.code(cells, self.plan.config.max_rows_per_table if modelled else None)
 
 

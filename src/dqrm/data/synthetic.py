@@ -19,9 +19,9 @@ Nothing is kept per id: e and f are hashes of (seed, column, id). Lines are draw
 random state of its own, so memory is bounded and the chunk size does not change a byte.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from dqrm.data import synthetic_files
+from dqrm.data.lookalike import Lookalike
 from dqrm.data.synthetic_config import GenerateConfig
+from dqrm.data.synthetic_files import Generated, Piece, Progress, Told, truth_path
 from dqrm.errors import UserError
-from dqrm.files import replacing, require_replaceable
+
+__all__ = ["Generated", "generate", "truth_path"]
 
 BLOCK = 1 << 14
 DAYS = 7
@@ -134,33 +138,20 @@ DENSE = (
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def truth_path(path: str | Path) -> Path:
-    """Where `generate` puts the true probabilities of a log: `clicks.truth.npy` beside `clicks.txt`."""
-    path = Path(path)
-    return path.with_name(path.stem + ".truth.npy")
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What `generate` wrote: the log, the true probabilities (float32 [rows]), how many lines and clicks."""
-
-    path: Path
-    truth: Path
-    rows: int
-    clicks: int
-
-
 def generate(
     path: str | Path,
     config: GenerateConfig | None = None,
     *,
     chunk_rows: int = 4 * BLOCK,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Generated:
     """Write a log of `config.rows` lines to `path` and the true probabilities to `truth_path(path)`.
 
     A line is the label, 13 integers, 26 categories of 8 hexadecimal digits, tab separated, an empty field where a value
     is missing, lines in order of time. Both files appear whole or not at all.
+
+    With `config.days` the path is that of a new folder, with a log `day_0`, `day_1`, ... and a file
+    `_day_0.truth.npy`, ... for each day; with `config.like` the model is that of `dqrm.data.lookalike`.
 
     Args:
         chunk_rows: about how many lines to hold in memory; does not change the result.
@@ -172,41 +163,21 @@ def generate(
     config = config or GenerateConfig()
     if chunk_rows < 1:
         raise UserError(f"chunk_rows: got {chunk_rows}, expected at least 1")
-    path = Path(path)
-    require_replaceable(path)
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    truth = truth_path(path)
-    if truth == path:
-        raise UserError(f"{path} is the name that the true probabilities get; name the log otherwise, such as log.txt")
+    told = Told(progress, config.rows)
+    if config.like is not None:
+        return synthetic_files.write_days(Path(path), Lookalike(config), chunk_rows, told)
+    return synthetic_files.write_log(Path(path), config.rows, _pieces_of(config, chunk_rows), told)
+
+
+def _pieces_of(config: GenerateConfig, chunk_rows: int) -> Iterator[Piece]:
     model = _Model(config)
     blocks = -(-config.rows // BLOCK)
     step = max(1, chunk_rows // BLOCK)
-    written = clicks = 0
-    busy = f"another dqrm generate is writing to {path}; wait for it, or name another output"
-    try:
-        # The truth takes its place first: a log that is there has its truth.
-        with (
-            replacing(path, busy) as partial,
-            replacing(truth, busy) as partial_truth,
-            open(partial, "wb") as lines,
-            open(partial_truth, "wb") as probabilities,
-        ):
-            header = {"descr": "<f4", "fortran_order": False, "shape": (config.rows,)}
-            np.lib.format.write_array_header_1_0(probabilities, header)
-            for first in range(0, blocks, step):
-                drawn = [model.block(number) for number in range(first, min(first + step, blocks))]
-                frame = pl.concat([part for part, _ in drawn])
-                frame.write_csv(lines, include_header=False, separator="\t", quote_style="never")
-                for _, part in drawn:
-                    probabilities.write(part.astype("<f4").tobytes())
-                clicks += int(frame["label"].sum())
-                written += frame.height
-                if progress:
-                    progress("generating", written, config.rows)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-    return Generated(path, truth, config.rows, clicks)
+    for first in range(0, blocks, step):
+        drawn = [model.block(number) for number in range(first, min(first + step, blocks))]
+        frame = pl.concat([part for part, _ in drawn])
+        write = partial(frame.write_csv, include_header=False, separator="\t", quote_style="never")
+        yield Piece(write, np.concatenate([part for _, part in drawn]), int(frame["label"].sum()))
 
 
 class _Model:

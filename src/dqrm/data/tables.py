@@ -39,16 +39,20 @@ class Table:
 
 @dataclass
 class TableSource(Source):
-    """A table in memory, hashed if `hashing`; `where` is what it is called, `bytes` what was hashed of it."""
+    """A table in memory (`in_memory`) or behind a package that reads it, hashed if `hashing`.
+
+    where: what it is called. bytes: how much of it was hashed.
+    """
 
     table: Table | None = field(default=None, repr=False)
     schema: pl.Schema = field(default_factory=pl.Schema, repr=False)
     hashing: bool = True
+    in_memory: bool = True
     read: Callable[[int], Iterator[pl.DataFrame]] = field(default=lambda size: iter(()), repr=False)
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json."""
-        return {**super().describe(), "in_memory": True}
+        return {**super().describe(), "in_memory": self.in_memory}
 
     def check(self, plan: Plan) -> None:
         """Whether it has the columns of the plan, in types that can be what they are named for.

@@ -22,21 +22,62 @@ Array = NDArray[Any]
 KEY_TYPES = (pl.UInt32, pl.UInt64, pl.String)
 # The digest of `Vocabulary.to_bytes` stands in the metadata of the Parquet file, over all of it but these digits.
 _SEAL, _DIGITS = b"dqrm-sha256:", 64
+# The metadata that has the number of the table's rows, where it is not that of the keys and 1.
+_ROWS = "dqrm.rows"
+# Keys hashed at once.
+_PIECE = 1 << 17
 
 
 class Vocabulary:
-    """Rows 1 to K of a table in order of first appearance. Row 0 is for keys that are unseen or rare.
+    """The table row of each of K keys. Row 0 is for keys that are unseen or rare.
 
-    keys: sorted. table_rows: int32 [K]. counts: integers [K], None if unknown.
+    Attributes:
+        keys: sorted and distinct. table_rows: int32 [K], each 1 or more, distinct.
+        counts: int64 [K], or float64 where they decay; None if unknown.
+        rows: rows of the table: row 0, those of the keys, and vacant ones, whose keys were evicted.
+        since: int32 [K], the day on which each key was given its row. last: int32 [K], the last day on which it was
+            seen. None: both are day 0, that of a dataset which extends no other.
     """
 
-    def __init__(self, keys: pl.Series, table_rows: Array, counts: Array | None) -> None:
+    def __init__(
+        self,
+        keys: pl.Series,
+        table_rows: Array,
+        counts: Array | None,
+        rows: int | None = None,
+        since: Array | None = None,
+        last: Array | None = None,
+    ) -> None:
         self.keys, self.table_rows, self.counts = keys, table_rows, counts
+        self.rows = len(keys) + 1 if rows is None else rows
+        self.since, self.last = since, last
 
-    @property
-    def rows(self) -> int:
-        """Rows of the table, row 0 included."""
-        return len(self.keys) + 1
+    def as_of(self, day: int, rows: int) -> "Vocabulary":
+        """Only the keys whose rows were theirs on that day already, when the table had `rows` rows."""
+        if self.since is None:
+            return self
+        known = self.since <= day
+        counts = None if self.counts is None else self.counts[known]
+        last = None if self.last is None else self.last[known]
+        return Vocabulary(self.keys.filter(pl.Series(known)), self.table_rows[known], counts, rows,
+                          self.since[known], last)  # fmt: skip
+
+    def digest(self) -> str:
+        """SHA-256 of the keys and their rows, in hexadecimal: equal where every key has the same row.
+
+        Of the sorted keys: numbers as little-endian bytes, or texts as UTF-8 and their lengths in bytes (uint32),
+        then of the rows (int32).
+        """
+        digest = hashlib.sha256()
+        for at in range(0, len(self.keys), _PIECE):
+            keys = self.keys[at : at + _PIECE]
+            if keys.dtype == pl.String:
+                digest.update("".join(keys.to_list()).encode())
+                digest.update(keys.str.len_bytes().to_numpy().astype("<u4").tobytes())
+            else:
+                digest.update(keys.to_numpy().tobytes())
+        digest.update(np.ascontiguousarray(self.table_rows, "<i4").data)
+        return digest.hexdigest()
 
     def lookup(self, keys: pl.Series) -> Array:
         """The table row of each of the sorted keys, int32; 0 where it has none."""
@@ -61,10 +102,11 @@ class Vocabulary:
         """A dataset's vocabulary file, or what `to_bytes` made; `where` names the latter in messages.
 
         Raises:
-            UserError: it cannot be read, is damaged, or its rows are not 1 to K, one for each of K distinct keys.
+            UserError: it cannot be read, is damaged, or its rows are not 1 to K, one for each of K distinct keys (of an
+                extended vocabulary: distinct and rows of its table).
         """
         where = str(source) if isinstance(source, Path) else where
-        frame = _read(source, where)
+        frame, rows = _read(source, where)
         columns = dict(frame.schema)
         if columns.get("key") not in KEY_TYPES or columns.get("row") != pl.Int32 or sum(frame.null_count().row(0)):
             raise UserError(
@@ -76,10 +118,12 @@ class Vocabulary:
         # Compared, since a file may claim that it is sorted.
         if not (keys[1:] > keys[:-1]).all():
             raise UserError(f"{where} is damaged: its keys are not distinct and sorted")
-        whole = not len(keys) or (table_rows.min() >= 1 and table_rows.max() <= len(keys))
-        if not whole or (np.bincount(table_rows, minlength=1)[1:] != 1).any():
-            raise UserError(f"{where} is damaged: its table rows are not 1 to {len(keys)}, each once")
-        return cls(keys, table_rows, frame["count"].to_numpy() if "count" in columns else None)
+        highest = len(keys) if rows is None else rows - 1
+        inside = not len(keys) or (table_rows.min() >= 1 and table_rows.max() <= highest)
+        if not inside or (np.bincount(table_rows, minlength=1)[1:] > 1).any():
+            raise UserError(f"{where} is damaged: its table rows are not 1 to {highest}, each once")
+        numbers = {name: frame[name].to_numpy() for name in ("count", "since", "last") if name in columns}
+        return cls(keys, table_rows, numbers.get("count"), rows, numbers.get("since"), numbers.get("last"))
 
     def to_bytes(self) -> bytes:
         """A Parquet file with the columns key and row, by key, which `read` knows from a damaged one.
@@ -88,21 +132,36 @@ class Vocabulary:
         """
         buffer, empty = io.BytesIO(), b"0" * _DIGITS
         frame = pl.DataFrame({"key": self.keys, "row": self.table_rows.astype(np.int32)})
-        frame.write_parquet(buffer, compression="zstd", metadata={"dqrm": (_SEAL + empty).decode()})
+        # Without vacant rows the file is that of older versions.
+        vacant = {} if self.rows == len(self.keys) + 1 else {_ROWS: str(self.rows)}
+        frame.write_parquet(buffer, compression="zstd", metadata={"dqrm": (_SEAL + empty).decode(), **vacant})
         data = buffer.getvalue()
         at = data.rindex(_SEAL + empty) + len(_SEAL)
         return data[:at] + _digest(data, at) + data[at + _DIGITS :]
 
     def write(self, path: Path) -> None:
-        """A Parquet file with the columns key, row and count, by row."""
-        frame = pl.DataFrame({"key": self.keys, "row": self.table_rows, "count": self.counts})
-        try:
-            frame.sort("row").with_columns(pl.col("count").cast(pl.Int64)).write_parquet(path)
-        except pl.exceptions.PolarsError as error:  # a full disk
-            raise OSError(str(error)) from None
+        """A Parquet file with the columns key, row and count, by row; of an extended vocabulary also since and last."""
+        columns: dict[str, Any] = {"key": self.keys, "row": self.table_rows, "count": self.counts}
+        metadata = {}
+        if self.since is not None:
+            columns |= {"since": self.since, "last": self.last}
+            metadata[_ROWS] = str(self.rows)
+        frame = pl.DataFrame(columns).sort("row")
+        if not frame["count"].dtype.is_float():
+            frame = frame.with_columns(pl.col("count").cast(pl.Int64))
+        write_frame(frame, path, metadata)
 
 
-def _read(source: Path | bytes, where: str) -> pl.DataFrame:
+def write_frame(frame: pl.DataFrame, path: Path, metadata: dict[str, str]) -> None:
+    """Write a Parquet file; raises OSError where the disk is full."""
+    try:
+        frame.write_parquet(path, metadata=metadata)
+    except pl.exceptions.PolarsError as error:
+        raise OSError(str(error)) from None
+
+
+def _read(source: Path | bytes, where: str) -> tuple[pl.DataFrame, int | None]:
+    """The columns, and the rows of the table where the file says how many."""
     if isinstance(source, bytes):
         at = source.rfind(_SEAL) + len(_SEAL)
         if at < len(_SEAL) or source[at : at + _DIGITS] != _digest(source, at):
@@ -110,8 +169,10 @@ def _read(source: Path | bytes, where: str) -> pl.DataFrame:
     try:
         # Opened here: polars would take brackets in the name of a folder for a pattern.
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            return pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+            rows = pl.read_parquet_metadata(file).get(_ROWS)
+            file.seek(0)
+            return pl.read_parquet(file), None if rows is None else int(rows)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         raise UserError(f"{where} cannot be read as Parquet ({error})") from None
 
 
@@ -152,14 +213,11 @@ class Counter:
         while len(self._runs) > 1 and self._runs[-2].height <= 2 * self._runs[-1].height:
             self._merge()
 
-    def finish(self, min_count: int) -> Vocabulary:
-        """The vocabulary of the keys seen at least `min_count` times."""
+    def finish(self) -> pl.DataFrame:
+        """All chunks' run: key, count, first; sorted by key."""
         while len(self._runs) > 1:
             self._merge()
-        run = self._runs.pop().filter(pl.col("count") >= min_count)
-        table_rows = np.empty(run.height, np.int32)
-        table_rows[np.argsort(run["first"].to_numpy())] = np.arange(1, run.height + 1, dtype=np.int32)
-        return Vocabulary(run["key"], table_rows, run["count"].to_numpy())
+        return self._runs.pop()
 
     def _merge(self) -> None:
         newer, older = self._runs.pop(), self._runs.pop()

@@ -212,7 +212,7 @@ def _check(content: Any) -> None:
     table_groups(described)
     for name, value, known in (
         ("quantization", content["quantization"]["method"], ("qat", "ptq", "none")),
-        ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none")),
+        ("vocabulary", content["vocabulary"]["mode"], ("embed", "beside", "none", "hash")),
     ):
         if value not in known:
             raise ValueError(f"{name} {str(value)[:40]!r}, expected one of {', '.join(known)}")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor, nn
 
@@ -40,19 +39,19 @@ def looked_up(batch: Batch, opened: Artifact, dataset: Dataset) -> Batch:
     Raises:
         UserError: a vocabulary of the artifact gives a key another row than the dataset's does, or lacks one.
     """
+    if dataset.hashed:
+        return batch
     single, bags = [], []
     for number, column in enumerate(dataset.columns):
-        source = dataset.vocabulary_path(column.name)
-        with source.open("rb") as file:  # polars would read brackets in a folder's name as a glob pattern
-            known = pl.read_parquet(file, columns=["key", "row"]).sort("key")
+        known = dataset.vocabulary(number)
         shipped = Vocabulary.read(opened.vocabulary(number), f"the exported vocabulary of {column.name}")
-        shipped_rows, rows = shipped.lookup(known["key"]), known["row"].to_numpy()
+        shipped_rows, rows = shipped.lookup(known.keys), known.table_rows
         wrong = np.flatnonzero(shipped_rows != rows)
         if len(wrong) or shipped.rows != column.rows:
             what = f"{shipped.rows} rows, expected {column.rows}"
             if len(wrong):
                 at = int(wrong[0])
-                what = f"row {shipped_rows[at]} for {known['key'][at]!r}, expected {rows[at]}"
+                what = f"row {shipped_rows[at]} for {known.keys[at]!r}, expected {rows[at]}"
             raise UserError(f"the exported vocabulary of column {column.name} has {what}: nothing was written")
         row_of = np.zeros(column.rows, np.int32)
         row_of[rows] = shipped_rows

@@ -41,7 +41,9 @@ MIXED_BITS_VERSION = 2
 """Tables of several bit widths, which lie in a tensor for each width."""
 GROUPS_VERSION = 3
 """Tables whose scales are of blocks of rows, or have zero points."""
-_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION, GROUPS_VERSION)
+GROWING_VERSION = 4
+"""Ids that are hashed to rows, or vocabularies of several days, which may have vacant rows."""
+_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION, GROUPS_VERSION, GROWING_VERSION)
 _DTYPES = {
     torch.uint8: ("U8", 1), torch.int8: ("I8", 1), torch.int16: ("I16", 2), torch.int32: ("I32", 4),
     torch.int64: ("I64", 8), torch.float32: ("F32", 4),

@@ -5,6 +5,7 @@ from typing import Any
 
 from dqrm import __version__
 from dqrm.data.dataset import Dataset
+from dqrm.data.lineage import as_seen_by
 from dqrm.errors import UserError
 from dqrm.export.check import sampled_split
 from dqrm.export.config import ExportConfig
@@ -15,23 +16,17 @@ from dqrm.training.run import Run, versions
 
 
 def require_dataset(content: dict[str, Any], data: Dataset | str | Path, source: Path) -> Dataset:
-    """The dataset folder `data`, if it is the one that the artifact was trained on.
+    """The dataset folder `data` as the artifact's model reads it (`lineage.as_seen_by`).
 
     Raises:
-        UserError: it is a different dataset, or not one.
+        UserError: it has other vocabularies, or is not a dataset.
     """
-    dataset = Dataset.of(data)
-    wanted = content["provenance"]["data"]["fingerprint"]
-    if dataset.fingerprint != wanted:
-        raise UserError(
-            f"{dataset.path} is not the dataset that {source} was trained on: fingerprint {dataset.fingerprint[:16]}, "
-            f"expected {wanted[:16]}"
-        )
-    return dataset
+    return as_seen_by(Dataset.of(data), content["provenance"]["data"], source)
 
 
 def dataset_of(run: Run, data: str | None, needed: bool, otherwise: str = "") -> Dataset | None:
-    """The dataset folder `data`, by default the one on which the run was trained; None if it no longer exists.
+    """The dataset folder `data` as the run's model reads it, by default the one on which it was trained; None if that
+    no longer exists.
 
     Args:
         needed: raise UserError if it no longer exists, or holds other data by now.
@@ -46,8 +41,7 @@ def dataset_of(run: Run, data: str | None, needed: bool, otherwise: str = "") ->
             )
         return None
     try:
-        dataset = Dataset(path)
-        run.require_same_data(dataset)
+        dataset = run.require_vocabularies(Dataset(path))
     except UserError:
         if needed or data is not None:
             raise
@@ -68,6 +62,8 @@ def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: 
     """Raise UserError if the parts of a dataset that the export reads are damaged: rows to compare, vocabularies."""
     split = sampled_split(dataset)
     used = [*([split] if split else []), *(["vocabulary"] if shipped else [])]
+    if dataset.narrowed:  # whose batches depend on its vocabularies
+        used = sorted({*used, "vocabulary"})
     if config.verify and used:
         dataset.verify(*used, tell=progress)
     if split:
@@ -94,7 +90,7 @@ def provenance(run: Run, state: dict[str, Any], checkpoint: str) -> dict[str, An
     return {
         "dqrm": __version__,
         "versions": versions(),
-        "data": {key: run.info["data"].get(key) for key in ("fingerprint", "rows", "split")},
+        "data": {key: run.info["data"].get(key) for key in ("fingerprint", "vocabulary_digest", "rows", "split")},
         "run": {
             "config": run.info["config"],
             "checkpoint": checkpoint,

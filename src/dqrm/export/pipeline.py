@@ -24,7 +24,7 @@ from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.check import compare, logits_of, looked_up, sample
 from dqrm.export.config import ExportConfig, PTQConfig
-from dqrm.export.container import Entry, write
+from dqrm.export.container import GROWING_VERSION, Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import (
@@ -130,7 +130,10 @@ def _from_run(
     entries = weights.entries()
     content["vocabulary"], more = _vocabulary(dataset if shipped else None, config, made, progress)
     entries += more
-    write(first, artifact.KIND, content, entries, artifact.version_of(described))
+    version = artifact.version_of(described)
+    if dataset is not None and (dataset.hashed or dataset.day):
+        version = GROWING_VERSION
+    write(first, artifact.KIND, content, entries, version)
     difference = None if ptq is None else compare(logits_of(model, batch), expected)
     watch.check()
     del model, weights, reference, entries  # which also unmaps the checkpoint
@@ -212,6 +215,8 @@ def _vocabulary(
     `vocabulary: beside` writes them into a second file."""
     if dataset is None:
         return {"mode": "none"}, []
+    if dataset.hashed:
+        return {"mode": "hash"}, []
     vocabularies = list(_vocabularies(dataset, made.parent, progress))
     if config.vocabulary != "beside":
         return {"mode": "embed"}, vocabularies
@@ -223,12 +228,10 @@ def _vocabulary(
 
 def _vocabularies(dataset: Dataset, folder: Path, progress: Progress) -> Iterator[Entry]:
     """One entry for each column; their bytes stay in `folder` until they are written, so that memory holds one."""
-    from dqrm.data.vocabulary import Vocabulary
-
-    for number, column in enumerate(dataset.columns):
+    for number in range(len(dataset.columns)):
         progress("reading vocabularies", number, len(dataset.columns))
         path = folder / f".{number}.parquet"
-        path.write_bytes(Vocabulary.read(dataset.vocabulary_path(column.name)).to_bytes())
+        path.write_bytes(dataset.vocabulary(number).to_bytes())
         size = path.stat().st_size
         yield Entry(artifact.vocabulary_name(number), torch.uint8, (size,), partial(_pieces, path))
     progress("reading vocabularies", len(dataset.columns), len(dataset.columns))

@@ -22,6 +22,8 @@ from dqrm.quant.tiered_rows import TieredRows, slots_for, words_for
 _BLOCK = 1 << 10
 # Rows read at once: torch may copy what it reduces.
 _CHUNK = 1 << 20
+# Values copied from one weight to another at once.
+_COPIED = 1 << 22
 
 
 def max_abs(weight: Tensor) -> Tensor:
@@ -296,3 +298,21 @@ def storage_of(weight: Tensor) -> type[Storage]:
     if isinstance(weight, EncodedRows):
         return INT8 if isinstance(weight, Int8Rows) else INT4
     return Storage if weight.dtype == torch.int8 else storage_for(weight.dtype)  # int8 alone is no weight, but codes
+
+
+@torch.no_grad()
+def copy_rows(target: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
+    """target[rows] = source[source_rows] in place, for weights [R, dim] of any two storages and rows int64 [N].
+
+    Bit for bit where the storages are the same, else rounded to the nearest value. No row of the target twice.
+    """
+    storage, given, dim = storage_of(target), storage_of(source), target.shape[1]
+    step = max(1, _COPIED // max(1, dim))
+    for part, source_part in zip(rows.split(step), source_rows.split(step)):
+        if storage is given:
+            memory = given.memory(source).index_select(0, source_part)
+        else:
+            encoded = storage.empty(len(part), dim, source.device)
+            encoded.copy_(given.gather(source, source_part))
+            memory = storage.memory(encoded)
+        storage.memory(target).index_copy_(0, part, memory.to(target.device))

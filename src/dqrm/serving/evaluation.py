@@ -39,7 +39,8 @@ def evaluate(
     checkpoint: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Metrics of a model on a split of the dataset that it was trained on: see `training.metrics.click_metrics`.
+    """Metrics of a model on a split of the dataset that it was trained on, or of one that extends its vocabularies: see
+    `training.metrics.click_metrics`.
 
     With `subsample_negatives` the metrics are at the log's own click rate: each negative is weighted by the number of
     negatives it represents, and a trained model's logits are corrected as in an exported file (whose own are used
@@ -55,7 +56,9 @@ def evaluate(
         device: of a run: as in `TrainingConfig`.
 
     Returns:
-        rows, auc, log_loss, accuracy, ne, calibration; if negatives were subsampled base_rate ("true" or "sampled").
+        rows, auc, log_loss, accuracy, ne, calibration; if negatives were subsampled base_rate ("true" or "sampled"); if
+        the dataset extends the model's vocabularies newer_ids: how many ids of the split (`ids`, of `all`) the model
+        has no row for. They are looked up as row 0.
 
     Raises:
         UserError: `model` is none of these, damaged or trained on other data; the split is damaged; a prediction
@@ -63,12 +66,13 @@ def evaluate(
     """
     path, more = path_of(model), (correct_subsampling, threads, log)
     if path is not None and not is_exported_file(path):
-        run, dataset, where = Run.open(path), Dataset.of(data), resolve_device(device)
-        run.require_same_data(dataset)
+        run, where = Run.open(path), resolve_device(device)
+        dataset = run.require_vocabularies(Dataset.of(data))
         _check(dataset, split, verify, progress)
         trained, _ = run.load_model(checkpoint or "best", verify=verify)
         size = batch_size or run.config.training.eval_batch_size
-        return evaluate_model(trained.to(where), dataset, split, size, progress, False, *more)
+        metrics = evaluate_model(trained.to(where), dataset, split, size, progress, False, *more)
+        return _with_newer_ids(metrics, dataset, split)
     if checkpoint is not None:
         what = "a model in memory" if path is None else path
         raise UserError(f"--checkpoint {checkpoint} is for run folders; {what} holds one checkpoint only")
@@ -77,13 +81,34 @@ def evaluate(
             f"--device {device} is for run folders; exported files are evaluated on the cpu, models where they are"
         )
     if path is None:
-        return evaluate_model(model, data, split, batch_size or _BATCH_SIZE, progress, verify, *more)  # type: ignore[arg-type]
+        return _evaluate_module(model, Dataset.of(data), split, batch_size or _BATCH_SIZE, progress, verify, *more)
     return _evaluate_file(path, data, split, batch_size or _BATCH_SIZE, progress, verify, *more)
+
+
+def _evaluate_module(
+    model: Any, dataset: Dataset, split: str, batch_size: int, progress: Progress | None, verify: bool, *more: Any
+) -> dict[str, Any]:
+    """Of a model in memory: one that `dqrm.load` gave knows its dataset, others do not."""
+    from dqrm.serving.loaded import LoadedModel
+
+    if isinstance(model, LoadedModel):
+        dataset = require_dataset(model._opened.content, dataset, model._opened.path)
+    if verify and dataset.narrowed:
+        dataset.verify("vocabulary", tell=progress)
+    metrics = evaluate_model(model, dataset, split, batch_size, progress, verify, *more)
+    return _with_newer_ids(metrics, dataset, split)
+
+
+def _with_newer_ids(metrics: dict[str, Any], dataset: Dataset, split: str) -> dict[str, Any]:
+    if not dataset.narrowed:
+        return metrics
+    newer, total = dataset.split(split).newer_ids()
+    return {**metrics, "newer_ids": {"ids": newer, "all": total}}
 
 
 def _check(dataset: Dataset, split: str, verify: bool, progress: Progress | None) -> None:
     if verify:
-        dataset.verify(split, tell=progress)
+        dataset.verify(split, *["vocabulary"] * dataset.narrowed, tell=progress)
     dataset.validate(split)
 
 
@@ -99,13 +124,14 @@ def _evaluate_file(
     _check(dataset, split, verify, progress)
     if opened is not None:  # the file that was verified, even if it was replaced since
         model = opened.model()
-        return evaluate_model(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
+        metrics = evaluate_model(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
+        return _with_newer_ids(metrics, dataset, split)
     threads = given_threads(threads) or _runtime_threads(kind, path, dataset.split(split), batch_size)
     tell_threads(threads, log)
     logits = score_split(kind.open(path, threads), dataset, split, batch_size, progress)
     if not correct_subsampling:
         logits -= np.float32(BaseRate.of(content).offset)
-    return measure_on(logits, dataset, split, correct_subsampling)
+    return _with_newer_ids(measure_on(logits, dataset, split, correct_subsampling), dataset, split)
 
 
 def _runtime_threads(kind: Format, path: Path, part: Split, batch_size: int) -> int:

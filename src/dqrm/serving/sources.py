@@ -1,6 +1,6 @@
 """Sources for scoring: a run folder, a file that `dqrm export` wrote, or a model in memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
+from dqrm.data.hashing import HashedRows
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
@@ -32,11 +33,11 @@ Model = nn.Module | str | Path
 
 @dataclass(frozen=True)
 class LogFormat:
-    """How the log of a model is read: options of `prepare`, columns, and the vocabulary of each column."""
+    """How the log of a model is read: options of `prepare`, columns, and the vocabulary of each column or its hash."""
 
     options: dict[str, Any]
     columns: list[Any]
-    vocabularies: list[Vocabulary]
+    vocabularies: Sequence[Vocabulary] | Sequence[HashedRows]
 
     @classmethod
     def of_dataset(cls, dataset: Dataset, verify: bool = True, progress: Progress | None = None) -> "LogFormat":
@@ -44,8 +45,7 @@ class LogFormat:
         if verify:
             dataset.verify("vocabulary", tell=progress)
         columns = dataset.info["schema"]["columns"]
-        vocabularies = [Vocabulary.read(dataset.vocabulary_path(column["name"])) for column in columns]
-        return cls(dataset.info["options"], columns, vocabularies)
+        return cls(dataset.info["options"], columns, dataset.row_maps())
 
     @classmethod
     def of_artifact(
@@ -63,10 +63,12 @@ class LogFormat:
         if data is not None:
             return cls.of_dataset(require_dataset(opened.content, data, opened.path), verify, progress)
         options, columns = opened.content.get("options"), opened.content["schema"]["columns"]
-        vocabularies = [
-            Vocabulary.read(opened.vocabulary(number), f"the vocabulary of {column['name']}")
-            for number, column in enumerate(columns)
-        ]
+        vocabularies: Sequence[Vocabulary] | Sequence[HashedRows] | None = HashedRows.of_columns(columns)
+        if vocabularies is None:
+            vocabularies = [
+                Vocabulary.read(opened.vocabulary(number), f"the vocabulary of {column['name']}")
+                for number, column in enumerate(columns)
+            ]
         if options is None:
             raise UserError(
                 f"{opened.path} does not record how its log was read, since its dataset was missing at export; "

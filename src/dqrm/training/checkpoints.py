@@ -352,6 +352,15 @@ def saved_table_bytes(checkpoint: Path) -> TableBytes:
     return {"weights": sum(weights), "optimizer": sum(state)}
 
 
+def saved_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of a file of a checkpoint, memory-mapped.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return dict(_tensors(checkpoint / name))
+
+
 def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The tensors of the file EXCHANGE or CALLBACKS; empty where the checkpoint has none.
 

@@ -6,7 +6,7 @@ and with the same message.
 
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from dqrm.data.dataset import Dataset
 from dqrm.distributed.processes import join
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
+from dqrm.models.base import ClickModel
 from dqrm.options import registered
-from dqrm.training.callbacks import Callback, build_callbacks
+from dqrm.training.callbacks import Callback, RedrawTables, build_callbacks
 from dqrm.training.checkpoints import latest_step
 from dqrm.training.environment import Log, Progress, check_environment
 from dqrm.training.footprint import describe_table_bytes, table_bytes
@@ -27,6 +28,7 @@ from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection, has_figure, selecting
+from dqrm.training.start import Start, share_weights
 from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check_ranks", "resume", "train"]
@@ -40,6 +42,8 @@ def train(
     log: Log | None = None,
     verify: bool = True,
     callbacks: Sequence[Callback] = (),
+    start_from: str | Path | None = None,
+    carry: str = "all",
 ) -> dict[str, Any]:
     """Train a model on `dataset` and write a run folder at `output`.
 
@@ -49,26 +53,27 @@ def train(
         config: what to train and how; default INT4 by the recipe of `dqrm.recipe`.
         progress: called as progress(stage, done, total).
         log: called with one line of text per evaluation.
-        verify: compare the dataset with its checksums first, which reads all of it; on several ranks, one does so on
-            each machine.
+        verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
         callbacks: objects, in addition to the callbacks that `config` names.
+        start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
+            or one whose vocabularies it extends. Epochs that are not set are then 1. See `training.start`.
+        carry: what is taken over from it: 'all', or 'mlp', all but the tables, whose ids may be others.
 
     Returns:
         The content of summary.json.
 
     Raises:
         UserError: the configuration cannot be run here or on this data, the data is damaged, another process trains
-            into `output`, or the loss is not finite.
+            into `output`, or the loss is not finite; or no run can start from `start_from` so.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
     asked = config or Config()
     with join(asked.exchange.exchange_timeout) as world, ExitStack() as held:
         world.require_same({"the command": "train"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
-        config = world.together(lambda: resolved(asked, data))
+        config = world.together(lambda: resolved(asked, data, start_from is not None))
         check_ranks(world, config, data)
-        callbacks = world.together(lambda: _registered(config, callbacks))
-        world.together(lambda: _check_callbacks(callbacks, config))
+        callbacks = world.together(lambda: _checked(config, callbacks, start_from if carry == "all" else None))
         world.together(lambda: check_environment(config.training))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         if not data.rows["train"]:
@@ -77,17 +82,17 @@ def train(
         for text in world.together(lambda: check_selection(config, data)):
             if world.first:
                 log(text) if log else warnings.warn(text, stacklevel=2)
-        model = world.together(run.new_model)  # before the folder is made: an invalid model must not leave one
+        # Before the folder is made: an invalid model must not leave one.
+        model, start = _begun(world, run, lambda: _planned(run, config, data, start_from, carry), verify)
         run.info["threads"] = world.on_first(lambda: choose_threads(run))
         held.enter_context(threads_set(run.info["threads"]))
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
         if log and world.first:
             log(_described(config, data, callbacks))
-        trainer = Trainer(run, model, data, progress, log, world, verify, callbacks)
+        trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, start)
         if log and world.first:
-            log(
-                describe_table_bytes(table_bytes(model.tables.weight, trainer.optimizers[0]), config, run.table_weights)
-            )
+            found = table_bytes(model.tables.weight, trainer.optimizers[0])
+            log(describe_table_bytes(found, config, run.table_weights))
         return trainer.fit()
 
 
@@ -131,12 +136,46 @@ def resume(
             log(run.dropped) if log else warnings.warn(run.dropped, stacklevel=2)
         held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
         begun = world.on_first(lambda: latest_step(run.checkpoints) is not None)  # its weights replace those drawn
-        model = world.together(lambda: run.new_model(drawn=not begun))
-        return Trainer(run, model, data, progress, log, world, verify, callbacks).fit()
+        model, start = _begun(world, run, lambda: None if begun else _recorded(run, data), verify, drawn=not begun)
+        return Trainer(run, model, data, progress, log, world, verify, callbacks, start).fit()
 
 
-def resolved(config: Config, dataset: Dataset) -> Config:
-    """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set.
+def _planned(run: Run, config: Config, data: Dataset, start_from: str | Path | None, carry: str) -> Start | None:
+    if start_from is None:
+        return None
+    start = Start.plan(start_from, carry, config, data)
+    run.info["start"] = start.record
+    return start
+
+
+def _recorded(run: Run, data: Dataset) -> Start | None:
+    """What a run without a checkpoint starts from."""
+    record = run.info.get("start")
+    return Start.recorded(record, run.config, data) if record else None
+
+
+def _begun(
+    world: World, run: Run, plan: Callable[[], Start | None], verify: bool, drawn: bool = True
+) -> tuple[ClickModel, Start | None]:
+    """The model as it was drawn, or on all ranks with the weights that it starts from; and rank 0's plan of that."""
+    start = world.together(lambda: plan() if world.first else None)
+    model = world.together(lambda: run.new_model(drawn=drawn))
+
+    def carry() -> None:
+        if start is not None:
+            if verify:
+                start.verify()
+            start.carry_weights(model, run.config)
+
+    world.together(carry)
+    if world.shared(start is not None):
+        share_weights(world, model)
+    return model, start
+
+
+def resolved(config: Config, dataset: Dataset, starts: bool = False) -> Config:
+    """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set;
+    `starts`: of a run that starts from another.
 
     Raises:
         UserError: it is impossible at this batch size.
@@ -146,7 +185,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         options = replace(options, batch_size=recipe.batch_size(rows["train"]))
     if not options.epochs:
         judged = has_figure(options.select_by, dataset)
-        options = replace(options, epochs=recipe.EPOCHS if judged and options.patience else 1)
+        options = replace(options, epochs=recipe.EPOCHS if judged and options.patience and not starts else 1)
     if optimizer.learning_rate is None:
         rate = recipe.learning_rate(optimizer.rule, options.batch_size)
         optimizer = replace(optimizer, learning_rate=rate)
@@ -176,9 +215,17 @@ def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]
     return build_callbacks(config.training.callbacks, callbacks)
 
 
-def _check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:
+def _checked(config: Config, given: Sequence[Callback], start_from: str | Path | None) -> list[Callback]:
+    """All callbacks of a new run; raises UserError where it cannot begin with one of them."""
+    epochs, callbacks = config.training.epochs, _registered(config, given)
     for callback in callbacks:
         callback.check(config)
+        if start_from is not None and epochs > 1 and isinstance(callback, RedrawTables):
+            raise UserError(
+                f"epochs is {epochs}, but the callback redraw_tables would redraw the rows carried over from "
+                f"{start_from} at epoch 2; use epochs 1, or callbacks without it"
+            )
+    return callbacks
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:

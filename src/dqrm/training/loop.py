@@ -23,7 +23,6 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.quant.convert import stored_bytes
-from dqrm.quant.linear import QuantLinear
 from dqrm.training.callbacks import Callback, load_callbacks, overriding, save_callbacks
 from dqrm.training.checkpoints import (
     CALLBACKS,
@@ -47,6 +46,7 @@ from dqrm.training.optimizers import learning_rate
 from dqrm.training.recording import Recorder
 from dqrm.training.run import Run, versions
 from dqrm.training.selection import choose, chosen_by, stops
+from dqrm.training.start import Start, share_state, share_weights
 from dqrm.training.state import State, check_keys
 from dqrm.training.step import TrainStep
 
@@ -71,7 +71,9 @@ class Trainer:
         world: World | None = None,
         verify: bool = True,
         callbacks: Sequence[Callback] = (),
+        start: Start | None = None,
     ) -> None:
+        """`start`: on rank 0 of a run that starts from another, whose weights `model` has."""
         self.verify, self.callbacks = verify, callbacks
         self.run, self.model, self.dataset, self.config = run, model, dataset, run.config
         self.options, self.world = self.config.training, world or World()
@@ -91,6 +93,8 @@ class Trainer:
             self._load_state(last)
             for resumes in overriding(callbacks, "on_resume"):
                 resumes(self)
+        elif self.world.shared(start is not None):
+            self._carry_state(start)
         self.stopped = threading.Event()
         self.recorder: Recorder | None = None
         if self.world.first:
@@ -293,12 +297,7 @@ class Trainer:
             load_weights(folder, self.model)
 
         self.world.together(lambda: load() if self.world.first else None)
-        if self.world.size > 1:
-            self.world.broadcast_model(self.model)
-            self.model.tables.weights_replaced(self.world.shared(self.model.tables.scale_ticks))
-            for module in self.model.modules():
-                if isinstance(module, QuantLinear):
-                    module.weight_fake_quantizer.weights_replaced(module.weight, 0)
+        share_weights(self.world, self.model)
 
     def _load_state(self, step: int) -> None:
         """Everything else of a checkpoint, likewise."""
@@ -314,11 +313,7 @@ class Trainer:
         values, exchange, of_callbacks = self.world.on_first(load)
         self.state = State(**values)
         self.world.together(lambda: load_callbacks(self.callbacks, self.state.callbacks, of_callbacks))
-        for optimizer in self.optimizers:
-            for parameters in (group["params"] for group in optimizer.param_groups):
-                for values in (optimizer.state.get(parameter, {}) for parameter in parameters):
-                    for value in (values[name] for name in sorted(values)):
-                        self.world.broadcast(value)
+        share_state(self.world, self.optimizers)
         before, now = len(exchange["counters"]) if exchange else 1, self.exchange.size
         if self.world.first:
             self.exchange.loss_sums[0] = self.state.loss_sum
@@ -329,6 +324,14 @@ class Trainer:
                 f"{self.run.path} was saved by {before} ranks and resumes with {now}: the residuals of error "
                 "compensation are reset"
             )
+
+    def _carry_state(self, start: Start | None) -> None:
+        """Optimizer state of the run that this one starts from."""
+        self.world.together(lambda: start and start.carry_optimizers(self.model, self.optimizers, self.config))
+        share_state(self.world, self.optimizers)
+        if start:
+            self.log(start.told)
+            start.changes.clear()
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the chosen checkpoint on test and write the summary."""

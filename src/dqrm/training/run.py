@@ -19,6 +19,7 @@ import torch
 from dqrm import __version__
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
+from dqrm.data.lineage import as_seen_by
 from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
 from dqrm.models.base import ClickModel
@@ -53,6 +54,7 @@ _SHAPE = {
     "data": {
         "path": TEXT,
         "fingerprint": TEXT,
+        "vocabulary_digest?": (TEXT, None),
         "dense": [TEXT],
         "columns": [{"name": TEXT, "rows": POSITIVE, "multi": FLAG}],
         "rows?": {"*": COUNT},
@@ -89,6 +91,7 @@ class Run:
         data = {
             "path": str(dataset.path.resolve()),
             "fingerprint": dataset.fingerprint,
+            "vocabulary_digest": dataset.vocabulary_digest,
             "dense": list(dataset.dense),
             "columns": columns,
             "rows": dataset.rows,
@@ -217,13 +220,21 @@ class Run:
         return sum(column["rows"] for column in self.info["data"]["columns"]) * self.config.model.embedding_dim
 
     def require_same_data(self, dataset: Dataset) -> None:
-        """Raise UserError unless `dataset` is the one that the run was trained on: another maps ids to other rows."""
+        """Raise UserError unless `dataset` is the one that the run was trained on, which it is continued on."""
         wanted = self.info["data"]["fingerprint"]
         if dataset.fingerprint != wanted:
             raise UserError(
                 f"{dataset.path} is not the dataset that {self.path} was trained on: fingerprint "
                 f"{dataset.fingerprint[:16]}, expected {wanted[:16]}"
             )
+
+    def require_vocabularies(self, dataset: Dataset) -> Dataset:
+        """The dataset as the model reads it: with its vocabularies, or with ones that extend them (`lineage`).
+
+        Raises:
+            UserError: it has other vocabularies, which map ids to other rows.
+        """
+        return as_seen_by(dataset, self.info["data"], self.path)
 
     def new_model(self, table_weight: torch.Tensor | None = None, drawn: bool = True) -> ClickModel:
         """The run's model with its initial weights; the tables' are `table_weight` itself where that is given, and

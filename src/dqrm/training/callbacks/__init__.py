@@ -19,17 +19,15 @@ from dqrm.training.callbacks.base import Callback, load_callbacks, overriding, s
 from dqrm.training.callbacks.ema import EMA
 from dqrm.training.callbacks.redraw_tables import RedrawTables
 from dqrm.training.callbacks.stage_bits import StageBits
-from dqrm.training.callbacks.warm_start import WarmStart
 
 __all__ = [
-    "CALLBACKS", "EMA", "Callback", "RedrawTables", "StageBits", "WarmStart", "build_callbacks", "load_callbacks",
+    "CALLBACKS", "EMA", "Callback", "RedrawTables", "StageBits", "build_callbacks", "load_callbacks",
     "overriding", "save_callbacks",
 ]  # fmt: skip
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {
     "redraw_tables": RedrawTables,
     "ema": EMA,
-    "warm_start": WarmStart,
     "stage_bits": StageBits,
 }
 """By name, what makes a callback of the options that a configuration gives it."""

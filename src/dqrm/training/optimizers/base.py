@@ -56,8 +56,9 @@ class SparseOptimizer(Optimizer):
         """Change `weight` [R, dim] in these rows, int64 [N], by their gradients `values`, float32 [N, dim]."""
         raise NotImplementedError
 
-    def reset_rows(self, rows: slice) -> None:
-        """Reset the state of these rows of the first parameter to that of a new optimizer (0)."""
+    def reset_rows(self, rows: slice | Tensor) -> None:
+        """Reset the state of these rows (a slice, or int64 [N]) of the first parameter to that of a new optimizer
+        (0)."""
         weight = self.param_groups[0]["params"][0]
         for value in self.state[weight].values():
             if isinstance(value, Tensor) and value.dim() and len(value) == len(weight):

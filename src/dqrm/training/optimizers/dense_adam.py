@@ -88,7 +88,7 @@ class DenseAdam(SparseOptimizer):
                     self._catch_up(weight, torch.arange(start, stop, device=weight.device), group)
                 state["flushed"].copy_(state["count"])
 
-    def reset_rows(self, rows: slice) -> None:
+    def reset_rows(self, rows: slice | Tensor) -> None:
         """These rows of the first parameter are new: no step so far is theirs."""
         state = self.state[self.param_groups[0]["params"][0]]
         state["exp_avg"][rows] = 0

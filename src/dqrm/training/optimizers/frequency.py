@@ -104,7 +104,7 @@ class FrequencyAdagrad(SparseAdagrad):
         super().load_state_dict(state_dict)
         self._known.clear()
 
-    def reset_rows(self, rows: slice) -> None:
+    def reset_rows(self, rows: slice | Tensor) -> None:
         super().reset_rows(rows)
         self._known.clear()
 

@@ -1,0 +1,61 @@
+"""Parquet files: columns, number of rows, and rows in blocks."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+from polars.selectors import by_name
+
+from dqrm.data.lines import Block
+from dqrm.data.sources import Source
+from dqrm.errors import UserError
+
+# What polars raises on a file that is not the Parquet file it seems to be. A panic is no Exception of Python's.
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+
+
+def schema(source: Source) -> pl.Schema:
+    """The columns of a Parquet file and their types.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return _scan(source).collect_schema()
+    except UNREADABLE as error:
+        source.require_unchanged()
+        raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
+
+
+def count(source: Source) -> int:
+    """How many rows a Parquet file says that it has.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return int(_scan(source).select(pl.len()).collect().item())
+    except UNREADABLE as error:
+        source.require_unchanged()
+        raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
+
+
+def blocks(source: Source, wanted: Sequence[str], rows: int) -> Iterator[Block]:
+    """The wanted columns of all rows in order, at most so many at a time.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    row = 1
+    try:
+        for frame in _scan(source).select(by_name(*wanted)).collect_batches(chunk_size=rows, maintain_order=True):
+            yield Block(frame, np.arange(row, row + frame.height))
+            row += frame.height
+    except UNREADABLE as error:
+        source.require_unchanged()
+        raise UserError(f"{source.where}, after row {row - 1}: cannot be read as Parquet ({error})") from None
+
+
+def _scan(source: Source) -> pl.LazyFrame:
+    # The name is a file's, whatever brackets are in it, and what its folders name is not polars' to find.
+    return pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
