@@ -292,3 +292,10 @@ def test_the_record_and_the_default_of_one_epoch(datasets, tmp_path):
     assert (info["start"]["carry"], info["config"]["training"]["epochs"]) == ("all", 1)
     assert "start" not in json.loads((tmp_path / "1" / "run.json").read_text())
     assert np.isfinite(Run.open(tmp_path / "2").summary["test"]["log_loss"])
+
+
+def test_tables_in_tiers_take_no_rows(generated, tmp_path):
+    dqrm.train(generated, tmp_path / "one", tiny(max_steps=4))
+    with pytest.raises(UserError, match="table_dtype is 'int4': its tables cannot take the rows of another run"):
+        dqrm.train(generated, tmp_path / "two", tiny(max_steps=4, table_dtype="int4"), start_from=tmp_path / "one")
+    assert not (tmp_path / "two").exists()

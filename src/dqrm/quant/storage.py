@@ -41,6 +41,8 @@ class Storage:
     dtype: torch.dtype
     rounds = False
     """Whether adding rounds at random: rows must not repeat then, and each update needs another seed."""
+    rows_in_memory = True
+    """Whether row i of the weight is row i of `memory`, as `copy_rows` takes it."""
 
     @classmethod
     def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -233,6 +235,7 @@ class INT4(Encoded):
     """INT4 codes with a scale per row, and INT8 codes for the rows that are updated most often (`TieredRows`)."""
 
     dtype = torch.int4  # type: ignore[attr-defined]
+    rows_in_memory = False
     hot_rows = HOT_ROWS
 
     @classmethod
@@ -320,8 +323,13 @@ def copy_rows(target: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor)
     """target[rows] = source[source_rows] in place, for weights [R, dim] of any two storages and rows int64 [N].
 
     Bit for bit where the storages are the same, else rounded to the nearest value. No row of the target twice.
+
+    Raises:
+        ValueError: the target is stored in tiers, which have no place for a single row.
     """
     storage, given, dim = storage_of(target), storage_of(source), target.shape[1]
+    if not storage.rows_in_memory:
+        raise ValueError("rows cannot be copied into a table stored as INT4 rows; use another table_dtype")
     step = max(1, _COPIED // max(1, dim))
     for part, source_part in zip(rows.split(step), source_rows.split(step)):
         if storage is given:
