@@ -237,7 +237,10 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
                     f"{memory.dtype} there"
                 )
             _read(file, name, memory)
-            _check(file, target)
+            try:
+                storage_of(target).check(target)
+            except ValueError as error:
+                raise UserError(f"{file} is damaged: {error}") from None
             torch.autograd.graph.increment_version(target)  # as by any other change in place
             copied.add(name)
     try:
@@ -248,13 +251,6 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         raise UserError(f"{file} does not match the model: unexpected key '{keys.unexpected_keys[0]}'")
     if missing := [name for name in keys.missing_keys if name not in copied]:
         raise UserError(f"{file} does not match the model: missing key '{missing[0]}'")
-
-
-def _check(file: Path, weight: Tensor) -> None:
-    try:
-        storage_of(weight).check(weight)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
 
 
 def _read(file: Path, name: str, target: Tensor) -> None:
