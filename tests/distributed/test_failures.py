@@ -155,12 +155,16 @@ def training(data: Dataset | Path, run: Path, **fields: Any) -> list[Any]:
     return ["train", data.path if isinstance(data, Dataset) else data, "-o", run, *flags(**(known | fields))]
 
 
+_START = ("Training with ", "Tables in training: ")
+
+
 def sentences(ended: Sequence[Ended]) -> list[str]:
-    """What each rank said at its end: one sentence and nothing else."""
+    """What each rank said at its end: one sentence and, but for rank 0's two lines at the start, nothing else."""
     no_traceback_of_ours(*ended)
     for process in ended:
         assert process.code in (1, 2)
-        assert process.sentence == process.err.strip()
+        said = [line for line in process.err.splitlines() if not line.startswith(_START)]
+        assert "\n".join(said).strip() == process.sentence
         assert process.out == ""
     return [process.sentence for process in ended]
 

@@ -336,6 +336,8 @@ def _read_info(path: Path) -> dict[str, Any]:
             "prepare the data again"
         )
     wrong = problem(info, _SHAPE)
+    if not wrong and any(not column.get("hash") for column in info["schema"]["columns"]):
+        wrong = problem(info, {"schema": {"columns": [{"vocabulary": TEXT}]}})
     multi = [] if wrong else [column["name"] for column in info["schema"]["columns"] if column["multi"]]
     if multi:
         wrong = problem(info, {"values": {split: {"*": COUNT} for split in folder.SPLITS}})
