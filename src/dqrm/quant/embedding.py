@@ -85,11 +85,12 @@ def refuse_unsupported(module: Any) -> None:
 
 
 def refuse_tracing(weight: Tensor) -> None:
-    """Raise NotImplementedError while a module whose table is stored as INT8 rows is traced."""
+    """Raise NotImplementedError while a module whose table is stored as INT8 or INT4 rows is traced."""
     if kernels.traced() and isinstance(weight, EncodedRows):
         raise NotImplementedError(
-            "a table stored as INT8 rows cannot be traced (torch.compile, torch.export, torch.jit.trace); trace it "
-            "after dqrm.convert, or with 32 bits, which are not packed, load its state dict into a module on float32"
+            f"a table stored as {weight.kind} rows cannot be traced (torch.compile, torch.export, torch.jit.trace); "
+            "trace it after dqrm.convert, or with 32 bits, which are not packed, load its state dict into a module on "
+            "float32"
         )
 
 
