@@ -25,12 +25,14 @@ static inline __attribute__((always_inline)) void write_int4_row(const float *re
     memcpy(row + bytes, &stored, 2);
     for (int64_t j = half; j < bytes; j++) row[j] = 0x88;
     if (stored >= 0x7f80) { memset(row, 0x88, half); return; }
-    for (int64_t j = 0; j < half; j++)
-        row[j] = int4_code(random ? floorf(x[j] / s + uniform_of(position + (uint32_t)j, seed)) : rintf(x[j] / s));
-    for (int64_t d = half; d < dim; d++)
-        row[d - half] |= (uint8_t)(int4_code(random ? floorf(x[d] / s + uniform_of(position + (uint32_t)d, seed))
-                                                    : rintf(x[d] / s)) << 4);
-    if (dim & 1) row[half - 1] |= 0x80;
+    for (int64_t j = 0; j < half; j++) {
+        int64_t d = j + half < dim ? j + half : j; /* of an odd dim, the last one has no other half */
+        float low = x[j] / s, other = x[d] / s;
+        low = random ? floorf(low + uniform_of(position + (uint32_t)j, seed)) : rintf(low);
+        other = random ? floorf(other + uniform_of(position + (uint32_t)d, seed)) : rintf(other);
+        row[j] = (uint8_t)(int4_code(low) | int4_code(other) << 4);
+    }
+    if (dim & 1) row[half - 1] = (uint8_t)((row[half - 1] & 15) | 0x80);
 }
 
 static inline int is_hot(const uint8_t *row, int64_t dim) { return int4_scale(row, dim) & HOT; }
@@ -72,6 +74,10 @@ static inline __attribute__((always_inline)) void add_to_row(const Tiers *t, int
         for (int64_t d = 0; d < dim; d++) x[d] = x[d] + values[d] * factor;
         write_int4_row(x, dim, 1, seed, position, to);
     }
+}
+
+static inline int64_t set_of(int64_t row, int64_t sets) {
+    return (int64_t)((uint64_t)hash_of((uint32_t)row, SET_SEED) * (uint64_t)sets >> 32);
 }
 
 /* Give a row the slot of its set with the lowest count c, with probability 1 / (c + 1); returns the row that had it, which
@@ -141,7 +147,11 @@ EXPORT int dqrm_update_tiers(uint8_t *cold, int8_t *hot, int32_t *owner, uint16_
         }
         /* Each thread walks all rows and takes those of its sets: whatever it reads and writes is of these. */
         for (int64_t i = 0; i < count && !failed; i++) {
-            int64_t set = (int64_t)((uint64_t)hash_of((uint32_t)rows[i], SET_SEED) * (uint64_t)t.sets >> 32);
+            int64_t set = set_of(rows[i], t.sets);
+            if (t.sets && i + AHEAD < count) {
+                __builtin_prefetch(counts + set_of(rows[i + AHEAD], t.sets) * WAYS);
+                __builtin_prefetch(cold + (rows[i + AHEAD] + 1) * width - 2);
+            }
             if (t.sets && set % all != me) continue;
             if (!t.sets && me) continue;
             moved[i] = t.sets ? admit(&t, rows[i], set, seed, x) : -1;
