@@ -87,10 +87,13 @@ def keys_of(row, name):
 
 def ids_of(dataset, split):
     """Row by row, per column the list of ids."""
-    rows = []
-    for batch in dataset.split(split).batches(7):
-        (values, offsets), singles = batch.bags[0], batch.ids.tolist()
+    return [row for batch in dataset.split(split).batches(7) for row in rows_in(batch)]
+
+
+def rows_in(batch):
+    """Those of a batch."""
+    columns = [[[row] for row in ids] for ids in batch.ids.T.tolist()]
+    for values, offsets in batch.bags:
         ends = [*offsets.tolist()[1:], len(values)]
-        bags = [values[start:end].tolist() for start, end in zip(offsets.tolist(), ends)]
-        rows += [[*([i] for i in single), bag] for single, bag in zip(singles, bags)]
-    return rows
+        columns.append([values[start:end].tolist() for start, end in zip(offsets.tolist(), ends)])
+    return [list(cells) for cells in zip(*columns)]

@@ -1,4 +1,4 @@
-"""Ids hashed to rows: XXH64 written out in plain integers, and what every program that reads a log makes of it."""
+"""Ids hashed to rows, against XXH64 in plain integers, and what every program that reads a log makes of them."""
 
 import dataclasses
 import functools
@@ -17,54 +17,8 @@ from dqrm.data.lineage import as_seen_by, row_changes
 from dqrm.data.prepare import prepare
 from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.options import build
-from extension_helpers import CONFIG, ids_of, keys_of, log
-
-M = 2**64 - 1
-P1, P2, P3, P4, P5 = (
-    11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261
-)  # fmt: skip
-
-
-def rotated(number, bits):
-    return (number << bits | number >> 64 - bits) & M
-
-
-def reference(data, seed=0):
-    """XXH64 of bytes, as its specification has it."""
-
-    def stirred(lane, word):
-        return rotated((lane + word * P2) & M, 31) * P1 & M
-
-    rest = data
-    if len(data) >= 32:
-        lanes = [(seed + P1 + P2) & M, (seed + P2) & M, seed, (seed - P1) & M]
-        while len(rest) >= 32:
-            lanes = [stirred(lane, int.from_bytes(rest[8 * n : 8 * n + 8], "little")) for n, lane in enumerate(lanes)]
-            rest = rest[32:]
-        found = sum(rotated(lane, bits) for lane, bits in zip(lanes, (1, 7, 12, 18))) & M
-        for lane in lanes:
-            found = ((found ^ stirred(0, lane)) * P1 + P4) & M
-    else:
-        found = (seed + P5) & M
-    found = (found + len(data)) & M
-    while len(rest) >= 8:
-        found = (rotated(found ^ stirred(0, int.from_bytes(rest[:8], "little")), 27) * P1 + P4) & M
-        rest = rest[8:]
-    if len(rest) >= 4:
-        found = (rotated(found ^ int.from_bytes(rest[:4], "little") * P1 & M, 23) * P2 + P3) & M
-        rest = rest[4:]
-    for byte in rest:
-        found = rotated(found ^ byte * P5 & M, 11) * P1 & M
-    found = (found ^ found >> 33) * P2 & M
-    found = (found ^ found >> 29) * P3 & M
-    return found ^ found >> 32
-
-
-def row(key, rows, seed, width=None):
-    """The row of a key: a text, or a number of `width` bytes."""
-    if not key:
-        return 0
-    return 1 + reference(key.to_bytes(width, "little") if width else key.encode(), seed) % (rows - 1)
+from extension_helpers import CONFIG, ids_of, keys_of, log, rows_in
+from hash_helpers import reference, row, rows_of
 
 
 def test_published_values():
@@ -108,33 +62,40 @@ def test_keys_of_every_kind():
                 assert found.dtype == np.int32
                 assert found.tolist() == [row(key, rows, seed, width) for key in keys]
                 assert found.max() < rows
+                several = HashedRows(rows, seed, 3).lookup(pl.Series(keys, dtype=kind)).reshape(-1, 3).tolist()
+                assert several == [rows_of(key, rows, seed, 3, width) for key in keys]
+                assert [each[0] for each in several] == found.tolist()
                 assert hashed.lookup(pl.Series([], dtype=kind)).tolist() == []
 
 
-def test_columns_are_hashed_apart():
-    """The same ids collide in one column and not in the other; rows are used evenly."""
+@pytest.mark.parametrize("seed", [1, 2**32])
+def test_columns_and_functions_are_hashed_apart(seed):
+    """The same ids collide in one column, or by one function, and not by the other; rows are used evenly."""
     keys = pl.Series([f"user{n}" for n in range(20_000)])
-    first, second = (HashedRows(1001, seed).lookup(keys) for seed in (0, 1))
+    first, second = (HashedRows(1001, seed).lookup(keys) for seed in (0, seed))
     assert 0 < (first == second).sum() < 60
     counts = np.bincount(first, minlength=1001)
     assert counts[0] == 0
     assert 14 < ((counts[1:] - 20) ** 2).mean() < 28  # of a binomial: 20
 
 
+@pytest.mark.parametrize("hashes", [1, 3])
 @pytest.mark.parametrize("chunk_rows", [7, 1000])
-def test_tables_against_the_reference(tmp_path, chunk_rows):
+def test_tables_against_the_reference(tmp_path, chunk_rows, hashes):
     config = dataclasses.replace(
         CONFIG,
         vocabulary="hash",
         rows=50,
         column_rows=("user*site=1000", "tags=2"),
+        hashes=hashes,
         chunk_rows=chunk_rows,
         group="user",
     )
     rows, sizes, names = log(0), (50, 1000, 2), ("user", "user*site", "tags")
     dataset = prepare([table(tmp_path / "a.csv", rows)], tmp_path / "a", config)
     assert dataset.table_rows == sizes
-    wanted = [[[row(key, size, n) for key in keys_of(line, name)] for n, (name, size) in enumerate(zip(names, sizes))]
+    wanted = [[[found for key in keys_of(line, name) for found in rows_of(key, size, n, hashes)]
+               for n, (name, size) in enumerate(zip(names, sizes))]
               for line in rows]  # fmt: skip
     assert ids_of(dataset, "train") + ids_of(dataset, "validation") + ids_of(dataset, "test") == wanted
     assert dataset.split("train").groups().max() > 3
@@ -146,19 +107,19 @@ def test_tables_against_the_reference(tmp_path, chunk_rows):
     # Scored as it was prepared, in blocks and a few rows at a time.
     options, columns = build(PrepareConfig, dataset.info["options"], "x"), dataset.info["schema"]["columns"]
     reader = RawLog([tmp_path / "a.csv"], RawEncoder(options, columns, dataset.row_maps()))
-    ids = [batch.ids.tolist() for _, batch in reader.blocks()]
-    assert functools.reduce(operator.iadd, ids, []) == [[cell[0] for cell in line[:2]] for line in wanted]
+    assert [line for _, batch in reader.blocks() for line in rows_in(batch)] == wanted
     assert reader.unseen == {"user": 0.0, "user*site": 0.0, "tags": 0.0}
     with pytest.raises(UserError, match="column user of the model is hashed as"):
-        RawEncoder(options, columns, [HashedRows(51, 0), *dataset.row_maps()[1:]])
-    unhashed = dataclasses.replace(options, vocabulary="train", rows=None, column_rows=())
+        RawEncoder(options, columns, [HashedRows(51, 0, hashes), *dataset.row_maps()[1:]])
+    unhashed = dataclasses.replace(options, vocabulary="train", rows=None, column_rows=(), hashes=1)
     with pytest.raises(UserError, match=r"column user of the model is .* its options expect"):
         RawEncoder(unhashed, columns, dataset.row_maps())
 
 
-def test_criteo_against_the_reference(tmp_path):
+@pytest.mark.parametrize("hashes", [1, 2])
+def test_criteo_against_the_reference(tmp_path, hashes):
     lines = criteo_lines(70)
-    config = dataclasses.replace(KAGGLE, vocabulary="hash", rows=37, cross=("C1*C2", "I1*C2"))
+    config = dataclasses.replace(KAGGLE, vocabulary="hash", rows=37, cross=("C1*C2", "I1*C2"), hashes=hashes)
     dataset = prepare([write(tmp_path / "a.txt", lines)], tmp_path / "a", config)
     wanted = []
     for line in lines:
@@ -166,8 +127,9 @@ def test_criteo_against_the_reference(tmp_path):
         keys = [int(cell, 16) if cell else 0 for cell in cells]
         pair = keys[0] << 32 | keys[1] if keys[0] and keys[1] else 0
         text = f"{numbers[0]}\x1f{cells[1]}" if numbers[0] and cells[1] else ""
-        wanted.append([row(key, 37, n, 4) for n, key in enumerate(keys)] + [row(pair, 37, 26, 8), row(text, 37, 27)])
-    got = [dataset.split(name).arrays["ids.i32"].tolist() for name in ("train", "test", "validation")]
+        found = [rows_of(key, 37, n, hashes, 4) for n, key in enumerate(keys)]
+        wanted.append([*found, rows_of(pair, 37, 26, hashes, 8), rows_of(text, 37, 27, hashes)])
+    got = [ids_of(dataset, name) for name in ("train", "test", "validation")]
     assert functools.reduce(operator.iadd, got, []) == wanted
 
 
@@ -202,6 +164,9 @@ def test_another_log_has_the_same_vocabulary(tmp_path):
         ({"rows": 9, "column_rows": ("=5",)}, "column_rows has '=5', expected a column"),
         ({"rows": 9, "column_rows": ("user=x",)}, "column_rows has 'user=x', expected a column"),
         ({"rows": 9, "column_rows": ("user=1",)}, "rows is user=1, expected 2 to"),
+        ({"rows": 9, "hashes": 0}, "hashes is 0, expected 1 to 8"),
+        ({"rows": 9, "hashes": 9}, "hashes is 9, expected 1 to 8"),
+        ({"vocabulary": "train", "hashes": 2}, "hashes is 2, which goes with vocabulary hash, and it is train"),
         ({"vocabulary": "train", "rows": 9}, "rows is 9, which goes with vocabulary hash, and it is train"),
         ({"vocabulary": "all", "column_rows": ("user=5",)}, "column_rows is .* which goes with vocabulary hash"),
     ],

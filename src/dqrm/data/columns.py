@@ -30,12 +30,16 @@ _WEIGHT = "\x1fweight"
 
 @dataclass(frozen=True)
 class KeyColumn:
-    """A column that has keys: a categorical one, a cross, or the one that decides the split."""
+    """A column that has keys: a categorical one, a cross, or the one that decides the split.
+
+    multi: whether a row has several table rows: of a cell with several ids (`lists`), or of several hash functions.
+    """
 
     name: str
     parts: tuple[str, ...]
     kind: KeyKind
     multi: bool = False
+    lists: bool = False
 
     def hash_name(self) -> str:
         """The function whose value is taken modulo the cap."""
@@ -53,8 +57,8 @@ class KeyColumn:
         return (numbers % np.uint64(rows)).astype(np.uint32)
 
     def entries(self, cells: pl.Series) -> tuple[pl.Series, pl.Series | None]:
-        """The keys of a column of `Plan.typed` one by one, and a multi-valued column's entries per row."""
-        return (cells.explode(empty_as_null=False), cells.list.len()) if self.multi else (cells, None)
+        """The keys of a column of `Plan.typed` one by one, and how many each row has, where cells are lists."""
+        return (cells.explode(empty_as_null=False), cells.list.len()) if self.lists else (cells, None)
 
     def code(self, cells: pl.Series, rows: int | None) -> tuple[pl.Series, NDArray[Any], pl.Series | None]:
         """The distinct keys of a column of `Plan.typed`, sorted, the code of each entry into them, and a multi-valued
@@ -229,7 +233,7 @@ class Plan:
         if key.kind == "hex*hex":
             high, low = (pl.col(part).fill_null(0).cast(pl.UInt64) for part in key.parts)
             return pl.when((high == 0) | (low == 0)).then(0).otherwise(high * 2**32 + low).cast(pl.UInt64)
-        if key.multi:
+        if key.lists:
             separator = self.config.multi_separator
             return cells.bags(parts[0], kinds[key.name], separator, self.markers, self.key_version)
         texts = [self._text(name, kinds) for name in key.parts]
@@ -303,13 +307,18 @@ def make_plan(config: PrepareConfig) -> Plan:
     """
     criteo = config.kind.columns == "criteo"
     number: KeyKind = "hex" if criteo else "id" if config.kind.columns == "ids" else "text"
-    singles = [KeyColumn(name, (name,), number) for name in config.categorical_names if name not in config.multi_names]
+    bags = config.hashes > 1
+    singles = [
+        KeyColumn(name, (name,), number, bags) for name in config.categorical_names if name not in config.multi_names
+    ]
     for cross in config.cross:
         parts = cross_parts(cross)
         pair = criteo and len(parts) == 2 and all(part in CRITEO_CATEGORICAL for part in parts)
-        singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text"))
+        singles.append(KeyColumn(cross, parts, "hex*hex" if pair else "text", bags))
     multis = [
-        KeyColumn(name, (name,), "text", multi=True) for name in config.categorical_names if name in config.multi_names
+        KeyColumn(name, (name,), "text", multi=True, lists=True)
+        for name in config.categorical_names
+        if name in config.multi_names
     ]
     split = KeyColumn(config.split_column, (config.split_column,), "text") if config.split_column else None
     group = None
@@ -321,7 +330,7 @@ def make_plan(config: PrepareConfig) -> Plan:
             table_rows = config.hashed_rows([key.name for key in keys])
         except ValueError as error:
             raise UserError(str(error)) from None
-        hashing = tuple(HashedRows(rows, seed) for seed, rows in enumerate(table_rows))
+        hashing = tuple(HashedRows(rows, seed, config.hashes) for seed, rows in enumerate(table_rows))
     return Plan(config, keys, split, config.label, weight=config.weight, group=group, hashing=hashing)
 
 

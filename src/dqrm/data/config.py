@@ -3,15 +3,19 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dqrm.data import conditions
 from dqrm.data.layouts import CRITEO_CATEGORICAL, CRITEO_DENSE, LAYOUTS, LIBSVM_COLUMN, Layout
 from dqrm.options import check_fields, split_quoted, unquoted
 
 __all__ = ["CRITEO_CATEGORICAL", "CRITEO_DENSE", "LIBSVM_COLUMN", "PrepareConfig", "cross_parts"]
-# Fields without a meaning where ids are hashed, and their defaults.
-_OF_VOCABULARIES = {"extend": None, "min_count": 1, "max_rows_per_table": None, "count_decay": 1.0, "evict_after": None}
+_MOST_HASHES = 8
+# Fields without a meaning where ids are not hashed, or where they are, and their defaults.
+_OF_HASHING: dict[str, Any] = {"rows": None, "column_rows": (), "hashes": 1}
+_OF_VOCABULARIES: dict[str, Any] = {
+    "extend": None, "min_count": 1, "max_rows_per_table": None, "count_decay": 1.0, "evict_after": None
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class PrepareConfig:
     """Rows of each table with --vocabulary hash; row 0 is for missing ids."""
     column_rows: tuple[str, ...] = ()
     """Tables of other sizes than --rows, by column: user=1000000,ad=5000."""
+    hashes: int = 1
+    """Hash functions with --vocabulary hash: an id has that many rows of its table, pooled (see --pooling of train)."""
     split: Literal["time", "file", "column", "random"] | None = None
     """Rule of the split; none: time for criteo-kaggle and dlrm-kaggle, random for tables and sparse text, file for the
     other layouts."""
@@ -249,8 +255,8 @@ def _check_vocabulary(config: PrepareConfig) -> None:
     if config.evict_after is not None and config.evict_after < 1:
         raise ValueError(f"evict_after is {config.evict_after}, expected 1 day or more, or none")
     if config.vocabulary != "hash":
-        for field in ("rows", "column_rows"):
-            if value := getattr(config, field):
+        for field, default in _OF_HASHING.items():
+            if (value := getattr(config, field)) != default:
                 raise ValueError(f"{field} is {value}, which goes with vocabulary hash, and it is {config.vocabulary}")
         return
     for field, default in _OF_VOCABULARIES.items():
@@ -258,6 +264,8 @@ def _check_vocabulary(config: PrepareConfig) -> None:
             raise ValueError(f"{field} is {value}, but with vocabulary hash there are no ids to count or to extend")
     if config.rows is None and not config.column_rows:
         raise ValueError("vocabulary hash needs rows, the number of rows of each table")
+    if not 1 <= config.hashes <= _MOST_HASHES:
+        raise ValueError(f"hashes is {config.hashes}, expected 1 to {_MOST_HASHES}")
     for text in (*map(str, () if config.rows is None else (config.rows,)), *config.column_rows):
         name, equals, count = text.rpartition("=")
         if (text in config.column_rows and not (name and equals)) or not count.isdecimal():

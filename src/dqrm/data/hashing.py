@@ -1,5 +1,8 @@
 """Ids hashed to table rows, without a vocabulary: row 1 + XXH64(key, seed) mod (rows - 1), row 0 for a missing id.
 
+With several hash functions an id has one row of the same table for each, pooled like the ids of a multi-valued column
+(hash embeddings, https://arxiv.org/abs/1709.03933, without their weights).
+
 XXH64 is Yann Collet's hash of 64 bits (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md). It is computed for all
 keys of one length at once. Any program with an implementation of it finds the same rows.
 """
@@ -25,31 +28,50 @@ _PIECE = 1 << 15
 
 @dataclass(frozen=True)
 class HashedRows:
-    """The rows of a column whose ids are hashed. rows: of its table, 2 or more. seed: the column's number, from 0."""
+    """The rows of a column whose ids are hashed.
+
+    rows: of its table, 2 or more. seed: the column's number, from 0. hashes: functions, and so rows of an id; the seed
+    of function j is seed + j * 2^32.
+    """
 
     rows: int
     seed: int
+    hashes: int = 1
 
     @classmethod
     def of_columns(cls, columns: Sequence[Mapping[str, Any]]) -> "list[HashedRows] | None":
         """Those of a schema's columns; None where ids have vocabularies."""
         if not columns or any(column.get("hash") != NAME for column in columns):
             return None
-        return [cls(column["rows"], column["seed"]) for column in columns]
+        return [cls(column["rows"], column["seed"], column.get("hashes", 1)) for column in columns]
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json."""
-        return {"rows": self.rows, "hash": NAME, "seed": self.seed, "vocabulary": None}
+        several = {"hashes": self.hashes} if self.hashes > 1 else {}
+        return {"rows": self.rows, "hash": NAME, "seed": self.seed, **several, "vocabulary": None}
 
     def lookup(self, keys: pl.Series) -> NDArray[np.int32]:
-        """The table row of each key: UInt32 or UInt64 as 4 or 8 little-endian bytes, text as UTF-8. int32 [N]."""
+        """The table rows of each key: UInt32 or UInt64 as 4 or 8 little-endian bytes, text as UTF-8.
+
+        Returns:
+            int32 [N * hashes], those of one key side by side.
+        """
+        seeds = [self.seed + (function << 32) for function in range(self.hashes)]
         if keys.dtype == pl.String:
-            present, hashes = (keys != "").to_numpy(), _of_texts(keys, self.seed)
+            present, hashes = (keys != "").to_numpy(), _of_texts(keys, seeds)
         else:
             numbers = keys.to_numpy()
-            present, hashes = numbers != 0, _of_numbers(numbers, self.seed)
+            present, hashes = numbers != 0, _of_numbers(numbers, seeds)
         table_rows = (hashes % np.uint64(self.rows - 1)).astype(np.int32) + np.int32(1)
-        return np.where(present, table_rows, np.int32(0))
+        return np.where(present[:, None], table_rows, np.int32(0)).reshape(-1)
+
+    def encode(self, keys: pl.Series, lengths: pl.Series | None) -> tuple[NDArray[np.int32], pl.Series | None]:
+        """The table rows of keys, and how many of them each row of the log has (None: one), given its number of keys
+        (None: one)."""
+        if self.hashes == 1:
+            return self.lookup(keys), lengths
+        each = pl.repeat(1, len(keys), dtype=pl.UInt32, eager=True) if lengths is None else lengths
+        return self.lookup(keys), each * self.hashes
 
 
 def xxh64(messages: NDArray[np.uint8], seed: int) -> Hashes:
@@ -110,15 +132,15 @@ def _words(messages: NDArray[np.uint8], at: int, count: int, kind: type) -> Arra
     return taken.view(dtype).astype(kind, copy=False)
 
 
-def _of_numbers(numbers: Array, seed: int) -> Hashes:
-    """Of unsigned integers, as their little-endian bytes."""
+def _of_numbers(numbers: Array, seeds: Sequence[int]) -> Hashes:
+    """Of unsigned integers, as their little-endian bytes. uint64 [N, seeds]."""
     little = np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<"))
-    return _in_pieces(little.view(np.uint8).reshape(len(numbers), numbers.dtype.itemsize), seed)
+    return _in_pieces(little.view(np.uint8).reshape(len(numbers), numbers.dtype.itemsize), seeds)
 
 
-def _of_texts(keys: pl.Series, seed: int) -> Hashes:
-    """Of texts, as UTF-8: those of one length after the other."""
-    hashes = np.empty(len(keys), np.uint64)
+def _of_texts(keys: pl.Series, seeds: Sequence[int]) -> Hashes:
+    """Of texts, as UTF-8: those of one length after the other. uint64 [N, seeds]."""
+    hashes = np.empty((len(keys), len(seeds)), np.uint64)
     lengths = keys.str.len_bytes().to_numpy()
     order = np.argsort(lengths, kind="stable")
     data = np.frombuffer("".join(keys.gather(order).to_list()).encode(), np.uint8)
@@ -126,11 +148,14 @@ def _of_texts(keys: pl.Series, seed: int) -> Hashes:
     row = at = 0
     for length, count in zip(known.tolist(), counts.tolist()):
         messages = data[at : at + count * length].reshape(count, length)
-        hashes[order[row : row + count]] = _in_pieces(messages, seed)
+        hashes[order[row : row + count]] = _in_pieces(messages, seeds)
         row, at = row + count, at + count * length
     return hashes
 
 
-def _in_pieces(messages: NDArray[np.uint8], seed: int) -> Hashes:
-    pieces = [xxh64(messages[at : at + _PIECE], seed) for at in range(0, len(messages), _PIECE)]
-    return np.concatenate(pieces) if pieces else np.empty(0, np.uint64)
+def _in_pieces(messages: NDArray[np.uint8], seeds: Sequence[int]) -> Hashes:
+    hashes = np.empty((len(messages), len(seeds)), np.uint64)
+    for at in range(0, len(messages), _PIECE):
+        for function, seed in enumerate(seeds):
+            hashes[at : at + _PIECE, function] = xxh64(messages[at : at + _PIECE], seed)
+    return hashes

@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int | None], None]
 _PER_ROW = ("weight", "group")
 # Recorded where they are not the default: datasets without them stay what they were.
 _OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None, "rows": None,
-             "column_rows": ()}  # fmt: skip
+             "column_rows": (), "hashes": 1}  # fmt: skip
 # Of no effect on the result, or recorded in another way.
 _UNRECORDED = ("chunk_rows", "extend")
 

@@ -102,10 +102,9 @@ class RawEncoder:
     def _look_up(
         self, column: KeyColumn, vocabulary: Vocabulary | HashedRows, cells: pl.Series
     ) -> tuple[NDArray[np.int32], pl.Series | None]:
-        """The table row of each entry, and a multi-valued column's entries per row."""
+        """The table rows, and of a multi-valued column how many each row of the log has."""
         if isinstance(vocabulary, HashedRows):
-            cells, lengths = column.entries(cells)
-            return vocabulary.lookup(cells), lengths
+            return vocabulary.encode(*column.entries(cells))
         cap = self.plan.config.max_rows_per_table
         if len(cells) > _FEW_ROWS:
             keys, codes, lengths = column.code(cells, cap)

@@ -85,8 +85,7 @@ class Staging:
         # By identity: a group column may be one of the model's, too.
         modelled = not any(column is other for other in self.plan.unmodelled)
         if modelled and self.plan.hashing is not None:
-            cells, lengths = column.entries(cells)
-            return None, self.plan.hashing[self.plan.keys.index(column)].lookup(cells), lengths
+            return None, *self.plan.hashing[self.plan.keys.index(column)].encode(*column.entries(cells))
         return column.code(cells, self.plan.config.max_rows_per_table if modelled else None)
 
 
