@@ -65,7 +65,7 @@ FINE = {"quantization.bits": 4}
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"varients": {}}, "unknown key 'varients'; did you mean 'variants'?"),
+        ({"variantz": {}}, "unknown key 'variantz'; did you mean 'variants'?"),
         ({"variants": {"a": {"training.batchsize": 3}}}, "unknown field 'training.batchsize'; did you mean 'training"),
         ({"variants": {"a": {"batch_size": 3}}}, "unknown field 'batch_size'; did you mean 'training.batch_size'?"),
         ({"variants": {"a": {"training.batch_size": "many"}}}, "variant 'a', training: batch_size: got 'many', expect"),
@@ -92,7 +92,7 @@ FINE = {"quantization.bits": 4}
         ({"title": "a\nb"}, "title is .*, expected one line of text"),
         ({"base": "nowhere"}, "there is no file .*nowhere, and no shipped base 'nowhere'; shipped are paper, default"),
         ({"base": 3}, "base is 3, expected a file, a name or the sections"),
-        ({"base": {"modell": {}}}, "unknown section 'modell'; did you mean 'model'?"),
+        ({"base": {"modelz": {}}}, "unknown section 'modelz'; did you mean 'model'?"),
         ({"set": {"model.embedding": 3}}, "set: unknown field 'model.embedding'; did you mean 'model.embedding_dim'?"),
         ({"set": {"training.epochs": 3, "training": {"epochs": 4}}}, "set: 'training.epochs' is given twice"),
         ({"grid": {"training.batch_size": 3}}, "grid, training.batch_size is 3, expected a list of values"),
@@ -121,7 +121,10 @@ def test_what_is_wrong_is_said_in_one_sentence(study_file, keys, message):
         ({"seeds": "1,x"}, "--seeds: got 'x', expected a whole number"),
         ({"seeds": "1,,2"}, "--seeds: got '', expected a whole number"),
         ({"settings": ["training.epochs"]}, "--set training.epochs: expected SECTION.FIELD=VALUE"),
-        ({"settings": ["trainin.epochs=3"]}, "--set: unknown field 'trainin.epochs'; did you mean 'training.epochs'?"),
+        (
+            {"settings": ["trainings.epochs=3"]},
+            "--set: unknown field 'trainings.epochs'; did you mean 'training.epochs'?",
+        ),
         ({"settings": ["training.epochs=x"]}, "epochs: got 'x', expected a whole number"),
         ({"base": "nowhere"}, "no shipped base 'nowhere'"),
     ],
