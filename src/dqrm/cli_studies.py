@@ -55,6 +55,8 @@ _bases = ", ".join([DEFAULT, *shipped(BASES)])
 @click.option("--base", help=f"Configuration file, or one of {_bases}, that the variants change, instead of CONFIG's.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="Change a field of the base, as "
               "training.max_steps=100; can be given several times.")  # fmt: skip
+@click.option("--keep", type=click.Choice(["best", "all"]), default="best", show_default=True,
+              help="Which checkpoints of finished runs.")  # fmt: skip
 @click.option("--only", metavar="VARIANT,...", help="Only these variants.")
 @_json
 def study(
@@ -66,6 +68,7 @@ def study(
     jobs: int,
     base: str | None,
     settings: tuple[str, ...],
+    keep: str,
     only: str | None,
     as_json: bool,
 ) -> None:
@@ -82,7 +85,7 @@ def study(
 
     told = "Stopped; the same command with --resume continues where the runs stand."
     with stopping(told), bars(quiet=as_json) as progress:
-        folder, found = run_study(plan, data, output, progress, jobs, resume)
+        folder, found = run_study(plan, data, output, progress, jobs, resume, keep)
     if as_json:
         print_json(report(summarize(found, plan.baseline), folder))
     else:

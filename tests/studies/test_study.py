@@ -14,10 +14,13 @@ import polars as pl
 import pytest
 
 from cli_helpers import command
+from conftest import tiny
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
+from dqrm.errors import UserError
 from dqrm.studies.folder import Folder, Result
 from dqrm.studies.plan import shipped
+from dqrm.training.launch import train
 from dqrm.training.run import Run
 from run_helpers import wait_for_checkpoint
 
@@ -33,7 +36,6 @@ def done(generated, tmp_path_factory):
     """A study of three variants and two seeds."""
     import yaml
 
-    from conftest import tiny
     from studies.conftest import VARIANTS
 
     folder = tmp_path_factory.mktemp("study")
@@ -56,6 +58,9 @@ def test_the_folder_of_a_study(done, generated):
             assert run.config.training.threads == 1
             assert run.config.quantization.bits == {"FP32": 32, "INT4": 4}[variant]
             run.require_same_data(generated)
+            kept = [path.name for path in run.checkpoints.iterdir()]
+            assert kept == [f"step-{run.summary['best']['step']:09d}"]
+            run.load_model()
     opened = Folder.open(folder / "out")
     assert [each["name"] for each in opened.variants] == ["FP32", "INT4", "PTQ INT4"]
     assert (opened.baseline, opened.seeds, opened.failures, opened.title) == ("FP32", [1, 2], [], "Bits <b>")
@@ -100,6 +105,18 @@ def test_ptq_is_that_of_dqrm_quantize(done, generated, tmp_path, capsys):
     dqrm.export_run(folder / "out/runs/FP32/seed-1", tmp_path / "m.dqrm", ptq=dqrm.PTQConfig(bits=4))
     assert found.summary["test"] == dqrm.evaluate(tmp_path / "m.dqrm", generated, "test")
     assert not list((folder / "out/runs/PTQ INT4/seed-1").glob("*.dqrm*"))
+
+
+def test_the_last_checkpoint_of_a_run_that_kept_the_best_is_refused(generated, tmp_path):
+    train(generated, tmp_path / "run", tiny(epochs=9, select_by="log_loss"))  # long enough to overfit
+    run = Run.open(tmp_path / "run")
+    best, steps = run.summary["best"]["step"], run.summary["steps"]
+    assert best < steps
+    run.load_model("last")
+    run.keep_best()
+    assert run.load_model()[1]["step"] == best
+    with pytest.raises(UserError, match=f"no checkpoint of its last step {steps}: only the best was kept"):
+        run.load_model("last")
 
 
 def test_a_study_goes_on_with_more_seeds_and_keeps_what_is_there(done, generated, capsys, tmp_path):
@@ -152,7 +169,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(generated, study_file, tmp_p
     assert "was begun with another configuration" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_study_that_is_stopped_and_resumed_has_the_same_results(done, generated, study_file, tmp_path, number):
     """Killed, its runs end with it at once; stopped, they save a checkpoint first."""
     folder, _ = done
@@ -188,6 +205,7 @@ def _trains(out):
     return False
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_is_a_failure_with_its_signal(generated, study_file, tmp_path, capsys):
     out = tmp_path / "out"
     words = [sys.executable, "-m", "dqrm", "study", study_file(variants={"a": {"training.epochs": 10_000}})]

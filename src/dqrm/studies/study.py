@@ -19,7 +19,13 @@ _Key = tuple[str, int]
 
 
 def run_study(
-    plan: Plan, data: str | Path, output: str | Path, progress: Bars, jobs: int = 1, resume: bool = False
+    plan: Plan,
+    data: str | Path,
+    output: str | Path,
+    progress: Bars,
+    jobs: int = 1,
+    resume: bool = False,
+    keep: str = "best",
 ) -> tuple[Folder, dict[str, dict[int, Result]]]:
     """Perform the runs of a plan that are not finished, and write the folder of the study.
 
@@ -28,7 +34,7 @@ def run_study(
     Args:
         output: the folder to make, or with `resume` to go on with; what an earlier plan ran there is kept where this
             plan has it too.
-        jobs: runs at the same time, each a process.
+        jobs: runs at the same time, each a process. keep: which checkpoints of finished runs, 'best' or 'all'.
 
     Returns:
         The folder, and the results by variant and seed.
@@ -49,7 +55,7 @@ def run_study(
                 raise UserError(f"variant '{variant.name}': {error}") from None
     folder = Folder.plan(Path(output), plan, dataset)
     with folder.begun(resume):
-        _Study(plan, folder, dataset, progress, jobs).run()
+        _Study(plan, folder, dataset, progress, jobs, keep).run()
     return folder, folder.results()
 
 
@@ -65,8 +71,8 @@ def _require_figures(dataset: Dataset) -> None:
 class _Study:
     """The runs in progress."""
 
-    def __init__(self, plan: Plan, folder: Folder, dataset: Dataset, progress: Bars, jobs: int) -> None:
-        self.folder, self.progress = folder, progress
+    def __init__(self, plan: Plan, folder: Folder, dataset: Dataset, progress: Bars, jobs: int, keep: str) -> None:
+        self.folder, self.progress, self.keep = folder, progress, keep
         self.clock, self.jobs = Clock(jobs), jobs
         self.variants = {each.name: each for each in plan.variants}
         self.results = folder.results()
@@ -86,7 +92,8 @@ class _Study:
         config = replace(config, training=replace(config.training, seed=seed, threads=threads))
         ptq = asdict(variant.ptq) if variant.ptq else None
         folder = str(self.folder.run(variant.name, seed))
-        return Task(f"{variant.name}, seed {seed}", str(dataset.path), folder, config.to_dict(), source, ptq)
+        name = f"{variant.name}, seed {seed}"
+        return Task(name, str(dataset.path), folder, config.to_dict(), source, ptq, self.keep)
 
     def run(self) -> None:
         self._write()

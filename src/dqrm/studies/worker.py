@@ -19,7 +19,7 @@ from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import write_json
 from dqrm.serving.evaluation import evaluate
-from dqrm.training.environment import Progress
+from dqrm.training.environment import Log, Progress
 from dqrm.training.launch import Interrupted, resolved, resume, train
 from dqrm.training.run import Run, versions
 
@@ -35,6 +35,7 @@ class Task:
     Attributes:
         name: of the run, in messages. data: the dataset folder. folder: of the run. config: sections, of the source's
             run for PTQ. source: folder of the run to start from or to quantize. ptq: fields of PTQConfig; None: train.
+        keep: which checkpoints of a finished run, 'best' or 'all'.
     """
 
     name: str
@@ -43,9 +44,10 @@ class Task:
     config: dict[str, Any]
     source: str | None = None
     ptq: dict[str, Any] | None = None
+    keep: str = "best"
 
 
-def perform(task: Task, progress: Progress, log: Any) -> None:
+def perform(task: Task, progress: Progress, log: Log) -> None:
     """Train, continue or leave as it is the run of a task; or quantize its source and evaluate that.
 
     Raises:
@@ -61,8 +63,14 @@ def perform(task: Task, progress: Progress, log: Any) -> None:
     config = resolved(Config.from_dict(task.config, task.name), dataset, task.source is not None)
     if not (folder / "run.json").exists():
         train(dataset, folder, config, progress, log, start_from=task.source)
-        return
-    run = Run.open(folder)
+    else:
+        _continue(task, config, dataset, progress, log)
+    if task.keep == "best":
+        Run.open(folder).keep_best()
+
+
+def _continue(task: Task, config: Config, dataset: Dataset, progress: Progress, log: Log) -> None:
+    folder, run = Path(task.folder), Run.open(task.folder)
     threads = run.config.training.threads  # the machine may have changed
     if replace(config, training=replace(config.training, threads=threads)) != run.config:
         raise UserError(f"{folder} was begun with another configuration; name another folder with -o")
