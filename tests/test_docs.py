@@ -67,9 +67,6 @@ def test_the_code_of_a_page_runs(path, workspace, tmp_path, monkeypatch, capsys)
 
 def run(arguments, where, capsys):
     """Run one command of a page; what others than dqrm do is only checked."""
-    if arguments[:3] == ["python", "-m", "dqrm.studies.seeds"]:
-        study(arguments[3:], capsys)
-        return
     if arguments[0] != "dqrm":
         check(arguments, where)
         return
@@ -77,21 +74,10 @@ def run(arguments, where, capsys):
     if "-o" in arguments:  # pages repeat each other's outputs
         output = Path(arguments[arguments.index("-o") + 1])
         shutil.rmtree(output, ignore_errors=True)
+    if arguments[0] == "study":  # a few steps of one seed
+        arguments += ["--seeds", "1", "--set", "training.max_steps=3", "--jobs", "2"]
     code, _, errors = command(capsys, *arguments)
     assert not code, f"{where}: dqrm {' '.join(arguments)}: {errors}"
-
-
-def study(arguments, capsys):
-    """The study of one seed, in this process."""
-    from dqrm.studies import seeds
-
-    configs = [str(path) for text in arguments[1:] if text.startswith("configs/") for path in sorted(Path().glob(text))]
-    assert configs
-    for config in configs[:2]:
-        stem = Path(config).stem
-        summary = seeds.run_one(arguments[0], config, 1, f"runs/study-{stem}", 1)
-        assert seeds.summarize([summary])["seeds"] == [1]
-    seeds.main.make_context("seeds", [arguments[0], *configs, *arguments[arguments.index("--seeds") :]])
 
 
 def check(arguments, where):

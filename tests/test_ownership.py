@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from dqrm.data.synthetic import generate
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.files import exclusive, replacing, write_json
-from dqrm.studies import demo, seeds
+from dqrm.studies import demo
 from dqrm.training.launch import resume, train
 from dqrm.training.run import Run
 from selection import some_quick
@@ -172,23 +171,6 @@ def test_the_demo_deletes_only_what_a_demo_made(tmp_path):
     assert (own / "log.txt").read_text() == "the other demo's"
 
 
-def test_a_study_continues_only_its_own_runs(generated, tmp_path):
-    (tmp_path / "a").mkdir()
-    for name in ("c.yaml", "a/c.yaml"):
-        (tmp_path / name).write_text(
-            "training: {max_steps: 2, device: cpu}\nmodel: {embedding_dim: 4, bottom_mlp: 8-4}"
-        )
-    run = str(tmp_path / "runs" / "c-1")
-    seeds.run_one(str(generated.path), str(tmp_path / "c.yaml"), 1, run, 1)
-    assert seeds.run_one(str(generated.path), str(tmp_path / "c.yaml"), 1, run, 1)["steps"] == 2
-    assert "a different configuration" in refused(
-        seeds.run_one, str(generated.path), str(tmp_path / "c.yaml"), 2, run, 1
-    )
-    both = [str(tmp_path / "c.yaml"), str(tmp_path / "a" / "c.yaml")]
-    with pytest.raises(UserError, match="two configurations are named c"):
-        seeds.main([str(generated.path), *both, "-o", str(tmp_path / "r")], standalone_mode=False)
-
-
 def test_predictions_do_not_overwrite_what_is_read(bags_data, tmp_path):
     train(bags_data, tmp_path / "run", tiny(max_steps=2))
     dqrm.export_run(tmp_path / "run", tmp_path / "m.dqrm")
@@ -278,11 +260,3 @@ def test_every_verb_answers_ctrl_c_alike(workplace, verb, name):
     assert left <= ({"shown"} if verb == "demo" else set()), left
     if verb == "demo":
         assert [path.name for path in (workplace / "shown").iterdir()] == [".dqrm-demo"]
-
-
-def test_a_study_is_a_command_like_the_others():
-    code = "import sys; from dqrm.process import run_command; from dqrm.studies.seeds import main; "
-    code += "sys.argv = ['seeds', 'nowhere', 'a/x.yaml', 'b/x.yaml', '-o', 'r']; run_command(main, 'seeds')"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

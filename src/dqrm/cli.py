@@ -6,8 +6,6 @@ Nothing heavy is imported before a verb needs it.
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import click
 
 from dqrm import __version__
 from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
+from dqrm.cli_studies import demo, stopping, study
 from dqrm.config import SECTIONS, Config, ExchangeConfig
 from dqrm.daily.config import DailyConfig, Recipe
 from dqrm.data.config import PrepareConfig
@@ -308,7 +307,7 @@ def daily(config_file: str, logs: tuple[str, ...], output: str, as_json: bool, *
     from dqrm.daily.pipeline import run_daily
     from dqrm.daily.report import print_days
 
-    with _stopping("Stopped; the same command continues where it stands."), bars(quiet=as_json) as progress:
+    with stopping("Stopped; the same command continues where it stands."), bars(quiet=as_json) as progress:
         lines = run_daily(Recipe.read(config_file), logs, output, config, progress, progress.log)
     current = str(Path(output) / "current.dqrm")
     if as_json:
@@ -317,29 +316,8 @@ def daily(config_file: str, logs: tuple[str, ...], output: str, as_json: bool, *
         print_days(lines, current)
 
 
-@cli.command(cls=GroupedCommand, short_help="Generate a log, train in INT4 and in FP32, and compare.")
-@click.option("-o", "--output", default="demo", show_default=True, help="Folder for the log, the dataset and the runs.")
-@_json
-def demo(output: str, as_json: bool) -> None:
-    """Generate a click log, train a DLRM by the default recipe in INT4 and FP32 and by the DQRM paper's in FP32, and
-    compare them."""
-    from dqrm.studies.demo import run_demo
-
-    with _stopping("Stopped; the next `dqrm demo` starts again."):
-        run_demo(Path(output), as_json)
-
-
-@contextmanager
-def _stopping(told: str) -> Iterator[None]:
-    """End the process with a sentence where Ctrl-C or SIGTERM stopped what is inside."""
-    from dqrm.console import messages
-    from dqrm.training.launch import Interrupted
-
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        messages.print(told)
-        sys.exit(STOPPED)
+for _command in (demo, study):
+    cli.add_command(_command)
 
 
 @cli.group()

@@ -320,7 +320,7 @@ class Config:
         checked: dict[str, dict[str, Any]] = {"quantization": {}} | _checked(sections, where)
         for section, values in checked.items():
             for name in values:
-                if name not in field_types(SECTIONS[section]) and (home := _section_of(name)):
+                if name not in field_types(SECTIONS[section]) and (home := section_of(name)):
                     raise UserError(f"{where}: '{name}' is a field of section '{home}', not of '{section}'")
             left_open = recipe.quantization(values) if section == "quantization" else {}
             built[section] = build(SECTIONS[section], left_open | values, f"{where}, {section}")
@@ -339,19 +339,28 @@ class Config:
         Raises:
             UserError: as `from_dict`; or the file cannot be read.
         """
-        sections = _checked(read_yaml(path), str(path)) if path else {}
-        overrides = dict(overrides or {})
-        for name in recipe.overridden(overrides):
-            sections.get("quantization", {}).pop(name, None)
-        if "callbacks" in overrides and "callbacks" in (sections.get("training") or {}):
-            overrides["callbacks"] = _added(overrides["callbacks"], sections["training"]["callbacks"], str(path))
-        for name, value in overrides.items():
-            section = _section_of(name)
-            if section is None:
-                known = [n for kind in SECTIONS.values() for n in field_types(kind)]
-                raise UserError(f"unknown field '{name}'{did_you_mean(name, known)}")
-            sections.setdefault(section, {})[name] = value
-        return cls.from_dict(sections, str(path) if path else "configuration")
+        where = str(path) if path else "configuration"
+        return cls.from_dict(overridden(read_yaml(path) if path else {}, overrides or {}, where), where)
+
+
+def overridden(sections: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration with the fields of `overrides` replaced, as `Config.load` says.
+
+    Raises:
+        UserError: an unknown section or field.
+    """
+    sections, overrides = _checked(sections, where), dict(overrides)
+    for name in recipe.overridden(overrides):
+        sections.get("quantization", {}).pop(name, None)
+    if "callbacks" in overrides and "callbacks" in (sections.get("training") or {}):
+        overrides["callbacks"] = _added(overrides["callbacks"], sections["training"]["callbacks"], where)
+    for name, value in overrides.items():
+        section = section_of(name)
+        if section is None:
+            known = [n for kind in SECTIONS.values() for n in field_types(kind)]
+            raise UserError(f"unknown field '{name}'{did_you_mean(name, known)}")
+        sections.setdefault(section, {})[name] = value
+    return sections
 
 
 def _checked(sections: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
@@ -373,12 +382,13 @@ def _added(given: Any, of_file: Any, where: str) -> tuple[str, ...]:
         raise UserError(f"{where}: {error}") from None
 
 
-def _section_of(field_name: str) -> str | None:
+def section_of(field_name: str) -> str | None:
+    """The section of `Config` that has this field."""
     return next((section for section, kind in SECTIONS.items() if field_name in field_types(kind)), None)
 
 
 def _unknown_section(name: Any) -> str:
-    if home := _section_of(name):
+    if home := section_of(name):
         return f"'{name}' is a field of section '{home}' and belongs below it"
     return f"unknown section '{name}'{did_you_mean(str(name), SECTIONS)}"
 

@@ -102,3 +102,13 @@ def size(count: int) -> str:
             break
         amount /= 1000
     return f"{int(amount)} B" if unit == "B" else f"{amount:.3g} {unit}" if amount < 100 else f"{amount:.0f} {unit}"
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A character for each value, from the lowest to the highest of them."""
+    low, high = min(values), max(values)
+    step = (high - low) / (len(_BLOCKS) - 1)
+    return "".join(_BLOCKS[round((value - low) / step) if step else 0] for value in values)

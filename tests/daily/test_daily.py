@@ -16,10 +16,10 @@ from conftest import tiny
 from daily_helpers import DATA, days, write_day
 from dqrm import Run, UserError, train
 from dqrm.cli import cli
+from dqrm.console import sparkline
 from dqrm.daily import pipeline
 from dqrm.daily.config import DailyConfig, Recipe
 from dqrm.daily.days import Folder, list_days, published
-from dqrm.daily.report import curve
 from dqrm.daily.scores import measure
 from dqrm.data.folder import SPLITS
 from dqrm.training.metrics import click_metrics
@@ -299,5 +299,5 @@ def test_days_are_in_natural_order(tmp_path):
 
 
 def test_a_curve_has_a_character_for_each_value():
-    assert curve([0.0, 0.5, 1.0]) == "▁▅█" or curve([0.0, 0.5, 1.0]) == "▁▄█"
-    assert curve([0.7]) == curve([0.7, 0.7])[0] == "▁"
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█" or sparkline([0.0, 0.5, 1.0]) == "▁▄█"
+    assert sparkline([0.7]) == sparkline([0.7, 0.7])[0] == "▁"

@@ -15,7 +15,8 @@ from dqrm.info import print_summary
 from dqrm.kernels import sum_duplicates
 from dqrm.options import field_help
 from dqrm.quant.config import ACTIVATION_QUANTIZERS, QUANTIZERS, QATConfig
-from dqrm.studies.seeds import summarize
+from dqrm.studies.folder import Result
+from dqrm.studies.tables import summarize
 from dqrm.training.launch import resume, train
 from dqrm.training.metrics import METRICS, click_metrics, legend
 from dqrm.training.optimizers import OPTIMIZERS
@@ -45,7 +46,8 @@ def test_a_metric_from_outside_is_computed_selected_by_and_shown(generated, tmp_
     shown = capsys.readouterr().out
     assert f"{summary['test']['brier']:.5f}" in shown
     assert "brier: mean squared error" in " ".join(shown.split())
-    assert summarize([summary])["test"]["brier"]["mean"] == summary["test"]["brier"]
+    study = summarize({"a": {1: Result.read(tmp_path / "run")}}, "a")
+    assert study["a"]["test"]["brier"]["mean"] == summary["test"]["brier"]
 
 
 def test_a_run_with_a_metric_and_an_optimizer_that_are_not_here_opens_but_does_not_go_on(

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dqrm.console import figure, print_table, results
+from dqrm.console import figure, print_table, results, sparkline
 
 CURVES = ("auc", "ne", "calibration")
-_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def print_days(lines: Sequence[dict[str, Any]], current: str) -> None:
@@ -27,14 +26,7 @@ def print_days(lines: Sequence[dict[str, Any]], current: str) -> None:
         values = [line["before"][name] for line in lines if line["before"] and line["before"][name] is not None]
         if len(values) > 1:
             mean = sum(values) / len(values)
-            results.print(f"{title:<12}{curve(values)}  {min(values):.4f} to {max(values):.4f}, mean {mean:.4f}")
+            results.print(f"{title:<12}{sparkline(values)}  {min(values):.4f} to {max(values):.4f}, mean {mean:.4f}")
     day = next((line["day"] for line in reversed(lines) if line["published"]), None)
     if day is not None:
         results.print(f"{current} is the model of {day}.")
-
-
-def curve(values: Sequence[float]) -> str:
-    """A character for each value, from the lowest to the highest of them."""
-    low, high = min(values), max(values)
-    step = (high - low) / (len(_BLOCKS) - 1)
-    return "".join(_BLOCKS[round((value - low) / step) if step else 0] for value in values)

@@ -31,7 +31,7 @@ from dqrm.training.selection import check_selection, has_figure, selecting
 from dqrm.training.start import Start, share_weights
 from dqrm.training.threads import choose_threads, threads_set
 
-__all__ = ["Interrupted", "check_ranks", "resume", "train"]
+__all__ = ["Interrupted", "check", "check_ranks", "resume", "train"]
 
 
 def train(
@@ -193,6 +193,21 @@ def resolved(config: Config, dataset: Dataset, starts: bool = False) -> Config:
         return replace(config, training=options, optimizer=optimizer)
     except ValueError as error:  # what was asked does not go with the batch size of this dataset
         raise UserError(f"{dataset.path}: {error}") from None
+
+
+def check(config: Config, dataset: Dataset, starts: bool = False) -> Config:
+    """What `train` would refuse before it makes a folder, but for the model's size; returns the resolved configuration.
+
+    Raises:
+        UserError: as `train`.
+    """
+    config = resolved(config, dataset, starts)
+    check_ranks(World(), config, dataset)
+    for callback in _registered(config, ()):
+        callback.check(config)
+    check_environment(config.training)
+    check_selection(config, dataset)
+    return config
 
 
 def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) -> str:

@@ -8,6 +8,7 @@ checkpoints/    see `checkpoints`
 
 import platform
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -190,6 +191,17 @@ class Run:
         """Write summary.json, the last file."""
         write_json(self.path / _SUMMARY, summary)
 
+    def keep_best(self) -> None:
+        """Of a finished run, remove the checkpoints but the best one: it is not resumed, and evaluated there."""
+        summary = self.summary
+        if summary is None or summary["best"] is None:
+            return
+        best = checkpoint_path(self.checkpoints, summary["best"]["step"])
+        for path in self.checkpoints.iterdir():
+            if best.is_dir() and path != best:
+                gone = path.rename(path.with_name(f"{path.name}.partial"))  # what has its name is whole
+                shutil.rmtree(gone, ignore_errors=True)
+
     def verify(self) -> bool:
         """Compare all checkpoints with their checksums.
 
@@ -270,12 +282,14 @@ class Run:
             verify: compare the weights with their checksum first, which reads all of them.
 
         Raises:
-            UserError: there is no checkpoint yet, or it is damaged.
+            UserError: there is no checkpoint yet, or it is damaged; the last one was not kept.
         """
         last = latest_step(self.checkpoints)
         if last is None:
             again = f"`dqrm train --resume {shlex.quote(str(self.path))}`"
             raise UserError(f"{self.path} has no checkpoint yet; {again} continues the run")
+        if which == "last" and last != (steps := (self.summary or {}).get("steps", last)):
+            raise UserError(f"{self.path} has no checkpoint of its last step {steps}: only the best was kept")
         state = read_state(checkpoint_path(self.checkpoints, last))
         best = (state["best"] or {}).get("step", last)
         checkpoint = checkpoint_path(self.checkpoints, best if which == "best" else last)

@@ -1,25 +1,19 @@
-"""The studies on small data: they measure what they say they measure."""
+"""The demo on small data: it measures what it says it measures."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
-from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
 
 from conftest import tiny
 from dqrm.config import Config
-from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
-from dqrm.data.prepare import prepare
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.studies import demo
-from dqrm.studies.seeds import main as seeds
 
 
 def test_the_demo(tmp_path, capsys):
@@ -74,44 +68,3 @@ def test_the_demo_compares_the_recipe_in_two_widths_with_the_papers():
     shipped = Config.load(Path(__file__).parents[2] / "configs" / "kaggle_fp32.yaml")
     same = replace(shipped.training, eval_every=0, threads=paper.training.threads)
     assert (paper.quantization, paper.optimizer, paper.training) == (shipped.quantization, shipped.optimizer, same)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--seeds=1,x"], "--seeds 1,x holds 'x', expected whole numbers joined by commas"),
-        (["--seeds=1,,2"], "holds ''"),
-        (["--seeds=1"], "the test split of .* has 0 rows and 0 clicks, expected rows of both labels"),
-        (["--jobs=0"], "0 is not in the range"),
-    ],
-)
-def test_seeds_says_what_is_wrong_before_it_trains(tmp_path, flags, message):
-    log = pl.DataFrame({"label": [0, 1] * 20, "u": range(40), "v": range(40)})
-    data = prepare(log, tmp_path / "data", PrepareConfig(categorical=("u", "v"), test_fraction=0.0))
-    (tmp_path / "c.yaml").write_text("training:\n  epochs: 1\n")
-    found = CliRunner().invoke(seeds, [str(data.path), str(tmp_path / "c.yaml"), "-o", str(tmp_path / "runs"), *flags])
-    assert re.search(message, str(found.exception) + found.output)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_seeds(generated, tmp_path):
-    import yaml
-
-    for bits in (32, 4):
-        (tmp_path / f"b{bits}.yaml").write_text(yaml.safe_dump(tiny(bits, epochs=1).to_dict()))
-    arguments = [str(generated.path), *(str(tmp_path / f"b{bits}.yaml") for bits in (32, 4)), "--seeds=1,2", "--json"]
-    first = CliRunner().invoke(seeds, [*arguments, "-o", str(tmp_path / "runs")])
-    assert first.exit_code == 0, first.output
-    result = json.loads(first.stdout)
-    assert result.keys() == {"b32", "b4"}
-    values = [
-        json.loads((tmp_path / "runs" / f"b4-{seed}" / "summary.json").read_text())["test"]["auc"] for seed in (1, 2)
-    ]
-    assert result["b4"]["test"]["auc"]["values"] == values
-    assert result["b4"]["test"]["auc"]["mean"] == pytest.approx(np.mean(values))
-    assert result["b4"]["test"]["auc"]["stdev"] == pytest.approx(np.std(values, ddof=1))
-    again = CliRunner().invoke(
-        seeds, [*arguments, "-o", str(tmp_path / "runs")]
-    )  # finished runs are read, not repeated
-    assert json.loads(again.stdout) == result
