@@ -240,8 +240,12 @@ class TrainingConfig:
     """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch),
     ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (first epochs' bits). A list replaces the
     default one; with + before each name it extends it, as +ema:decay=0.99; '' for none."""
+    loggers: tuple[str, ...] = ()
+    """Trackers that receive the figures of metrics.jsonl: tensorboard (events in the run folder), mlflow, wandb."""
     tensorboard: bool = False
-    """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
+    """The same as --loggers tensorboard."""
+    record_histograms: tuple[str, ...] = ()
+    """Columns whose tables' weights evaluations record as histograms, for `dqrm report`; largest: the 3 largest."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     threads: int = 0
