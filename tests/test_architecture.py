@@ -21,6 +21,7 @@ ALLOWED = {
     "serving": {"export", "training", "models", "quant", "data"} | BASE,
     "bench": {"distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
     "daily": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
+    "report": {"training", "data", "console"} | BASE,
     "studies": {"serving", "export", "training", "models", "quant", "data", "console", "process"} | BASE,
 }
 

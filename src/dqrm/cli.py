@@ -15,6 +15,7 @@ import click
 
 from dqrm import __version__
 from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
+from dqrm.cli_report import report
 from dqrm.config import SECTIONS, Config, ExchangeConfig
 from dqrm.daily.config import DailyConfig, Recipe
 from dqrm.data.config import PrepareConfig
@@ -340,6 +341,9 @@ def _stopping(told: str) -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt):
         messages.print(told)
         sys.exit(STOPPED)
+
+
+cli.add_command(report)
 
 
 @cli.group()

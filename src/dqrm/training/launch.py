@@ -56,10 +56,9 @@ def train(
         progress: called as progress(stage, done, total).
         log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
-        callbacks: objects, in addition to the callbacks that `config` names.
-        loggers: objects, in addition to the loggers that `config` names; see `training.loggers`.
-        start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
-            or one whose vocabularies it extends. Epochs that are not set are then 1. See `training.start`.
+        callbacks, loggers: objects, in addition to those that `config` names; see `training.loggers`.
+        start_from: a finished run whose best checkpoint this one starts from: see `training.start`. Epochs that are not
+            set are then 1.
         carry: what is taken over from it: 'all', or 'mlp', all but the tables, whose ids may be others.
 
     Returns:
