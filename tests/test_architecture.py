@@ -22,6 +22,7 @@ ALLOWED = {
     "bench": {"distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
     "daily": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
     "studies": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
+    "report": {"training", "data", "console"} | BASE,
 }
 
 

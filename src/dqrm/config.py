@@ -120,11 +120,9 @@ class OptimizerConfig:
     """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
     row; plain Adagrad for the MLP), counter_adagrad (12 per row; with table_l2, rare rows decay more),
     frequency_adagrad (8 per row; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4),
-    dense_adam (8; L2 acts on all rows), or a registered one; none: adagrad, or rowwise_adagrad with --table-dtype
-    int8 or int4."""
+    dense_adam (8; L2 acts on all rows), or a registered one; none: adagrad, rowwise_adagrad for int8 or int4 tables."""
     learning_rate: float | None = None
-    """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, 0.02 from batch size 256, 0.03 from
-    batch size 2048."""
+    """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, from batch size 256 0.02, from 2048 0.03."""
     table_learning_rate: float | None = None
     """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10
@@ -211,8 +209,7 @@ class TrainingConfig:
     """Training loop: length, order of samples, evaluation, checkpoints, device."""
 
     epochs: int = 0
-    """Passes over the training split at most; 0: 20, which --patience ends, or 1 without patience or validation
-    figures."""
+    """Most passes over the training split; 0: 20, which --patience ends, or 1 without patience or validation figure."""
     batch_size: int = 0
     """Samples per training step; 0: from 64 to 2048, by the rows of the training split."""
     max_steps: int = 0
@@ -240,8 +237,12 @@ class TrainingConfig:
     """Callbacks by name, each with options, as redraw_tables:min_rows=100000 (redraws large tables at each epoch),
     ema:decay=0.99 (averages the MLP weights) or stage_bits:tables=32:mlp=16-8 (first epochs' bits). A list replaces the
     default one; with + before each name it extends it, as +ema:decay=0.99; '' for none."""
+    loggers: tuple[str, ...] = ()
+    """Trackers that receive the figures of metrics.jsonl: tensorboard (events in the run folder), mlflow, wandb."""
     tensorboard: bool = False
-    """Write TensorBoard events to the run folder (needs the extra dqrm[tensorboard])."""
+    """The same as --loggers tensorboard."""
+    record_histograms: tuple[str, ...] = ()
+    """Columns whose tables' weights evaluations record as histograms, for `dqrm report`; largest: the 3 largest."""
     device: str = "auto"
     """'cpu', 'cuda', 'cuda:1', ...; auto: CUDA where there is one."""
     threads: int = 0

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from dqrm.config import TrainingConfig
 from dqrm.errors import UserError
+from dqrm.training.loggers import MetricsLogger, check_loggers, logger_names
 
 Progress = Callable[[str, int, int | None], None]
 Log = Callable[[str], None]
@@ -32,16 +33,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_environment(options: TrainingConfig) -> None:
-    """Raise UserError if the requested device or an optional package is not available."""
+def check_environment(options: TrainingConfig, loggers: Sequence[MetricsLogger] = ()) -> None:
+    """Raise UserError if the requested device, or what a logger needs, is not available."""
     resolve_device(options.device)
-    if options.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "tensorboard is true but not installed; `pip install 'dqrm[tensorboard]'` adds it"
-            ) from None
+    check_loggers(logger_names(options), loggers)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.training.environment import Log, Progress
-from dqrm.training.metrics import click_metrics
+from dqrm.training.metrics import calibration_curve, click_metrics
 from dqrm.training.threads import scoring_threads
 
 
@@ -80,15 +80,26 @@ def score_split(
 
 def evaluate_shared(
     model: ClickModel, dataset: Dataset, split: str, batch_size: int, world: World, progress: Progress | None = None
-) -> dict[str, Any]:
-    """`evaluate` with the split's batches shared among the ranks; all get the metrics of a single process.
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """`evaluate` with the split's batches shared among the ranks; all get the metrics of a single process, and its
+    `metrics.calibration_curve`.
 
     Raises:
         UserError: as `evaluate`, on all ranks.
     """
     own = predict_logits(model, dataset, split, batch_size, progress, (world.rank, world.size))
     parts = world.gather_rows(torch.from_numpy(own))
-    return world.on_first(lambda: measure(torch.cat(parts).numpy(), dataset, split))
+
+    def measured() -> tuple[dict[str, Any], dict[str, list[float]]]:
+        logits, labels, weights = (
+            torch.cat(parts).numpy(),
+            dataset.split(split).labels(),
+            dataset.split(split).weights(),
+        )
+        metrics = measure(logits, dataset, split)
+        return metrics, calibration_curve(np.asarray(labels), logits, None if weights is None else np.asarray(weights))
+
+    return world.on_first(measured)
 
 
 def evaluate(

@@ -20,10 +20,11 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.options import registered
-from dqrm.training.callbacks import Callback, RedrawTables, build_callbacks
+from dqrm.training.callbacks import Callback, RecordHistograms, RedrawTables, build_callbacks
 from dqrm.training.checkpoints import latest_step
 from dqrm.training.environment import Log, Progress, check_environment
 from dqrm.training.footprint import describe_table_bytes, table_bytes
+from dqrm.training.loggers import MetricsLogger
 from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
@@ -42,6 +43,7 @@ def train(
     log: Log | None = None,
     verify: bool = True,
     callbacks: Sequence[Callback] = (),
+    loggers: Sequence[MetricsLogger] = (),
     start_from: str | Path | None = None,
     carry: str = "all",
 ) -> dict[str, Any]:
@@ -54,9 +56,9 @@ def train(
         progress: called as progress(stage, done, total).
         log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
-        callbacks: objects, in addition to the callbacks that `config` names.
-        start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
-            or one whose vocabularies it extends. Epochs that are not set are then 1. See `training.start`.
+        callbacks, loggers: objects, in addition to those that `config` names; see `training.loggers`.
+        start_from: a finished run whose best checkpoint this one starts from: see `training.start`. Epochs that are not
+            set are then 1.
         carry: what is taken over from it: 'all', or 'mlp', all but the tables, whose ids may be others.
 
     Returns:
@@ -73,11 +75,10 @@ def train(
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         config = world.together(lambda: resolved(asked, data, start_from is not None))
         check_ranks(world, config, data)
-        callbacks = world.together(lambda: _checked(config, callbacks, start_from if carry == "all" else None))
-        world.together(lambda: check_environment(config.training))
+        callbacks = world.together(
+            lambda: _checked(config, data, callbacks, loggers, start_from if carry == "all" else None)
+        )
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
-        if not data.rows["train"]:
-            raise UserError(f"{data.path} has no training rows: nothing to train on")
         _check_data(world, data, verify, progress)
         for text in world.together(lambda: check_selection(config, data)):
             if world.first:
@@ -89,7 +90,7 @@ def train(
         world.together(lambda: held.enter_context(run.started()) if world.first else None)
         if log and world.first:
             log(_described(config, data, callbacks))
-        trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, start)
+        trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, loggers, start)
         if log and world.first:
             found = table_bytes(model.tables.weight, trainer.optimizers[0])
             log(describe_table_bytes(found, config, run.table_weights))
@@ -103,6 +104,7 @@ def resume(
     log: Log | None = None,
     verify: bool = True,
     callbacks: Sequence[Callback] = (),
+    loggers: Sequence[MetricsLogger] = (),
 ) -> dict[str, Any]:
     """Resume the run at `output` from its newest checkpoint; returns its summary.
 
@@ -111,6 +113,7 @@ def resume(
         dataset: its data, if the folder was moved; the fingerprint must be the same.
         verify: compare dataset and checkpoint with their checksums first.
         callbacks: those that `train` was given; one that is missing is refused.
+        loggers: as for `train`; those that the configuration names continue their runs.
 
     Raises:
         UserError: not a run, not the same dataset, a damaged checkpoint, or as `train`.
@@ -123,8 +126,7 @@ def resume(
         done = world.on_first(lambda: run.summary)
         if done is None:
             check_ranks(world, run.config, data)
-            callbacks = world.together(lambda: _registered(run.config, callbacks))
-            world.together(lambda: check_environment(run.config.training))
+            callbacks = world.together(lambda: _registered(run.config, data, callbacks, loggers))
             world.together(lambda: held.enter_context(run.continued()) if world.first else None)
             done = world.on_first(lambda: run.summary)  # the process that held the lock may have finished it
         if done is not None:
@@ -137,7 +139,7 @@ def resume(
         held.enter_context(threads_set(run.info.get("threads") or run.config.training.threads))
         begun = world.on_first(lambda: latest_step(run.checkpoints) is not None)  # its weights replace those drawn
         model, start = _begun(world, run, lambda: None if begun else _recorded(run, data), verify, drawn=not begun)
-        return Trainer(run, model, data, progress, log, world, verify, callbacks, start).fit()
+        return Trainer(run, model, data, progress, log, world, verify, callbacks, loggers, start).fit()
 
 
 def _planned(run: Run, config: Config, data: Dataset, start_from: str | Path | None, carry: str) -> Start | None:
@@ -223,16 +225,28 @@ def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) 
     )
 
 
-def _registered(config: Config, callbacks: Sequence[Callback]) -> list[Callback]:
-    """All callbacks of a run; raises UserError unless everything that its configuration names is registered."""
+def _registered(
+    config: Config, data: Dataset, callbacks: Sequence[Callback], loggers: Sequence[MetricsLogger]
+) -> list[Callback]:
+    """All callbacks of a run; raises UserError unless everything that its configuration names is there."""
+    check_environment(config.training, loggers)
     registered("optimizer", config.optimizer.rule, OPTIMIZERS)
     selecting(config.training.select_by)
-    return build_callbacks(config.training.callbacks, callbacks)
+    histograms = [RecordHistograms(columns)] if (columns := config.training.record_histograms) else []
+    for each in histograms:
+        each.numbers(data)
+    return build_callbacks(config.training.callbacks, [*callbacks, *histograms])
 
 
-def _checked(config: Config, given: Sequence[Callback], start_from: str | Path | None) -> list[Callback]:
+def _checked(
+    config: Config,
+    data: Dataset,
+    given: Sequence[Callback],
+    loggers: Sequence[MetricsLogger],
+    start_from: str | Path | None,
+) -> list[Callback]:
     """All callbacks of a new run; raises UserError where it cannot begin with one of them."""
-    epochs, callbacks = config.training.epochs, _registered(config, given)
+    epochs, callbacks = config.training.epochs, _registered(config, data, given, loggers)
     for callback in callbacks:
         callback.check(config)
         if start_from is not None and epochs > 1 and isinstance(callback, RedrawTables):
@@ -244,8 +258,10 @@ def _checked(config: Config, given: Sequence[Callback], start_from: str | Path |
 
 
 def _check_data(world: World, data: Dataset, verify: bool, progress: Progress | None) -> None:
-    """Raise UserError on all ranks unless the data is intact (one rank per machine checks) and its values are
-    valid."""
+    """Raise UserError on all ranks unless there are training rows, the data is intact (one rank per machine checks) and
+    its values are valid."""
+    if not data.rows["train"]:
+        raise UserError(f"{data.path} has no training rows: nothing to train on")
     if verify:
         world.together(lambda: data.verify(tell=progress) if world.local_rank == 0 else None)
     world.together(lambda: data.validate(*data.rows))

@@ -41,6 +41,7 @@ from dqrm.training.divergence import too_wide
 from dqrm.training.environment import Log, Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
 from dqrm.training.footprint import table_bytes
+from dqrm.training.loggers import LoggedRun, Loggers, MetricsLogger, logger_names
 from dqrm.training.metrics import METRICS
 from dqrm.training.optimizers import learning_rate
 from dqrm.training.recording import Recorder
@@ -71,6 +72,7 @@ class Trainer:
         world: World | None = None,
         verify: bool = True,
         callbacks: Sequence[Callback] = (),
+        loggers: Sequence[MetricsLogger] = (),
         start: Start | None = None,
     ) -> None:
         """`start`: on rank 0 of a run that starts from another, whose weights `model` has."""
@@ -98,12 +100,14 @@ class Trainer:
         self.stopped = threading.Event()
         self.recorder: Recorder | None = None
         if self.world.first:
-            known = (self.state.metrics_bytes, self.state.step)
-            self.recorder = Recorder(run.path, *known, self.options.tensorboard, self.log)
+            logged = LoggedRun(run.path, run.info["config"], self.state.step)
+            receivers = Loggers(logger_names(self.options), loggers, logged, self.warn)
+            self.recorder = Recorder(run.path, self.state.metrics_bytes, receivers, self.log)
         self.saved_at = self.clock = time.monotonic()
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; returns the summary."""
+        finished = False
         try:
             with stop_signals(quiet=self.world.size > 1) as self.stopped:
                 for _ in self._steps():
@@ -113,10 +117,12 @@ class Trainer:
                         self._count_time()
                         self._save()
                         raise Interrupted
-            return self._finish()
+            summary = self._finish()
+            finished = True
+            return summary
         finally:
             if self.recorder:
-                self.recorder.close()
+                self.recorder.close(finished)
 
     def _steps(self) -> Iterator[None]:
         """Yields after each training step, once its evaluations and checkpoints are done."""
@@ -207,7 +213,7 @@ class Trainer:
             more: dict[str, Any] = {**state.clamping.figures()}
             if report := self.exchange.report():
                 more["exchange"] = report
-            self._write({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
+            self.record({"kind": "train", "epoch": state.epoch + 1, "loss": train_loss, **self._position(), **more})
         evaluate_now = epoch_ends or state.finished or (options.eval_every and state.step % options.eval_every == 0)
         if evaluate_now:
             # Not before other checkpoints: when those are made, a clock or a signal may decide.
@@ -232,17 +238,17 @@ class Trainer:
                 held.enter_context(weights(self))
             yield
 
-    def _evaluate_on(self, split: str) -> dict[str, Any]:
+    def _evaluate_on(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
         size = self.options.eval_batch_size
         return evaluate_shared(self.model, self.dataset, split, size, self.world, self.progress)
 
     def _evaluate(self, train_loss: float, epoch_ends: bool) -> None:
         state, options, position = self.state, self.options, self._position()
         with self._evaluated_weights():
-            metrics = self._evaluate_on("validation")
+            metrics, curve = self._evaluate_on("validation")
         counts = all(each(self) for each in overriding(self.callbacks, "evaluation_counts"))
         better = choose(state, metrics, train_loss, self.config, counts)
-        self._write({
+        self.record({
             "kind": "evaluation",
             "split": "validation",
             "epoch": state.epoch + 1,
@@ -252,6 +258,8 @@ class Trainer:
             **state.clamping.figures(),
             **position,
         })  # fmt: skip
+        if curve["rows"]:
+            self.record({"kind": "calibration", "step": state.step, "epoch": state.epoch + 1, **curve})
         shown = [name for name, metric in METRICS.items() if metric.logged or name == options.select_by]
         figures = [f"{name} {metrics[name]:.4f}" for name in shown if metrics.get(name) is not None]
         self.log(
@@ -270,7 +278,8 @@ class Trainer:
         rate = learning_rate(self.state.step - 1, self.config.optimizer) * self.state.rate_factor
         return {"step": self.state.step, "learning_rate": rate, "train_seconds": round(self.state.train_seconds, 3)}
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def record(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl: its `kind`, `step` and JSON values; floats are sent to the loggers."""
         if self.recorder:
             self.recorder.write(line)
 
@@ -339,11 +348,12 @@ class Trainer:
         with self._evaluated_weights():
             if state.best and state.best["step"] != state.step:
                 self._load_weights(state.best["step"])
-            test = self._evaluate_on("test") if self.dataset.rows.get("test") else None
+            test, curve = self._evaluate_on("test") if self.dataset.rows.get("test") else (None, None)
         seconds = max(state.train_seconds, 1e-9)
         summary = {
             "best": state.best,
             "test": test,
+            "test_calibration": curve,
             "selection": chosen_by(state, self.options.select_by),
             "steps": state.step,
             "epochs": state.epoch,
@@ -361,4 +371,6 @@ class Trainer:
         if report := self.exchange.report():
             summary["exchange"] = report
         self.world.on_first(lambda: self.run.finish(summary))
+        if self.recorder and test:
+            self.recorder.tell("test", test, state.step)
         return summary

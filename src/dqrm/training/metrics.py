@@ -192,6 +192,36 @@ def click_metrics(
     }
 
 
+def calibration_curve(
+    labels: Array, logits: Array, weights: Array | None = None, bins: int = 20
+) -> dict[str, list[float]]:
+    """A reliability curve: rows in bins of about as many rows each, from the lowest prediction to the highest.
+
+    Equal predictions are in one bin, so that there may be fewer.
+
+    Args:
+        labels: 0 or 1, [N]. logits: finite floats [N]. weights: of the rows, >= 0, [N]; None: 1 each.
+
+    Returns:
+        Per bin: rows, their weight; predicted, the mean probability; clicked, the share of clicks. Empty lists without
+        rows.
+    """
+    from scipy.special import expit
+
+    if not len(logits):
+        return {"rows": [], "predicted": [], "clicked": []}
+    at = np.unique(np.linspace(0, len(logits), bins, endpoint=False).astype(np.int64))
+    edges = np.unique(np.partition(logits, at)[at])
+    number = np.searchsorted(edges, logits, side="right") - 1
+    rows, predicted, clicked = (
+        np.bincount(number, weights=each if weights is None else each * weights, minlength=len(edges))
+        for each in (np.ones(len(logits)), expit(logits.astype(np.float64)), labels)
+    )
+    some = rows > 0
+    values = {"rows": rows[some], "predicted": predicted[some] / rows[some], "clicked": clicked[some] / rows[some]}
+    return {name: [float(f"{value:.6g}") for value in each] for name, each in values.items()}
+
+
 def group_auc(
     labels: Array, logits: Array, groups: Array, weights: Array | None = None
 ) -> tuple[float | None, float | None]:

@@ -1,4 +1,4 @@
-"""The metrics that a run records: lines of metrics.jsonl, and the same values for TensorBoard."""
+"""The metrics that a run records: lines of metrics.jsonl, and their figures for its loggers."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dqrm.training.environment import Log
+from dqrm.training.loggers import Loggers
 
 
 class Recorder:
@@ -13,32 +14,32 @@ class Recorder:
 
     Args:
         folder: of the run. size: of metrics.jsonl as recorded in the checkpoint that the run resumes from; 0: a new
-            run. step: of that checkpoint.
-        tensorboard: write event files, too. log: called if lines are lost.
+            run. loggers: also receive the figures. log: called if lines are lost.
     """
 
-    def __init__(self, folder: Path, size: int, step: int, tensorboard: bool, log: Log) -> None:
+    def __init__(self, folder: Path, size: int, loggers: Loggers, log: Log) -> None:
         self._file = _open(folder / "metrics.jsonl", size, log)
-        self._events = _events(folder / "tensorboard", step) if tensorboard else None
+        self._loggers = loggers
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl: its `kind`, `step` and figures."""
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
-        if self._events:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        self.tell(line["kind"], line, line["step"])
+
+    def tell(self, kind: str, figures: dict[str, Any], step: int) -> None:
+        """The figures for the loggers alone, as kind/name."""
+        if found := {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, float)}:
+            self._loggers.log_metrics(found, step)
 
     def sync(self) -> int:
         """Flush metrics.jsonl to disk; returns its size in bytes, which the checkpoint records."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
         self._file.close()
-        if self._events:
-            self._events.close()
+        self._loggers.close(finished)
 
 
 def _open(path: Path, size: int, log: Log) -> IO[bytes]:
@@ -55,10 +56,3 @@ def _open(path: Path, size: int, log: Log) -> IO[bytes]:
     file.truncate(size)
     file.seek(0, os.SEEK_END)
     return file
-
-
-def _events(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # What an interrupted run wrote after the checkpoint is written again.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -17,12 +17,13 @@ from dqrm.errors import UserError
 from dqrm.options import coerce, did_you_mean, registered
 from dqrm.training.callbacks.base import Callback, load_callbacks, overriding, save_callbacks
 from dqrm.training.callbacks.ema import EMA
+from dqrm.training.callbacks.record_histograms import RecordHistograms
 from dqrm.training.callbacks.redraw_tables import RedrawTables
 from dqrm.training.callbacks.stage_bits import StageBits
 
 __all__ = [
-    "CALLBACKS", "EMA", "Callback", "RedrawTables", "StageBits", "build_callbacks", "load_callbacks",
-    "overriding", "save_callbacks",
+    "CALLBACKS", "EMA", "Callback", "RecordHistograms", "RedrawTables", "StageBits", "build_callbacks",
+    "load_callbacks", "overriding", "save_callbacks",
 ]  # fmt: skip
 
 CALLBACKS: dict[str, Callable[..., Callback]] = {

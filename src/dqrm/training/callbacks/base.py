@@ -19,7 +19,8 @@ class Callback:
     """Hooks of a training run; override those that you need. Where there are several ranks, all ranks call them.
 
     `trainer` has `model`, `optimizers` (of the tables, of everything else), `state` (step, epoch, ...; set
-    `state.finished` to end the run after this step), `config`, `dataset`, `world` and `log`.
+    `state.finished` to end the run after this step), `config`, `dataset`, `world` and `log`, and `record` for lines
+    of metrics.jsonl.
     """
 
     @property

@@ -1,0 +1,1 @@
+"""`dqrm report`: runs or a study as one page."""
