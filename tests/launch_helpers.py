@@ -215,6 +215,8 @@ def small(**fields: Any) -> dict[str, Any]:
     known = {"embedding_dim": 4, "bottom_mlp": "8-4", "top_mlp": "8-1", "batch_size": 64, "scale_period": 3,
              "threads": 1, "device": "cpu", "eval_batch_size": 50, "optimizer": "sgd", "learning_rate": 0.1,
              "epochs": 1, "patience": 0, "callbacks": ""}  # fmt: skip
+    if fields.get("scale_refresh") == "running_max":
+        del known["scale_period"]
     return {name: value for name, value in (known | fields).items() if value is not None}
 
 

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import torch
 
 from dqrm import recipe
 from dqrm.config import SECTIONS, Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -12,6 +14,7 @@ from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.errors import UserError
 from dqrm.options import coerce, field_help, field_types
 from dqrm.quant.config import QATConfig
+from dqrm.training.callbacks import EMA
 
 
 @pytest.mark.parametrize("cls", [*SECTIONS.values(), PrepareConfig, GenerateConfig])
@@ -101,6 +104,47 @@ def test_the_flag_bits_overrides_the_files_table_bits(tmp_path):
     file.write_text("quantization:\n  table_bits: 8\n")
     assert Config.load(file, {"bits": "2"}).quantization.effective_table_bits == 2
     assert Config.load(file, {"bits": "2", "table_bits": "16"}).quantization.effective_table_bits == 16
+
+
+@pytest.mark.parametrize("callbacks", [(EMA(),), ["ema", EMA]])
+def test_callbacks_of_a_configuration_are_names(callbacks):
+    with pytest.raises(
+        ValueError, match=r"^callbacks: got .*EMA.*, expected names; `dqrm.train\(callbacks=\[\.\.\.\]\)`"
+    ):
+        TrainingConfig(callbacks=callbacks)
+
+
+@pytest.mark.parametrize("value", [object(), torch.optim.SGD, {}, (), None, b"sgd", lambda: 0, torch.zeros(1)])
+def test_what_has_no_text_of_its_own_is_no_text(value):
+    with pytest.raises(UserError, match=r"^field: got .*, expected text$"):
+        coerce("field", value, str)
+    assert coerce("field", torch.device("cpu"), str) == "cpu"
+    assert coerce("field", Path("data"), str) == "data"
+
+
+@pytest.mark.parametrize(("in_file", "overrides", "periods"), [
+    ({"scale_period": 5}, {"scale_refresh": "running_max"}, (None, 10_000)),
+    ({"scale_period": 5}, {"scale_refresh": "periodic"}, (5, None)),
+    ({"scale_period": 5}, {"scale_refresh": "running_max", "rescan_period": "9"}, (None, 9)),
+    ({"rescan_period": 9}, {"scale_refresh": "periodic", "bits": "8"}, (200, None)),
+    ({"rescan_period": 9}, {"scale_refresh": "none"}, (None, 9)),
+])  # fmt: skip
+def test_the_flag_scale_refresh_leaves_out_the_files_period_of_the_other_rule(tmp_path, in_file, overrides, periods):
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"quantization": in_file}))
+    config = Config.load(file, overrides).quantization
+    assert (config.scale_period, config.rescan_period) == periods
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"scale_period": "5"}, "quantization: scale_period is 5, but scale_refresh is 'running_max', which has no such"),
+    ({"scale_refresh": "periodic", "rescan_period": "9"}, "rescan_period is 9, but scale_refresh is 'periodic'"),
+])  # fmt: skip
+def test_a_period_without_effect_is_refused(tmp_path, overrides, message):
+    file = tmp_path / "c.yaml"
+    file.write_text("quantization:\n  scale_refresh: running_max\n")
+    with pytest.raises(UserError, match=message):
+        Config.load(file, overrides)
 
 
 @pytest.mark.parametrize(("overrides", "small"), [

@@ -258,6 +258,11 @@ class TrainingConfig:
     """Seed of the initial weights and of the order of samples."""
 
     def __post_init__(self) -> None:
+        for each in self.callbacks if isinstance(self.callbacks, (list, tuple)) else ():
+            if not isinstance(each, str):
+                raise ValueError(
+                    f"callbacks: got {each!r}, expected names; `dqrm.train(callbacks=[...])` takes objects"
+                )
         at_least(
             self, epochs=0, batch_size=0, max_steps=0, eval_every=0, eval_batch_size=1, patience=0, early_stopping=0,
             checkpoint_every=0, checkpoint_minutes=0, log_every=0, threads=0, seed=0,
@@ -335,7 +340,8 @@ class Config:
         """Defaults, then the YAML file at `path`, then `overrides` (field name -> value, as flags give them).
 
         Overriding `bits` overrides table_bits, mlp_bits and small_table_bits of the file too, unless they are given;
-        with 32 also table_granularity and table_qscheme. Callbacks with a '+' are added to those of the file.
+        with 32 also table_granularity and table_qscheme. Overriding `scale_refresh` leaves out the file's period of the
+        other rule. Callbacks with a '+' are added to those of the file.
 
         Raises:
             UserError: as `from_dict`; or the file cannot be read.

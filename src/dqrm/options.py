@@ -89,8 +89,8 @@ def coerce(name: str, value: Any, wanted: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{name}: got {value!r}, expected {'a whole' if wanted is int else 'a'} number") from None
     if wanted is str:
-        if isinstance(value, (dict, list)) or value is None:
-            raise UserError(f"{name}: got {value!r}, expected text")
+        if isinstance(value, bytes) or (type(value).__str__ is object.__str__ and not isinstance(value, (int, float))):
+            raise UserError(f"{name}: got {value!r}, expected text")  # as of most objects, its text would be its repr
         return str(value)
     raise TypeError(f"options.coerce has no rule for the type {wanted} of {name}")
 

@@ -7,6 +7,8 @@ torch.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dqrm.quant.config import REFRESHES, unused_period
+
 OPTIMIZER = "adagrad"
 OPTIMIZER_OF = {"int8": "rowwise_adagrad", "int4": "rowwise_adagrad"}
 """By table_dtype, where it differs: an FP32 value per weight would take four times the bytes of INT8 rows, one per row
@@ -80,11 +82,12 @@ def optimizer(table_dtype: str) -> str:
 
 def overridden(given: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields of the section `quantization` of a file that the values given beside it override without naming them."""
+    periods = (unused_period(given["scale_refresh"]),) if given.get("scale_refresh") in REFRESHES else ()
     if "bits" not in given:
-        return ()
+        return periods
     names = ("table_bits", "mlp_bits", "small_table_bits", "small_table_rows")
     scales = ("table_granularity", "table_qscheme") if given["bits"] == 32 else ()
-    return (*(names[:3] if "small_table_bits" in given else names), *scales)
+    return (*(names[:3] if "small_table_bits" in given else names), *scales, *periods)
 
 
 def batch_size(rows: int) -> int:

@@ -30,6 +30,7 @@ RANKS = pytest.mark.parametrize("ranks", [2, 3, 4])
 PLAIN = {"table_codec": "fp32", "mlp_codec": "fp32"}
 # Every fourth is too small for four ranks; none is a multiple of 2, 3 and 4.
 SIZES = (16, 13, 22, 3, 11, 15, 7, 1, 16, 5, 9, 2)
+PERIODS = {"periodic": {"scale_period": 3}, "running_max": {"rescan_period": 7}}
 MODEL = ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1))
 
 
@@ -55,7 +56,7 @@ def make(ranks, bits=32, optimizer="sgd", qat=None, dense=3, precision="fp32", s
     """A step with so many simulated ranks; 0: with none."""
     config = Config(
         model=MODEL,
-        quantization=QATConfig(bits=bits, scale_period=3, **(qat or {})),
+        quantization=QATConfig(bits=bits, **(qat or PERIODS["periodic"])),
         optimizer=OptimizerConfig(optimizer, 0.1),
         training=TrainingConfig(precision=precision, seed=seed, batch_size=batch_size),
         exchange=ExchangeConfig(simulate_ranks=ranks, **exchange),
@@ -145,8 +146,7 @@ def test_simulating_one_rank_is_one_rank():
 @pytest.mark.parametrize("rows", [None, 2])
 def test_the_clock_of_int4_scales_ticks_once_per_step(ranks, refresh, rows):
     """Whether a step refreshes a scale decides its result; ranks without samples count no less and no more."""
-    qat = {"scale_refresh": refresh, "rescan_period": 7}
-    one, many = make(0, 4, qat=qat), make(ranks, 4, qat=qat, **PLAIN)
+    one, many = make(0, 4, qat=PERIODS[refresh]), make(ranks, 4, qat=PERIODS[refresh], **PLAIN)
     for first in range(8):
         run(one, steps=1, first=first, rows=rows)
         run(many, steps=1, first=first, rows=rows)
@@ -163,7 +163,7 @@ def test_the_clock_of_int4_scales_ticks_once_per_step(ranks, refresh, rows):
 @pytest.mark.parametrize("refresh", ["periodic", "running_max"])
 def test_int4_with_rate_0_has_the_scales_and_loss_of_one_rank(refresh):
     """Weights stand still, so nothing flips: every rank must see the same scales that one rank sees."""
-    one, many = (make(n, 4, qat={"scale_refresh": refresh}, **PLAIN) for n in (0, 4))
+    one, many = (make(n, 4, qat=PERIODS[refresh], **PLAIN) for n in (0, 4))
     torch.testing.assert_close(run(one, 0.0), run(many, 0.0), rtol=1e-5, atol=1e-6)
     assert_same(one, many)
 

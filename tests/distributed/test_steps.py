@@ -40,10 +40,13 @@ def make_batch(number, samples, bags):
     return Batch(dense, torch.from_numpy(ids), tuple(columns), labels)
 
 
+PERIODS = {"periodic": {"scale_period": 5}, "running_max": {"rescan_period": 8}}
+
+
 def make(exchange=None, bags=True, rule="sgd", refresh="periodic", bits=4, seed=3):
     config = Config(
         model=ModelConfig(embedding_dim=DIM, bottom_mlp=(16, DIM), top_mlp=(12, 1)),
-        quantization=QATConfig(bits=bits, scale_period=5, scale_refresh=refresh, rescan_period=8),
+        quantization=QATConfig(bits=bits, **PERIODS[refresh]),
         optimizer=OptimizerConfig(rule, 0.1),
         training=TrainingConfig(batch_size=24, seed=seed),
         exchange=ExchangeConfig(**(exchange or {})),

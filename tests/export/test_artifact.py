@@ -22,7 +22,8 @@ from test_cli import run as command
 VARIANTS = {
     **{f"{bits} bits": {"bits": bits} for bits in (2, 4, 8, 16, 32)},
     "mixed, FP32 MLP": {"table_bits": 4, "mlp_bits": 32}, "mixed, FP32 tables": {"table_bits": 32, "mlp_bits": 4},
-    "mixed, 2 and 8": {"table_bits": 2, "mlp_bits": 8}, "running_max": {"scale_refresh": "running_max"},
+    "mixed, 2 and 8": {"table_bits": 2, "mlp_bits": 8},
+    "running_max": {"scale_refresh": "running_max", "scale_period": None},
     "activations": {"activation_bits": 8}, "FP32 MLP, activations": {"mlp_bits": 32, "activation_bits": 8},
     "lsq": {"quantizer": "lsq"},
     "lsq, pact": {"quantizer": "lsq", "activation_bits": 8, "activation_quantizer": "pact"},

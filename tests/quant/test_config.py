@@ -9,7 +9,7 @@ from dqrm.quant.config import QATConfig
 DEFAULTS = {
     "bits": 4,
     "quantizer": "max",
-    "scale_period": 200,
+    "scale_period": None,
     "scale_refresh": "running_max",
     "rescan_period": 10_000,
     "linear_granularity": "channel",
@@ -54,11 +54,41 @@ def test_equal_values_are_equal_and_hash_alike():
 def test_a_period_alone_says_periodic():
     """As in a configuration of before running_max was the default."""
     assert QATConfig(scale_period=200) == QATConfig(scale_refresh="periodic")
-    assert QATConfig(scale_period=7, scale_refresh="running_max").scale_refresh == "running_max"
+    assert QATConfig(scale_period=200).rescan_period is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scale_refresh": "running_max", "scale_period": 7}, "scale_period is 7, but scale_refresh is 'running_max'"),
+        ({"scale_refresh": "periodic", "rescan_period": 9}, "rescan_period is 9, but scale_refresh is 'periodic'"),
+        ({"scale_period": 7, "rescan_period": 9}, "rescan_period is 9, but scale_refresh is 'periodic'"),
+        ({"quantizer": "mse", "rescan_period": 9}, "use scale_refresh 'running_max', or leave rescan_period out"),
+    ],
+)
+def test_a_period_of_the_other_rule_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        QATConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "period"),
+    [
+        ({}, 10_000), ({"rescan_period": 9}, 9), ({"scale_period": 7}, 7), ({"scale_refresh": "periodic"}, 200),
+        ({"quantizer": "mse"}, 200), ({"quantizer": "mse", "scale_refresh": "running_max"}, 10_000),
+    ],
+)  # fmt: skip
+def test_what_is_resolved_can_be_replaced_and_given_again(given, period):
+    config = QATConfig(**given)
+    assert config.refresh_period == period
+    assert dataclasses.replace(config, bits=8).refresh_period == period
+    assert QATConfig(**dataclasses.asdict(config)) == config
 
 
 def test_replace_works():
-    assert dataclasses.replace(QATConfig(bits=8), scale_period=7).scale_period == 7
+    assert dataclasses.replace(QATConfig(bits=8, scale_period=3), scale_period=7).scale_period == 7
+    with pytest.raises(ValueError, match="scale_period is 7, but scale_refresh is 'running_max'"):
+        dataclasses.replace(QATConfig(bits=8), scale_period=7)
 
 
 @pytest.mark.parametrize("name", BITS_FIELDS)
@@ -75,6 +105,7 @@ def test_wrong_bits_are_refused_by_name_and_value(name, value):
         ("scale_period", 0),
         ("scale_period", -1),
         ("scale_period", 2.5),
+        ("rescan_period", True),
         ("linear_granularity", "row"),
         ("linear_granularity", ""),
         ("linear_granularity", None),

@@ -310,7 +310,9 @@ def test_other_modes_are_refused_as_ever():
 @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.bool, "int8"], ids=str)
 @pytest.mark.parametrize("kind", [QuantEmbedding, QuantEmbeddingBag])
 def test_a_table_of_other_integers_is_refused(kind, dtype):
-    with pytest.raises(ValueError, match=f"^dtype is {dtype!r}, expected a floating-point dtype, or torch.int8"):
+    with pytest.raises(
+        ValueError, match=f"^dtype is {dtype!r}, expected a floating-point dtype, or torch.int8 or torch.int4$"
+    ):
         kind(ROWS, DIM, dtype=dtype)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reference as ref
-from dqrm.quant.ptq import CLIPS, row_scales, table_scale
+from dqrm.quant.ptq import CLIPS, block_scales, row_scales, table_scale
 from dqrm.quant.uniform import dequantize, quantize, scale_from_max
 from selection import slow, some_quick
 
@@ -107,6 +107,16 @@ def test_one_far_outlier(rows, magnitude, bits):
     w[7, 3] = -magnitude
     best = brute_force(w.reshape(1, -1), bits, candidates=1500)[0]
     assert table_error(w, table_scale([w], bits, "mse"), bits) <= best * 1.005
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize(("rows", "dim", "each"), [(33, 4, 16), (32, 3, 2), (5, 4, 8), (40, 4096, 32), (3, 1, 1)])
+def test_blocks_of_rows_have_the_scales_of_tables_of_them(rows, dim, each, clip, monkeypatch):
+    table = weights("heavy", rows, dim)
+    expected = torch.stack([table_scale([part], 4, clip) for part in table.split(each)])
+    for chunk in (1 << 22, 64):
+        monkeypatch.setattr("dqrm.quant.packing._CHUNK", chunk)
+        torch.testing.assert_close(block_scales(table, each, 4, clip), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

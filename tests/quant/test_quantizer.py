@@ -254,10 +254,10 @@ def old_names(state):
     return {name.replace("weight_fake_quantizer.", ""): value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("refresh", ["periodic", "running_max"])
-def test_old_state_dicts_load_and_go_on_with_their_clock(refresh):
+@pytest.mark.parametrize("period", ["scale_period", "rescan_period"])
+def test_old_state_dicts_load_and_go_on_with_their_clock(period):
     model = nn.Sequential(nn.Embedding(30, 4, sparse=True))
-    options = dqrm.QATConfig(scale_refresh=refresh, scale_period=3, rescan_period=3)
+    options = dqrm.QATConfig(**{period: 3})
     dqrm.prepare_qat(model, options)
     for _ in range(2):
         model(torch.arange(5))

@@ -223,7 +223,7 @@ def test_several_forwards_of_one_step_are_one_tick(path, forwards, period, refre
 def test_an_update_after_two_forwards_counts_the_rows_of_both(path, refresh):
     """Gradients added up over two forwards, and `step()`: nothing says `rows_changed`, all rows were looked up here."""
     with on(path):
-        module, expected = make(scale_refresh=refresh, scale_period=1, rescan_period=3), None
+        module, expected = make(**({"scale_period": 1} if refresh == "periodic" else {"rescan_period": 3})), None
         optimizer = SparseSGD(module.parameters(), 0.5)
         for step in range(9):
             optimizer.zero_grad()
@@ -264,7 +264,7 @@ def test_weights_that_are_replaced_in_the_middle_of_a_step_get_scales(path):
 def test_replaced_weights_are_read_at_the_next_refresh_of_their_clock(path, dtype, refresh):
     given = torch.tensor([1.0, 2, 3, 4, 5])
     with on(path):
-        module = make(dtype, scale_refresh=refresh, scale_period=3, rescan_period=3)
+        module = make(dtype, **{"scale_period" if refresh == "periodic" else "rescan_period": 3})
         for step in range(2):
             change(module, SparseSGD(module.parameters(), 0.9), step, look_up(module, step)[1])
         with torch.no_grad():

@@ -11,7 +11,8 @@ from dqrm.config import TrainingConfig
 from dqrm.models.registry import table_storage
 from dqrm.quant.config import STORAGES
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
-from dqrm.quant.storage import BF16, FP32, Storage, max_abs, storage_for
+from dqrm.quant.int8_rows import Int8Rows
+from dqrm.quant.storage import BF16, FP32, INT8, Storage, _encoded, max_abs, storage_for, storage_of
 from dqrm.training.optimizers import SparseAdagrad, SparseSGD
 from run_helpers import assert_resumes, last
 
@@ -98,3 +99,18 @@ def test_a_run_names_it_trains_resumes_and_exports(generated, half, tmp_path):
 def test_an_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="table_dtype is 'fp64', expected 'fp32' or 'bf16' or 'int8' or 'int4'"):
         TrainingConfig(table_dtype="fp64")
+
+
+def test_the_storage_of_encoded_rows_is_the_registered_one(monkeypatch):
+    class Rows(Int8Rows):
+        pass
+
+    class Own(INT8):
+        weight_class = Rows
+
+    monkeypatch.setitem(STORAGES, "int8", Own)
+    _encoded.cache_clear()
+    weight = Rows.empty(3, 4)
+    assert storage_of(weight) is Own
+    assert storage_of(weight.stored) is Storage
+    _encoded.cache_clear()

@@ -224,6 +224,18 @@ def test_memory_that_is_no_table_is_refused(weight):
             TieredRows(copy.stored, 50, 3)
 
 
+def test_data_of_another_shape_or_kind_are_refused(weight):
+    before = weight.dequantize()
+    rows, dim = weight.shape
+    for other in (TieredRows.empty(rows + 9, dim), TieredRows.empty(rows, dim + 1), torch.zeros(rows, dim)):
+        with pytest.raises(ValueError, match=rf"are INT4 rows of its shape \[{rows}, {dim}\]; use .copy_"):
+            weight.data = other
+    assert torch.equal(weight.dequantize(), before)
+    other = TieredRows.encode(normal(rows, dim, seed=3))
+    weight.data = other
+    assert weight.stored is other.stored
+
+
 def test_what_needs_all_values_at_once_is_refused(weight):
     with pytest.raises(NotImplementedError, match="a table stored as INT4 rows"):
         _ = weight.detach() * 2

@@ -126,10 +126,10 @@ def test_a_single_table_too(kind, sparse, options):
     assert not torch.equal(table(ids), plain(ids))
 
 
-@pytest.mark.parametrize("refresh", ["running_max", "periodic"])
+@pytest.mark.parametrize("period", ["rescan_period", "scale_period"])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-def test_scales_are_those_of_the_weights_when_quantization_begins(refresh, size):
-    tables = collection(scale_refresh=refresh, scale_period=1000, rescan_period=1000)
+def test_scales_are_those_of_the_weights_when_quantization_begins(period, size):
+    tables = collection(**{period: 1000})
     tables.only_looked_up_rows_change()
     tables.train_with_bits(32)
     tables(IDS, BAGS).sum().backward()

@@ -294,7 +294,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(generated, tmp_path, rule, pr
     config = tiny(
         optimizer=rule, table_dtype="bf16", precision=precision, checkpoint_every=4, max_steps=11, table_l2=1e-3
     )
-    config = replace(config, quantization=replace(config.quantization, scale_refresh="running_max", rescan_period=5))
+    config = replace(config, quantization=QATConfig(bits=4, rescan_period=5))
     assert_resumes(generated, tmp_path, config, 7)
     one = last(tmp_path / "cut")
     assert one["weights.safetensors/tables.weight"].dtype == torch.bfloat16

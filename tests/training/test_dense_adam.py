@@ -203,7 +203,12 @@ def make(rows, ranks=0, **optimizer):
     config = tiny(optimizer="dense_adam", table_l2=1e-3)
     config = Config(config.model, config.quantization, replace(config.optimizer, **optimizer), config.training,
                     ExchangeConfig(ranks))  # fmt: skip
-    model = DLRM(13, [rows, 7], config=config.model, qat=replace(config.quantization, scale_refresh="running_max"))
+    model = DLRM(
+        13,
+        [rows, 7],
+        config=config.model,
+        qat=replace(config.quantization, scale_refresh="running_max", scale_period=None),
+    )
     return TrainStep(model.train(), config)
 
 

@@ -5,12 +5,16 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 import dqrm
 from conftest import tiny
 from dqrm.export.artifact import Artifact
 from dqrm.info import print_description
+from dqrm.quant.embedding import QuantEmbeddingBagCollection
+from dqrm.quant.packing import joined
 from dqrm.training.launch import train
+from dqrm.training.run import Run
 from launch_helpers import same_run
 from run_helpers import assert_resumes
 from test_cli import run as command
@@ -48,7 +52,9 @@ CASES = pytest.mark.parametrize("name", OPTIONS)
 
 def config(name, **training):
     base = tiny(optimizer="rowwise_adagrad", max_steps=30, **training)
-    return replace(base, quantization=dqrm.QATConfig(**{"rescan_period": 7, **OPTIONS[name]}))
+    options = OPTIONS[name]
+    periodic = "scale_period" in options or options.get("scale_refresh") == "periodic"
+    return replace(base, quantization=dqrm.QATConfig(**({} if periodic else {"rescan_period": 7}), **options))
 
 
 @CASES
@@ -170,6 +176,42 @@ def test_quantization_after_training_has_bits_by_size_too(generated, tmp_path, g
         part = loaded.tables.parts[0 if width == 2 else 1]
         assert part.codes.shape[1] == width
         assert number in loaded.tables.members[width * 2]
+
+
+@pytest.mark.parametrize("options", [
+    {"granularity": "block:4"}, {"qscheme": "affine", "clip": "none"},
+    {"granularity": "row", "qscheme": "affine", "clip": "none"}, {"granularity": "block:16", "clip": "none"},
+])  # fmt: skip
+def test_quantization_after_training_knows_the_scales_of_training(generated, tmp_path, options):
+    """Without clipping, they are those that training's quantizers derive from the same weights."""
+    base = tiny(max_steps=5)
+    dqrm.train(generated, tmp_path / "run", replace(base, quantization=dqrm.QATConfig(bits=32)))
+    exported = dqrm.export_run(tmp_path / "run", tmp_path / "m.dqrm", ptq=dqrm.PTQConfig(**options))
+    assert exported["largest_difference"] < 1e-5
+    packed = dqrm.load(tmp_path / "m.dqrm").tables
+    model, _ = Run.open(tmp_path / "run").load_model()
+    qat = dqrm.QATConfig(
+        table_granularity=options.get("granularity", "table"), table_qscheme=options.get("qscheme", "symmetric")
+    )
+    tables = QuantEmbeddingBagCollection(
+        model.tables.table_rows, 4, multi=model.tables.multi, qat=qat, _weight=model.tables.weight.detach()
+    )
+    expected = joined(tables.eval().weight_fake_quantizer.table_scales(tables.weight))
+    assert packed.scale.shape == expected["scale"].shape
+    if options.get("clip") == "none":
+        assert torch.equal(packed.scale, expected["scale"])
+        assert expected["zero_point"] is None or torch.equal(packed.zero_point, expected["zero_point"])
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"granularity": "block:3"}, "granularity is 'block:3', expected 'table', 'row', or 'block:N'"),
+    ({"qscheme": "affine"}, "qscheme is 'affine', but clip is 'mse': .*; use clip 'none'"),
+    ({"granularity": "block:4", "small_table_bits": 8}, "granularity is 'block:4', but small_table_bits is 8"),
+    ({"qscheme": "affine", "clip": "none", "table_bits": 32}, "qscheme is 'affine', but table_bits is 32"),
+])  # fmt: skip
+def test_impossible_quantization_after_training_is_refused(options, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        dqrm.PTQConfig(**options)
 
 
 def test_a_command_line_in_32_bits_takes_the_files_small_tables_with_it(tmp_path):

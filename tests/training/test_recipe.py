@@ -16,6 +16,7 @@ from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, Tr
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
+from dqrm.quant.config import QATConfig
 from dqrm.training.evaluation import evaluate
 from dqrm.training.launch import resolved, resume, train
 from dqrm.training.run import Run
@@ -163,6 +164,22 @@ def test_a_run_of_before_there_was_a_recipe_is_resumed_as_it_was(generated, tmp_
     (tmp_path / "old" / "run.json").write_text(json.dumps(info))
     assert Run.open(tmp_path / "old").config == config
     assert resume(tmp_path / "old")["steps"] == whole["steps"]
+    same_run(tmp_path / "whole", tmp_path / "old")
+
+
+@pytest.mark.parametrize("refresh", ["running_max", "periodic"])
+def test_a_run_that_stored_the_period_of_the_other_rule_opens_and_resumes(generated, tmp_path, refresh):
+    """As 0.1.0 did."""
+    config = tiny(checkpoint_every=2, max_steps=6)
+    config = replace(config, quantization=QATConfig(bits=4, scale_refresh=refresh))
+    train(generated, tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        train(generated, tmp_path / "old", config, progress=killer(4))
+    info = json.loads((tmp_path / "old" / "run.json").read_text())
+    info["config"]["quantization"] |= {"scale_period": 200, "rescan_period": 10_000}
+    (tmp_path / "old" / "run.json").write_text(json.dumps(info))
+    assert Run.open(tmp_path / "old").config == config
+    resume(tmp_path / "old")
     same_run(tmp_path / "whole", tmp_path / "old")
 
 

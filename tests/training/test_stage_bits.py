@@ -95,15 +95,15 @@ def test_stages_follow_the_epochs_and_scales_are_set_when_quantization_begins(ge
 
 @pytest.mark.parametrize("ranks", [0, 2])
 @pytest.mark.parametrize("options", [
-    {},
-    {"scale_refresh": "running_max"},
-    {"quantizer": "mse", "bias_bits": 8},
-    {"forward_rounding": "stochastic", "small_table_bits": 8, "small_table_rows": 50},
+    {"scale_period": 7},
+    {"rescan_period": 7},
+    {"quantizer": "mse", "bias_bits": 8, "scale_period": 7},
+    {"forward_rounding": "stochastic", "small_table_bits": 8, "small_table_rows": 50, "scale_period": 7},
 ])  # fmt: skip
 def test_a_resumed_run_keeps_its_bits(generated, tmp_path, options, ranks):
     """Killed within the stages, at the end of one, and after them."""
     config = tiny(epochs=3, optimizer="adagrad", checkpoint_every=4, callbacks=(*STAGED, "ema:decay=0.9"))
-    config = replace(config, exchange=ExchangeConfig(ranks), quantization=QATConfig(scale_period=7, **options))
+    config = replace(config, exchange=ExchangeConfig(ranks), quantization=QATConfig(**options))
     train(generated, tmp_path / "whole", config)
     batches = -(-generated.rows["train"] // 64)
     with pytest.raises(Killed):

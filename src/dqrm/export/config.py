@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dqrm.options import check_fields
-from dqrm.quant.config import BitsOfParts
+from dqrm.quant.config import BitsOfParts, rows_per_scale
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,30 @@ class PTQConfig(BitsOfParts):
     """Bits of embedding tables with fewer than small_table_rows rows; none: as the others."""
     small_table_rows: int | None = None
     """With small_table_bits: rows from which on a table has the bits of the others; none: 10,000."""
-    granularity: Literal["table", "row"] = "table"
-    """One scale per embedding table, or one per row of it (4 bytes more for each row)."""
+    granularity: str = "table"
+    """One scale per embedding 'table', per 'row' of it, or 'block:N' for N rows, a power of 2 (4 bytes for each)."""
+    qscheme: Literal["symmetric", "affine"] = "symmetric"
+    """Codes of tables on both sides of 0, or affine: with a zero point per scale, over the range of its weights (--clip
+    none)."""
     clip: Literal["none", "mse"] = "mse"
     """The scale of the largest magnitude, or the one with the smallest squared error."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         self._resolve_small_tables()
+        each = rows_per_scale(self.granularity, "granularity")
+        if self.qscheme == "affine" and self.clip != "none":
+            raise ValueError(
+                f"qscheme is 'affine', but clip is {self.clip!r}: its codes span all weights; use clip 'none'"
+            )
+        if self.qscheme == "affine" or each not in (None, 1):
+            name = "qscheme" if self.qscheme == "affine" else "granularity"
+            if self.small_table_bits is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but small_table_bits is {self.small_table_bits}: tables of "
+                    "several bit widths have a scale per table or row and no zero point; leave small_table_bits out"
+                )
+            if self.effective_table_bits == 32:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but table_bits is 32, which quantizes no table; leave it out"
+                )

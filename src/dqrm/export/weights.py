@@ -13,13 +13,16 @@ from dqrm.export.config import PTQConfig
 from dqrm.export.container import Entry
 from dqrm.export.formats.traceable import packed_stack
 from dqrm.models.base import ClickModel
+from dqrm.quant.affine import affine_parameters
+from dqrm.quant.config import rows_per_scale
 from dqrm.quant.convert import pack_linear
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
+from dqrm.quant.groups import Groups
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.mixed import widths
 from dqrm.quant.packed import PackedLinear
 from dqrm.quant.packing import TableScales, encode, joined, pieces, storage
-from dqrm.quant.ptq import row_scales, table_scale
+from dqrm.quant.ptq import block_scales, row_scales, table_scale
 from dqrm.quant.tables import TableLayout
 from dqrm.quant.uniform import fake_quantize
 from dqrm.training.environment import Progress
@@ -59,7 +62,7 @@ class EncodedWeights:
         self.table_bits = list(self._bits) if len({*self._bits}) > 1 else min(self._bits, default=default)
         qat = model.tables.qat
         self.granularity = qat.table_granularity if ptq is None else ptq.granularity
-        self.qscheme = qat.table_qscheme if ptq is None else "symmetric"
+        self.qscheme = qat.table_qscheme if ptq is None else ptq.qscheme
         self.mlp_bits = linear[0].bits if ptq is None else ptq.effective_mlp_bits
         try:
             self.scales = self._table_scales(ptq)
@@ -124,11 +127,8 @@ class EncodedWeights:
             table = tables.table(number)
             if bits == 32:
                 scales.append(TableScales(torch.ones(1)))
-            elif ptq.granularity == "table":
-                scales.append(TableScales(table_scale(partial(pieces, table), bits, ptq.clip).view(1)))
             else:
-                each = torch.cat([row_scales(piece.float(), bits, ptq.clip) for piece in pieces(table)])
-                scales.append(TableScales(each, None, 1))
+                scales.append(_searched(table, bits, ptq))
             done += rows
         self._tell("searching scales", total, total)
         return scales
@@ -147,6 +147,19 @@ class EncodedWeights:
                 done += len(piece)
                 self._packed += len(piece)
                 self._tell("packing", self._packed, len(tables.weight))
+
+
+def _searched(table: Tensor, bits: int, ptq: PTQConfig) -> TableScales:
+    """The scales of a table [rows, dim]."""
+    each = rows_per_scale(ptq.granularity)
+    if ptq.qscheme == "affine":
+        low, high = Groups(1, (len(table),), rows_per_group=each).extremes(table)
+        if not (low.isfinite() & high.isfinite()).all():
+            raise ValueError("weights are NaN or infinite, expected finite ones")
+        return TableScales(*affine_parameters(low.clamp(max=0), high.clamp(min=0), bits), each)
+    if each is None:
+        return TableScales(table_scale(partial(pieces, table), bits, ptq.clip).view(1))
+    return TableScales(block_scales(table, each, bits, ptq.clip), None, each)
 
 
 class _Requantized(TableLayout):

@@ -10,6 +10,18 @@
 #define AHEAD 12      /* rows prefetched before they are needed: a table lies in memory, not in a cache */
 #define LITTLE 16384  /* elements below which starting threads costs more than it gives */
 
+#ifdef _OPENMP
+extern int omp_get_thread_num(void);
+extern int omp_get_num_threads(void);
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_get_num_threads(void) { return 1; }
+#endif
+
+EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
+                              const void *weight, const void *hot, int format, int64_t dim, float *scale, int high,
+                              const int32_t *highs, const int64_t *first, int shift, int threads); /* kernels.c */
+
 /* Sixteen floats: one register with AVX-512, two with AVX2, four with NEON; unaligned. */
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 

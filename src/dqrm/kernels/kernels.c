@@ -233,14 +233,8 @@ EXPORT void dqrm_add_rows(float *weight, int64_t dim, const int64_t *rows, const
     if (count * dim <= LITTLE) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-        int me = 0, all = 1;
+        int me = omp_get_thread_num(), all = omp_get_num_threads();
         int64_t at = 0, last = 0; /* rows come table after table, or sorted */
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        extern int omp_get_num_threads(void);
-        me = omp_get_thread_num();
-        all = omp_get_num_threads();
-#endif
         /* Each thread walks all rows and takes its own: no two write one row. */
         for (int64_t i = 0; i < count; i++, at = at + 1 >= tables ? 0 : at + 1) {
             if (i + AHEAD < count && owner_of(rows[i + AHEAD], all) == me)

@@ -6,10 +6,6 @@ enum { WAYS = 8 }; /* slots of a set: a row may lie in those of its own set only
 #define ADMIT 0x2545f491u     /* what the seeds of an update's other random bits are made with */
 #define DEMOTE 0x68e31da4u
 
-EXPORT void dqrm_raise_scales(const int64_t *rows, int64_t count, const int64_t *starts, int64_t tables,
-                              const void *weight, const void *hot, int format, int64_t dim, float *scale, int high,
-                              const int32_t *highs, const int64_t *first, int shift, int threads);
-
 static inline uint8_t int4_code(float q) { /* plus 8, so that it has no sign */
     q = q < -7.0f ? -7.0f : q;
     return (uint8_t)((int32_t)(q > 7.0f ? 7.0f : q) + 8);
@@ -124,13 +120,7 @@ EXPORT int dqrm_update_tiers(uint8_t *cold, int8_t *hot, int32_t *owner, uint16_
     if (count * dim <= LITTLE) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-        int me = 0, all = 1;
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
-        extern int omp_get_num_threads(void);
-        me = omp_get_thread_num();
-        all = omp_get_num_threads();
-#endif
+        int me = omp_get_thread_num(), all = omp_get_num_threads();
         float *x = malloc(dim * 4 + 64);
         if (!x) failed = 1;
 #pragma omp barrier

@@ -89,8 +89,7 @@ class LinearClipped(WeightFakeQuantizer):
     def __init__(self, qat: QATConfig, bits: int, groups: Groups) -> None:
         super().__init__(qat, bits, groups)
         self.register_buffer("scale", torch.zeros(groups.count))
-        assert qat.scale_period is not None  # after QATConfig's defaults
-        self._period = qat.scale_period if qat.scale_refresh == "periodic" else qat.rescan_period
+        self._period = qat.refresh_period
 
     @torch.no_grad()
     def refresh(self, weight: Tensor, everything: bool = False) -> None:

@@ -10,6 +10,8 @@ REFRESHES = ("periodic", "running_max")
 PERIOD, RESCAN_PERIOD = 200, 10_000  # the first is the DQRM paper's on Kaggle
 SMALL_TABLE_ROWS = 10_000
 PERCENTILE, RUNNING_MAX = 99.9, "running_max"
+_PERIODS = ("scale_period", "periodic", PERIOD), ("rescan_period", RUNNING_MAX, RESCAN_PERIOD)
+"""(Field, value of scale_refresh that it belongs to, default.)"""
 _CLIPPING = ("mse", "percentile")
 QUANTIZERS: dict[str, Any] = {
     "max": "dqrm.quant.ranges.max_quantizer",
@@ -56,8 +58,13 @@ def registered(name: str, register: dict[str, Any]) -> Any:
     return register[name]
 
 
-def rows_per_scale(granularity: Any) -> int | None:
-    """Rows of a table that share a scale at a `table_granularity`; None: all.
+def unused_period(scale_refresh: str | None) -> str:
+    """The period that has no effect with this rule; None: the rule of configurations from before it could be chosen."""
+    return next(name for name, rule, _ in _PERIODS if rule != (scale_refresh or "periodic"))
+
+
+def rows_per_scale(granularity: Any, field: str = "table_granularity") -> int | None:
+    """Rows of a table that share a scale at a granularity, the value of the field; None: all.
 
     Raises:
         ValueError: there is no such granularity.
@@ -68,7 +75,7 @@ def rows_per_scale(granularity: Any) -> int | None:
     rows = int(count) if name == "block" and count.isascii() and count.isdecimal() and len(count) < 10 else 0
     if rows < 2 or rows & (rows - 1):
         raise ValueError(
-            f"table_granularity is {granularity!r}, expected 'table', 'row', or 'block:N' with a power of 2 from 2 on, "
+            f"{field} is {granularity!r}, expected 'table', 'row', or 'block:N' with a power of 2 from 2 on, "
             "as block:16"
         )
     return rows
@@ -116,8 +123,8 @@ class QATConfig(BitsOfParts):
     """Quantization-aware training: bits, granularity and where scales come from, separately for tables and MLP.
 
     Raises:
-        ValueError: a number of bits that is not 2, 4, 8, 16 or 32 (32: not quantized), a scale period below 1, or a
-            quantizer that is not registered.
+        ValueError: a number of bits that is not 2, 4, 8, 16 or 32 (32: not quantized), a period below 1 or of the
+            other scale_refresh, or a quantizer that is not registered.
     """
 
     bits: int = 4
@@ -149,8 +156,8 @@ class QATConfig(BitsOfParts):
     (mse, percentile)."""
     scale_period: int | None = None
     """With periodic: training steps between two refreshes of a table's scale (1: every step); none: 200."""
-    rescan_period: int = RESCAN_PERIOD
-    """With running_max: training steps between two exact scales from all rows."""
+    rescan_period: int | None = None
+    """With running_max: training steps between two exact scales from all rows; none: 10,000."""
     linear_granularity: Literal["channel", "tensor"] = "channel"
     """One scale per output channel of a linear layer, or one per weight tensor."""
     forward_rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -190,22 +197,41 @@ class QATConfig(BitsOfParts):
                 f"activation_quantizer is {self.activation_quantizer!r}, but activation_bits is 32, which quantizes no "
                 "activations; use activation_bits 8, or leave activation_quantizer out"
             )
-        # Resolved here, so that what is stored records the rule that applied.
-        if self.scale_refresh is None:
-            periodic = self.scale_period is not None or self.quantizer in _CLIPPING
-            object.__setattr__(self, "scale_refresh", "periodic" if periodic else "running_max")
-        if self.scale_period is None:
-            object.__setattr__(self, "scale_period", PERIOD)
-        for name in ("scale_period", "rescan_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
-        if self.scale_refresh not in REFRESHES:
-            raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
+        self._resolve_refresh()
         if self.forward_rounding not in ("nearest", "stochastic"):
             raise ValueError(f"forward_rounding is {self.forward_rounding!r}, expected 'nearest' or 'stochastic'")
         if self.linear_granularity not in ("channel", "tensor"):
             raise ValueError(f"linear_granularity is {self.linear_granularity!r}, expected 'channel' or 'tensor'")
+
+    def _resolve_refresh(self) -> None:
+        """Resolve rule and period, so that what is stored records those that applied; the other period is None.
+
+        Raises:
+            ValueError: an unknown rule, a period below 1, or the period of the other rule.
+        """
+        if self.scale_refresh is None:
+            periodic = self.scale_period is not None or self.quantizer in _CLIPPING
+            object.__setattr__(self, "scale_refresh", "periodic" if periodic else RUNNING_MAX)
+        if self.scale_refresh not in REFRESHES:
+            raise ValueError(f"scale_refresh is {self.scale_refresh!r}, expected {' or '.join(map(repr, REFRESHES))}")
+        for name, rule, default in _PERIODS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is {value!r}, expected a whole number of training steps, 1 or more")
+            if value is None and rule == self.scale_refresh:
+                object.__setattr__(self, name, default)
+            elif value is not None and rule != self.scale_refresh:
+                raise ValueError(
+                    f"{name} is {value}, but scale_refresh is {self.scale_refresh!r}, which has no such period; use "
+                    f"scale_refresh {rule!r}, or leave {name} out"
+                )
+
+    @property
+    def refresh_period(self) -> int:
+        """Training steps between two scales from all rows, whatever the rule."""
+        period = self.scale_period if self.scale_refresh == "periodic" else self.rescan_period
+        assert period is not None  # resolved in __post_init__
+        return period
 
     @property
     def learns_scales(self) -> bool:

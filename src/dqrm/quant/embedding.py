@@ -20,7 +20,7 @@ from dqrm.quant.config import QATConfig, take_qat
 from dqrm.quant.encoded_rows import EncodedRows
 from dqrm.quant.groups import Groups
 from dqrm.quant.quantizer import FakeQuantized, LookupArguments
-from dqrm.quant.storage import Encoded, Storage, new_weight, storage_for, storage_of
+from dqrm.quant.storage import Encoded, Storage, dtypes_of, new_weight, storage_for, storage_of
 from dqrm.quant.tables import TableLayout, integers, pool, refuse_id
 
 
@@ -162,7 +162,7 @@ class _OneTable(QuantizedTables):
         storage = storage_for(dtype) if isinstance(dtype, (torch.dtype, type)) else Storage
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         if not floating and not issubclass(storage, Encoded):
-            raise ValueError(f"dtype is {dtype!r}, expected a floating-point dtype, or torch.int8 for INT8 rows")
+            raise ValueError(f"dtype is {dtype!r}, expected a floating-point dtype, or {dtypes_of(Encoded)}")
         if issubclass(storage, Encoded):
             drawn = given is None
             if given is None:

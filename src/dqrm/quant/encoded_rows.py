@@ -27,18 +27,52 @@ class EncodedRows(Tensor):
     Gradients are float32, sparse or dense. Any other operation raises NotImplementedError: one on the whole weight
     would need the float32 copy that this storage avoids.
 
-    A subclass keeps its memory as `stored` and says how rows are read, written and divided.
+    A subclass says what its memory, `stored`, is, and how rows are read, written and divided.
     """
 
     kind: str
     """What its rows are called in messages."""
-    stored: Tensor
 
     @classmethod
     def _made(cls, rows: int, dim: int, device: torch.device) -> Any:
         # In inference mode as well: a view of a weight from outside has a version counter there, as any tensor's.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             return torch.Tensor._make_wrapper_subclass(cls, (rows, dim), dtype=torch.float32, device=device)
+
+    @property
+    def stored(self) -> Tensor:
+        """The memory; the subclass says dtype and shape."""
+        stored: Tensor = self.__dict__["stored"]
+        return stored
+
+    @stored.setter
+    def stored(self, stored: Tensor) -> None:  # of a file, too: kernels read what it says without looking
+        self._check_layout(stored)
+        if not stored.is_contiguous():
+            raise ValueError("stored rows are not contiguous")
+        self.__dict__["stored"] = stored
+        self.check()
+
+    @abstractmethod
+    def _check_layout(self, stored: Tensor) -> None:
+        """Raise ValueError unless dtype and shape are those of the memory of such a weight."""
+
+    def check(self) -> None:
+        """Raise ValueError where the content of the memory is none of such a weight."""
+
+    @property
+    def data(self) -> "EncodedRows":
+        made: EncodedRows = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return made
+
+    @data.setter
+    def data(self, data: Tensor) -> None:  # torch's would leave the stored rows as they are
+        if not isinstance(data, type(self)) or data.shape != self.shape:
+            raise ValueError(
+                f"the data of a table stored as {self.kind} rows are {self.kind} rows of its shape "
+                f"{list(self.shape)}; use .copy_() to encode other values"
+            )
+        self.__dict__.update({name: data.__dict__[name] for name in data.detach().__dict__})  # not a parameter's own
 
     @property
     @abstractmethod

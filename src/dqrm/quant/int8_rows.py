@@ -37,33 +37,10 @@ class Int8Rows(EncodedRows):
         made.stored = stored
         return made
 
-    @property
-    def stored(self) -> Tensor:
-        """int8 [R, row_width(dim)]."""
-        stored: Tensor = self.__dict__["stored"]
-        return stored
-
-    @stored.setter
-    def stored(self, stored: Tensor) -> None:  # of a file, too: kernels read what it says without looking
+    def _check_layout(self, stored: Tensor) -> None:
         expected = [len(self), row_width(self.shape[1])]
         if stored.dtype != torch.int8 or list(stored.shape) != expected:
             raise ValueError(f"stored rows are {stored.dtype} {list(stored.shape)}, expected torch.int8 {expected}")
-        if not stored.is_contiguous():
-            raise ValueError("stored rows are not contiguous")
-        self.__dict__["stored"] = stored
-
-    @property
-    def data(self) -> "Int8Rows":
-        made: Int8Rows = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        return made
-
-    @data.setter
-    def data(self, data: Tensor) -> None:  # torch's would leave the stored rows as they are
-        if not isinstance(data, Int8Rows):
-            raise ValueError(
-                "the data of a table stored as INT8 rows are INT8 rows; use .copy_() to encode other values"
-            )
-        self.stored = data.stored
 
     @classmethod
     def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> "Int8Rows":

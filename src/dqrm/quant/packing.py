@@ -80,9 +80,12 @@ def decode(stored: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
 _CHUNK = 1 << 22
 
 
-def pieces(table: Tensor) -> Iterator[Tensor]:
-    """A table [rows, dim] in views of some megabytes, at least one; of encoded rows in float32 copies."""
-    for piece in table.split(max(1, _CHUNK // max(1, table.shape[1]))):
+def pieces(table: Tensor, multiple: int = 1) -> Iterator[Tensor]:
+    """A table [rows, dim] in views of some megabytes, at least one; of encoded rows in float32 copies.
+
+    All but the last have a multiple of so many rows.
+    """
+    for piece in table.split(max(1, _CHUNK // max(1, table.shape[1] * multiple)) * multiple):
         yield piece.dequantize() if isinstance(piece, EncodedRows) else piece
 
 

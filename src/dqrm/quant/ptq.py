@@ -11,10 +11,13 @@ the weights, so neither the pieces in which a table arrives nor the number of th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dqrm.quant.packing import pieces as pieces_of
 from dqrm.quant.storage import max_abs
 from dqrm.quant.uniform import SMALLEST_MAXIMUM, code_limits, dequantize, quantize, scale_from_max
 
@@ -99,6 +102,23 @@ def row_scales(piece: Tensor, bits: int, clip: str = "none") -> Tensor:
         if clip == "mse":
             scale.copy_(_best_per_column(w, scale, bits))
     return scales
+
+
+@torch.no_grad()
+def block_scales(table: Tensor, rows: int, bits: int, clip: str = "none") -> Tensor:
+    """One scale for each `rows` rows of a table [R, dim], of which the last may be fewer: float32 [ceil(R / rows)].
+
+    Raises:
+        ValueError: as `row_scales`.
+    """
+    size = rows * table.shape[1]
+    if rows > 1 and size > _BLOCK:
+        return torch.stack([table_scale(partial(pieces_of, part), bits, clip) for part in table.split(rows)])
+    scales = []
+    for piece in pieces_of(table, rows):
+        blocks = F.pad(piece.float(), (0, 0, 0, -len(piece) % rows))  # 0 is exact on any scale
+        scales.append(row_scales(blocks.view(len(blocks) // rows, size), bits, clip))
+    return torch.cat(scales)
 
 
 FRACTIONS = tuple(2.0 ** (-number / 8) for number in range(40))

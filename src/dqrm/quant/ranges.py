@@ -91,8 +91,7 @@ class TableMax(WeightFakeQuantizer):
         super().__init__(qat, bits, groups)
         self.register_buffer("scale", torch.zeros(groups.count, dtype=torch.float32))
         self._running = qat.scale_refresh == "running_max" and bits != 32
-        assert qat.scale_period is not None  # after QATConfig's defaults
-        self._period = qat.scale_period if qat.scale_refresh == "periodic" else qat.rescan_period
+        self._period = qat.refresh_period
         self._starts, self._map = groups.starts(self.scale.device), groups.map(self.scale.device)
         self._step_goes_on = False
         self._promised = False

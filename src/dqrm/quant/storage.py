@@ -4,6 +4,7 @@ A storage is a dtype with these operations. To add one: subclass `Storage` and e
 is then a `table_dtype`, and modules and optimizers take weights that are stored so.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from math import prod
 
@@ -139,7 +140,7 @@ class Storage:
         Raises:
             ValueError: this dtype has no such update.
         """
-        raise ValueError(f"the weight is {weight.dtype}, expected {_known()} for sparse updates")
+        raise ValueError(f"the weight is {weight.dtype}, expected {dtypes_of(Storage)} for sparse updates")
 
 
 class FP32(Storage):
@@ -168,9 +169,11 @@ class BF16(Storage):
 
 
 class Encoded(Storage):
-    """Base of storages in codes (`EncodedRows`); updates round stochastically."""
+    """Base of storages in codes; updates round stochastically."""
 
     rounds = True
+    weight_class: type[EncodedRows]
+    """The class of its weights."""
 
     @staticmethod
     def memory(weight: Tensor) -> Tensor:
@@ -206,6 +209,7 @@ class INT8(Encoded):
     """INT8 codes with a scale per row (`Int8Rows`), a quarter of the memory."""
 
     dtype = torch.int8
+    weight_class = Int8Rows
 
     @classmethod
     def layout(cls, rows: int, dim: int) -> tuple[tuple[int, ...], torch.dtype]:
@@ -235,6 +239,7 @@ class INT4(Encoded):
     """INT4 codes with a scale per row, and INT8 codes for the rows that are updated most often (`TieredRows`)."""
 
     dtype = torch.int4  # type: ignore[attr-defined]
+    weight_class = TieredRows
     rows_in_memory = False
     hot_rows = HOT_ROWS
 
@@ -288,11 +293,11 @@ def storage_for(dtype: torch.dtype | type[Storage]) -> type[Storage]:
     """
     if isinstance(dtype, type):
         return dtype
-    for name in STORAGES:
-        storage: type[Storage] = registered(name, STORAGES)
-        if storage.dtype == dtype:
-            return storage
-    return Storage
+    return next((storage for storage in _storages() if storage.dtype == dtype), Storage)
+
+
+def _storages() -> Iterator[type[Storage]]:
+    return (registered(name, STORAGES) for name in STORAGES)
 
 
 def new_weight(rows: int, dim: int, dtype: torch.dtype | type[Storage]) -> Tensor:
@@ -303,19 +308,25 @@ def new_weight(rows: int, dim: int, dtype: torch.dtype | type[Storage]) -> Tenso
     """
     storage = storage_for(dtype)
     if storage is Storage:
-        raise ValueError(f"dtype is {dtype}, expected {_known()}")
+        raise ValueError(f"dtype is {dtype}, expected {dtypes_of(Storage)}")
     return storage.empty(rows, dim)
 
 
-def _known() -> str:
-    return " or ".join(str(registered(name, STORAGES).dtype) for name in STORAGES)
+def dtypes_of(base: type[Storage]) -> str:
+    """The dtypes of registered storages of this base, as a message names them."""
+    return " or ".join(str(storage.dtype) for storage in _storages() if issubclass(storage, base))
 
 
 def storage_of(weight: Tensor) -> type[Storage]:
     """The storage of a weight."""
     if isinstance(weight, EncodedRows):
-        return INT8 if isinstance(weight, Int8Rows) else INT4
-    return Storage if weight.dtype == torch.int8 else storage_for(weight.dtype)  # int8 alone is no weight, but codes
+        return _encoded(type(weight))
+    return storage_for(weight.dtype) if weight.is_floating_point() else Storage  # integers alone are no weight
+
+
+@cache
+def _encoded(kind: type[EncodedRows]) -> type[Storage]:
+    return next(each for each in _storages() if issubclass(each, Encoded) and issubclass(kind, each.weight_class))
 
 
 @torch.no_grad()

@@ -40,6 +40,24 @@ def words_for(rows: int, dim: int, slots: int) -> int:
     return -(-(rows * int4_row_width(dim) + slots * slot_bytes(dim)) // 4)
 
 
+class _Fixed:
+    """An integer of a weight that is set before the memory, which is checked against it, and not afterwards."""
+
+    def __init__(self, text: str) -> None:
+        self.__doc__ = text
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, weight: Any, owner: Any = None) -> Any:
+        return self if weight is None else weight.__dict__[self._name]
+
+    def __set__(self, weight: Any, value: int) -> None:
+        if "stored" in weight.__dict__:
+            raise ValueError(f"{self._name} of a table stored as INT4 rows cannot change")
+        weight.__dict__[self._name] = int(value)
+
+
 class TieredRows(EncodedRows):
     """A float32 weight [R, dim] stored in two tiers, or a slice of one; what it can do: `EncodedRows`.
 
@@ -64,40 +82,8 @@ class TieredRows(EncodedRows):
         made.stored = stored
         return made
 
-    @property
-    def stored(self) -> Tensor:
-        """int32 [words], of the whole table."""
-        stored: Tensor = self.__dict__["stored"]
-        return stored
-
-    @stored.setter
-    def stored(self, stored: Tensor) -> None:  # of a file, too: kernels read what it says without looking
-        _ = self._slots(stored)
-        self.__dict__["stored"] = stored
-        self.check()
-
-    @property
-    def first(self) -> int:
-        """The first row of the table that is here: of a slice above 0."""
-        return int(self.__dict__["first"])
-
-    @first.setter
-    def first(self, first: int) -> None:
-        self._set("first", first)
-
-    @property
-    def total(self) -> int:
-        """Rows of the whole table."""
-        return int(self.__dict__["total"])
-
-    @total.setter
-    def total(self, total: int) -> None:
-        self._set("total", total)
-
-    def _set(self, name: str, value: int) -> None:  # as a file says, before the memory, which is checked against it
-        if "stored" in self.__dict__:
-            raise ValueError(f"{name} of a table stored as INT4 rows cannot change")
-        self.__dict__[name] = int(value)
+    first = _Fixed("The first row of the table that is here: of a slice above 0.")
+    total = _Fixed("Rows of the whole table.")
 
     @property
     def whole(self) -> bool:
@@ -115,9 +101,10 @@ class TieredRows(EncodedRows):
                 f"stored rows are {stored.dtype} {list(stored.shape)}, expected torch.int32 [{least}] "
                 f"for {rows} rows of dim {dim} without slots and {WAYS * slot_bytes(dim)} bytes more for each {WAYS}"
             )
-        if not stored.is_contiguous():
-            raise ValueError("stored rows are not contiguous")
         return slots
+
+    def _check_layout(self, stored: Tensor) -> None:
+        self._slots(stored)
 
     @property
     def operand(self) -> Tiers:
@@ -141,19 +128,6 @@ class TieredRows(EncodedRows):
         right = len(hot) == int((owner != 0).sum()) and bool(((slots >= 0) & (slots < len(owner))).all())
         if not right or not torch.equal(owner[slots], hot + 1):
             raise ValueError("rows and slots of a table stored as INT4 rows do not match")
-
-    @property
-    def data(self) -> "TieredRows":
-        made: TieredRows = Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        return made
-
-    @data.setter
-    def data(self, data: Tensor) -> None:  # torch's would leave the stored rows as they are
-        if not isinstance(data, TieredRows):
-            raise ValueError(
-                "the data of a table stored as INT4 rows are INT4 rows; use .copy_() to encode other values"
-            )
-        self.__dict__.update(data.__dict__)
 
     @classmethod
     def empty(

@@ -5,8 +5,10 @@ from typing import TypedDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dqrm import recipe
 from dqrm.config import Config
-from dqrm.quant.storage import storage_of
+from dqrm.quant.config import STORAGES, registered
+from dqrm.quant.storage import Encoded, storage_of
 
 
 class TableBytes(TypedDict):
@@ -33,6 +35,7 @@ def describe_table_bytes(found: TableBytes, config: Config, weights: int) -> str
         f"({found['weights'] / each:.3g} bytes per weight), {config.optimizer.rule} state "
         f"{found['optimizer'] / 1e6:,.1f} MB ({found['optimizer'] / each:.3g})"
     )
-    if config.training.table_dtype in ("int8", "int4") and found["optimizer"] > found["weights"]:
+    storage, default = registered(config.training.table_dtype, STORAGES), recipe.optimizer(config.training.table_dtype)
+    if issubclass(storage, Encoded) and found["optimizer"] > found["weights"] and config.optimizer.rule != default:
         text += "; rowwise_adagrad keeps 4 bytes per row, sgd none"
     return text

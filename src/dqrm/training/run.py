@@ -25,6 +25,7 @@ from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, POSITIVE, TEXT, exclusive, read_json, require, write_json
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import MODELS, build_model, table_storage
+from dqrm.quant.config import unused_period
 from dqrm.training.checkpoints import (
     BEST,
     METRICS,
@@ -160,11 +161,13 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration that the run was started with, without fields that no longer exist."""
+        """The configuration that the run was started with, without fields that no longer exist or had no effect."""
         sections = {
             section: _BEFORE.get(section, {}) | {name: v for name, v in values.items() if name not in _REMOVED}
             for section, values in self.info["config"].items()
         }
+        if scales := sections.get("quantization"):  # runs of 0.1.0 stored both periods
+            scales.pop(unused_period(scales.get("scale_refresh")), None)
         return Config.from_dict(sections, str(self.path / _INFO))
 
     @property

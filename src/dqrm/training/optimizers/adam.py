@@ -74,12 +74,12 @@ class SparseAdam(SparseOptimizer):
         seed: int = 0,
     ) -> None:
         check_adam(betas, eps)
-        super().__init__(params, lr, l2, seed, beta1=betas[0], beta2=betas[1], eps=eps)
         self.rowwise = rowwise
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self.state[weight] |= new_moments(weight, rowwise)
-                self.state[weight]["row_steps"] = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        super().__init__(params, lr, l2, seed, beta1=betas[0], beta2=betas[1], eps=eps)
+
+    def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        steps = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return {**new_moments(weight, self.rowwise), "row_steps": steps}
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)

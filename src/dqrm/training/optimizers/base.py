@@ -42,6 +42,11 @@ class SparseOptimizer(Optimizer):
             for weight in group["params"]:
                 if storage_of(weight).rounds:  # the random bits of a step depend on the step count
                     self.state[weight]["steps"] = torch.zeros((), dtype=torch.int64)
+                self.state[weight] |= self._new_state(weight)
+
+    def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The state of a weight [R, dim] before its first step."""
+        return {}
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As torch's, but the state keeps its dtypes: torch would cast it to that of a bf16 weight."""

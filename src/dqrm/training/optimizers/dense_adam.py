@@ -62,16 +62,16 @@ class DenseAdam(SparseOptimizer):
     ) -> None:
         check_adam(betas, eps, "above 0")
         super().__init__(params, lr, l2, seed, beta1=betas[0], beta2=betas[1], eps=eps)
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self.state[weight] |= new_moments(weight) | {
-                    "last": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
-                    "alpha": torch.zeros(_ENTRIES, dtype=torch.float32, device=weight.device),
-                    "root": torch.zeros(_ENTRIES, dtype=torch.float32, device=weight.device),
-                    "count": torch.zeros((), dtype=torch.int64),
-                    "flushed": torch.zeros((), dtype=torch.int64),
-                    "stride": torch.ones((), dtype=torch.int64),
-                }
+
+    def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        return new_moments(weight) | {
+            "last": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
+            "alpha": torch.zeros(_ENTRIES, dtype=torch.float32, device=weight.device),
+            "root": torch.zeros(_ENTRIES, dtype=torch.float32, device=weight.device),
+            "count": torch.zeros((), dtype=torch.int64),
+            "flushed": torch.zeros((), dtype=torch.int64),
+            "stride": torch.ones((), dtype=torch.int64),
+        }
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor) -> None:

@@ -49,15 +49,14 @@ class CounterAdagrad(SparseAdagrad):
     ) -> None:
         if not halflife > 0:
             raise ValueError(f"halflife is {halflife}, expected a number of steps above 0")
-        super().__init__(params, lr, l2, eps, rowwise=True, seed=seed)
-        for group in self.param_groups:
-            group["halflife"] = halflife
-            for weight in group["params"]:
-                self.state[weight] |= {
-                    "row_counts": torch.zeros(len(weight), dtype=torch.float32, device=weight.device),
-                    "last": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
-                    "count": torch.zeros((), dtype=torch.int64),
-                }
+        super().__init__(params, lr, l2, eps, True, seed, halflife=halflife)
+
+    def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        return super()._new_state(weight) | {
+            "row_counts": torch.zeros(len(weight), dtype=torch.float32, device=weight.device),
+            "last": torch.zeros(len(weight), dtype=torch.int32, device=weight.device),
+            "count": torch.zeros((), dtype=torch.int64),
+        }
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
@@ -93,13 +92,13 @@ class FrequencyAdagrad(SparseAdagrad):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, l2: float = 0.0, eps: float = 1e-10, seed: int = 0) -> None:
-        super().__init__(params, lr, l2, eps, rowwise=True, seed=seed)
-        for group in self.param_groups:
-            for weight in group["params"]:
-                steps = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-                self.state[weight]["row_steps"] = steps
+        super().__init__(params, lr, l2, eps, True, seed)
         # The first row of each table, and the largest of its `row_steps`: known from these, so no state.
         self._known: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        steps = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        return super()._new_state(weight) | {"row_steps": steps}
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)

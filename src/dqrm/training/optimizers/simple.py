@@ -55,13 +55,14 @@ class SparseAdagrad(SparseOptimizer):
         eps: float = 1e-10,
         rowwise: bool = False,
         seed: int = 0,
+        **defaults: float,
     ) -> None:
-        super().__init__(params, lr, l2, seed, eps=eps)
         self.rowwise = rowwise
-        for group in self.param_groups:
-            for weight in group["params"]:
-                shape = (len(weight), 1) if rowwise else weight.shape
-                self.state[weight]["sum"] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        super().__init__(params, lr, l2, seed, eps=eps, **defaults)
+
+    def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        shape = (len(weight), 1) if self.rowwise else weight.shape
+        return {"sum": torch.zeros(shape, dtype=torch.float32, device=weight.device)}
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
