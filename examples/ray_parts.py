@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -47,17 +48,21 @@ def write_parts(logs: Path, output: Path, most_rows: int = 200, parts: int = 4) 
     context.execution_options.preserve_order = True
     context.default_hash_shuffle_parallelism = parts  # of the groups; 200 by default, for large logs
     impressions, clicks = (ray.data.read_parquet(f"{logs}/{name}.parquet") for name in ("impressions", "clicks"))
-    people = impressions.groupby("user").count().filter(lambda row: row["count()"] <= most_rows)
-    ads = ray.put(pl.read_parquet(logs / "ads.parquet"))  # small: every worker gets all of it
+    counted = impressions.groupby("user").count().filter(lambda row: row["count()"] > most_rows)
+    robots = [row["user"] for row in counted.take_all()]
+    small = ray.put((robots, pl.read_parquet(logs / "ads.parquet")))  # every worker gets all of it
 
-    def completed(table):
-        rows = pl.from_arrow(table).join(ray.get(ads), on="ad", how="left")
+    def known_ads(table: pa.Table) -> pa.Table:
+        robots, ads = ray.get(small)
+        return pl.from_arrow(table).filter(~pl.col("user").is_in(robots)).join(ads, on="ad", how="left").to_arrow()
+
+    def labelled(table: pa.Table) -> pa.Table:
         clicked = pl.col("count()").is_not_null().cast(pl.Int64).alias("clicked")
-        return rows.with_columns(clicked).drop("count()").to_arrow()
+        return pl.from_arrow(table).with_columns(clicked).drop("count()").to_arrow()
 
-    rows = impressions.join(people.select_columns(["user"]), "inner", parts, on=("user",))
+    rows = impressions.map_batches(known_ads, batch_format="pyarrow")
     rows = rows.join(clicks.groupby("id").count(), "left_outer", parts, on=("id",))
-    rows = rows.map_batches(completed, batch_format="pyarrow").sort(["day", "time", "id"])
+    rows = rows.map_batches(labelled, batch_format="pyarrow").sort(["day", "time", "id"])
     partial = output.with_name(output.name + ".partial")
     rows.write_parquet(str(partial), partition_cols=["day"])
     partial.rename(output)
@@ -68,7 +73,7 @@ def main(folder: Path) -> dqrm.Dataset:
     make_logs(folder)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        write_parts(folder, folder / "parts")
+        write_parts(folder, folder / "parts", parts=2)
     finally:
         ray.shutdown()
     dataset = dqrm.prepare(folder / "parts", folder / "data", CONFIG)
