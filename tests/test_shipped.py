@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import urllib.error
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from cli_helpers import command
+from data_helpers import content
 from dqrm.config import Config
 from dqrm.quant.config import QUANTIZERS
 from shipped_helpers import ROOT
@@ -88,6 +90,31 @@ def test_scoring_service_answers_as_the_model_does(tmp_path):
 def test_onnx_elsewhere_gives_the_same_probabilities():
     pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
     assert example("onnx_elsewhere")["main"]() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "name"), [("pyspark", "spark_parts"), ("ray", "ray_parts")])
+def test_parts_of_a_cluster_are_the_rows_of_one_machine(tmp_path, package, name):
+    import polars as pl
+
+    import dqrm
+
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    if package == "pyspark" and shutil.which("java") is None:
+        pytest.skip("Spark needs Java, which is not installed")
+    shipped = example(name)
+    dataset = shipped["main"](tmp_path)
+    shown, clicks, ads = (pl.read_parquet(tmp_path / f"{log}.parquet") for log in ("impressions", "clicks", "ads"))
+    robots = {user for user, rows in shown["user"].value_counts().rows() if rows > 200}
+    clicked, advertiser = set(clicks["id"].to_list()), dict(ads.rows())
+    rows = [
+        {**row, "clicked": int(row["id"] in clicked), "advertiser": advertiser[row["ad"]]}
+        for row in sorted(shown.to_dicts(), key=lambda row: (row["day"], row["time"], row["id"]))
+        if row["user"] not in robots
+    ]
+    assert 0 < len(rows) < len(shown)
+    assert len(list((tmp_path / "parts").rglob("*.parquet"))) > 1
+    assert content(dataset) == content(dqrm.prepare(pl.DataFrame(rows), tmp_path / "plain", shipped["CONFIG"]))
 
 
 def test_the_cells_of_the_notebook_run():

@@ -15,7 +15,9 @@ from dqrm.data.raw import RawEncoder, RawLog
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.options import build
+from extension_helpers import ids_of
 from format_helpers import dlrm, records, torchrec
+from hash_helpers import rows_of
 
 RAW = PrepareConfig(layout="criteo-kaggle")
 
@@ -60,6 +62,54 @@ def test_dlrm_arrays_give_the_inputs_of_the_raw_lines(tmp_path, raw, rows, save,
     (source,) = dataset.info["sources"]
     assert (source["rows"], source["bytes"]) == (203, path.stat().st_size)
     dataset.validate()
+
+
+def dlrm_loader(arrays):
+    """What DLRM's loader of the Kaggle log hands to a model, per split: dense values, ids, labels."""
+    *six, seventh = np.array_split(np.arange(len(arrays["y"])), 7)
+    test, validation = np.array_split(seventh, 2)
+    dense = np.log(arrays["X_int"].astype(np.float32) + np.float32(1))
+    for name, chosen in (("train", np.concatenate(six)), ("test", test), ("validation", validation)):
+        yield name, dense[chosen], arrays["X_cat"][chosen].astype(np.int64), arrays["y"][chosen]
+
+
+@pytest.mark.parametrize("from_lines", [False, True])
+def test_a_model_gets_what_dlrm_gives_its_own(tmp_path, raw, rows, from_lines):
+    """Of DLRM's arrays, and of the lines that they were made of: equal up to the numbers of the ids' rows."""
+    arrays, dataset = dlrm(rows), raw
+    if not from_lines:
+        np.savez(tmp_path / "a.npz", **arrays)
+        dataset = prepare(tmp_path / "a.npz", tmp_path / "data", PrepareConfig(layout="dlrm-kaggle"))
+    tables = [{} for _ in range(26)]
+    unseen = 0
+    for name, dense, ids, labels in dlrm_loader(arrays):
+        batches = list(dataset.split(name).batches(16))
+        # DLRM takes the logarithm in single precision.
+        np.testing.assert_allclose(np.concatenate([batch.dense for batch in batches]), dense, rtol=1e-6, atol=1e-7)
+        assert np.concatenate([batch.labels for batch in batches]).tolist() == labels.tolist()
+        if name == "train":
+            for row in ids.tolist():
+                for table, number in zip(tables, row):
+                    table.setdefault(number, len(table) + 1)
+        wanted = [[table.get(number, 0) for table, number in zip(tables, row)] for row in ids.tolist()]
+        assert np.concatenate([batch.ids for batch in batches]).tolist() == wanted
+        unseen += sum(row.count(0) for row in wanted)
+    assert unseen
+    assert dataset.table_rows == tuple(len(table) + 1 for table in tables)
+
+
+@pytest.mark.parametrize("hashes", [1, 2])
+def test_ids_of_arrays_are_hashed_as_numbers(tmp_path, rows, hashes):
+    arrays = dlrm(rows)
+    np.savez(tmp_path / "a.npz", **arrays)
+    config = PrepareConfig(layout="dlrm-kaggle", vocabulary="hash", rows=23, hashes=hashes, cross=("C1*C2",))
+    dataset = prepare(tmp_path / "a.npz", tmp_path / "data", config)
+    wanted = []
+    for line in arrays["X_cat"].astype(int).tolist():
+        cross = f"{line[0]}\x1f{line[1]}"
+        cells = [rows_of(number, 23, seed, hashes, 4) for seed, number in enumerate(line)]
+        wanted.append([*cells, rows_of(cross, 23, 26, hashes)])
+    assert [row for name in ("train", "test", "validation") for row in ids_of(dataset, name)] == wanted
 
 
 def test_days_of_dlrm_give_the_inputs_of_the_raw_days(tmp_path, rows):

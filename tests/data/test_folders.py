@@ -40,6 +40,14 @@ def log(tmp_path):
     return folder
 
 
+def test_a_folder_in_which_a_job_has_not_committed_is_refused(log, tmp_path):
+    (log / "_SUCCESS").unlink()
+    with pytest.raises(UserError, match=r"my log is not complete: a job of Spark .* was stopped \(it has _temporary"):
+        prepare(log, tmp_path / "out", CONFIG)
+    assert not (tmp_path / "out").exists()
+    prepare(log / "dt=*", tmp_path / "out", CONFIG)  # files of their own names
+
+
 def by_day(**values):
     return dataclasses.replace(CONFIG, split="column", split_column="dt", **values)
 

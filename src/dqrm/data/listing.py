@@ -19,6 +19,8 @@ _MARKERS = re.compile(r"_(SUCCESS|metadata|common_metadata|committed_.*|started_
 # Folders in a folder that says which of its files count: reading all would bring deleted rows back.
 _TABLES = {".hoodie": "a Hudi"}
 _DELTA = "_delta_log"
+# Of Hadoop's output committer: where tasks write until the job is committed, and what then marks a folder as whole.
+_UNCOMMITTED, _COMMITTED = "_temporary", "_SUCCESS"
 # Of a dataset of Hugging Face.
 _HUB = "hf:"
 
@@ -133,6 +135,11 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
             )
     if {"dataset.json", "train"} <= names:
         raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
+    if _UNCOMMITTED in names and _COMMITTED not in names:
+        raise UserError(
+            f"{folder} is not complete: a job of Spark or Hadoop writes to it, or was stopped (it has {_UNCOMMITTED} "
+            f"and no {_COMMITTED}); wait for the job or run it again, or remove {_UNCOMMITTED} if all files are there"
+        )
     if _DELTA in names:
         from dqrm.data.formats import delta
 

@@ -169,19 +169,20 @@ class Lookalike:
         key = (self.config.seed % (1 << 64) << 64) + (self.day << 32) + number
         random = np.random.Philox(key=key)
         fine = len(DENSE) + len(self._tabled) + len(self._hashed)
-        small = random.random_raw(BLOCK * -(-fine // 4)).view(np.uint16).reshape(-1, BLOCK)[:fine]
+        # As `take` wants them: it would convert them again for each table, and without "clip" check each one.
+        small = random.random_raw(BLOCK * -(-fine // 4)).view(np.uint16).reshape(-1, BLOCK)[:fine].astype(np.intp)
         large = random.random_raw(BLOCK * -(-(len(self._hashed) + 1) // 2)).view(np.uint32).reshape(-1, BLOCK)
         logits = np.zeros(BLOCK, np.float32)
         for n, (texts, effects) in enumerate(self._dense):
-            logits += effects.take(small[n])
+            logits += effects.take(small[n], mode="clip")
             if lines is not None:
-                lines[f"f{n}"] = texts.take(small[n])
+                lines[f"f{n}"] = texts.take(small[n], mode="clip")
         places = {}
         for n, column in enumerate(self._tabled, len(DENSE)):
-            logits += column.effects.take(small[n])
+            logits += column.effects.take(small[n], mode="clip")
             places[column.number] = small[n]
             if lines is not None:
-                lines[f"f{len(DENSE) + column.number}"] = column.texts.take(small[n])
+                lines[f"f{len(DENSE) + column.number}"] = column.texts.take(small[n], mode="clip")
         for n, column in enumerate(self._hashed):
             absent = small[len(DENSE) + len(self._tabled) + n] < round(column.missing * _FINE)
             ids = column.ids(large[n], self.day)
@@ -189,7 +190,7 @@ class Lookalike:
             if lines is not None:
                 lines[f"f{len(DENSE) + column.number}"] = np.where(absent, np.uint64(0), hexadecimal(ids))
         for a, b in self.original.pairs:
-            first, second = (self.columns[c].vectors.take(places[c], axis=0) for c in (a, b))
+            first, second = (self.columns[c].vectors.take(places[c], axis=0, mode="clip") for c in (a, b))
             logits += np.float32(_PAIR) * np.einsum("nr,nr->n", first, second)
         return (large[-1] >> np.uint32(8)).astype(np.float32) * np.float32(2**-24), logits
 
