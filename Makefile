@@ -7,7 +7,13 @@ RUN := "$(VENV)/bin/python" -m
 # A file of tests stays with one worker, since its tests share what is costly to make.
 TEST := $(RUN) pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-slow lint docs clean
+# Of `make studies`: lines of the log, seeds, further options of `dqrm study`.
+ROWS ?= 100000
+SEEDS ?= 1
+OPTIONS ?=
+STUDIES := $(sort $(basename $(notdir $(wildcard src/dqrm/studies/shipped/*.yaml))))
+
+.PHONY: setup demo studies test test-slow lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +24,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup  ## INT4 against FP32 on a generated click log, at most 5 minutes
 	$(RUN) dqrm demo --output demo
+
+studies: studies/data  ## the shipped studies on a generated log, one seed; what was stopped or killed goes on
+	failed=0; for name in $(STUDIES); do \
+		$(RUN) dqrm study "$$name" studies/data -o "studies/$$name" --seeds $(SEEDS) --jobs $(WORKERS) --resume $(OPTIONS) \
+			|| { code=$$?; test $$code = 1 || exit $$code; failed=1; }; \
+	done; exit $$failed
+
+studies/data: | $(VENV)/.installed
+	mkdir -p studies
+	$(RUN) dqrm generate --rows $(ROWS) -o studies/log.txt
+	$(RUN) dqrm prepare studies/log.txt --layout criteo-kaggle -o studies/data
 
 test: setup  ## all that is quick, about 5 minutes on 2 cores
 	$(TEST) -m 'not slow'
@@ -39,4 +56,4 @@ $(VENV)/.docs: $(VENV)/.installed
 	touch "$@"
 
 clean:
-	rm -rf demo build dist site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo studies build dist site .pytest_cache .ruff_cache .mypy_cache

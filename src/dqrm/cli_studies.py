@@ -10,6 +10,7 @@ import click
 from dqrm.flags import GroupedCommand
 from dqrm.process import STOPPED
 from dqrm.studies.plan import BASES, DEFAULT, read_plan, shipped
+from dqrm.studies.search import read_search
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 
@@ -80,18 +81,77 @@ def study(
         plan = plan.only([name.strip() for name in only.split(",")])
 
     from dqrm.console import bars, messages, print_json
-    from dqrm.studies.study import report, run_study
-    from dqrm.studies.tables import show, summarize
+    from dqrm.studies.compare import compare as compared
+    from dqrm.studies.study import run_study
+    from dqrm.studies.tables import show
 
     told = "Stopped; the same command with --resume continues where the runs stand."
     with stopping(told), bars(quiet=as_json) as progress:
-        folder, found = run_study(plan, data, output, progress, jobs, resume, keep)
+        folder = run_study(plan, data, output, progress, jobs, resume, keep)
     if as_json:
-        print_json(report(summarize(found, plan.baseline), folder))
+        print_json(compared([output]))
     else:
-        show(folder, found)
+        show(compared([output]))
         messages.print(f"{output}: results.md, results.csv and the runs")
     if folder.failures:
         failed = f"{len(folder.failures)} run{'s' * (len(folder.failures) > 1)} failed"
         messages.print(f"{failed}, see {Path(output) / 'log.txt'}; the same command with --resume tries again")
         sys.exit(1)
+
+
+@click.command(short_help="The figures of runs, or of a study, side by side.")
+@click.argument("paths", metavar="RUN...|STUDY", nargs=-1, required=True)
+@_json
+def compare(paths: tuple[str, ...], as_json: bool) -> None:
+    """Compare runs with the first of them, or the variants of a study (of `dqrm study` or `dqrm tune`) with its
+    baseline: test figures, differences, and validation AUC by evaluation as a sparkline."""
+    from dqrm.console import print_json
+    from dqrm.studies.compare import compare as compared
+    from dqrm.studies.tables import show
+
+    found = compared(list(dict.fromkeys(paths)))
+    (print_json if as_json else show)(found)
+
+
+@click.command(short_help="Search for the best values of fields with Optuna.")
+@click.argument("config")
+@click.argument("data")
+@click.option("-o", "--output", required=True, help="The folder to make: that of a study, with best.yaml.")
+@click.option("--trials", type=click.IntRange(1), required=True, help="Number of trials, those of before --resume "
+              "included.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with a search that was stopped, or with more trials.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True, help="Seed of the runs.")
+@click.option("--base", help=f"Configuration file, or one of {_bases}, instead of CONFIG's.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="Change a field of the base.")
+@_json
+def tune(
+    config: str,
+    data: str,
+    output: str,
+    trials: int,
+    resume: bool,
+    seed: int,
+    base: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Search within the ranges of the YAML file CONFIG for the values of fields with the best validation metric
+    (training.select_by) on the dataset folder DATA. Needs the extra dqrm[tune]. Runs that are below the median of
+    earlier ones at the same point are ended early."""
+    search = read_search(config, base, settings)
+
+    from dqrm.console import bars, messages, print_json
+    from dqrm.studies.compare import compare as compared
+    from dqrm.studies.tables import show
+    from dqrm.studies.tune import BEST, run_tune
+
+    told = "Stopped; the same command with --resume continues where the trials stand."
+    with stopping(told), bars(quiet=as_json) as progress:
+        best = run_tune(search, data, output, trials, progress, seed, resume)
+    found = {**compared([output]), "best": best}
+    if as_json:
+        print_json(found)
+        return
+    show(found)
+    if best:
+        messages.print(f"Best on validation: {best['variant']}; its configuration is {Path(output) / BEST}")

@@ -5,6 +5,7 @@ import pytest
 from dqrm.config import Config
 from dqrm.errors import UserError
 from dqrm.studies.plan import BASES, SHIPPED, read_plan, shipped
+from dqrm.studies.search import read_search
 from shipped_helpers import blocks
 
 
@@ -171,13 +172,15 @@ def test_studies_with_either_base(name, base):
     assert recipe <= {"sgd"} if base == "paper" else True
 
 
-def test_the_study_of_the_guide_is_one(tmp_path):
+def test_the_files_of_the_guide_are_read(tmp_path):
     page = SHIPPED.parents[3] / "docs" / "guides" / "studies.md"
     if not page.exists():
         pytest.skip("dqrm is installed without its documentation")
-    (block,) = [block for block in blocks(page.read_text()) if block.language == "yaml"]
-    (tmp_path / "s.yaml").write_text(block.text)
+    plan, search = (block.text for block in blocks(page.read_text()) if block.language == "yaml")
+    (tmp_path / "s.yaml").write_text(plan)
+    (tmp_path / "t.yaml").write_text(search)
     assert len(read_plan(str(tmp_path / "s.yaml")).variants) == 8
+    assert len(read_search(str(tmp_path / "t.yaml")).ranges) == 4
 
 
 def test_every_shipped_study_has_its_command_in_the_header():

@@ -1,6 +1,7 @@
 """The folder of a study, which `dqrm study` and `dqrm tune` write.
 
-study.json                   title, data, baseline, seeds, variants with their configurations, failures
+study.json                   title, data, baseline, seeds, variants with their configurations (of `dqrm tune` also the
+                             fields that it chose), failures
 runs/<variant>/seed-<n>/     a run folder as of `dqrm train`; of post-training quantization only a summary.json, with
                              best (metrics: on validation), test, stored_bytes, ptq, config (of its source), seed
 results.csv                  a row for each run and evaluation: on validation during training, on test at the end

@@ -116,27 +116,37 @@ def read_plan(config: str, base: str | None = None, settings: Sequence[str] = ()
         UserError: the file cannot be read, or anything in it is unknown or invalid.
     """
     path = find(config)
-    content = read_yaml(path)
-    for key in content:
-        if key not in _KEYS:
-            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(str(key), _KEYS)}")
-    sections = read_base(content.get("base", DEFAULT), path) if base is None else read_base(base, Path("--base"))
-    for where, changes in ((f"{path}, set", _changes(content.get("set"), f"{path}, set")),
-                           ("--set", changes_of(settings))):  # fmt: skip
-        sections = overridden(sections, changes, where)
+    content, title, sections = read_head(path, _KEYS, base, settings)
     variants = _variants(path, content, sections)
     names = [each.name for each in variants]
     baseline = str(content.get("baseline", names[0]))
     if baseline not in names:
         raise UserError(f"{path}: baseline is '{baseline}', expected a variant{did_you_mean(baseline, names)}")
-    title = content.get("title", path.stem)
-    if not isinstance(title, str) or not title.isprintable() or len(title) > 200:
-        raise UserError(f"{path}: title is {title!r:.60}, expected one line of text, at most 200 characters")
     chosen = _seeds("--seeds", seeds.split(",")) if seeds else _seeds(f"{path}: seeds", content.get("seeds", SEEDS))
     return Plan(path.stem, title, baseline, chosen, tuple(variants))
 
 
-def read_base(value: Any, where: Path) -> dict[str, Any]:
+def read_head(
+    path: Path, keys: Sequence[str], base: str | None, settings: Sequence[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """What studies and searches have in common: the file's content, title, and the sections of its base.
+
+    Raises:
+        UserError: a key that is not one of `keys`; as `read_plan`.
+    """
+    content = read_yaml(path)
+    for key in content:
+        if key not in keys:
+            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(str(key), keys)}")
+    title = content.get("title", path.stem)
+    if not isinstance(title, str) or not title.isprintable() or len(title) > 200:
+        raise UserError(f"{path}: title is {title!r:.60}, expected one line of text, at most 200 characters")
+    sections = _base(content.get("base", DEFAULT), path) if base is None else _base(base, Path("--base"))
+    sections = overridden(sections, changes_in(content.get("set"), f"{path}, set"), f"{path}, set")
+    return content, title, overridden(sections, _settings(settings), "--set")
+
+
+def _base(value: Any, where: Path) -> dict[str, Any]:
     """The sections of a base: itself, those of a file beside `where` or of a shipped one."""
     if isinstance(value, Mapping):
         return dict(value)
@@ -164,7 +174,7 @@ def field_of(name: Any, where: str) -> str:
     raise UserError(f"{where}: unknown field '{name}'{did_you_mean(str(name), known)}")
 
 
-def changes_of(settings: Iterable[str]) -> dict[str, Any]:
+def _settings(settings: Iterable[str]) -> dict[str, Any]:
     """'section.field=value' texts of --set as {field: value}."""
     changes = {}
     for text in settings:
@@ -175,7 +185,7 @@ def changes_of(settings: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-def _changes(fields: Any, where: str) -> dict[str, Any]:
+def changes_in(fields: Any, where: str) -> dict[str, Any]:
     """{field: value} of a mapping with dotted names, or with the sections of a configuration."""
     if not isinstance(fields, Mapping) and fields is not None:
         raise UserError(f"{where}: got {fields!r}, expected fields, as {{quantization.bits: 4}}")
@@ -240,7 +250,7 @@ def _points(path: Path, grid: Any) -> dict[str, dict[str, Any]]:
     fields = {name: field_of(name, f"{path}, grid") for name in grid}
     points: dict[str, dict[str, Any]] = {}
     for values in product(*grid.values()):
-        name = " ".join(f"{field}={_shown(value)}" for field, value in zip(fields.values(), values))
+        name = " ".join(f"{field}={shown(value)}" for field, value in zip(fields.values(), values))
         if name in points:
             raise UserError(f"{path}: grid has two points named '{name}'; give each value once")
         points[name] = dict(zip(fields.values(), values))
@@ -249,7 +259,8 @@ def _points(path: Path, grid: Any) -> dict[str, dict[str, Any]]:
     return points
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a part of a variant's name."""
     text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
     return re.sub(r"[^A-Za-z0-9._+-]", "-", text) or "none"
 
@@ -264,7 +275,7 @@ def _variant(
             return _ptq(where, name, point, fields)
         fields = dict(fields)
         source = fields.pop("from", None)
-    flat = _changes(fields, where)
+    flat = changes_in(fields, where)
     if twice := set(flat) & set(more):
         raise UserError(f"{where}: {twice.pop()} is set by the variant and by the grid; leave one out")
     config = Config.from_dict(overridden(base, flat | dict(more), where), where)

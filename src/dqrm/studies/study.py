@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from dqrm.console import Bars
 from dqrm.data.dataset import Dataset
@@ -26,7 +25,7 @@ def run_study(
     jobs: int = 1,
     resume: bool = False,
     keep: str = "best",
-) -> tuple[Folder, dict[str, dict[int, Result]]]:
+) -> Folder:
     """Perform the runs of a plan that are not finished, and write the folder of the study.
 
     Runs that fail are recorded in it (`failures`), and the others go on.
@@ -37,7 +36,7 @@ def run_study(
         jobs: runs at the same time, each a process. keep: which checkpoints of finished runs, 'best' or 'all'.
 
     Returns:
-        The folder, and the results by variant and seed.
+        The folder.
 
     Raises:
         UserError: a variant cannot be trained on this data, or the folder is not one of this study's; nothing ran then.
@@ -56,7 +55,7 @@ def run_study(
     folder = Folder.plan(Path(output), plan, dataset)
     with folder.begun(resume):
         _Study(plan, folder, dataset, progress, jobs, keep).run()
-    return folder, folder.results()
+    return folder
 
 
 def _require_figures(dataset: Dataset) -> None:
@@ -128,8 +127,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
-
-def report(found: dict[str, Any], folder: Folder) -> dict[str, Any]:
-    """What --json prints."""
-    return {"baseline": folder.baseline, "seeds": folder.seeds, "variants": found, "failures": folder.failures}

@@ -16,6 +16,7 @@ COMPARED = ("auc", "log_loss")
 """Metrics whose differences to the baseline are shown."""
 SHOWN = ("auc", "log_loss", "gauc")
 """Metrics in the table of a terminal, which is narrow."""
+_WIDEST = 44
 Runs = Mapping[int, Result]
 
 
@@ -133,11 +134,19 @@ def markdown(folder: Folder, study: Mapping[str, Runs]) -> str:
     header, rows = epochs_table(study)
     if rows:
         parts += ["Validation AUC after each epoch, mean over seeds:", _lines(header, rows)]
+    if fields := {each["name"]: each["fields"] for each in folder.variants if "fields" in each}:  # of `dqrm tune`
+        names = list(next(iter(fields.values())))
+        rows = [[name, *(_value(values.get(field)) for field in names)] for name, values in fields.items()]
+        parts += ["What was tried:", _lines(["", *names], rows)]
     if folder.failures:
         told = [f"* {_escaped(each['variant'])}, seed {each['seed']}: {_escaped(each['error'])}"
                 for each in folder.failures]  # fmt: skip
         parts.append("\n".join(["Failed:", "", *told]))
     return "\n\n".join(parts) + "\n"
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _note(folder: Folder, found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -163,20 +172,25 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|&#])", r"\\\1", printable(text))
 
 
-def show(folder: Folder, study: Mapping[str, Runs]) -> None:
-    """The same table on standard output, with the validation AUC as a sparkline."""
-    print_summaries(folder.title, summarize(study, folder.baseline), folder.baseline)
-    for each in folder.failures:
-        results.print(printable(f"Failed: {each['variant']}, seed {each['seed']}: {each['error']}"))
-
-
-def print_summaries(title: str, found: Mapping[str, Mapping[str, Any]], baseline: str) -> None:
-    """A table of test figures on standard output; see `summarize`."""
-    header, rows = table(found, SHOWN, SHOWN[:1])
-    curves = [each["validation_auc"] for each in found.values()]
+def show(found: Mapping[str, Any]) -> None:
+    """The table of what `compare.compare` returns on standard output, with the validation AUC as a sparkline."""
+    variants = found["variants"]
+    header, rows = table(variants, SHOWN, SHOWN[:1])
+    rows = [[_short(name), *rest] for name, *rest in rows]
+    curves = [each["validation_auc"] for each in variants.values()]
     if any(len(curve) > 1 for curve in curves):
         header.append("validation AUC")
         rows = [[*row, sparkline(curve) if curve else "-"] for row, curve in zip(rows, curves)]
-    print_table(title, header, rows)
-    explained = f"mean ± standard deviation on test; Δ: to {baseline}, paired, ± standard error"
-    results.print(printable(explained))
+    print_table(found["title"], header, rows)
+    several = any(len(each["seeds"]) > 1 for each in variants.values())
+    spread = ("mean ± standard deviation on test", ", paired, ± standard error") if several else ("on test", "")
+    results.print(printable(f"{spread[0]}; Δ: to {found['baseline']}{spread[1]}"))
+    for each in found["failures"]:
+        results.print(printable(f"Failed: {each['variant']}, seed {each['seed']}: {each['error']}"))
+    if not found["same_data"]:
+        results.print("These runs are of different data, and their figures do not compare.")
+
+
+def _short(name: str) -> str:
+    """A name that leaves space for the columns beside it."""
+    return name if len(name) <= _WIDEST else f"{name[: _WIDEST // 2]}…{name[1 - _WIDEST // 2 :]}"

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +20,7 @@ from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import write_json
 from dqrm.serving.evaluation import evaluate
+from dqrm.training.callbacks import Callback
 from dqrm.training.environment import Log, Progress
 from dqrm.training.launch import Interrupted, resolved, resume, train
 from dqrm.training.run import Run, versions
@@ -47,7 +49,7 @@ class Task:
     keep: str = "best"
 
 
-def perform(task: Task, progress: Progress, log: Log) -> None:
+def perform(task: Task, progress: Progress, log: Log, callbacks: Sequence[Callback] = ()) -> None:
     """Train, continue or leave as it is the run of a task; or quantize its source and evaluate that.
 
     Raises:
@@ -62,19 +64,19 @@ def perform(task: Task, progress: Progress, log: Log) -> None:
         return
     config = resolved(Config.from_dict(task.config, task.name), dataset, task.source is not None)
     if not (folder / "run.json").exists():
-        train(dataset, folder, config, progress, log, start_from=task.source)
+        train(dataset, folder, config, progress, log, callbacks=callbacks, start_from=task.source)
     else:
-        _continue(task, config, dataset, progress, log)
+        _check_begun(folder, config)
+        resume(folder, dataset, progress, log, callbacks=callbacks)
     if task.keep == "best":
         Run.open(folder).keep_best()
 
 
-def _continue(task: Task, config: Config, dataset: Dataset, progress: Progress, log: Log) -> None:
-    folder, run = Path(task.folder), Run.open(task.folder)
+def _check_begun(folder: Path, config: Config) -> None:
+    run = Run.open(folder)
     threads = run.config.training.threads  # the machine may have changed
     if replace(config, training=replace(config.training, threads=threads)) != run.config:
         raise UserError(f"{folder} was begun with another configuration; name another folder with -o")
-    resume(folder, dataset, progress, log)
 
 
 def _quantized(source: Path, dataset: Dataset, folder: Path, ptq: PTQConfig) -> dict[str, Any]:
