@@ -21,7 +21,8 @@
       legend: { orient: "bottom", columns, direction: "horizontal", labelColor: ink, labelFontSize: 12, symbolSize: 90,
         labelLimit: Math.floor(width / columns) - 50, title: null },
       range: { category: PALETTES[dark.matches ? "dark" : "light"] },
-      style: { guide: { stroke: soft }, note: { fill: soft, fontSize: 11 } },
+      rule: { color: soft },
+      text: { color: soft, fontSize: 11 },
     };
   };
   const fail = (error) => {
