@@ -94,6 +94,7 @@ def test_runs_are_drawn_and_fit_the_screen(three_runs, opened, width, scheme):
 
 def test_a_reader_who_turns_to_dark_gets_dark_plots(three_runs, opened):
     page = opened(three_runs)
+    page.locator("#steps-0").scroll_into_view_if_needed()
     page.locator("#steps-0[data-drawn]").wait_for(state="attached")
     page.emulate_media(color_scheme="dark")
     page.locator("#steps-0 .role-axis-label text[fill='#a3adc2']").first.wait_for(state="attached")
@@ -120,6 +121,7 @@ def test_ten_runs_are_one_page_that_draws_what_is_seen(tmp_path, opened):
     file = written(tmp_path, 10, 60, ("C1", "C2", "C3"))
     assert file.stat().st_size < 6e6
     page = opened(file)
+    page.locator("#steps-0").scroll_into_view_if_needed()
     page.locator("#steps-0[data-drawn]").wait_for(state="attached")
     assert page.locator("figure").count() == 4 + 1 + 30 + 1 + 1
     assert page.locator(".plot[data-drawn]").count() < 37

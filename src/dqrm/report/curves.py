@@ -100,7 +100,7 @@ def _curve(
     return Plot(
         title,
         f"{title} over steps. {'. '.join(told)}.",
-        lines(rows, subject.names, "step", title, shown, band=subject.study, points=len(rows) <= 1200),
+        lines(rows, subject.names, "step", title, shown, band=subject.study),
         Table(f"{title} by step", header, cells),
     )
 

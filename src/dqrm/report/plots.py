@@ -13,6 +13,8 @@ _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down
            "stroke", "arrow"]  # fmt: skip
 # Of axes, by their titles.
 _FORMATS = {"step": ",d", "bytes": "~s"}
+# Points with a shape, per series at most, on average.
+_POINTS = 20
 # Pixels of a distribution, its label above it.
 _LANE = 72
 Row = dict[str, Any]
@@ -59,7 +61,10 @@ def lines(
     if points:
         tip = [{"field": "series", "title": "name"}, {"field": "x", "title": x}, {"field": "y", "title": y}]
         mark = {"type": "point", "filled": True, "size": 36, "opacity": 1}
-        layers.append({"mark": mark, "encoding": {**common, **shape, "tooltip": tip}})
+        # Shapes tell lines apart; one on each of hundreds of points would hide them, and take long to draw.
+        every = 1 + len(rows) // (_POINTS * max(1, len(names)))
+        some = {"data": {"values": [row for at, row in enumerate(rows) if at % every == 0]}}
+        layers.append({**some, "mark": mark, "encoding": {**common, **shape, "tooltip": tip}})
     return _plot(rows, 230, {"layer": layers})
 
 
@@ -104,7 +109,7 @@ def ridges(rows: Sequence[Row], lanes: Sequence[str], x: str) -> dict[str, Any]:
     }  # fmt: skip
     named = {
         "data": {"values": labels},
-        "mark": {"type": "text", "align": "left", "dx": 2, "dy": 8 - _LANE, "baseline": "middle"},
+        "mark": {"type": "text", "align": "left", "dx": 2, "dy": 11 - _LANE, "baseline": "middle"},
         "encoding": {"x": {"value": 0}, "y": {"field": "lane", "type": "quantitative"}, "text": {"field": "text"}},
     }
     found = [{**row, "upper": row["lane"] + row["top"]} for row in rows]
