@@ -12,8 +12,7 @@ from dqrm.training.metrics import METRICS
 # What evaluations hold besides metrics, and metrics that say little over steps.
 _OTHER = {"kind", "step", "epoch", "rows", "train_loss", "best", "learning_rate", "train_seconds", "clamped_weights",
           "accuracy", "calibration", "gauc_coverage", "split"}  # fmt: skip
-_FIRST = ("auc", "log_loss", "ne")
-_NAMES = {"auc": "AUC", "log_loss": "Log loss", "ne": "Normalized entropy", "gauc": "GAUC"}
+_NAMES = {"auc": "AUC", "log_loss": "log loss", "ne": "normalized entropy", "gauc": "GAUC"}
 _MOST = 8
 
 
@@ -101,7 +100,7 @@ def _curve(
     return Plot(
         title,
         f"{title} over steps. {'. '.join(told)}.",
-        lines(rows, subject.names, "step", title, shown, band=subject.study, points=len(rows) <= 1200),
+        lines(rows, subject.names, "step", title, shown, band=subject.study),
         Table(f"{title} by step", header, cells),
     )
 

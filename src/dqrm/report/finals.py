@@ -45,7 +45,7 @@ def final_figures(subject: Subject) -> Section:
         how = "paired by seed: mean ± standard error" if subject.study else "of the two runs"
         section.text.append(f"Δ: difference to {base.name}, {how}.")
     if explained := legend(names):
-        section.text.append(f"{explained[0].upper()}{explained[1:]}.")
+        section.text.append(f"{explained}.")
     return section
 
 

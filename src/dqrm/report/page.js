@@ -18,10 +18,11 @@
       view: { stroke: null },
       axis: { labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line,
         labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal" },
-      legend: { orient: "bottom", columns, direction: "horizontal", labelColor: ink, labelFontSize: 12, symbolSize: 90,
-        labelLimit: Math.floor(width / columns) - 50, title: null },
+      legend: { orient: "bottom", columns, direction: "horizontal", labelColor: ink, labelFontSize: 12, symbolSize: 90, symbolOpacity: 1,
+        labelLimit: Math.floor(width / columns) - 75, title: null },
       range: { category: PALETTES[dark.matches ? "dark" : "light"] },
-      style: { guide: { stroke: soft }, note: { fill: soft, fontSize: 11 } },
+      rule: { color: soft },
+      text: { color: soft, fontSize: 11 },
     };
   };
   const fail = (error) => {
@@ -29,10 +30,14 @@
     told.textContent = `The plots could not be drawn (${error}); the tables hold their figures.`;
     told.hidden = false;
   };
-  const draw = (place, spec) =>
-    vegaEmbed(place, spec, { config: config(place.clientWidth), renderer: "svg", actions: false, ast: true })
+  let queue = Promise.resolve(); // one after the other: the first is seen before the last is drawn
+  const draw = (place, spec) => {
+    queue = queue
+      .then(() => vegaEmbed(place, spec, { config: config(place.clientWidth), renderer: "svg", actions: false, ast: true }))
       .then(() => (place.dataset.drawn = "true"))
+      .then(() => new Promise((resume) => setTimeout(resume)))
       .catch(fail);
+  };
   const watch = (plots) => {
     const specs = new Map(plots.map(({ id, spec }) => [document.getElementById(id), spec]));
     // What is far from the screen is drawn when the reader comes near, or prints.
@@ -43,7 +48,7 @@
           draw(target, specs.get(target));
         }
       }
-    }, { rootMargin: "300px" });
+    }, { rootMargin: "400px" });
     for (const place of specs.keys()) near.observe(place);
     const again = () => {
       for (const [place, spec] of specs) if (place.dataset.drawn) draw(place, spec);

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dqrm import __version__
@@ -113,6 +114,7 @@ def _require_extra() -> None:
         raise UserError("dqrm report needs packages that are missing; `pip install 'dqrm[report]'` adds them") from None
 
 
+@cache
 def _bundle() -> str:
     """Vega-Embed, Vega-Lite and Vega as one script, which sets `vegaEmbed`."""
     import vl_convert

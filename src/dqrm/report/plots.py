@@ -11,6 +11,12 @@ _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _DASHES = [[1, 0], [6, 3], [2, 2], [10, 3, 2, 3], [12, 4], [4, 1, 1, 1], [8, 2, 2, 2, 2, 2], [1, 4], [5, 5], [14, 2]]
 _SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left",
            "stroke", "arrow"]  # fmt: skip
+# Of axes, by their titles.
+_FORMATS = {"step": ",d", "bytes": "~s"}
+# Points with a shape, per series at most, on average.
+_POINTS = 20
+# Pixels of a distribution, its label above it.
+_LANE = 72
 Row = dict[str, Any]
 
 
@@ -38,9 +44,10 @@ def lines(
     if diagonal:
         most = max((max(row["x"], row["y"]) for row in rows), default=1)
         layers.append({
-            "data": {"values": [{"x": 0, "y": 0}, {"x": most, "y": most}]},
-            "mark": {"type": "line", "strokeDash": [3, 3], "strokeWidth": 1, "style": "guide"},
-            "encoding": {"x": {"field": "x", "type": "quantitative"}, "y": {"field": "y", "type": "quantitative"}},
+            "data": {"values": [{"x": 0, "y": 0, "end": most}]},
+            "mark": {"type": "rule", "strokeDash": [3, 3]},
+            "encoding": {"x": {"field": "x", "type": "quantitative"}, "x2": {"field": "end"},
+                         "y": {"field": "y", "type": "quantitative"}, "y2": {"field": "end"}},
         })  # fmt: skip
     if band:
         both = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
@@ -54,7 +61,10 @@ def lines(
     if points:
         tip = [{"field": "series", "title": "name"}, {"field": "x", "title": x}, {"field": "y", "title": y}]
         mark = {"type": "point", "filled": True, "size": 36, "opacity": 1}
-        layers.append({"mark": mark, "encoding": {**common, **shape, "tooltip": tip}})
+        # Shapes tell lines apart; one on each of hundreds of points would hide them, and take long to draw.
+        every = 1 + len(rows) // (_POINTS * max(1, len(names)))
+        some = {"data": {"values": [row for at, row in enumerate(rows) if at % every == 0]}}
+        layers.append({**some, "mark": mark, "encoding": {**common, **shape, "tooltip": tip}})
     return _plot(rows, 230, {"layer": layers})
 
 
@@ -66,7 +76,7 @@ def dots(rows: Sequence[Row], names: Sequence[str], groups: Sequence[str], x: st
         **_x(x, False), **_color(names), "shape": _by_name(names, _SHAPES),
         "tooltip": [{"field": "series", "title": "name"}, {"field": "group", "title": " "}, {"field": "x", "title": x}],
     }  # fmt: skip
-    mark = {"type": "point", "filled": True, "size": 80, "opacity": 0.9}
+    mark = {"type": "point", "size": 90, "strokeWidth": 2}
     return _plot(rows, 34 * max(2, len(groups)), {"mark": mark, "encoding": encoding})
 
 
@@ -74,21 +84,22 @@ def ridges(rows: Sequence[Row], lanes: Sequence[str], x: str) -> dict[str, Any]:
     """Distributions one above the other: rows {lane, x, top, kind}; 'master' as areas, 'quantized' as stems.
 
     Args:
-        lanes: the labels, from the bottom. `top` is 0 to 0.9, the height within the lane.
+        lanes: the labels, from the bottom. `top` is the height within the lane; its label is above 0.7.
     """
     numbers = list(range(len(lanes)))
+    kinds = [kind for kind in ("master", "quantized") if any(row["kind"] == kind for row in rows)]
+    color = {"field": "kind", "type": "nominal", "title": None, "scale": {"domain": kinds}}
     labels = [{"lane": number, "text": text, "edge": 0} for number, text in zip(numbers, lanes)]
     base = {"y": {"field": "lane", "type": "quantitative", "scale": {"domain": [0, len(lanes)], "nice": False},
                   "axis": None}}  # fmt: skip
     area = {
         "transform": [{"filter": "datum.kind == 'master'"}],
         "mark": {"type": "area", "opacity": 0.45, "interpolate": "step"},
-        "encoding": {**_x(x, False), **base, "y2": {"field": "upper"}, "detail": {"field": "lane"},
-                     "color": _by_kind()},
+        "encoding": {**_x(x, False), **base, "y2": {"field": "upper"}, "detail": {"field": "lane"}, "color": color},
     }  # fmt: skip
     stems = {
         "transform": [{"filter": "datum.kind == 'quantized'"}],
-        "encoding": {**_x(x, False), **base, "color": _by_kind()},
+        "encoding": {**_x(x, False), **base, "color": color},
         "layer": [
             {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": {"y2": {"field": "upper"}}},
             {"mark": {"type": "point", "filled": True, "size": 22, "opacity": 1},
@@ -98,12 +109,12 @@ def ridges(rows: Sequence[Row], lanes: Sequence[str], x: str) -> dict[str, Any]:
     }  # fmt: skip
     named = {
         "data": {"values": labels},
-        "mark": {"type": "text", "align": "left", "dx": 2, "dy": -24, "style": "note"},
+        "mark": {"type": "text", "align": "left", "dx": 2, "dy": 11 - _LANE, "baseline": "middle"},
         "encoding": {"x": {"value": 0}, "y": {"field": "lane", "type": "quantitative"}, "text": {"field": "text"}},
     }
     found = [{**row, "upper": row["lane"] + row["top"]} for row in rows]
-    layers = [area, *([stems] if any(row["kind"] == "quantized" for row in rows) else []), named]
-    return _plot(found, 62 * max(2, len(lanes)), {"layer": layers})
+    layers = [area, *([stems] if "quantized" in kinds else []), named]
+    return _plot(found, _LANE * max(2, len(lanes)), {"layer": layers})
 
 
 def _plot(rows: Sequence[Row], height: int, rest: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def _plot(rows: Sequence[Row], height: int, rest: dict[str, Any]) -> dict[str, A
 
 def _x(title: str, log: bool) -> dict[str, Any]:
     scale = {"type": "log"} if log else {"zero": False}
-    axis = {"format": "~%" if log else "~s", "labelOverlap": True, "tickCount": 5}
+    axis = {"format": "~%" if log else _FORMATS.get(title, "~g"), "labelOverlap": True, "tickCount": 5}
     return {"x": {"field": "x", "type": "quantitative", "title": title, "scale": scale, "axis": axis}}
 
 
@@ -138,10 +149,6 @@ def _color(names: Sequence[str]) -> dict[str, Any]:
     return {"color": {"field": "series", "type": "nominal", "title": None, "scale": {"domain": list(names)}}}
 
 
-def _by_kind() -> dict[str, Any]:
-    return {"field": "kind", "type": "nominal", "title": None, "scale": {"domain": ["master", "quantized"]}}
-
-
 def _marks(marks: Mapping[int, int]) -> dict[str, Any]:
     every = -(-len(marks) // 8)
     values = [
@@ -152,9 +159,9 @@ def _marks(marks: Mapping[int, int]) -> dict[str, Any]:
         "data": {"values": values},
         "encoding": position,
         "layer": [
-            {"mark": {"type": "rule", "strokeDash": [1, 3], "style": "guide"}},
+            {"mark": {"type": "rule", "strokeDash": [1, 3]}},
             {
-                "mark": {"type": "text", "align": "right", "dx": -2, "baseline": "top", "style": "note"},
+                "mark": {"type": "text", "align": "right", "dx": -2, "baseline": "top"},
                 "encoding": {"y": {"value": 0}, "text": {"field": "text"}},
             },
         ],

@@ -33,6 +33,8 @@ def configuration(subject: Subject) -> Section:
 
 
 def _value(value: Any) -> str:
+    if value is None:
+        return "none"
     return shown(json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
 
 

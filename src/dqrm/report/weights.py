@@ -6,7 +6,7 @@ from dqrm.report.content import Plot, Section, Table, cell
 from dqrm.report.plots import ridges
 from dqrm.report.records import Line, Series, Subject, number, shown, table_of
 
-_LANES, _TABLES, _SERIES = 5, 4, 10
+_LANES, _TABLES, _SERIES, _BINS = 5, 4, 10, 64
 
 
 def histograms(subject: Subject) -> Section:
@@ -53,6 +53,17 @@ def _bars(found: Any) -> list[tuple[float, float]]:
     return [(place, count / total) for place, count in pairs] if total > 0 else []
 
 
+def _few(bars: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same in bins of equal width, where there are too many values to see: of 8 bits."""
+    if len(bars) <= _BINS:
+        return bars
+    edge = max(abs(place) for place, _ in bars) or 1.0
+    sums = [0.0] * _BINS
+    for place, share in bars:
+        sums[min(_BINS - 1, int((place + edge) / (2 * edge) * _BINS))] += share
+    return [((at + 0.5) / _BINS * 2 * edge - edge, share) for at, share in enumerate(sums) if share]
+
+
 def _plot(series: Series, table: str, lines: list[Line]) -> Plot:
     """A table's lanes, first evaluation on top."""
     last = len(lines) - 1
@@ -62,13 +73,12 @@ def _plot(series: Series, table: str, lines: list[Line]) -> Plot:
     for lane, line in enumerate(picked):
         lanes.append(f"epoch {cell(number(line.get('epoch')), 0)}, step {int(line['step']):,}")
         for kind in ("master", "quantized"):
-            bars = _bars(line.get(kind))
+            bars = _few(_bars(line.get(kind)))
             most = max((share for _, share in bars), default=1)
             for place, share in bars:
-                if kind == "quantized" and not share:
-                    continue
-                rows.append({"lane": lane, "x": place, "top": 0.82 * share / most, "kind": kind, "share": share})
-                cells.append([lanes[-1], kind, cell(place, 5), f"{share:.2%}"])
+                rows.append({"lane": lane, "x": place, "top": 0.7 * share / most, "kind": kind, "share": share})
+                if share:
+                    cells.append([lanes[-1], kind, cell(place, 5), f"{share:.2%}"])
     bits = number(picked[0].get("bits"))
     widths = [max((abs(place) for place, share in _bars(line.get("master")) if share), default=0.0) for line in lines]
     kept = "not quantized" if bits == 32 else f"{cell(bits, 0)} bits"
