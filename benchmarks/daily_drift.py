@@ -28,8 +28,8 @@ from typing import Any
 
 WINDOWS = {"day": 1, "last3": 3, "all": 10_000}
 FIXED: dict[str, Any] = {
-    "bottom_mlp": [64, 32, 16], "top_mlp": [64, 32, 1], "batch_size": 512, "threads": 1, "checkpoint_minutes": 0.0,
-    "log_every": 0,
+    "bottom_mlp": [64, 32, 16], "top_mlp": [64, 32, 1], "batch_size": 512, "patience": 1, "threads": 1,
+    "checkpoint_minutes": 0.0, "log_every": 0,
 }  # fmt: skip
 
 
@@ -121,8 +121,7 @@ class Seed:
         metrics = measure(Run.open(run), Dataset(after))
         return {
             "auc": metrics["auc"], "ne": metrics["ne"], "calibration": metrics["calibration"], "seconds": seconds,
-            "epochs": summary["steps"] / summary["steps_per_epoch"] if "steps_per_epoch" in summary else None,
-            "best": summary["best"],
+            "epochs": summary["epochs"], "best_epoch": summary["best"]["epoch"],
         }  # fmt: skip
 
 
