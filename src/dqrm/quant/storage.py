@@ -269,7 +269,7 @@ class INT4(Encoded):
     @classmethod
     def put(cls, weight: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
         assert isinstance(weight, TieredRows)
-        weight.put(rows, source, source_rows)
+        weight.write_from(rows, source, source_rows)
 
     @classmethod
     def update(
@@ -335,7 +335,7 @@ def copy_rows(target: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor)
     """target[rows] = source[source_rows] in place, for weights [R, dim] of any two storages and rows int64 [N].
 
     Bit for bit where the storages are the same, else rounded to the nearest value; in tiers, bit for bit in the tier
-    that has a place (`TieredRows.put`). No row of the target twice.
+    that has a place (`TieredRows.write_from`). No row of the target twice.
     """
     if isinstance(target, TieredRows) and isinstance(source, TieredRows):
         target.take_slots(rows, source, source_rows)

@@ -195,7 +195,7 @@ class TieredRows(EncodedRows):
     def encode_into(self, values: Tensor) -> None:
         kernels.encode_tiers(values, self.operand)
 
-    def put(self, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
+    def write_from(self, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
         """Encode rows int64 [N] of any weight in rows of this one, to the nearest codes of the tier where each lies.
 
         From another table in tiers, rows that have slots there get free ones of their sets here, those that are updated
@@ -214,7 +214,7 @@ class TieredRows(EncodedRows):
         write_rows(own, rows[rest], slots[rest], values)
 
     def take_slots(self, rows: Tensor, source: "TieredRows", source_rows: Tensor) -> None:
-        """Give these rows slots, as `put` says; it fills them."""
+        """Give these rows slots, as `write_from` says; it fills them."""
         own, theirs = self.operand, source.operand
         given = slots_of(theirs, source_rows)
         wanted = (given >= 0) & (slots_of(own, rows) < 0)
