@@ -303,6 +303,15 @@ def test_logs_and_folders_that_cannot_be(logs, recipe, whole, tmp_path):
         pipeline.run_daily(recipe, [logs], tmp_path / "out", DailyConfig(gate_metric="auk"))
 
 
+def test_several_ranks_are_refused(logs, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match="daily runs in one process; several ranks are for `dqrm train`, day by day"
+    ):
+        pipeline.run_daily(recipe, [logs], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_days_whose_ids_are_hashed_extend_nothing_and_carry_all_rows_over(logs, tmp_path):
     recipe = Recipe.read(write_recipe(tmp_path, evict_after=None, vocabulary="hash", rows=64))
     lines = pipeline.run_daily(recipe, [logs.replace("*", "[12]")], tmp_path / "out", DailyConfig(gate_margin=None))
