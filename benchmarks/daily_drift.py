@@ -2,8 +2,8 @@
 
     python benchmarks/daily_drift.py -o drift
 
-Each seed has a log of its own (`dqrm generate --like criteo-kaggle`): popularity and ids drift from day to day. A model
-of day d is evaluated on all rows of day d + 1, as `dqrm daily` does. Arms:
+In the log (`dqrm generate --like criteo-kaggle`) popularity and ids drift from day to day. A model of day d is
+evaluated on all rows of day d + 1, as `dqrm daily` does. Arms:
 
     warm     `train --from` the model of the day before, on the day alone; vocabularies are extended
     day      from scratch on the day alone
@@ -35,21 +35,21 @@ FIXED: dict[str, Any] = {
 
 @dataclass
 class Seed:
-    """The log, the datasets and the models of one seed."""
+    """The models of one seed, and the log and the datasets that all have in common."""
 
     seed: int
     folder: Path
     options: argparse.Namespace
 
     def log(self, day: int) -> Path:
-        """The log of a day, generated with all days of the seed."""
+        """The log of a day, generated with all others."""
         from dqrm.data.synthetic import generate
         from dqrm.data.synthetic_config import GenerateConfig
 
-        logs, days = self.folder / "logs", self.options.days
+        logs, days = self.folder.parent / "logs", self.options.days
         if not logs.exists():
             rows = self.options.rows * days
-            config = GenerateConfig(rows, self.seed, like="criteo-kaggle", days=days, drift=self.options.drift)
+            config = GenerateConfig(rows, like="criteo-kaggle", days=days, drift=self.options.drift)
             generate(logs, config)
         return logs / f"day_{day}"
 
@@ -57,7 +57,7 @@ class Seed:
         """The dataset of these days, a tenth of whose rows is validation."""
         import dqrm
 
-        path = self.folder / "data" / name
+        path = self.folder.parent / "data" / name
         if not path.exists():
             columns = dqrm.PrepareConfig(
                 layout="criteo-kaggle", split="random", validation_fraction=0.1, test_fraction=0.0,
@@ -84,9 +84,8 @@ class Seed:
             found = self._warm(storage, day)
         else:
             data = self.dataset(f"{first}_{day}", range(first, day + 1))
-            found = self._measured(data, self.folder / "run", storage, day, [], None)
+            found = self._measured(data, self.folder / "run", storage, [], None)
             shutil.rmtree(self.folder / "run")
-            shutil.rmtree(self.folder / "data" / "next")
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps(found))
         return found
@@ -97,13 +96,10 @@ class Seed:
         if day and not (before / "summary.json").exists():
             raise SystemExit(f"{before} is gone; delete {self.folder / 'results'} of this arm")
         shutil.rmtree(run, ignore_errors=True)
-        return self._measured(
-            self.chained(day), run, storage, day, self.options.warm if day else [], before if day else None
-        )
+        more, start = (self.options.warm, before) if day else ([], None)
+        return self._measured(self.chained(day), run, storage, more, start)
 
-    def _measured(
-        self, data: Path, run: Path, storage: str, day: int, more: Sequence[str], start: Path | None
-    ) -> dict[str, Any]:
+    def _measured(self, data: Path, run: Path, storage: str, more: Sequence[str], start: Path | None) -> dict[str, Any]:
         import dqrm
         from dqrm.config import Config
         from dqrm.daily.scores import measure
@@ -116,8 +112,9 @@ class Seed:
         began = time.process_time()
         summary = dqrm.train(data, run, config, start_from=start)
         seconds = time.process_time() - began
-        shutil.rmtree(self.folder / "data" / "next", ignore_errors=True)
-        after = self.chained(day + 1) if start is not None else self.dataset("next", [day + 1], data)
+        last = int(data.name.rpartition("_")[2])
+        chained = data.name.startswith("chain")
+        after = self.chained(last + 1) if chained else self.dataset(f"{data.name}_{last + 1}", [last + 1], data)
         metrics = measure(Run.open(run), Dataset(after))
         return {
             "auc": metrics["auc"], "ne": metrics["ne"], "calibration": metrics["calibration"], "seconds": seconds,
@@ -153,7 +150,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="Lines of a day.")
     parser.add_argument("--days", type=int, default=7, help="Days; the last one is only evaluated on.")
     parser.add_argument("--drift", type=float, default=0.1, help="As of dqrm generate.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of logs and training.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of training.")
     parser.add_argument("--arms", nargs="+", default=["warm", "warm/int8", "day", "last3", "all"], help="See above.")
     parser.add_argument("--warm", nargs="*", default=[], metavar="FIELD=VALUE", help="Options of warm days only.")
     options = parser.parse_args()
