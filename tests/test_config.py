@@ -178,7 +178,7 @@ def test_the_flag_bits_and_the_files_small_tables(tmp_path, overrides, small):
         ("model:\n  interaction: cat\n  self_interaction: true\n", "self_interaction is true"),
         ("quantization:\n  bits: 3\n", "bits is 3, expected one of 2, 4, 8, 16, 32"),
         ("optimizer:\n  learning_rate: -1\n", "learning_rate is -1.0"),
-        ("optimizer:\n  learning_rate: .nan\n", "learning_rate is nan"),
+        ("optimizer:\n  learning_rate: .nan\n", "learning_rate is nan, expected a finite number, 0 or more"),
         ("optimizer:\n  plateau_factor: 0\n", "plateau_factor is 0.0"),
         ("optimizer:\n  warmup_steps: 10\n  decay_steps: 5\n", "before the end of the warm-up"),
         ("optimizer:\n  learning_rate: .inf\n", "learning_rate is inf"),

@@ -5,6 +5,7 @@ The same field names serve in Python, in YAML (under the section's name) and as 
 field is its help. Impossible values are refused when the dataclass is built. Importing this module imports no torch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -161,11 +162,11 @@ class OptimizerConfig:
         if self.learning_rate is not None:
             at_least(self, learning_rate=0)
         at_least(
-            self, adagrad_eps=0, count_halflife=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0,
+            self, adagrad_eps=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0,
             mlp_l2=0, scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
         )  # fmt: skip
-        if not self.count_halflife > 0:
-            raise ValueError(f"count_halflife is {self.count_halflife}, expected a number of steps above 0")
+        if not 0 < self.count_halflife < math.inf:
+            raise ValueError(f"count_halflife is {self.count_halflife}, expected a finite number of steps above 0")
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and below 1")

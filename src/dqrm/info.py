@@ -228,7 +228,7 @@ def print_artifact(found: dict[str, Any]) -> None:
         f"tables {_told(bits, model['table_bits'])} bits ({_scales(model, found['table_bits_per_weight'])}), "
         f"MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
     )
-    print_base_rate(found["subsampling"])
+    print_base_rate(found)
     kept = found["vocabulary"]["mode"]
     where = {
         "embed": "in the file", "beside": "in a second file beside it", "none": "left out",
@@ -278,20 +278,22 @@ def print_export(found: dict[str, Any]) -> None:
         f"Verified on {compared['rows']:,} rows ({compared['of']}): probabilities differ from the model's by at most "
         f"{found['largest_difference']:.2g}"
     )
-    print_base_rate(found["subsampling"])
+    print_base_rate(found)
     if "largest_difference_from_fp32" in found:
         results.print(
             f"Against the FP32 model, quantization moved them by at most {found['largest_difference_from_fp32']:.2g}"
         )
 
 
-def print_base_rate(described: dict[str, Any]) -> None:
-    """Which click rate a file's probabilities are on, where negatives were subsampled."""
+def print_base_rate(found: dict[str, Any]) -> None:
+    """Which click rate a file's probabilities are on, where negatives were subsampled, and how they are calibrated."""
     from dqrm.export.base_rate import BaseRate
+    from dqrm.models.calibration import Calibration
 
-    told = BaseRate(**described).tell()
-    if told is not None:
-        _say(told)
+    calibration = Calibration.of(found)
+    for told in (BaseRate(**found["subsampling"]).tell(), None if calibration is None else calibration.tell()):
+        if told is not None:
+            _say(told)
 
 
 def _say(text: str) -> None:

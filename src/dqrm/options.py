@@ -195,7 +195,9 @@ def at_least(config: Any, **lowest: float) -> None:
         value = getattr(config, name)
         if isinstance(value, int) and value >= 2**63:  # what torch and the files' counters cannot hold
             raise ValueError(f"{name} is {value}, expected below 2^63")
-        if not (value >= bound and math.isfinite(value)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, expected a finite number, {bound} or more")
+        if value < bound:
             raise ValueError(f"{name} is {value}, expected {bound} or more")
         if name in _SIZES and value >= 2**31:
             raise ValueError(f"{name} is {value}, expected below 2^31")

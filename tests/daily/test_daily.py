@@ -190,21 +190,21 @@ def assert_same(lines, folder, whole, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
-def test_sigkill_at_random_moments(logs, whole, tmp_path, number):
-    recipe = write_recipe(tmp_path)
+def test_sigkill_in_each_step(logs, whole, tmp_path):
+    folder = tmp_path / "out"
     words = command(
-        "daily", recipe, logs.replace("*", "[1-3]"), "-o", tmp_path / "out", "--keep", 10, "--gate-margin", "none"
+        "daily", write_recipe(tmp_path), logs.replace("*", "[12]"), "-o", folder, "--keep", 10, "--gate-margin", "none"
     )
-    draw = np.random.default_rng(number)
-    for _ in range(2):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        time.sleep(draw.uniform(1, 12))
+    for begun in ("dt=1/run/run.json", "dt=2/data*", "dt=2/model.dqrm*"):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list((folder / "days").glob(begun)):
+            time.sleep(0.001)
+        assert process.poll() is None, begun
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert "dt=3" in done.stdout
-    assert_same(Folder(tmp_path / "out").done(), tmp_path / "out", whole, 3)
+    assert "dt=2" in done.stdout
+    assert_same(Folder(folder).done(), folder, whole, 2)
 
 
 def test_a_worse_model_is_not_published_and_the_next_day_starts_from_the_published_one(logs, recipe, tmp_path):
@@ -213,8 +213,8 @@ def test_a_worse_model_is_not_published_and_the_next_day_starts_from_the_publish
     lines = pipeline.run_daily(recipe, [f"{folder}/dt=[12]"], tmp_path / "out", DailyConfig(gate_margin=1.0))
     real, told = pipeline.measure, []
 
-    def judged(run, dataset, splits=SPLITS, progress=None):
-        found = real(run, dataset, splits, progress)
+    def judged(run, dataset, splits, *more):
+        found = real(run, dataset, splits, *more)
         worse = run.path.parent.name == "dt=3" and splits != SPLITS
         return {**found, "auc": found["auc"] - 0.5} if worse else found
 
@@ -234,6 +234,22 @@ def test_a_worse_model_is_not_published_and_the_next_day_starts_from_the_publish
     assert start["run"] == str(Folder(tmp_path / "out").run("dt=2").resolve())
     assert any("Warning: the model of dt=3 is not published: auc on test is" in line for line in told)
     assert os.listdir(tmp_path / "out" / "days") == ["dt=4"]
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_models_are_judged_as_they_are_calibrated(logs, recipe, whole, tmp_path, method):
+    config = DailyConfig(gate_margin=None, gate_metric="ne", calibrate=method)
+    line = pipeline.run_daily(recipe, [logs.replace("*", "[12]")], tmp_path, config)[1]
+    folder, found = Folder(tmp_path), {}
+    for day in ("dt=1", "dt=2"):
+        calibration = dqrm.Artifact.open(folder.model(day)).calibration
+        assert calibration.method == method
+        found[day] = measure(Run.open(folder.run(day)), dqrm.Dataset(folder.data("dt=2")), ["test"], None, calibration)
+    assert (line["gate"]["published"], line["gate"]["new"]) == (found["dt=1"]["ne"], found["dt=2"]["ne"])
+    same_tensors(folder.run("dt=2"), Folder(whole[0]).run("dt=2"))  # the next day starts from the run
+    assert line["before"]["ne"] != whole[1][1]["before"]["ne"]
+    scored = dqrm.evaluate(folder.current, folder.data("dt=2"))
+    assert scored["log_loss"] == pytest.approx(found["dt=2"]["log_loss"], rel=1e-5)
 
 
 def test_on_the_command_line(logs, tmp_path):
@@ -279,10 +295,21 @@ def test_logs_and_folders_that_cannot_be(logs, recipe, whole, tmp_path):
     other = Recipe(recipe.file, recipe.fields, tiny())
     with pytest.raises(UserError, match="was begun with"):
         pipeline.run_daily(other, [logs], whole[0])
+    with pytest.raises(ValueError, match="calibrate: got 'beta', expected"):
+        DailyConfig(calibrate="beta")
     with pytest.raises(ValueError, match="keep is 0, expected 1 or more"):
         DailyConfig(keep=0)
     with pytest.raises(UserError, match="gate_metric: got 'auk', expected one of"):
         pipeline.run_daily(recipe, [logs], tmp_path / "out", DailyConfig(gate_metric="auk"))
+
+
+def test_several_ranks_are_refused(logs, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match="daily runs in one process; several ranks are for `dqrm train`, day by day"
+    ):
+        pipeline.run_daily(recipe, [logs], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_days_whose_ids_are_hashed_extend_nothing_and_carry_all_rows_over(logs, tmp_path):

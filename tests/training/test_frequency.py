@@ -1,5 +1,6 @@
 """Row-wise Adagrad with the frequency of rows, against float64 references written row by row."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -159,5 +160,6 @@ def test_a_resumed_run_keeps_its_bits(generated, tmp_path, rule, ranks):
 def test_a_halflife_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="halflife is 0, expected a number of steps above 0"):
         CounterAdagrad([nn.Parameter(torch.ones(2, 2))], 0.1, halflife=0)
-    with pytest.raises(ValueError, match=r"count_halflife is 0\.0, expected a number of steps above 0"):
-        OptimizerConfig(count_halflife=0.0)
+    for wrong in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"count_halflife is {wrong}, expected a finite number of steps above 0"):
+            OptimizerConfig(count_halflife=wrong)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dqrm.config import SECTIONS, Config
 from dqrm.data.config import PrepareConfig
 from dqrm.errors import UserError
-from dqrm.options import at_least, build, read_yaml
+from dqrm.options import at_least, build, check_fields, read_yaml
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,13 @@ class DailyConfig:
     gate_metric: str = "auc"
     """Metric by which a new model is compared with the published one, on rows of the newest day that neither has
     trained on: its test split, or validation where that has no rows."""
+    calibrate: Literal["none", "platt", "isotonic"] = "none"
+    """Calibrate each model on the validation rows of its day: Platt scaling or isotonic regression."""
     gate_margin: float | None = 0.005
     """The new model is published unless it is worse than the published one by more than this; none: it always is."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         at_least(self, keep=1)
         if self.gate_margin is not None:
             at_least(self, gate_margin=0)

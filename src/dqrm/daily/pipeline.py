@@ -14,10 +14,12 @@ from dqrm.daily.config import DailyConfig, Recipe
 from dqrm.daily.days import Folder, list_days, published
 from dqrm.daily.scores import measure
 from dqrm.data.dataset import Dataset
+from dqrm.data.folder import SPLITS
 from dqrm.data.listing import natural
 from dqrm.data.prepare import prepare
 from dqrm.distributed import launched
 from dqrm.errors import UserError
+from dqrm.export.artifact import Artifact
 from dqrm.export.config import ExportConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import exclusive, read_json, write_json
@@ -133,12 +135,12 @@ class _Day:
         earlier = published(self.lines)
         current = None if earlier is None else Run.open(self.folder.run(earlier))
         dataset = self._timed("prepare", self._prepare)
-        before = None if current is None else self._timed("evaluate", lambda: self._before(dataset, current))
+        before = None if earlier is None else self._timed("evaluate", lambda: self._before(dataset, earlier))
         summary = self._timed("train", lambda: self._train(dataset, current))
         if not self.folder.model(self.name).exists():
-            options = ExportConfig(data=str(dataset.path))
+            options = ExportConfig(data=str(dataset.path), calibrate=self.config.calibrate)
             self._timed("export", lambda: export_run(self.folder.run(self.name), self.folder.model(self.name), options))
-        gate = None if current is None else self._timed("gate", lambda: self._judge(dataset, current))
+        gate = None if earlier is None else self._timed("gate", lambda: self._judge(dataset, earlier))
         return {
             "day": self.name,
             "rows": dataset.rows,
@@ -164,11 +166,16 @@ class _Day:
         extended = str(self.folder.data(before[0])) if before else None
         return prepare([self.source], path, self.recipe.prepare(extended), self.progress)
 
-    def _before(self, dataset: Dataset, current: Run) -> dict[str, Any]:
+    def _measure(self, day: str, dataset: Dataset, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
+        """Metrics of the model of a day, as it was exported."""
+        calibration = Artifact.open(self.folder.model(day)).calibration
+        return measure(Run.open(self.folder.run(day)), dataset, splits, self.progress, calibration)
+
+    def _before(self, dataset: Dataset, current: str) -> dict[str, Any]:
         """Metrics of the published model on the whole day."""
         file = self.folder.day(self.name) / "before.json"
         if not file.exists():
-            write_json(file, measure(current, dataset, progress=self.progress))
+            write_json(file, self._measure(current, dataset))
         found: dict[str, Any] = read_json(file)
         return found
 
@@ -179,7 +186,7 @@ class _Day:
         start = None if current is None else current.path
         return train(dataset, run, self.recipe.train, self.progress, self.log, start_from=start)
 
-    def _judge(self, dataset: Dataset, current: Run) -> dict[str, Any]:
+    def _judge(self, dataset: Dataset, current: str) -> dict[str, Any]:
         """The new model against the published one: metric, margin, split, both figures, and whether it passed.
 
         Without a figure of one of them, as where all rows have one label, it does not pass.
@@ -196,8 +203,8 @@ class _Day:
             )
         figures: dict[str, Any] = dict.fromkeys(("published", "new"))
         if split is not None:
-            runs = {"published": current, "new": Run.open(self.folder.run(self.name))}
-            figures = {which: measure(run, dataset, [split], self.progress)[name] for which, run in runs.items()}
+            days = {"published": current, "new": self.name}
+            figures = {which: self._measure(day, dataset, [split])[name] for which, day in days.items()}
         passed = margin is None
         if margin is not None and None not in figures.values():
             sign = 1 if _gate(self.config).higher_is_better else -1

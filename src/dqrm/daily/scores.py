@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from dqrm.data.dataset import Dataset
 from dqrm.data.folder import SPLITS
 from dqrm.data.subsampling import logit_offset, negative_weight
 from dqrm.errors import UserError
+from dqrm.models.calibration import Calibration
 from dqrm.training.environment import Progress, resolve_device
 from dqrm.training.evaluation import predict_logits
 from dqrm.training.metrics import click_metrics
@@ -17,11 +19,16 @@ from dqrm.training.threads import threads_set
 
 
 def measure(
-    run: Run, dataset: Dataset, splits: Sequence[str] = SPLITS, progress: Progress | None = None
+    run: Run,
+    dataset: Dataset,
+    splits: Sequence[str] = SPLITS,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run's best checkpoint on all rows of these splits together, at the log's own click rate.
 
-    dataset: that of the run, or one that extends it: ids that the run has no row for are on row 0.
+    dataset: that of the run, or one that extends it: ids that the run has no row for are on row 0. calibration: that of
+    the file that was exported from the run.
 
     Returns:
         As `training.metrics.click_metrics`.
@@ -41,6 +48,8 @@ def measure(
         raise UserError(
             f"{run.path} predicts {logits[~np.isfinite(logits)][0]} on {dataset.path}: its training diverged"
         )
+    if calibration is not None:
+        logits = calibration(torch.from_numpy(logits)).numpy()
     parts = [dataset.split(split) for split in splits]
     weights, groups = [part.weights() for part in parts], [part.groups() for part in parts]
     return click_metrics(

@@ -12,6 +12,7 @@ from dqrm.errors import UserError
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.container import FORMAT_VERSION, GROUPS_VERSION, MIXED_BITS_VERSION, Container, brief
 from dqrm.models.base import ClickModel
+from dqrm.models.calibration import Calibration
 from dqrm.models.registry import described_plan, packed_model, table_groups, weight_count
 from dqrm.quant.mixed import widths
 from dqrm.quant.uniform import check_bits
@@ -77,6 +78,7 @@ class Artifact:
             )
             model = packed_model(self.content["model"], tensors)
             model.logit_offset, model.tables.source = self.base_rate.offset, watch
+            model.calibration = self.calibration
             return model
         except UserError:
             raise
@@ -98,6 +100,11 @@ class Artifact:
     def base_rate(self) -> BaseRate:
         """The click rate that its probabilities are on."""
         return BaseRate.of(self.content)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its logits are calibrated by."""
+        return Calibration.of(self.content)
 
     def vocabulary(self, number: int) -> bytes:
         """The vocabulary of column `number` as a Parquet file's bytes, compared with its checksum.
@@ -216,7 +223,7 @@ def _check(content: Any) -> None:
     ):
         if value not in known:
             raise ValueError(f"{name} {str(value)[:40]!r}, expected one of {', '.join(known)}")
-    _ = content["options"], BaseRate.of(content)
+    _ = content["options"], BaseRate.of(content), Calibration.of(content)
     origin = content["provenance"]
     texts = (origin["dqrm"], origin["data"]["fingerprint"], origin["run"]["checkpoint"])
     figures = [value for metrics in origin["run"]["metrics"].values() if metrics for value in metrics.values()]

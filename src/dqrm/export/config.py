@@ -23,6 +23,8 @@ class ExportConfig:
     """Which id has which row: in the artifact, in a second file beside it, or left out (.dqrm only)."""
     correct_subsampling: bool = True
     """Where negatives were subsampled, predict on the true base rate: p / (p + (1 - p) / kept)."""
+    calibrate: Literal["none", "platt", "isotonic"] = "none"
+    """Calibrate probabilities on the validation rows of the dataset: Platt scaling or isotonic regression."""
     check_rows: int = 1000
     """Rows that are scored with the exported file and with the trained model to compare them."""
     verify: bool = True
@@ -32,6 +34,11 @@ class ExportConfig:
         check_fields(self)
         if self.check_rows < 1:
             raise ValueError(f"check_rows is {self.check_rows}, expected 1 or more")
+        if self.calibrate != "none" and not self.correct_subsampling:
+            raise ValueError(
+                f"calibrate is '{self.calibrate}', on the log's own click rate, but correct_subsampling is false; use "
+                "one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ GROUPS_VERSION = 3
 """Tables whose scales are of blocks of rows, or have zero points."""
 GROWING_VERSION = 4
 """Ids that are hashed to rows, or vocabularies of several days, which may have vacant rows."""
-_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION, GROUPS_VERSION, GROWING_VERSION)
+CALIBRATED_VERSION = 5
+"""Probabilities that are calibrated."""
+_KNOWN = (FORMAT_VERSION, MIXED_BITS_VERSION, GROUPS_VERSION, GROWING_VERSION, CALIBRATED_VERSION)
 _DTYPES = {
     torch.uint8: ("U8", 1), torch.int8: ("I8", 1), torch.int16: ("I16", 2), torch.int32: ("I32", 4),
     torch.int64: ("I64", 8), torch.float32: ("F32", 4),

@@ -7,6 +7,7 @@ from dqrm import __version__
 from dqrm.data.dataset import Dataset
 from dqrm.data.lineage import as_seen_by
 from dqrm.errors import UserError
+from dqrm.export.calibrate import SPLIT
 from dqrm.export.check import sampled_split
 from dqrm.export.config import ExportConfig
 from dqrm.export.watch import Watch
@@ -62,12 +63,15 @@ def check_data(dataset: Dataset, shipped: bool, config: ExportConfig, progress: 
     """Raise UserError if the parts of a dataset that the export reads are damaged: rows to compare, vocabularies."""
     split = sampled_split(dataset)
     used = [*([split] if split else []), *(["vocabulary"] if shipped else [])]
+    if config.calibrate != "none" and split != SPLIT:
+        used.append(SPLIT)
     if dataset.narrowed:  # whose batches depend on its vocabularies
         used = sorted({*used, "vocabulary"})
     if config.verify and used:
         dataset.verify(*used, tell=progress)
-    if split:
-        dataset.validate(split)
+    for name in used:
+        if name != "vocabulary":
+            dataset.validate(name)
 
 
 def subsample_negatives(run: Run, dataset: Dataset | None) -> float | None:

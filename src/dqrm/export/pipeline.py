@@ -22,9 +22,10 @@ from dqrm.errors import UserError
 from dqrm.export import artifact
 from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
+from dqrm.export.calibrate import fit
 from dqrm.export.check import compare, logits_of, looked_up, sample
 from dqrm.export.config import ExportConfig, PTQConfig
-from dqrm.export.container import GROWING_VERSION, Entry, write
+from dqrm.export.container import CALIBRATED_VERSION, GROWING_VERSION, Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import (
@@ -97,9 +98,9 @@ def _from_run(
     source: Path, made: Path, target: Format, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
 ) -> dict[str, Any]:
     run = Run.open(source)
-    shipped = target.is_artifact and config.vocabulary != "none"
-    otherwise = ", or leave the vocabularies out with --vocabulary none"
-    dataset = dataset_of(run, config.data, shipped, otherwise)
+    shipped, calibrated = target.is_artifact and config.vocabulary != "none", config.calibrate != "none"
+    otherwise = "" if calibrated else ", or leave the vocabularies out with --vocabulary none"
+    dataset = dataset_of(run, config.data, shipped or calibrated, otherwise)
     if dataset is not None:
         check_data(dataset, shipped, config, progress)
     # Memory-mapped: each table is read once, piece by piece, while it is packed.
@@ -116,6 +117,9 @@ def _from_run(
     rate = BaseRate.chosen(subsample_negatives(run, dataset), config.correct_subsampling)
     reference = weights.reference()
     reference.logit_offset = model.logit_offset = rate.offset
+    if calibrated and dataset is not None:
+        model.calibration = fit(config.calibrate, reference, dataset, progress)
+        reference.calibration = model.calibration
     expected = logits_of(reference, batch)
     method = {"method": "none" if (weights.table_bits, weights.mlp_bits) == (32, 32) else "qat"}
     content = {
@@ -125,6 +129,7 @@ def _from_run(
         "options": dataset.info["options"] if dataset else None,
         "subsampling": rate.header(),
         "provenance": provenance(run, state, config.checkpoint),
+        **_calibration(model),
     }
     first = made if target.is_artifact else made.parent / ".artifact.dqrm"
     entries = weights.entries()
@@ -133,6 +138,8 @@ def _from_run(
     version = artifact.version_of(described)
     if dataset is not None and (dataset.hashed or dataset.day):
         version = GROWING_VERSION
+    if calibrated:
+        version = CALIBRATED_VERSION
     write(first, artifact.KIND, content, entries, version)
     difference = None if ptq is None else compare(logits_of(model, batch), expected)
     watch.check()
@@ -150,6 +157,8 @@ def _from_artifact(
     opened = Artifact.open(source, config.verify)
     if ptq is not None:
         raise UserError(f"{source} is an artifact; quantization after training starts from a run folder")
+    if config.calibrate != "none":
+        raise UserError(f"{source} is an artifact; calibrate '{config.calibrate}' starts from a run folder")
     if target.is_artifact:
         others = either([suffix for suffix, other in formats().items() if not other.is_artifact])
         raise UserError(f"{source} is an artifact already; name an output that ends in {others}")
@@ -160,6 +169,11 @@ def _from_artifact(
     batch, where = sample(opened.content["model"], dataset, config.check_rows)
     share = opened.base_rate.subsample_negatives if dataset is None else dataset.subsample_negatives
     rate = BaseRate.chosen(share, config.correct_subsampling)
+    if opened.calibration and rate.offset != opened.base_rate.offset:
+        raise UserError(
+            f"{source} is calibrated, and its calibration is on the log's own click rate; leave out "
+            "--no-correct-subsampling"
+        )
     return _finish(opened, rate, made, target, batch, logits_of(_model(opened, rate), batch), where)
 
 
@@ -193,6 +207,7 @@ def _finish(
         "largest_difference": difference,
         "compared": {"rows": len(batch), "of": where},
         "subsampling": rate.header(),
+        **_calibration(model),
     }
 
 
@@ -205,7 +220,14 @@ TIPPED = 1e-2
 def _metadata(opened: Artifact, rate: BaseRate) -> dict[str, str]:
     """The part of the artifact's header that files of other formats carry, as text."""
     kept = ("model", "quantization", "schema", "provenance")
-    return {"dqrm": json.dumps({**{name: opened.content[name] for name in kept}, "subsampling": rate.header()})}
+    more = {"calibration": opened.content["calibration"]} if opened.calibration else {}
+    described = {**{name: opened.content[name] for name in kept}, "subsampling": rate.header(), **more}
+    return {"dqrm": json.dumps(described)}
+
+
+def _calibration(model: ClickModel) -> dict[str, Any]:
+    """The entry of a header, where there is a calibration."""
+    return {"calibration": model.calibration.header()} if model.calibration else {}
 
 
 def _vocabulary(

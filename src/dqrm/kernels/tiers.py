@@ -14,10 +14,10 @@ _MOST = 0xFFFF
 
 def encode_tiers(values: Tensor, out: Tiers) -> None:
     slots = slots_of(out, torch.arange(len(out), device=out.device))
-    _write(out, torch.arange(len(out), device=out.device), slots, values, None)
+    write_rows(out, torch.arange(len(out), device=out.device), slots, values)
 
 
-def _write(weight: Tiers, rows: Tensor, slots: Tensor, values: Tensor, noise: Tensor | None) -> None:
+def write_rows(weight: Tiers, rows: Tensor, slots: Tensor, values: Tensor, noise: Tensor | None = None) -> None:
     """Encode values in these rows, in the tier where each lies: their slots, or -1."""
     hot = slots >= 0
     weight.cold[rows[~hot]] = int4_rows(values[~hot], None if noise is None else noise[~hot])
@@ -35,7 +35,7 @@ def update_tiers(
 
     new = read_rows(weight, rows, weight.dim) + values * factor
     slots = slots_of(weight, rows)
-    _write(weight, rows, slots, new, _noise(rows, weight.dim, seed))
+    write_rows(weight, rows, slots, new, _noise(rows, weight.dim, seed))
     used = slots[slots >= 0]
     weight.counts[used] = ((weight.counts[used].int() & _MOST) + 1).clamp_(max=_MOST).to(torch.int16)
     moved = _admit_all(weight, rows, seed) if len(weight.hot) else rows[:0]
@@ -46,7 +46,7 @@ def update_tiers(
 
 def _admit_all(weight: Tiers, rows: Tensor, seed: int) -> Tensor:
     """Give slots to rows that win them, in the order of `rows`; returns the rows that lost theirs."""
-    sets = hash_of(rows, _SET_SEED) * (len(weight.hot) // WAYS) >> 32
+    sets = _sets(weight, rows)
     draw = hash_of(rows, seed ^ _ADMIT)
     # Counts only grow here: a row that is refused by the lowest count of its set now is refused later as well.
     lowest = (weight.counts.view(-1, WAYS).int() & _MOST).amin(1).long()
@@ -62,6 +62,40 @@ def _admit_all(weight: Tiers, rows: Tensor, seed: int) -> Tensor:
         moved.append(_admit(weight, row, place * WAYS + counts.index(least), seed))
         weight.counts[place * WAYS + counts.index(least)] = _signed(min(least + 1, _MOST))
     return torch.tensor([row for row in moved if row >= 0], dtype=torch.int64, device=rows.device)
+
+
+def _sets(weight: Tiers, rows: Tensor) -> Tensor:
+    return hash_of(rows, _SET_SEED) * (len(weight.hot) // WAYS) >> 32
+
+
+def take_slots(weight: Tiers, rows: Tensor, first: int, counts: Tensor) -> Tensor:
+    """Give rows that have no slot one that is free, in the order of their counts: the slots int64 [N], or -1.
+
+    The caller fills them.
+
+    Args:
+        weight: of a whole table, or a slice of one that begins at row `first`.
+        rows: int64 [N], of the slice, each once. counts: of their updates, integers [N] of 16 bits.
+    """
+    found = torch.full_like(rows, -1)
+    if not len(rows) or not len(weight.hot):
+        return found
+    sets = _sets(weight, rows + first)
+    order = (sets * (_MOST + 1) + (_MOST - (counts.long() & _MOST))).argsort(stable=True)
+    _, begun, sizes = torch.unique_consecutive(sets[order], return_inverse=True, return_counts=True)
+    number = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[begun]  # of each row in its set
+    free = weight.owner.view(-1, WAYS)[sets[order]] == 0
+    chosen = free & (free.cumsum(1) == number[:, None] + 1)
+    got = chosen.any(1)
+    at, slots = order[got], sets[order[got]] * WAYS + chosen[got].int().argmax(1)
+    found[at] = slots
+    weight.owner[slots] = (rows[at] + first + 1).int()
+    weight.counts[slots] = counts[at].to(torch.int16)
+    cold = torch.zeros(len(at), weight.cold.shape[1], dtype=torch.uint8, device=rows.device)
+    cold[:, :4] = slots.int()[:, None].contiguous().view(torch.uint8)
+    cold[:, -1] = 0x80
+    weight.cold[rows[at]] = cold
+    return found
 
 
 def _signed(count: int) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqrm.config import ModelConfig
+from dqrm.models.calibration import Calibration
 from dqrm.models.inputs import checked
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
@@ -124,6 +125,8 @@ class ClickModel(nn.Module, ABC):
     logit_offset: float | None = None
     """Added to each logit, so that probabilities are on the log's click rate where negatives were subsampled. None: of
     a model in training, whose logits are on the click rate of the rows that it is trained on."""
+    calibration: Calibration | None = None
+    """Of each logit, after `logit_offset`; None: none."""
     config: ModelConfig
     num_dense: int
     tables: Any
@@ -264,10 +267,11 @@ class ClickModel(nn.Module, ABC):
                 mismatch of dtype, shape, number of rows or device.
         """
         logits = self.sampled_logits(dense, ids, bags)
-        return logits + self.logit_offset if self.logit_offset else logits
+        logits = logits + self.logit_offset if self.logit_offset else logits
+        return self.calibration(logits) if self.calibration else logits
 
     def sampled_logits(self, dense: Tensor, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
-        """The same without `logit_offset`: on the click rate of the rows that were trained on."""
+        """The same without `logit_offset` and calibration: on the click rate of the rows that were trained on."""
         tables = self.tables
         dense, ids, bags = checked(dense, ids, bags, self, tables)
         return self.logits(dense, tables(ids, bags))

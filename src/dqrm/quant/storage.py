@@ -42,8 +42,6 @@ class Storage:
     dtype: torch.dtype
     rounds = False
     """Whether adding rounds at random: rows must not repeat then, and each update needs another seed."""
-    rows_in_memory = True
-    """Whether row i of the weight is row i of `memory`, as `copy_rows` takes it."""
 
     @classmethod
     def empty(cls, rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -106,6 +104,16 @@ class Storage:
     def gather(weight: Tensor, rows: Tensor) -> Tensor:
         """Rows int64 [N] of a weight as float32 [N, dim], without a gradient."""
         return weight.detach().index_select(0, rows).float()
+
+    @classmethod
+    def put(cls, weight: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
+        """weight[rows] = source[source_rows] in place, as `copy_rows`."""
+        given = storage_of(source)
+        if cls is given:
+            memory = given.memory(source).index_select(0, source_rows)
+        else:
+            memory = cls.memory(cls.encode(given.gather(source, source_rows)))
+        cls.memory(weight).index_copy_(0, rows, memory.to(weight.device))
 
     @staticmethod
     def lookup(weight: Tensor, rows: Tensor, sparse: bool) -> Tensor:
@@ -240,7 +248,6 @@ class INT4(Encoded):
 
     dtype = torch.int4  # type: ignore[attr-defined]
     weight_class = TieredRows
-    rows_in_memory = False
     hot_rows = HOT_ROWS
 
     @classmethod
@@ -263,6 +270,11 @@ class INT4(Encoded):
     def check(weight: Tensor) -> None:
         assert isinstance(weight, TieredRows)
         weight.check()
+
+    @classmethod
+    def put(cls, weight: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
+        assert isinstance(weight, TieredRows)
+        weight.write_from(rows, source, source_rows)
 
     @classmethod
     def update(
@@ -333,20 +345,11 @@ def _encoded(kind: type[EncodedRows]) -> type[Storage]:
 def copy_rows(target: Tensor, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
     """target[rows] = source[source_rows] in place, for weights [R, dim] of any two storages and rows int64 [N].
 
-    Bit for bit where the storages are the same, else rounded to the nearest value. No row of the target twice.
-
-    Raises:
-        ValueError: the target is stored in tiers, which have no place for a single row.
+    Bit for bit where the storages are the same, else rounded to the nearest value; in tiers, bit for bit in the tier
+    that has a place (`TieredRows.write_from`). No row of the target twice.
     """
-    storage, given, dim = storage_of(target), storage_of(source), target.shape[1]
-    if not storage.rows_in_memory:
-        raise ValueError("rows cannot be copied into a table stored as INT4 rows; use another table_dtype")
-    step = max(1, _COPIED // max(1, dim))
+    if isinstance(target, TieredRows) and isinstance(source, TieredRows):
+        target.take_slots(rows, source, source_rows)
+    step = max(1, _COPIED // max(1, target.shape[1]))
     for part, source_part in zip(rows.split(step), source_rows.split(step)):
-        if storage is given:
-            memory = given.memory(source).index_select(0, source_part)
-        else:
-            encoded = storage.empty(len(part), dim, source.device)
-            encoded.copy_(given.gather(source, source_part))
-            memory = storage.memory(encoded)
-        storage.memory(target).index_copy_(0, part, memory.to(target.device))
+        storage_of(target).put(target, part, source, source_part)

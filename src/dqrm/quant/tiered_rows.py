@@ -18,7 +18,7 @@ from dqrm import kernels
 from dqrm.kernels import Tiers
 from dqrm.kernels.layout import int4_row_width, int8_row_width
 from dqrm.kernels.rows import slots_of
-from dqrm.kernels.tiers import WAYS
+from dqrm.kernels.tiers import WAYS, take_slots, write_rows
 from dqrm.quant.config import HOT_ROWS
 from dqrm.quant.encoded_rows import EncodedRows
 
@@ -168,6 +168,31 @@ class TieredRows(EncodedRows):
 
     def encode_into(self, values: Tensor) -> None:
         kernels.encode_tiers(values, self.operand)
+
+    def write_from(self, rows: Tensor, source: Tensor, source_rows: Tensor) -> None:
+        """Encode rows int64 [N] of any weight in rows of this one, to the nearest codes of the tier where each lies.
+
+        From another table in tiers, rows that have slots there get free ones of their sets here, those that are updated
+        most often first, and rows in the same tier as there keep their codes.
+        """
+        own, theirs = self.operand, source.operand if isinstance(source, TieredRows) else None
+        slots = slots_of(own, rows)
+        rest = torch.ones_like(rows, dtype=torch.bool)
+        if theirs is not None:
+            given = slots_of(theirs, source_rows)
+            cold, hot = (slots < 0) & (given < 0), (slots >= 0) & (given >= 0)
+            own.cold[rows[cold]] = theirs.cold[source_rows[cold]]
+            own.hot[slots[hot]] = theirs.hot[given[hot]]
+            rest = ~(cold | hot)
+        values = source.detach().index_select(0, source_rows[rest]).float().to(self.device)
+        write_rows(own, rows[rest], slots[rest], values)
+
+    def take_slots(self, rows: Tensor, source: "TieredRows", source_rows: Tensor) -> None:
+        """Give these rows slots, as `write_from` says; it fills them."""
+        own, theirs = self.operand, source.operand
+        given = slots_of(theirs, source_rows)
+        wanted = (given >= 0) & (slots_of(own, rows) < 0)
+        take_slots(own, rows[wanted], self.first, theirs.counts[given[wanted]])
 
     def take_codes(self, other: "TieredRows") -> bool:
         if not (self.whole and other.whole and len(self.stored) == len(other.stored)):

@@ -14,10 +14,11 @@ from dqrm.export.artifact import Artifact
 from dqrm.export.base_rate import BaseRate
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import require_dataset
+from dqrm.models.calibration import Calibration
 from dqrm.serving.sources import Model, is_exported_file, path_of, scored_format
 from dqrm.training.environment import Log, Progress, resolve_device
+from dqrm.training.evaluation import CALIBRATED, measure_on, score_split
 from dqrm.training.evaluation import evaluate as evaluate_model
-from dqrm.training.evaluation import measure_on, score_split
 from dqrm.training.run import Run
 from dqrm.training.threads import SHORT, given_threads, tell_threads
 
@@ -126,6 +127,8 @@ def _evaluate_file(
         model = opened.model()
         metrics = evaluate_model(model, dataset, split, batch_size, progress, False, correct_subsampling, threads, log)
         return _with_newer_ids(metrics, dataset, split)
+    if not correct_subsampling and Calibration.of(content):
+        raise UserError(CALIBRATED)
     threads = given_threads(threads) or _runtime_threads(kind, path, dataset.split(split), batch_size)
     tell_threads(threads, log)
     logits = score_split(kind.open(path, threads), dataset, split, batch_size, progress)

@@ -19,6 +19,12 @@ from dqrm.training.environment import Log, Progress
 from dqrm.training.metrics import calibration_curve, click_metrics
 from dqrm.training.threads import scoring_threads
 
+CALIBRATED = (
+    "the model is calibrated, on the log's own click rate; leave out --no-correct-subsampling "
+    "(correct_subsampling=False)"
+)
+"""Why it is not evaluated on the click rate of rows whose negatives were subsampled."""
+
 
 def predict_logits(
     model: ClickModel,
@@ -133,6 +139,8 @@ def evaluate(
             f"model is a {type(model).__name__}, expected a click model: dqrm.load(FILE) or "
             "dqrm.Run.open(RUN).load_model()[0]"
         )
+    if not correct_subsampling and getattr(model, "calibration", None) is not None:
+        raise UserError(CALIBRATED)
     dataset = Dataset.of(dataset)
     if verify:
         dataset.verify(split, tell=progress)

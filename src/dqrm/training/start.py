@@ -27,7 +27,6 @@ from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.files import read_json
 from dqrm.models.base import ClickModel
-from dqrm.models.registry import table_storage
 from dqrm.quant.activations import ActivationFakeQuantizer
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.quantizer import WeightFakeQuantizer
@@ -78,11 +77,6 @@ class Start:
             raise UserError(f"{earlier} is not finished; `dqrm train --resume {earlier}` continues it")
         _require_same_architecture(run, config)
         _require_same_columns(run, dataset, carry)
-        if carry == "all" and not table_storage(config).rows_in_memory:
-            raise UserError(
-                f"table_dtype is '{config.training.table_dtype}': its tables cannot take the rows of another run; use "
-                "int8, bf16 or fp32, or --carry mlp"
-            )
         step = (summary["best"] or {}).get("step", summary["steps"])
         changes = [] if carry == "mlp" else row_changes(dataset, run.info["data"], run.path)
         return cls(run, step, carry, changes)

@@ -49,10 +49,11 @@ class OnnxFormat(Format):
 
     def content(self, path: Path) -> dict[str, Any]:
         from dqrm.export.base_rate import BaseRate
+        from dqrm.models.calibration import Calibration
 
         try:
             content: dict[str, Any] = json.loads(self._session(path, 1).get_modelmeta().custom_metadata_map["dqrm"])
-            _ = content["provenance"]["data"]["fingerprint"][:16], BaseRate.of(content)
+            _ = content["provenance"]["data"]["fingerprint"][:16], BaseRate.of(content), Calibration.of(content)
         except (KeyError, TypeError, ValueError):
             return super().content(path)
         return content

@@ -22,6 +22,7 @@ from dqrm.export.formats.onnx_file import write_model
 from dqrm.export.formats.onnx_graph import Graph, concat, look_up_tables, run_stack
 from dqrm.export.formats.traceable import packed_tables
 from dqrm.models.base import ClickModel
+from dqrm.models.calibration import Calibration
 from dqrm.models.dcn import DCN
 from dqrm.models.dlrm import DLRM
 
@@ -73,12 +74,22 @@ def _build(graph: Graph, model: ClickModel) -> None:
     dense = graph.input("dense", np.float32, ["batch", model.num_dense]) if model.num_dense else ""
     logit = GRAPHS[name](graph, model, dense, look_up_tables(graph, packed_tables(model)))
     if model.logit_offset:
-        graph.node("Add", graph.node("Reshape", logit, graph.ints(-1)), graph.float(model.logit_offset), name="logit")
-    else:
-        graph.node("Reshape", logit, graph.ints(-1), name="logit")
+        logit = graph.node("Add", logit, graph.float(model.logit_offset))
+    if model.calibration:
+        logit = _calibrated(graph, graph.node("Reshape", logit, graph.ints(-1, 1)), model.calibration)
+    graph.node("Reshape", logit, graph.ints(-1), name="logit")
     graph.node("Sigmoid", "logit", name="probability")
     graph.output("probability", ["batch"])
     graph.output("logit", ["batch"])
+
+
+def _calibrated(graph: Graph, logit: str, calibration: Calibration) -> str:
+    """As `Calibration.__call__`, of a logit [B, 1]."""
+    lower, upper, start, slope, value = calibration.lines
+    lows, highs, starts = (graph.constant(numbers, np.float32) for numbers in (lower, upper, start))
+    inside = graph.node("Sub", graph.node("Min", graph.node("Max", logit, lows), highs), starts)
+    weighted = graph.node("MatMul", inside, graph.constant(np.array(slope)[:, None], np.float32))
+    return graph.node("Add", weighted, graph.float(value))
 
 
 def _dlrm(graph: Graph, model: DLRM, dense: str, vectors: str) -> str:

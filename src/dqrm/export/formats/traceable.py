@@ -83,11 +83,12 @@ def flat_model(model: ClickModel) -> ClickModel:
     """
     stacks = {path: nn.Sequential(*packed_stack(stack)) for path, stack in model.stacks().items()}
     flat = type(model).from_parts(model.config, model.num_dense, packed_tables(model), stacks)
-    offset = model.logit_offset or 0.0
+    offset, calibration = model.logit_offset or 0.0, model.calibration
 
     def forward(dense: Tensor, ids: Tensor, *bags: Tensor) -> Tensor:
         logits = flat.logits(dense, _vectors(flat.tables, dense, ids, bags))
-        return logits + offset if offset else logits
+        logits = logits + offset if offset else logits
+        return calibration(logits) if calibration else logits
 
     flat.forward = forward  # type: ignore[method-assign,assignment]
     return flat
