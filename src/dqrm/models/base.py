@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqrm.config import ModelConfig
 from dqrm.models.calibration import Calibration
+from dqrm.models.config import ModelConfig
 from dqrm.models.inputs import checked
 from dqrm.quant.config import QATConfig
 from dqrm.quant.embedding import QuantEmbeddingBagCollection

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqrm.config import ModelConfig
 from dqrm.models.base import ClickModel, Layer, Plan, mlp
+from dqrm.models.config import ModelConfig
 
 
 class DCN(ClickModel):

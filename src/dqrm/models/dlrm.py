@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqrm.config import ModelConfig
 from dqrm.models.base import ClickModel, Plan, mlp
+from dqrm.models.config import ModelConfig
 from dqrm.models.interaction import dot_interaction, pairs
 
 

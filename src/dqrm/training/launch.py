@@ -205,9 +205,8 @@ def check(config: Config, dataset: Dataset, starts: bool = False) -> Config:
     """
     config = resolved(config, dataset, starts)
     check_ranks(World(), config, dataset)
-    for callback in _registered(config, ()):
+    for callback in _registered(config, dataset, (), ()):
         callback.check(config)
-    check_environment(config.training)
     check_selection(config, dataset)
     return config
 
