@@ -139,18 +139,18 @@ class Dataset:
         Raises:
             UserError: its file is missing or damaged, or of another size than the table.
         """
-        found = self._vocabulary(number)
-        return found if self._day is None else found.as_of(self._day, self.columns[number].rows)
+        vocabulary = self._vocabulary(number)
+        return vocabulary if self._day is None else vocabulary.as_of(self._day, self.columns[number].rows)
 
     def _vocabulary(self, number: int) -> "Vocabulary":
         from dqrm.data.vocabulary import Vocabulary
 
         column = self._stored[number]
         path = self.vocabulary_path(column.name)
-        found = Vocabulary.read(path)
-        if found.rows != column.rows:
-            raise UserError(f"{path} is damaged: it is of a table of {found.rows} rows, expected {column.rows}")
-        return found
+        vocabulary = Vocabulary.read(path)
+        if vocabulary.rows != column.rows:
+            raise UserError(f"{path} is damaged: it is of a table of {vocabulary.rows} rows, expected {column.rows}")
+        return vocabulary
 
     def _known(self, number: int) -> "np.ndarray[Any, np.dtype[np.bool_]] | None":
         """Which rows of a column's stored table a model of the earlier day has, bool [rows]; None: all."""

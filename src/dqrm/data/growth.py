@@ -71,7 +71,7 @@ def next_day(known: Vocabulary, rare: pl.DataFrame, run: pl.DataFrame, day: int,
 
     known, rare: of the day before. run: of this day, as `Counter.finish` gives it. day: its number.
     """
-    has_row = _found(run["key"], known.keys)
+    has_row = _is_in(run["key"], known.keys)
     frame = _frame(known)
     decayed = policy.decay != 1 or frame["count"].dtype.is_float() or rare["count"].dtype.is_float()
     frame, rare, run = (
@@ -154,7 +154,7 @@ def _counted(known: pl.DataFrame, run: pl.DataFrame, day: int, policy: Policy, a
         counts *= policy.decay
     seen, keys = run["count"].to_numpy(), known["key"]
     at = keys.search_sorted(run["key"]).to_numpy() if len(keys) else np.zeros(run.height, np.int64)
-    there = _found(run["key"], keys)
+    there = _is_in(run["key"], keys)
     counts[at[there]] += seen[there]
     last[at[there]] = day
     known = known.with_columns(count=pl.Series(counts), last=pl.Series(last))
@@ -171,10 +171,10 @@ def _counted(known: pl.DataFrame, run: pl.DataFrame, day: int, policy: Policy, a
     return known
 
 
-def _found(keys: pl.Series, sorted_keys: pl.Series) -> Array:
+def _is_in(keys: pl.Series, sorted_keys: pl.Series) -> Array:
     """Which of the sorted keys are in another sorted series."""
     if not len(sorted_keys):
         return np.zeros(len(keys), bool)
     at = np.minimum(sorted_keys.search_sorted(keys).to_numpy(), len(sorted_keys) - 1)
-    found: Array = (sorted_keys.gather(at) == keys).to_numpy()
-    return found
+    contained: Array = (sorted_keys.gather(at) == keys).to_numpy()
+    return contained

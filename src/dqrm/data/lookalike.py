@@ -224,8 +224,8 @@ class _Column:
         """Places of the popularity: new ids come on top of them."""
         original = self._model.original
         shown = original.lines * (1 - self.missing)
-        found = _places(self.rows, shown, self.skew)
-        return max(1, round(found / (1 + self.drift * (self._model.config.day_count - 1) / 2)))
+        places = _places(self.rows, shown, self.skew)
+        return max(1, round(places / (1 + self.drift * (self._model.config.day_count - 1) / 2)))
 
     def make_table(self, day: int) -> None:
         """What each 16-bit draw gives on a day."""

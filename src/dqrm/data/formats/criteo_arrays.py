@@ -143,14 +143,14 @@ class NpyFormat(Format):
         """As `Format.arrange`: the three files of a day become one source, named as they begin."""
         days: dict[Path, dict[str, Source]] = {}
         for source in sources:
-            found = _PARTS.fullmatch(source.path.name)
-            if found is None or source.stream:
+            match = _PARTS.fullmatch(source.path.name)
+            if match is None or source.stream:
                 raise UserError(
                     f"{source.where} is none of the files of layout criteo-npy, expected day_0_dense.npy, "
                     "day_0_sparse.npy, day_0_labels.npy"
                 )
-            part = found["part"].split("_")[0].removesuffix("s")
-            parts = days.setdefault(source.path.with_name(found["day"]), {})
+            part = match["part"].split("_")[0].removesuffix("s")
+            parts = days.setdefault(source.path.with_name(match["day"]), {})
             if part in parts:
                 raise UserError(
                     f"{parts[part].where} and {source.where} are two files of the same rows, expected one of them"
