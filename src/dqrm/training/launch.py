@@ -203,8 +203,7 @@ def check(config: Config, dataset: Dataset, starts: bool = False) -> Config:
     """
     config = resolved(config, dataset, starts)
     check_ranks(World(), config, dataset)
-    for callback in _registered(config, ()):
-        callback.check(config)
+    _checked(config, (), "another run" if starts else None)
     check_environment(config.training)
     check_selection(config, dataset)
     return config
