@@ -169,8 +169,8 @@ class _Day:
         file = self.folder.day(self.name) / "before.json"
         if not file.exists():
             write_json(file, measure(current, dataset, progress=self.progress))
-        found: dict[str, Any] = read_json(file)
-        return found
+        metrics: dict[str, Any] = read_json(file)
+        return metrics
 
     def _train(self, dataset: Dataset, current: Run | None) -> dict[str, Any]:
         run = self.folder.run(self.name)
