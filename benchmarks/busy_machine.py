@@ -61,21 +61,21 @@ def measure(data: Path, models: list[str], threads: list[int], repeats: int, sca
     """Every model on every machine with every number of threads."""
     rates: dict[tuple[str, int, int], list[float]] = {key: [] for key in product(models, (0, 1), threads)}
     for _ in range(repeats):
-        for (model, load, count), found in rates.items():
+        for (model, load, count), measured in rates.items():
             with busy(load):
-                found.append(rate(data, model, count, scale))
-            print(f"{model}, {load} busy, threads {count}: {found[-1]:,.0f}", file=sys.stderr)
-    best = {key[:2]: max(median(found) for other, found in rates.items() if other[:2] == key[:2]) for key in rates}
+                measured.append(rate(data, model, count, scale))
+            print(f"{model}, {load} busy, threads {count}: {measured[-1]:,.0f}", file=sys.stderr)
+    best = {key[:2]: max(median(each) for other, each in rates.items() if other[:2] == key[:2]) for key in rates}
     return [
         {
             "model": model,
             "busy_processes": load,
             "threads": count,
-            "samples_per_second": median(found),
-            "share_of_best": round(median(found) / best[model, load], 3),
-            "repeats": found,
+            "samples_per_second": median(measured),
+            "share_of_best": round(median(measured) / best[model, load], 3),
+            "repeats": measured,
         }
-        for (model, load, count), found in rates.items()
+        for (model, load, count), measured in rates.items()
     ]
 
 
@@ -90,8 +90,8 @@ def main() -> None:
         generate(f"{folder}/log.txt", GenerateConfig(rows=50_000))
         data = prepare([f"{folder}/log.txt"], f"{folder}/data", PrepareConfig(layout="criteo-kaggle"))
         threads = [int(count) for count in options.threads.split(",")]
-        found = measure(data.path, options.models.split(","), threads, options.repeats, options.scale)
-    print(json.dumps({"cores": os.cpu_count(), "variants": found}, indent=1))
+        variants = measure(data.path, options.models.split(","), threads, options.repeats, options.scale)
+    print(json.dumps({"cores": os.cpu_count(), "variants": variants}, indent=1))
 
 
 if __name__ == "__main__":

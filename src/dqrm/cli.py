@@ -196,8 +196,8 @@ def _export(source: str, output: str, config: ExportConfig, ptq: PTQConfig | Non
     from dqrm.info import print_export
 
     with bars(quiet=as_json) as progress:
-        found = run(source, output, config, ptq, progress)
-    (print_json if as_json else print_export)(found)
+        result = run(source, output, config, ptq, progress)
+    (print_json if as_json else print_export)(result)
 
 
 @cli.command(cls=GroupedCommand, short_help="Score raw logs: the probability of a click for each row.")
@@ -216,11 +216,11 @@ def predict(model: str, log: tuple[str, ...], output: str, as_json: bool, **flag
     from dqrm.serving.predict import predict as run
 
     with bars(quiet=as_json) as progress:
-        found = run(model, log, output, config, progress)
+        result = run(model, log, output, config, progress)
     if as_json:
-        print_json(found)
+        print_json(result)
     else:
-        print_predictions(log, found)
+        print_predictions(log, result)
 
 
 @cli.command("eval", short_help="Metrics of a run or an exported file on a split of its dataset.")
@@ -365,8 +365,8 @@ def _bench(kind: str, config: Any, as_json: bool) -> None:
     from dqrm.console import bars, print_json
 
     with bars(quiet=as_json) as progress:
-        found = getattr(import_module(f"dqrm.bench.{kind}"), f"run_{kind}")(config, progress)
-    (print_json if as_json else getattr(report, f"print_{kind}"))(found)
+        result = getattr(import_module(f"dqrm.bench.{kind}"), f"run_{kind}")(config, progress)
+    (print_json if as_json else getattr(report, f"print_{kind}"))(result)
 
 
 def main() -> None:

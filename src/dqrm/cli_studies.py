@@ -109,8 +109,8 @@ def compare(paths: tuple[str, ...], as_json: bool) -> None:
     from dqrm.studies.compare import compare as compared
     from dqrm.studies.tables import show
 
-    found = compared(list(dict.fromkeys(paths)))
-    (print_json if as_json else show)(found)
+    comparison = compared(list(dict.fromkeys(paths)))
+    (print_json if as_json else show)(comparison)
 
 
 @click.command(short_help="Search for the best values of fields with Optuna.")
@@ -148,10 +148,10 @@ def tune(
     told = "Stopped; the same command with --resume continues where the trials stand."
     with stopping(told), bars(quiet=as_json) as progress:
         best = run_tune(search, data, output, trials, progress, seed, resume)
-    found = {**compared([output]), "best": best}
+    comparison = {**compared([output]), "best": best}
     if as_json:
-        print_json(found)
+        print_json(comparison)
         return
-    show(found)
+    show(comparison)
     if best:
         messages.print(f"Best on validation: {best['variant']}; its configuration is {Path(output) / BEST}")

@@ -40,9 +40,9 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         return {**opened.describe(), "verified": verify}
     if (Path(path) / "run.json").exists():
         run = Run.open(path)
-        found = {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
-        found["table_bytes"] = run.table_bytes()
-        return {**found, "verified": verify and run.verify()}
+        content = {"kind": "run", **run.info, "finished": run.summary is not None, "summary": run.summary}
+        content["table_bytes"] = run.table_bytes()
+        return {**content, "verified": verify and run.verify()}
     if (Path(path) / "dataset.json").exists():
         dataset = Dataset(path)
         return {"kind": "dataset", **dataset.describe(), "verified": verify and dataset.verify()}
@@ -52,23 +52,23 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
 
 def print_description(path: str, verify: bool = False) -> None:
     """Print what `describe` finds."""
-    found = describe(path, verify)
-    if found["kind"] == "artifact":
-        print_artifact(found)
-    elif found["kind"] == "dataset":
+    content = describe(path, verify)
+    if content["kind"] == "artifact":
+        print_artifact(content)
+    elif content["kind"] == "dataset":
         print_dataset(Dataset(path))
-    elif found["finished"]:
-        print_summary(Path(path), found["summary"])
+    elif content["finished"]:
+        print_summary(Path(path), content["summary"])
     else:
-        data = found["data"]
+        data = content["data"]
         results.print(
             f"{path}: a run that is not finished, on data {data['fingerprint'][:16]} "
             f"({len(data['dense'])} dense columns, {len(data['columns'])} tables); "
             f"`dqrm train --resume {shlex.quote(path)}` continues it"
         )
         _print_table_bytes(Run.open(path))
-    if verify and found["kind"] != "artifact":  # which says so beside where it comes from
-        _say(f"{path}: {'checksums match' if found['verified'] else 'not verified, no checksums to compare with'}")
+    if verify and content["kind"] != "artifact":  # which says so beside where it comes from
+        _say(f"{path}: {'checksums match' if content['verified'] else 'not verified, no checksums to compare with'}")
 
 
 def print_dataset(dataset: Dataset) -> None:
@@ -88,9 +88,9 @@ def print_dataset(dataset: Dataset) -> None:
         [[column.name, figure(column.rows), "many" if column.multi else "1"] for column in dataset.columns],
     )
     if dataset.day:
-        found = dataset.describe()
-        told = ", ".join(f"{count:,} {_CHANGES[name]}" for name, count in found["changes"].items())
-        _say(f"Day {dataset.day}, extends data {found['extends'][:16]}: {told}")
+        described = dataset.describe()
+        told = ", ".join(f"{count:,} {_CHANGES[name]}" for name, count in described["changes"].items())
+        _say(f"Day {dataset.day}, extends data {described['extends'][:16]}: {told}")
     for what in ("weight", "group"):
         if name := getattr(dataset, what):
             _say(f"{what.capitalize()} of each row: column {name}")
@@ -139,27 +139,27 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
     return [name for name, value in metrics.items() if not isinstance(value, (str, dict))]
 
 
-def print_predictions(log: Sequence[str], found: dict[str, Any]) -> None:
+def print_predictions(log: Sequence[str], result: dict[str, Any]) -> None:
     """What `dqrm predict` made of a log."""
     from dqrm.export.base_rate import BaseRate
 
-    for text in found["damaged"]:
+    for text in result["damaged"]:
         messages.print(f"{text}; the rows before were scored")
-    for name, share in found["unseen"].items():
+    for name, share in result["unseen"].items():
         if share > _ALMOST_ALL:
             messages.print(
                 f"Warning: {share:.1%} of the ids in {name} are unknown to the model; are they written as in the log "
                 "that it was trained on (true and not True, 7 and not 007)?"
             )
-    told = BaseRate(**found["subsampling"]).tell()
+    told = BaseRate(**result["subsampling"]).tell()
     if told is not None:
         messages.print(told)
-    if not found["rows"]:
+    if not result["rows"]:
         messages.print(f"Warning: no row of {', '.join(log)} was scored; the log holds none that is sound")
-    skipped = f", {found['skipped']:,} malformed lines skipped" if found["skipped"] else ""
-    threads = f" on {found['threads']} CPU thread{'s' * (found['threads'] != 1)}" if found["threads"] else ""
-    rate = f"{found['rows_per_second']:,.0f} a second{threads}"
-    messages.print(f"{found['output']}: {found['rows']:,} rows, {rate}{skipped}")
+    skipped = f", {result['skipped']:,} malformed lines skipped" if result["skipped"] else ""
+    threads = f" on {result['threads']} CPU thread{'s' * (result['threads'] != 1)}" if result["threads"] else ""
+    rate = f"{result['rows_per_second']:,.0f} a second{threads}"
+    messages.print(f"{result['output']}: {result['rows']:,} rows, {rate}{skipped}")
 
 
 def print_summary(path: Path, summary: dict[str, Any]) -> None:
@@ -197,22 +197,22 @@ def print_summary(path: Path, summary: dict[str, Any]) -> None:
 
 
 def _print_table_bytes(run: Run) -> None:
-    if (found := run.table_bytes()) is not None:
-        results.print(describe_table_bytes(found, run.config, run.table_weights))
+    if (memory := run.table_bytes()) is not None:
+        results.print(describe_table_bytes(memory, run.config, run.table_weights))
 
 
-def print_artifact(found: dict[str, Any]) -> None:
+def print_artifact(content: dict[str, Any]) -> None:
     """Columns and tables, sizes, and where the model comes from."""
     from dqrm.models.registry import described_config, model_class
     from dqrm.quant.packing import storage_bytes
 
-    model, schema, provenance = found["model"], found["schema"], found["provenance"]
-    sizes, run = found["sizes"], provenance["run"]
+    model, schema, provenance = content["model"], content["schema"], content["provenance"]
+    sizes, run = content["sizes"], provenance["run"]
     columns = [(column["name"], column["multi"]) for column in schema["columns"]]
     bits = model["table_bits"] if isinstance(model["table_bits"], list) else [model["table_bits"]] * len(columns)
     widths = [storage_bytes(model["config"]["embedding_dim"], each) for each in bits]
     print_table(
-        f"{found['path']}: {model['num_dense']} dense columns, {len(columns)} tables",
+        f"{content['path']}: {model['num_dense']} dense columns, {len(columns)} tables",
         ["column", "rows", "ids per sample", "bits", "codes"],
         [
             [name, figure(rows), "many" if multi else "1", str(each), size(rows * width)]
@@ -221,29 +221,29 @@ def print_artifact(found: dict[str, Any]) -> None:
     )
     if schema["dense"]:
         _say(f"Dense columns: {', '.join(schema['dense'])}")
-    _print_parts(sizes, found["bits_per_weight"])
+    _print_parts(sizes, content["bits_per_weight"])
     config = described_config(model)
     _say(
         f"{model_class(config).describe(config)}; "
-        f"tables {_told(bits, model['table_bits'])} bits ({_scales(model, found['table_bits_per_weight'])}), "
-        f"MLP {model['mlp_bits']} bits ({_METHODS[found['quantization']['method']]})"
+        f"tables {_told(bits, model['table_bits'])} bits ({_scales(model, content['table_bits_per_weight'])}), "
+        f"MLP {model['mlp_bits']} bits ({_METHODS[content['quantization']['method']]})"
     )
-    print_base_rate(found)
-    kept = found["vocabulary"]["mode"]
+    print_base_rate(content)
+    kept = content["vocabulary"]["mode"]
     where = {
         "embed": "in the file", "beside": "in a second file beside it", "none": "left out",
         "hash": "not needed: ids are hashed to rows",
     }[kept]  # fmt: skip
     _say(
         f"Vocabularies {where}; data {provenance['data']['fingerprint'][:16]}, written by dqrm {provenance['dqrm']} "
-        f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * found['verified']}"
+        f"from the {run['checkpoint']} checkpoint, step {run['step']:,}{'; checksums match' * content['verified']}"
     )
     measured = [(name, metrics) for name, metrics in run["metrics"].items() if metrics]
     if measured:
         names = _measured(measured[0][1])
         rows = [[name, *(figure(metrics.get(key), 6) for key in names)] for name, metrics in measured]
-        before = " before quantization, in FP32" if found["quantization"]["method"] == "ptq" else ""
-        before += ", on the sampled rows" if found["subsampling"]["subsample_negatives"] else ""
+        before = " before quantization, in FP32" if content["quantization"]["method"] == "ptq" else ""
+        before += ", on the sampled rows" if content["subsampling"]["subsample_negatives"] else ""
         print_table(f"The run's metrics{before}", ["split", *names], rows)
         results.print(legend(names))
 
@@ -266,22 +266,22 @@ def _scales(described: dict[str, Any], bits: float) -> str:
     return f"{told} with a scale{zero_point} per {of}"
 
 
-def print_export(found: dict[str, Any]) -> None:
+def print_export(result: dict[str, Any]) -> None:
     """What `dqrm export` and `dqrm quantize` wrote."""
-    _print_parts(found["parts"], found["bits_per_weight"])
-    compared = found["compared"]
+    _print_parts(result["parts"], result["bits_per_weight"])
+    compared = result["compared"]
     results.print(
-        f"{', '.join(found['files'])}: {size(found['bytes'])} ({figure(found['bytes'])} bytes); in FP32 the weights "
-        f"are {size(found['fp32_bytes'])}"
+        f"{', '.join(result['files'])}: {size(result['bytes'])} ({figure(result['bytes'])} bytes); in FP32 the weights "
+        f"are {size(result['fp32_bytes'])}"
     )
     results.print(
         f"Verified on {compared['rows']:,} rows ({compared['of']}): probabilities differ from the model's by at most "
-        f"{found['largest_difference']:.2g}"
+        f"{result['largest_difference']:.2g}"
     )
-    print_base_rate(found)
-    if "largest_difference_from_fp32" in found:
+    print_base_rate(result)
+    if "largest_difference_from_fp32" in result:
         results.print(
-            f"Against the FP32 model, quantization moved them by at most {found['largest_difference_from_fp32']:.2g}"
+            f"Against the FP32 model, quantization moved them by at most {result['largest_difference_from_fp32']:.2g}"
         )
 
 

@@ -21,9 +21,9 @@ from dqrm.bench.config import (
     BenchStepConfig,
     Scheme,
 )
-from dqrm.bench.contenders import training_config
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import Clock, require_memory, spread
+from dqrm.bench.variants import training_config
 from dqrm.cli import cli
 from dqrm.errors import UserError
 from dqrm.models.registry import build_model
@@ -98,8 +98,8 @@ def test_variants_share_tables_where_they_can():
     options = BenchStepConfig(**SMALL, variants=("baseline", "int4_periodic", "fp32", "int4_bf16_tables", "int4"))
     rows = ARCHITECTURES["kaggle"].scaled(options.rows_scale)
     memory: dict = {}
-    made = step._contenders(options, rows, Clock(torch.device("cpu")), memory)
-    weights = [contender.tables.weight for contender in made[1:]]
+    made = step._variants(options, rows, Clock(torch.device("cpu")), memory)
+    weights = [variant.tables.weight for variant in made[1:]]
     assert weights[0].data_ptr() == weights[1].data_ptr() == made[0].tables.bags[0].weight.data_ptr()
     assert weights[2].dtype == torch.bfloat16
     assert weights[3].data_ptr() not in {weight.data_ptr() for weight in weights[:3]}
@@ -124,7 +124,7 @@ def test_each_variant_tells_what_its_tables_take(optimizer, of_row):
 def test_int8_tables_are_not_shared():
     options = BenchStepConfig(**SMALL, variants=("fp32", "fp32_int8_tables", "int4_periodic_int8_tables"))
     rows = ARCHITECTURES["kaggle"].scaled(options.rows_scale)
-    weights = [each.tables.weight for each in step._contenders(options, rows, Clock(torch.device("cpu")), {})]
+    weights = [each.tables.weight for each in step._variants(options, rows, Clock(torch.device("cpu")), {})]
     assert [type(weight.data) for weight in weights] == [torch.Tensor, Int8Rows, Int8Rows]
     assert weights[1].stored.data_ptr() != weights[2].stored.data_ptr()
 

@@ -77,6 +77,8 @@ def test_hostile_metrics_are_refused_or_no_figures(runs, tmp_path, capsys, text,
     [
         ({"test": 3}, "test = 3, expected an object"),
         ({"stored_bytes": {}}, "lacks 'stored_bytes.total'"),
+        ({"exchange": []}, "exchange = [], expected an object"),
+        ({"samples_per_second": "fast"}, 'samples_per_second = "fast", expected a finite number'),
         ({"best": None, "test": None}, None),
         ({"test": {"auc": float("nan"), "log_loss": "x"}}, None),
     ],

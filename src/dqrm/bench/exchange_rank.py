@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchExchangeConfig
-from dqrm.bench.contenders import LEARNING_RATE
 from dqrm.bench.data import endless, write_split
+from dqrm.bench.variants import LEARNING_RATE
 from dqrm.config import Config, ExchangeConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dqrm.data.batches import Batch
 from dqrm.distributed.exchange import RankExchange
@@ -117,16 +117,16 @@ def _config(options: BenchExchangeConfig, variant: str) -> Config:
     )
 
 
-def _contenders(options: BenchExchangeConfig, table_rows: Sequence[int], world: World) -> dict[str, Any]:
+def _variants(options: BenchExchangeConfig, table_rows: Sequence[int], world: World) -> dict[str, Any]:
     """The variants; all train the same tables."""
     shared: Tensor | None = None
-    contenders: dict[str, Any] = {}
+    variants: dict[str, Any] = {}
     for name in options.variants:
         config = _config(options, name)
         model = build_model(config, NUM_DENSE, table_rows, table_weight=shared).train()
         shared = model.tables.weight.detach()
-        contenders[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
-    return contenders
+        variants[name] = _Torch(model, world) if name == "dense" else _Ours(model, config, world)
+    return variants
 
 
 def measure(options: BenchExchangeConfig, path: Path, interface: str, world: World) -> dict[str, Any]:
@@ -136,16 +136,16 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
         path / f"data{world.rank}", _BATCHES * options.batch_size, NUM_DENSE, table_rows, options.seed + world.rank
     )
     batches = endless(split, options.batch_size, "block", options.seed)
-    contenders = _contenders(options, table_rows, world)
-    ms: dict[str, list[float]] = {name: [] for name in contenders}
-    wire, done, order = dict.fromkeys(contenders, 0), dict.fromkeys(contenders, 0), random.Random(options.seed)
-    cpu = dict.fromkeys(contenders, 0.0)
-    wanted = {name: options.dense_steps if name == "dense" else options.steps for name in contenders}
-    for name, contender in contenders.items():
+    variants = _variants(options, table_rows, world)
+    ms: dict[str, list[float]] = {name: [] for name in variants}
+    wire, done, order = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0), random.Random(options.seed)
+    cpu = dict.fromkeys(variants, 0.0)
+    wanted = {name: options.dense_steps if name == "dense" else options.steps for name in variants}
+    for name, variant in variants.items():
         for _ in range(1 if name == "dense" else options.warmup):
-            contender.step(next(batches))
-    before = {name: contender.totals() for name, contender in contenders.items()}
-    while unfinished := [name for name in contenders if done[name] < wanted[name]]:
+            variant.step(next(batches))
+    before = {name: variant.totals() for name, variant in variants.items()}
+    while unfinished := [name for name in variants if done[name] < wanted[name]]:
         if world.first:
             slowest = min(unfinished, key=lambda name: done[name] / wanted[name])
             _note(path, f"steps of {slowest}", done[slowest], wanted[slowest])
@@ -156,7 +156,7 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
             sent, used = interface_bytes(interface)[1], time.process_time()
             for item in items:
                 start = time.perf_counter()
-                contenders[name].step(item)
+                variants[name].step(item)
                 ms[name].append(1e3 * (time.perf_counter() - start))
             cpu[name] += time.process_time() - used
             dist.barrier(world.group)
@@ -164,8 +164,8 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
             done[name] += turn
     shares = world.size if interface == "lo" else 1  # on loopback all ranks send through one interface
     figures = {}
-    for name, contender in contenders.items():
-        after, steps = contender.totals(), done[name]
+    for name, variant in variants.items():
+        after, steps = variant.totals(), done[name]
         known = after["payload"] is not None
         parts = {
             part: (after["payload"][part] - before[name]["payload"][part]) / steps for part in after["payload"] or ()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dqrm.bench.config import ARCHITECTURES, BASELINE, NUM_DENSE, SCHEMES, BenchStepConfig, Scheme
-from dqrm.bench.contenders import LEARNING_RATE, Contender, Ours, Plain, training_config
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import Clock, machine, median, peak_rss_mb, require_memory, rss_mb, spread
+from dqrm.bench.variants import LEARNING_RATE, Ours, Plain, Variant, training_config
 from dqrm.data.batches import Split
 from dqrm.errors import UserError
 from dqrm.kernels import native
@@ -80,16 +80,16 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], LEARNING_RATE)
     clock, memory = Clock(device), {"before_model_mb": rss_mb(), "tables_mb": round(needed / 1e6, 1)}
     progress("creating the model", 0, None)
-    contenders = _contenders(options, table_rows, clock, memory)
+    variants = _variants(options, table_rows, clock, memory)
     memory["after_model_mb"] = rss_mb()
     if device.type == "cpu":
-        _touch(split, [contender.tables for contender in contenders if isinstance(contender, Ours)])
+        _touch(split, [variant.tables for variant in variants if isinstance(variant, Ours)])
 
-    variants = []
+    results: list[dict[str, Any]] = []
     for batch_size in options.batch_size:
-        times = measure(contenders, split, batch_size, options, clock, progress)
+        times = measure(variants, split, batch_size, options, clock, progress)
         memory["steady_mb"] = rss_mb()
-        variants += _results(contenders, times, split, batch_size, options, clock)
+        results += _results(variants, times, split, batch_size, options, clock)
     settings = {
         **asdict(options),
         "learning_rate": training_config(options, Scheme(bits=32)).optimizer.rate,
@@ -97,15 +97,15 @@ def _run(options: BenchStepConfig, device: torch.device, path: Path, progress: P
         "data_rows": rows,
         "cost_ms": "median without data + the time of a batch when a whole epoch is read; the ratios compare it",
     }
-    return {"variants": variants, "machine": about, "settings": settings, "memory": memory}
+    return {"variants": results, "machine": about, "settings": settings, "memory": memory}
 
 
-def _contenders(
+def _variants(
     options: BenchStepConfig, table_rows: Sequence[int], clock: Clock, memory: dict[str, Any]
-) -> list[Contender]:
+) -> list[Variant]:
     """The variants in the order of `options`; all that can share the tables of the first."""
     shared: Tensor | None = None
-    contenders: list[Contender] = []
+    variants: list[Variant] = []
     for name in options.variants:
         scheme = SCHEMES.get(name, Scheme(bits=32))
         if name != BASELINE or shared is None:
@@ -117,12 +117,12 @@ def _contenders(
                 shared = model.tables.weight.detach()
         if name == BASELINE:
             assert shared is not None
-            contenders.append(
+            variants.append(
                 Plain(name, ARCHITECTURES[options.arch], torch.split(shared, list(table_rows)), clock.device)
             )
         else:
-            contenders.append(Ours(name, config, model, clock.device))
-    return contenders
+            variants.append(Ours(name, config, model, clock.device))
+    return variants
 
 
 @torch.no_grad()
@@ -135,58 +135,58 @@ def _touch(split: Split, collections: Sequence[Any]) -> None:
 
 
 def measure(
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     split: Split,
     batch_size: int,
     options: BenchStepConfig,
     clock: Callable[[], float],
     progress: Progress,
 ) -> list[Times]:
-    """Times of each contender: warm-up, measured steps, then steps part by part; in random order within each round."""
-    times = [Times() for _ in contenders]
-    order, shuffler = list(zip(contenders, times)), random.Random(options.seed)
-    for number, contender in enumerate(contenders):
-        contender.batches = endless(split, batch_size, options.shuffle, options.seed + 1 + number)
+    """Times of each variant: warm-up, measured steps, then steps part by part; in random order within each round."""
+    times = [Times() for _ in variants]
+    order, shuffler = list(zip(variants, times)), random.Random(options.seed)
+    for number, variant in enumerate(variants):
+        variant.batches = endless(split, batch_size, options.shuffle, options.seed + 1 + number)
     label = f"batch {batch_size}"
     for done in range(options.warmup):
         progress(f"{label}: warm-up", done, options.warmup)
-        for contender, _ in order:
-            contender.step(contender.prepare(next(contender.batches)))
+        for variant, _ in order:
+            variant.step(variant.prepare(next(variant.batches)))
     for done in range(options.steps):
         progress(f"{label}: steps", done, options.steps)
-        for contender, taken in shuffler.sample(order, len(order)):
+        for variant, taken in shuffler.sample(order, len(order)):
             start = clock()
-            batch = contender.prepare(next(contender.batches))
+            batch = variant.prepare(next(variant.batches))
             read = clock()
-            contender.step(batch)
+            variant.step(batch)
             taken.data.append(read - start)
             taken.step.append(clock() - read)
     rounds = max(5, min(30, options.steps // 3))
     for done in range(rounds):
         progress(f"{label}: parts of a step", done, rounds)
-        for contender, taken in shuffler.sample(order, len(order)):
-            _step_in_parts(contender, taken.parts, clock)
-    for contender in contenders:
-        if not torch.isfinite(contender.loss):
-            raise UserError(f"the loss of {contender.name} is {float(contender.loss)} at batch size {batch_size}")
+        for variant, taken in shuffler.sample(order, len(order)):
+            _step_in_parts(variant, taken.parts, clock)
+    for variant in variants:
+        if not torch.isfinite(variant.loss):
+            raise UserError(f"the loss of {variant.name} is {float(variant.loss)} at batch size {batch_size}")
     return times
 
 
-def _step_in_parts(contender: Contender, parts: dict[str, list[float]], clock: Callable[[], float]) -> None:
+def _step_in_parts(variant: Variant, parts: dict[str, list[float]], clock: Callable[[], float]) -> None:
     """One step, with the clock read between its parts."""
     marks = [clock()]
     inside: list[float] = []
     hooks = [
-        contender.tables.register_forward_pre_hook(lambda *_: inside.append(clock())),
-        contender.tables.register_forward_hook(lambda *_: inside.append(clock())),
+        variant.tables.register_forward_pre_hook(lambda *_: inside.append(clock())),
+        variant.tables.register_forward_hook(lambda *_: inside.append(clock())),
     ]
-    batch = contender.prepare(next(contender.batches))
+    batch = variant.prepare(next(variant.batches))
     marks.append(clock())
-    loss = contender.forward(batch)
+    loss = variant.forward(batch)
     marks.append(clock())
-    contender.backward(loss)
+    variant.backward(loss)
     marks.append(clock())
-    contender.update()
+    variant.update()
     marks.append(clock())
     for hook in hooks:
         hook.remove()
@@ -196,17 +196,17 @@ def _step_in_parts(contender: Contender, parts: dict[str, list[float]], clock: C
         parts[part].append(took)
 
 
-def _data_ms(contender: Contender, split: Split, batch_size: int, options: BenchStepConfig, clock: Clock) -> float:
+def _data_ms(variant: Variant, split: Split, batch_size: int, options: BenchStepConfig, clock: Clock) -> float:
     """Time to read one batch, over a whole epoch: the reader gathers many batches at once, which a median misses."""
-    contender.batches = split.batches(batch_size, shuffle=options.shuffle, seed=options.seed, drop_last=True)
+    variant.batches = split.batches(batch_size, shuffle=options.shuffle, seed=options.seed, drop_last=True)
     start = clock()
-    for batch in contender.batches:
-        contender.prepare(batch)
+    for batch in variant.batches:
+        variant.prepare(batch)
     return (clock() - start) / split.num_batches(batch_size, drop_last=True)
 
 
 def _results(
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     times: Sequence[Times],
     split: Split,
     batch_size: int,
@@ -215,24 +215,24 @@ def _results(
 ) -> list[dict[str, Any]]:
     """One object per variant, ratios included."""
     results: dict[str, dict[str, Any]] = {}
-    for contender, taken in zip(contenders, times):
-        data = _data_ms(contender, split, batch_size, options, clock)
+    for variant, taken in zip(variants, times):
+        data = _data_ms(variant, split, batch_size, options, clock)
         parts = {part: median(taken.parts[part]) for part in PARTS} | {"data": data}
-        results[contender.name] = {
-            "name": contender.title or contender.name,
-            "variant": contender.name,
+        results[variant.name] = {
+            "name": variant.title or variant.name,
+            "variant": variant.name,
             "batch_size": batch_size,
             "steps": len(taken.step),
             **spread([sum(pair) for pair in zip(taken.data, taken.step)], batch_size),
             "median_excl_data_ms": round(median(taken.step), 4),
             "cost_ms": round(median(taken.step) + data, 4),
             "parts": {part: round(value, 4) for part, value in parts.items()},
-            "loss": float(contender.loss),
-            "table_bytes": contender.table_bytes,
+            "loss": float(variant.loss),
+            "table_bytes": variant.table_bytes,
             "peak_rss_mb": peak_rss_mb(),
         }
         if clock.device.type == "cuda":
-            results[contender.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
+            results[variant.name]["peak_device_mb"] = round(torch.cuda.max_memory_allocated(clock.device) / 1e6, 1)
     for name, result in results.items():
         reference = SCHEMES[name].reference if name in SCHEMES else "fp32"
         result["ratio_to_baseline"] = _ratio(result, results.get(BASELINE))

@@ -176,8 +176,8 @@ class _Day:
         file = self.folder.day(self.name) / "before.json"
         if not file.exists():
             write_json(file, self._measure(current, dataset))
-        found: dict[str, Any] = read_json(file)
-        return found
+        metrics: dict[str, Any] = read_json(file)
+        return metrics
 
     def _train(self, dataset: Dataset, current: Run | None) -> dict[str, Any]:
         run = self.folder.run(self.name)

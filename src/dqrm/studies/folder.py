@@ -2,8 +2,8 @@
 
 study.json                   title, data, baseline, seeds, variants with their configurations (of `dqrm tune` also the
                              fields that it chose), failures
-runs/<variant>/seed-<n>/     a run folder as of `dqrm train`; of post-training quantization only a summary.json, with
-                             best (metrics: on validation), test, stored_bytes, ptq, config (of its source), seed
+runs/<variant>/seed-<n>/     a run folder as of `dqrm train`; of post-training quantization only metrics.jsonl, with one
+                             line, and summary.json, with ptq and the config of what was quantized
 results.csv                  a row for each run and evaluation: on validation during training, on test at the end
 results.md                   tables of means over seeds
 log.txt                      what the runs printed
@@ -24,7 +24,7 @@ from typing import Any
 
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.files import COUNT, OBJECT, TEXT, exclusive, read_json, replacing, require, write_json
+from dqrm.files import COUNT, NUMBER, OBJECT, TEXT, exclusive, read_json, replacing, require, write_json
 from dqrm.studies.plan import Plan, Variant
 from dqrm.training.metrics import METRICS
 from dqrm.training.run import versions
@@ -41,7 +41,13 @@ _SHAPE = {
     "variants": [{"name": TEXT, "source": (TEXT, None), "ptq": (OBJECT, None), "config": (OBJECT, None)}],
     "failures": [{"variant": TEXT, "seed": COUNT, "error": TEXT}],
 }
-_SUMMARY = {"best": (OBJECT, None), "test": (OBJECT, None), "stored_bytes": {"total": COUNT}}
+_SUMMARY = {
+    "best": (OBJECT, None),
+    "test": (OBJECT, None),
+    "stored_bytes": {"total": COUNT},
+    "samples_per_second?": NUMBER,
+    "exchange?": {"payload_bytes": NUMBER},
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,6 @@ class Result:
         summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
         if summary is not None:
             require(folder / "summary.json", summary, _SUMMARY)
-        if summary is not None and "ptq" in summary:
-            best = summary["best"]
-            return cls([{**best["metrics"], **best, "best": True}] if best else [], summary)
         return cls(list(_evaluations(folder / "metrics.jsonl")), summary)
 
     def test(self, metric: str) -> float | None:
@@ -138,8 +141,8 @@ class Folder:
         content = read_json(path / STUDY)
         require(path / STUDY, content, _SHAPE)
         if content["format_version"] != FORMAT_VERSION:
-            found = content["format_version"]
-            raise UserError(f"{path} is a study of format version {found}, this dqrm reads version {FORMAT_VERSION}")
+            theirs = content["format_version"]
+            raise UserError(f"{path} is a study of format version {theirs}, this dqrm reads version {FORMAT_VERSION}")
         names = ("name", "title", "baseline", "seeds", "data", "variants", "failures")
         return cls(path, *(content[name] for name in names))
 
@@ -152,11 +155,11 @@ class Folder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file, expected the name of a folder")
-        found = {each.name for each in self.path.iterdir()} - {_LOCK} if self.path.exists() else set()
-        if found and not resume:
-            hint = "--resume continues it, or name" if STUDY in found else "name"
+        names = {each.name for each in self.path.iterdir()} - {_LOCK} if self.path.exists() else set()
+        if names and not resume:
+            hint = "--resume continues it, or name" if STUDY in names else "name"
             raise UserError(f"{self.path} exists and is not empty; {hint} another folder with -o")
-        if found:
+        if names:
             earlier = Folder.open(self.path)
             if earlier.data["fingerprint"] != self.data["fingerprint"]:
                 raise UserError(f"{self.path} holds runs on other data ({earlier.data['path']}); name another folder")
@@ -209,7 +212,7 @@ def results_csv(results: Mapping[str, Mapping[int, Result]], seeds: Sequence[int
             if run.summary is None:
                 continue
             common = {"variant": variant, "seed": seed, "weight_bytes": run.summary["stored_bytes"]["total"]}
-            lines += [{**line, **common, "split": "validation", "best": line["step"] == run.best.get("step")}
+            lines += [{**line, **common, "split": "validation", "best": line.get("step") == run.best.get("step")}
                       for line in run.evaluations]  # fmt: skip
             if run.summary["test"]:
                 chosen = {name: run.best.get(name) for name in ("epoch", "step", "train_loss")}

@@ -34,7 +34,7 @@ def summarize(study: Mapping[str, Runs], baseline: str) -> dict[str, dict[str, A
 
 def _summary(runs: Runs, baseline: Runs | None) -> dict[str, Any]:
     done = {seed: run for seed, run in runs.items() if run.summary is not None}
-    summaries: list[dict[str, Any]] = [run.summary for run in done.values() if run.summary is not None]
+    finished: list[dict[str, Any]] = [run.summary for run in done.values() if run.summary is not None]
     test, difference = {}, {}
     for metric in METRICS:
         values = {seed: value for seed, run in done.items() if (value := run.test(metric)) is not None}
@@ -44,14 +44,14 @@ def _summary(runs: Runs, baseline: Runs | None) -> dict[str, Any]:
                   if baseline and seed in baseline and (other := baseline[seed].test(metric)) is not None]  # fmt: skip
         if paired:
             difference[metric] = _spread(paired, "standard_error")
-    speeds = [each["samples_per_second"] for each in summaries if each.get("samples_per_second")]
-    payloads = [each["exchange"]["payload_bytes"] for each in summaries if "exchange" in each]
+    speeds = [each["samples_per_second"] for each in finished if each.get("samples_per_second")]
+    payloads = [each["exchange"]["payload_bytes"] for each in finished if "exchange" in each]
     return {
         "seeds": list(done),
         "epochs": [run.best.get("epoch") for run in done.values()],
         "test": test,
         "difference": difference,
-        "weight_bytes": summaries[0]["stored_bytes"]["total"] if summaries else None,
+        "weight_bytes": finished[0]["stored_bytes"]["total"] if finished else None,
         "payload_bytes": mean(payloads) if payloads else None,
         "samples_per_second": mean(speeds) if speeds else None,
         "validation_auc": _mean_curve([run.curve("auc") for run in runs.values()]),
@@ -72,17 +72,17 @@ def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
 
 
 def table(
-    found: Mapping[str, Mapping[str, Any]], shown: Iterable[str] = METRICS, compared: Iterable[str] = COMPARED
+    summaries: Mapping[str, Mapping[str, Any]], shown: Iterable[str] = METRICS, compared: Iterable[str] = COMPARED
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of test figures: `shown` metrics, and differences of those `compared`."""
-    metrics = [name for name in shown if any(name in each["test"] for each in found.values())]
-    compared = [name for name in compared if any(name in each["difference"] for each in found.values())]
-    payload = any(each["payload_bytes"] for each in found.values())
+    metrics = [name for name in shown if any(name in each["test"] for each in summaries.values())]
+    compared = [name for name in compared if any(name in each["difference"] for each in summaries.values())]
+    payload = any(each["payload_bytes"] for each in summaries.values())
     header = ["", "epoch"]
     for name in metrics:
         header += [_title(name)] + [f"Δ {_title(name)}"] * (name in compared)
     rows = []
-    for name, each in found.items():
+    for name, each in summaries.items():
         row = [name, " ".join(str(epoch or "-") for epoch in each["epochs"]) or "-"]
         for metric in metrics:
             row.append(_plus_minus(each["test"].get(metric), "stdev", ".4f"))
@@ -129,8 +129,8 @@ def _is_ptq(runs: Runs) -> bool:
 
 def markdown(folder: Folder, study: Mapping[str, Runs]) -> str:
     """The text of results.md."""
-    found = summarize(study, folder.baseline)
-    parts = [f"# {_escaped(folder.title)}", _note(folder, found), _lines(*table(found))]
+    summaries = summarize(study, folder.baseline)
+    parts = [f"# {_escaped(folder.title)}", _note(folder, summaries), _lines(*table(summaries))]
     header, rows = epochs_table(study)
     if rows:
         parts += ["Validation AUC after each epoch, mean over seeds:", _lines(header, rows)]
@@ -149,10 +149,10 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _note(folder: Folder, found: Mapping[str, Mapping[str, Any]]) -> str:
+def _note(folder: Folder, summaries: Mapping[str, Mapping[str, Any]]) -> str:
     import torch
 
-    names = [name for name in METRICS if any(name in each["test"] for each in found.values())]
+    names = [name for name in METRICS if any(name in each["test"] for each in summaries.values())]
     text = (
         "Test figures at the checkpoint that validation chose, mean ± standard deviation over seeds "
         f"{', '.join(map(str, folder.seeds))}; Δ: difference to {_escaped(folder.baseline)}, mean of the paired "
@@ -172,22 +172,22 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|&#])", r"\\\1", printable(text))
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(comparison: Mapping[str, Any]) -> None:
     """The table of what `compare.compare` returns on standard output, with the validation AUC as a sparkline."""
-    variants = found["variants"]
+    variants = comparison["variants"]
     header, rows = table(variants, SHOWN, SHOWN[:1])
     rows = [[_short(name), *rest] for name, *rest in rows]
     curves = [each["validation_auc"] for each in variants.values()]
     if any(len(curve) > 1 for curve in curves):
         header.append("validation AUC")
         rows = [[*row, sparkline(curve) if curve else "-"] for row, curve in zip(rows, curves)]
-    print_table(found["title"], header, rows)
+    print_table(comparison["title"], header, rows)
     several = any(len(each["seeds"]) > 1 for each in variants.values())
     spread = ("mean ± standard deviation on test", ", paired, ± standard error") if several else ("on test", "")
-    results.print(printable(f"{spread[0]}; Δ: to {found['baseline']}{spread[1]}"))
-    for each in found["failures"]:
+    results.print(printable(f"{spread[0]}; Δ: to {comparison['baseline']}{spread[1]}"))
+    for each in comparison["failures"]:
         results.print(printable(f"Failed: {each['variant']}, seed {each['seed']}: {each['error']}"))
-    if not found["same_data"]:
+    if not comparison["same_data"]:
         results.print("These runs are of different data, and their figures do not compare.")
 
 

@@ -1,5 +1,6 @@
 """One run of a study, in a process of its own: it ends without the study if it fails, and with it if that is killed."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -60,7 +61,7 @@ def perform(task: Task, progress: Progress, log: Log, callbacks: Sequence[Callba
         assert task.source is not None
         if not (folder / SUMMARY).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / SUMMARY, _quantized(Path(task.source), dataset, folder, PTQConfig(**task.ptq)))
+            _quantize(Path(task.source), dataset, folder, PTQConfig(**task.ptq))
         return
     config = resolved(Config.from_dict(task.config, task.name), dataset, task.source is not None)
     if not (folder / "run.json").exists():
@@ -79,8 +80,9 @@ def _check_begun(folder: Path, config: Config) -> None:
         raise UserError(f"{folder} was begun with another configuration; name another folder with -o")
 
 
-def _quantized(source: Path, dataset: Dataset, folder: Path, ptq: PTQConfig) -> dict[str, Any]:
-    """What summary.json of a run has, for the best checkpoint of `source` after post-training quantization.
+def _quantize(source: Path, dataset: Dataset, folder: Path, ptq: PTQConfig) -> None:
+    """The files of a run but run.json and checkpoints, for the best checkpoint of `source` after post-training
+    quantization.
 
     As in training, figures are of the rows as they are where negatives were subsampled.
     """
@@ -89,24 +91,26 @@ def _quantized(source: Path, dataset: Dataset, folder: Path, ptq: PTQConfig) -> 
     if summary is None:
         raise UserError(f"{source} is not finished")
     options = ExportConfig(data=str(dataset.path), vocabulary="none", correct_subsampling=False)
-    found = export_run(source, packed, options, ptq)
+    exported = export_run(source, packed, options, ptq)
     splits = [split for split in ("validation", "test") if dataset.rows.get(split)]
     metrics = {split: evaluate(packed, dataset, split, correct_subsampling=False, threads=threads) for split in splits}
     packed.unlink()  # `dqrm quantize` makes it in seconds, with vocabularies
     best = summary["best"]
-    return {
-        "best": best and {**best, "train_loss": None, "metrics": metrics.get("validation")},
+    if best is not None and "validation" in metrics:
+        best = {"step": best["step"], "epoch": best["epoch"], "train_loss": None, "metrics": metrics["validation"]}
+        line = {**metrics["validation"], "kind": "evaluation", "split": "validation", "best": True}
+        line |= {"epoch": best["epoch"], "step": best["step"]}
+        (folder / "metrics.jsonl").write_text(json.dumps(line, allow_nan=False) + "\n", encoding="utf-8")
+    kept = {name: summary[name] for name in ("selection", "steps", "config", "seed", "data")}
+    write_json(folder / SUMMARY, {
+        "best": best,
         "test": metrics.get("test"),
-        "selection": summary["selection"],
-        "steps": summary["steps"],
-        "stored_bytes": {"total": sum(found["parts"][part] for part in WEIGHTS)},
-        "bits_per_weight": found["bits_per_weight"],
+        "stored_bytes": {"total": sum(exported["parts"][part] for part in WEIGHTS)},
+        "bits_per_weight": exported["bits_per_weight"],
         "ptq": {"of": str(source), **asdict(ptq)},
-        "config": summary["config"],
-        "seed": summary["seed"],
-        "data": summary["data"],
         "versions": versions(),
-    }
+        **kept,
+    })  # fmt: skip
 
 
 def child(task: Task, log_file: str, connection: Connection) -> None:

@@ -205,8 +205,7 @@ def check(config: Config, dataset: Dataset, starts: bool = False) -> Config:
     """
     config = resolved(config, dataset, starts)
     check_ranks(World(), config, dataset)
-    for callback in _registered(config, dataset, (), ()):
-        callback.check(config)
+    _checked(config, dataset, (), (), "another run" if starts else None)
     check_selection(config, dataset)
     return config
 

@@ -94,7 +94,7 @@ class Plain(_Variant):
         self.optimizer.step()
 
 
-Contender = Ours | Plain
+Variant = Ours | Plain
 
 
 def training_config(options: BenchStepConfig, scheme: Scheme) -> Config:
