@@ -89,11 +89,13 @@ def test_a_study_has_means_spreads_and_paired_differences(tmp_path):
 
 def test_post_training_quantization_has_a_summary_alone(tmp_path):
     study = write_study(tmp_path / "s", {"fp32": [0.75], "ptq": [0.7]})
+    folder = study / "runs" / "ptq" / "seed-1"
+    (folder / "summary.json").write_text(json.dumps(summary(0.7) | {"ptq": {"bits": 4}}))
     for name in ("run.json", "metrics.jsonl"):
-        (study / "runs" / "ptq" / "seed-1" / name).unlink()
+        (folder / name).unlink()
     text, notes = reported(tmp_path, study)
     assert rows(text, "Test, mean ± standard deviation over seeds")[2][0] == "ptq"
-    assert any("ptq, seed-1: metrics.jsonl" in note for note in notes)
+    assert notes == []
 
 
 def test_names_are_text_wherever_they_stand(tmp_path):
@@ -124,6 +126,11 @@ def test_names_are_text_wherever_they_stand(tmp_path):
         '{"kind": ["a"], "step": 3}\n{"kind": "histogram", "step": 1, "master": {"counts": ["x", -1, NaN]}}\n',
         '{"kind": "calibration", "step": 1, "rows": [1, 0], "predicted": 3, "clicked": [NaN]}\n',
         '{"kind": "histogram", "step": 1, "master": {"low": 1, "high": 1, "counts": [1]}, "quantized": 7}\n',
+        json.dumps({"kind": "evaluation", "step": 30, "epoch": 1e300, "auc": -1e308}) + "\n",
+        json.dumps(
+            {"kind": "histogram", "table": {}, "step": 1, "master": {"low": -1e308, "high": 1e308, "counts": [1]}}
+        )
+        + "\n",
         "\x00\udc80".encode("utf-8", "surrogateescape").decode("latin-1"),
     ],
 )
@@ -160,6 +167,28 @@ def test_a_run_without_evaluations_has_a_page(tmp_path):
     assert notes == ["run: metrics.jsonl has no evaluation"]
     assert "No run has figures on test" in text
     assert "`dqrm train --record-histograms largest` records them" in text
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"variants": [{"name": "a"}, {"name": None}, {"name": "../a"}, 7, {"name": "\x00"}, {"name": "b" * 5000}]},
+        {"failures": {"a": 1}, "baseline": [1], "title": {"x": HOSTILE}},
+        {"failures": [{"variant": HOSTILE, "error": HOSTILE}, 3], "seeds": "none"},
+    ],
+)
+def test_a_hostile_study_has_a_page(tmp_path, more):
+    text, _ = reported(tmp_path, write_study(tmp_path / "s", {"a": [0.7, 0.8]}, **more))
+    assert Tags(text).counts["script"] == 3
+    assert rows(text, "Test, mean ± standard deviation over seeds")[1][2].startswith("0.75000")
+
+
+def test_a_damaged_run_of_a_study_is_said(tmp_path):
+    study = write_study(tmp_path / "s", {"a": [0.7], "b": [0.6]})
+    (study / "runs" / "b" / "seed-1" / "run.json").write_text("[")
+    _, notes = reported(tmp_path, study)
+    assert len(notes) == 1
+    assert notes[0].startswith("b, seed-1: run.json could not be read")
 
 
 def test_what_is_no_run_is_refused(tmp_path):

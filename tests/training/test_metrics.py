@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dqrm.training.metrics import click_metrics
+from dqrm.training.metrics import calibration_curve, click_metrics
 
 
 def test_against_the_definitions():
@@ -44,3 +44,24 @@ def test_one_class_and_no_rows_are_told_as_none():
 def test_extreme_logits_stay_finite():
     found = click_metrics(np.array([0, 1, 0, 1]), np.array([1e4, -1e4, -1e4, 1e4], np.float32))
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_a_calibration_curve_has_bins_of_equal_rows():
+    random = np.random.default_rng(0)
+    logits = random.permutation(np.linspace(-3, 3, 1000)).astype(np.float32)
+    labels = (random.random(1000) < 1 / (1 + np.exp(-logits))).astype(np.int8)
+    curve = calibration_curve(labels, logits)
+    order = np.argsort(logits).reshape(20, 50)
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    assert curve["rows"] == [50] * 20
+    assert curve["predicted"] == pytest.approx(probabilities[order].mean(1), rel=1e-5)
+    assert curve["clicked"] == pytest.approx(labels[order].mean(1), rel=1e-5)
+
+
+def test_a_calibration_curve_weighs_rows_and_keeps_ties_together():
+    labels, logits = np.array([1, 0, 1, 0]), np.array([0.0, 0.0, 0.0, 2.0], np.float32)
+    curve = calibration_curve(labels, logits, np.array([3.0, 1.0, 0.0, 2.0]), bins=4)
+    assert curve == {"rows": [4, 2], "predicted": [0.5, 0.880797], "clicked": [0.75, 0]}
+    assert calibration_curve(labels[:0], logits[:0]) == {"rows": [], "predicted": [], "clicked": []}
+    assert calibration_curve(labels, logits, np.zeros(4))["rows"] == []
+    assert len(calibration_curve(np.ones(1), np.zeros(1, np.float32))["rows"]) == 1

@@ -4,7 +4,6 @@ What cannot be used is left out and said in `notes`. Numbers that are not finite
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,18 +14,18 @@ from dqrm.training.run import Run
 
 Line = dict[str, Any]
 _STUDY = "study.json"
-_LONGEST = 60
+_LONGEST, _HUGE = 60, 1e150
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite float; None for anything else."""
+    """The value as a finite float; None for anything else, and for a magnitude that sums of it may not have."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _HUGE else None
 
 
 def table_of(value: Any) -> dict[str, Any]:
@@ -146,13 +145,15 @@ def read(paths: Sequence[str | Path]) -> Subject:
     return Subject(title, False, tuple(Series(name, (record,)) for name, record in zip(names, records)))
 
 
-def read_run(path: Path, info: dict[str, Any]) -> Record:
-    """What can be read of a run folder."""
-    notes: list[str] = []
+def read_run(path: Path, info: dict[str, Any], noted: Sequence[str] = ()) -> Record:
+    """What can be read of a run folder, besides `info`, its run.json; `noted`: what was wrong with that."""
+    notes: list[str] = list(noted)
     summary = table_of(_json(path / "summary.json", notes))
-    if not summary and not notes:
+    if not summary and len(notes) == len(noted):
         notes.append("the run is not finished: it has no summary.json")
     lines: dict[str, list[Line]] = {}
+    if "ptq" in summary:  # quantized after training: there was none
+        return Record(path, info, summary, lines, tuple(notes))
     for line in _lines(path / "metrics.jsonl", notes):
         lines.setdefault(str(line.get("kind")), []).append(line)
     if not lines.get("evaluation"):
@@ -220,6 +221,7 @@ def _study(folder: Path) -> Subject:
     variants = content.get("variants")
     described = variants if isinstance(variants, list) else []
     names = [str(each["name"]) for each in described if isinstance(each, dict) and "name" in each]
+    names = [name for name in names if Path(name).name == name]  # a name, not a path to another folder
     baseline = content.get("baseline")
     names.sort(key=lambda name: name != baseline)
     labels = _distinct([shown(name) for name in names])
@@ -237,8 +239,13 @@ def _study(folder: Path) -> Subject:
 
 def _variant(label: str, folder: Path) -> Series:
     found = {}
-    for path in folder.glob("seed-*"):
-        seed = path.name.removeprefix("seed-")
+    try:
+        paths = list(folder.glob("seed-*"))
+    except (OSError, ValueError):  # no name that a folder can have
+        paths = []
+    for path in paths:
+        seed, notes = path.name.removeprefix("seed-"), list[str]()
         if seed.isdecimal() and path.is_dir():
-            found[int(seed)] = read_run(path, table_of(_json(path / "run.json", [])))
+            info = table_of(_json(path / "run.json", notes))
+            found[int(seed)] = read_run(path, info, notes)
     return Series(label, tuple(found[seed] for seed in sorted(found)), tuple(sorted(found)))
