@@ -2,7 +2,7 @@
 
     python benchmarks/thousand_days.py
 
-Each day 20,000 ids are drawn, the popular ones more often, of 50,000 active ones, a hundredth of which is replaced by
+Each day 4,000 ids are drawn, the popular ones more often, of 10,000 active ones, a hundredth of which is replaced by
 new ids every day. Prints JSON: rows of the table and size of its vocabulary file after 10, 100 and all days.
 """
 
@@ -16,7 +16,7 @@ import polars as pl
 from dqrm.data import growth
 from dqrm.data.growth import Policy
 
-ACTIVE, REPLACED, DRAWN = 50_000, 500, 20_000
+ACTIVE, REPLACED, DRAWN = 10_000, 100, 4_000
 
 
 def counted(keys: np.ndarray) -> pl.DataFrame:
