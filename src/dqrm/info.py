@@ -285,13 +285,13 @@ def print_export(result: dict[str, Any]) -> None:
         )
 
 
-def print_base_rate(found: dict[str, Any]) -> None:
+def print_base_rate(content: dict[str, Any]) -> None:
     """Which click rate a file's probabilities are on, where negatives were subsampled, and how they are calibrated."""
     from dqrm.export.base_rate import BaseRate
     from dqrm.models.calibration import Calibration
 
-    calibration = Calibration.of(found)
-    for told in (BaseRate(**found["subsampling"]).tell(), None if calibration is None else calibration.tell()):
+    calibration = Calibration.of(content)
+    for told in (BaseRate(**content["subsampling"]).tell(), None if calibration is None else calibration.tell()):
         if told is not None:
             _say(told)
 
