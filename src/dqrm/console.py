@@ -48,6 +48,11 @@ class Bars:
         assert self._task is not None
         self._progress.update(self._task, completed=min(done, total) if total else done, total=total)
 
+    def describe(self, text: str) -> None:
+        """Show this beside the bar in place of its stage."""
+        if self._task is not None:
+            self._progress.update(self._task, description=text)
+
     def log(self, line: str) -> None:
         """Print a line above the bar."""
         self._progress.console.print(line)

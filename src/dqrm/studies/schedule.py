@@ -83,7 +83,8 @@ class _Schedule:
         if kind == "progress":
             stage, done, total = content
             share = f" {done / total:.0%}" if total else ""
-            self.progress(f"{each.task.name}: {stage}{share}", self.done, self.total)
+            self.progress("runs", self.done, self.total)
+            self.progress.describe(f"{each.task.name}: {stage}{share}")
         elif kind == "warning":
             self.progress.log(f"{each.task.name}: {content}")
         else:
