@@ -119,7 +119,7 @@ def _bundle() -> str:
     """Vega-Embed, Vega-Lite and Vega as one script, which sets `vegaEmbed`."""
     import vl_convert
 
-    text: str = vl_convert.javascript_bundle()
+    text: str = vl_convert.javascript_bundle(None)
     return text
 
 
