@@ -42,8 +42,8 @@ def final_figures(subject: Subject) -> Section:
     what = "mean ± standard deviation over seeds" if subject.study else "at the checkpoint that validation chose"
     section.tables.append(Table(f"Test, {what}", header, rows))
     if compared:
-        how = "paired by seed: mean ± standard error" if subject.study else "of the two runs"
-        section.text.append(f"Δ: difference to {base.name}, {how}.")
+        how = ", paired by seed: mean ± standard error" if subject.study else ""
+        section.text.append(f"Δ: difference to {base.name}{how}.")
     if explained := legend(names):
         section.text.append(f"{explained}.")
     return section
@@ -79,7 +79,7 @@ def _spread(values: list[float], scaled: Callable[[float], float], sign: str = "
 _SIZES: dict[str, tuple[str, ...]] = {
     "as stored": ("stored_bytes", "total"),
     "tables in training": ("table_bytes", "weights"),
-    "optimizer state of the tables": ("table_bytes", "optimizer"),
+    "their optimizer state": ("table_bytes", "optimizer"),
 }
 
 

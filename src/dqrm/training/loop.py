@@ -248,6 +248,8 @@ class Trainer:
             metrics, curve = self._evaluate_on("validation")
         counts = all(each(self) for each in overriding(self.callbacks, "evaluation_counts"))
         better = choose(state, metrics, train_loss, self.config, counts)
+        if curve["rows"]:
+            self.record({"kind": "calibration", "step": state.step, "epoch": state.epoch + 1, **curve})
         self.record({
             "kind": "evaluation",
             "split": "validation",
@@ -258,8 +260,6 @@ class Trainer:
             **state.clamping.figures(),
             **position,
         })  # fmt: skip
-        if curve["rows"]:
-            self.record({"kind": "calibration", "step": state.step, "epoch": state.epoch + 1, **curve})
         shown = [name for name, metric in METRICS.items() if metric.logged or name == options.select_by]
         figures = [f"{name} {metrics[name]:.4f}" for name in shown if metrics.get(name) is not None]
         self.log(
