@@ -67,7 +67,7 @@ def _offline(datasets: Any) -> Iterator[None]:
     """Without a network, whatever the environment says."""
     from huggingface_hub import constants
 
-    places = (datasets.config, constants)
+    places: tuple[Any, ...] = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:
