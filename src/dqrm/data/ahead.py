@@ -1,13 +1,13 @@
 """Prefetching: the next item is computed in a thread while the current one is used."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """The same items, each computed while its predecessor is used; at most one more is in memory."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:

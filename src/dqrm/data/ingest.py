@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -90,17 +91,17 @@ def ingest(
         if number not in done:
             if _read_apart(source):
                 hash_file(source)
-            for block in ahead(_typed(source, plan, start)):
-                frame = keep(block.frame)
-                source.rows += frame.height
-                source.dropped += block.frame.height - frame.height
-                source.skipped += block.bad
-                if chunks := chunker.add(frame):
-                    note = {"sources": finished, "in": [number, source.record()], "next": block.end}
-                    staged.add(chunks, note)
-                    finished = []
-                advance(before + source.bytes - told)
-                told = before + source.bytes
+            with closing(ahead(_typed(source, plan, start))) as blocks:
+                for block in blocks:
+                    frame = keep(block.frame)
+                    source.rows += frame.height
+                    source.dropped += block.frame.height - frame.height
+                    source.skipped += block.bad
+                    if chunks := chunker.add(frame):
+                        staged.add(chunks, {"sources": finished, "in": [number, source.record()], "next": block.end})
+                        finished = []
+                    advance(before + source.bytes - told)
+                    told = before + source.bytes
             finished.append([number, source.record()])
             start = 0
         advance(before + source.bytes - told)

@@ -193,15 +193,24 @@ def _claim(partial: Path, job: dict[str, Any] | None, log: Log, work: Work) -> I
             if changed:
                 log(f"{partial} was begun {changed}: what is there is deleted, and the work begins again")
             _empty(partial)
-            lock.truncate(0)
-            lock.write(json.dumps(job).encode() if job else b"")
-            lock.flush()
+            _begin(lock, partial, job)
         else:
             log(f"{partial} is gone on with: {work.staged_rows(1):,} rows have been read")
     except BaseException:
         lock.close()
         raise
     return lock
+
+
+def _begin(marker: IO[bytes], partial: Path, job: dict[str, Any] | None) -> None:
+    """Write down what is begun; if there is no room even for that, nothing is left."""
+    try:
+        marker.truncate(0)
+        marker.write(json.dumps(job).encode() if job else b"")
+        marker.flush()
+    except OSError:
+        _remove(partial)
+        raise
 
 
 def make_partial(partial: Path) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ def shares(sizes: Sequence[int], parts: int) -> list[range]:
     """Which of the files, of these sizes in bytes, belong to each part: some that follow each other, one at least, and
     about as many bytes as to the others."""
     sums, ends = list(accumulate(sizes)), [0]
-    for part in range(1, parts + 1):
+    for part in range(1, parts):
         goal = sums[-1] * part / parts
         at = bisect_left(sums, goal)
         near = at if at and goal - sums[at - 1] < sums[min(at, len(sums) - 1)] - goal else at + 1
         ends.append(min(max(near, ends[-1] + 1), len(sizes) - parts + part))
-    return [range(begin, end) for begin, end in zip(ends, ends[1:])]
+    return [range(begin, end) for begin, end in pairwise([*ends, len(sizes)])]
 
 
 class Work:
