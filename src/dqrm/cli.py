@@ -65,28 +65,24 @@ def generate(output: str, **flags: Any) -> None:
 @click.argument("sources", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, help="The dataset folder to make.")
 @click.option("--config", "config_file", help="A YAML file with any of the fields below; flags override it.")
+@click.option("--part", metavar="K/N", help="Work on part K of N only: read it; after --merge write it.")
+@click.option("--merge", is_flag=True, help="Merge the N parts, once all are read; then run each --part again.")
 @_json
 @config_options(("What is in the log, and how it becomes a dataset", PrepareConfig))
-def prepare(sources: tuple[str, ...], output: str, config_file: str | None, as_json: bool, **flags: Any) -> None:
-    """Turn raw click logs into a dataset folder.
+def prepare(
+    sources: tuple[str, ...], output: str, config_file: str | None, part: str, merge: bool, as_json: bool, **flags: Any
+) -> None:
+    """Turn raw click logs into a dataset folder. Stopped or killed, the same command goes on where it was.
 
     SOURCES are files, folders and globs; - is standard input, a folder may be a Delta Lake table, and hf:NAME (or
     hf:FOLDER) is a Hugging Face dataset.
     """
-    from dqrm.console import bars, print_json
     from dqrm.data.extension import prepare_config
-    from dqrm.data.prepare import prepare as run
-    from dqrm.info import print_dataset, warn_of_data
+    from dqrm.preparing import run_prepare
 
     fields = read_yaml(config_file) if config_file else {}
     config = prepare_config(fields | given(flags), config_file or "prepare")
-    with bars(quiet=as_json) as progress:
-        dataset = run(sources, output, config, progress=progress)
-    warn_of_data(dataset)
-    if as_json:
-        print_json(dataset.describe())
-    else:
-        print_dataset(dataset)
+    run_prepare(sources, output, config, part, merge, as_json)
 
 
 @cli.command(cls=GroupedCommand, short_help="Train a model on a dataset folder, or resume a run.")

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from datetime import date, timedelta
@@ -212,19 +211,6 @@ def test_two_runs_into_one_output(tmp_path):
     assert MARKER not in os.listdir(dataset.path)
 
 
-def test_a_killed_run_is_cleared(tmp_path):
-    path = write(tmp_path / "log.txt", criteo_lines(20))
-    code = (
-        "import os, signal; from dqrm.data.prepare import prepare; from dqrm.data.config import PrepareConfig;"
-        "prepare('log.txt', 'out', PrepareConfig(layout='criteo-kaggle'),"
-        "lambda what, *_: what == 'writing' and os.kill(os.getpid(), signal.SIGKILL))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == -signal.SIGKILL
-    assert (tmp_path / "out.partial" / "staging").is_dir()
-    assert sum(prepare([path], tmp_path / "out", KAGGLE).rows.values()) == 20
-    assert sorted(os.listdir(tmp_path)) == ["log.txt", "out"]
-
-
 def test_odd_outputs(tmp_path, monkeypatch):
     path = write(tmp_path / "log.txt", criteo_lines(20))
     (tmp_path / "here").mkdir()
@@ -254,18 +240,6 @@ def test_a_full_disk_is_named(tmp_path, limit):
     last = run.stderr.strip().splitlines()[-1]
     assert "UserError: cannot write to" in last
     assert not last.endswith("None")
-    assert os.listdir(tmp_path) == ["log.txt"]
-
-
-def test_an_interruption_leaves_nothing(tmp_path):
-    path = write(tmp_path / "log.txt", criteo_lines(20))
-
-    def interrupt(what, done, total):
-        if what == "writing":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare([path], tmp_path / "out", KAGGLE, interrupt)
     assert os.listdir(tmp_path) == ["log.txt"]
 
 

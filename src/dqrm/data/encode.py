@@ -1,6 +1,7 @@
 """Staged chunks -> the arrays of the splits: keys are mapped to table rows, chunk by chunk."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,79 +11,45 @@ from numpy.typing import NDArray
 
 from dqrm.data import folder
 from dqrm.data.ahead import ahead
-from dqrm.data.growth import first_day
-from dqrm.data.splits import TRAIN, Splits
+from dqrm.data.journal import Journal
+from dqrm.data.splits import Splits
 from dqrm.data.staging import Staging
-from dqrm.data.vocabulary import Counter, Vocabulary, count_chunk
 from dqrm.files import flush
 
 Array = NDArray[Any]
-
-
-def count(staged: Staging, column: int, splits: Splits, train_only: bool) -> pl.DataFrame:
-    """The run of one column's keys over the training rows, or over all: key, count, first position; sorted by key."""
-    counter = Counter()
-    for run in ahead(_runs(staged, column, splits, train_only)):
-        counter.add(run)
-    return counter.finish()
-
-
-def _runs(staged: Staging, column: int, splits: Splits, train_only: bool) -> Iterator[pl.DataFrame]:
-    row, position = 0, 0
-    for rows, (keys, codes, lengths) in zip(staged.rows, staged.codes(column)):
-        counted = None
-        if train_only:
-            counted = splits[row : row + rows] == TRAIN
-            if lengths is not None:
-                counted = np.repeat(counted, lengths)
-        yield count_chunk(keys, codes, counted, position, sum(staged.entries[column]))
-        row += rows
-        position += len(codes)
+# Of a column, the table row (of the group: the number) of each of sorted keys.
+Numbers = Callable[[int], Callable[[pl.Series], Array]]
 
 
 class Translations:
     """The table row of every chunk's distinct keys, int32: all columns in one file, since a process may have no more
     files open than many a log has columns.
+
+    starts: of each column that is there, where the chunks' rows begin; None: its codes are table rows already.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.touch()
-        self._starts: list[list[int] | None] = []
+    def __init__(self, path: Path, starts: Sequence[list[int] | None]) -> None:
+        self._path, self._starts = path, list(starts)
 
-    def add(self, staged: Staging, column: int, vocabulary: Vocabulary) -> None:
-        """Append the next column, chunk by chunk."""
-        self._append(staged, column, vocabulary.lookup)
-
-    def add_hashed(self) -> None:
-        """Append a column whose codes are table rows already."""
-        self._starts.append(None)
-
-    def add_groups(self, staged: Staging) -> None:
-        """Append the group: numbers in order of first appearance in the log, -1 where it is missing."""
-        column, group = len(staged.plan.keys), staged.plan.group
-        no_missing = group is not None and group.kind == "id"  # those of a file are all categories, 0 too
-        vocabulary = first_day(count(staged, column, np.empty(0, np.uint8), False), 1).vocabulary
-
-        def number(keys: pl.Series) -> Array:
-            numbers = vocabulary.lookup(keys) - 1
-            if no_missing:
-                return numbers.astype(np.int32)
-            missing = (keys == ("" if keys.dtype == pl.String else 0)).to_numpy()
-            return np.where(missing, -1, numbers).astype(np.int32)
-
-        self._append(staged, column, number)
-
-    def _append(self, staged: Staging, column: int, number: Callable[[pl.Series], Array]) -> None:
-        starts = []
-        with self._path.open("ab") as file:
-            for (keys,) in ahead(staged.read(chunk, f"keys{column}") for chunk in range(len(staged.rows))):
-                starts.append(file.tell())
-                file.write(_bytes(number(keys)))
+    def add(self, staged: Staging, column: int, number: Callable[[pl.Series], Array] | None) -> list[int] | None:
+        """Append the next column, chunk by chunk; returns where its chunks begin."""
+        starts: list[int] | None = None if number is None else []
+        if number is not None and starts is not None:
+            at = max((each[-1] + 4 * staged.distinct[n][-1] for n, each in enumerate(self._starts) if each), default=0)
+            self._path.touch()
+            with self._path.open("r+b") as file:
+                file.seek(at)
+                for (keys,) in ahead(staged.read(chunk, f"keys{column}") for chunk in range(len(staged.rows))):
+                    starts.append(file.tell())
+                    file.write(_bytes(number(keys)))
+            flush(self._path)
         self._starts.append(starts)
+        return starts
 
     def read(self, staged: Staging, chunk: int) -> list[Callable[[Array], Array]]:
         """Per column, a function from the codes of one chunk to table rows."""
+        if not any(self._starts):
+            return [np.asarray] * len(self._starts)
         with self._path.open("rb") as file:
             return [
                 np.asarray if starts is None
@@ -97,64 +64,68 @@ class Translations:
 
 
 class Writer:
-    """The arrays of one split, appended to. No file stays open: of multi-valued columns there may be thousands.
+    """One part's share of the arrays of one split, written where it belongs: the same bytes, however often. No file
+    stays open: of multi-valued columns there may be thousands.
+
+    first: rows before the share. values: ids before it in each multi-valued column.
 
     Attributes:
-        rows, clicks: so far. values: ids so far in each multi-valued column. largest: of each dense column the largest
-            magnitude, float32 [D]; None before there are rows.
-
-    more: names of arrays with one number per row, besides the usual ones.
+        rows, clicks: so far, in this share. values: ids so far in each multi-valued column. largest: of each dense
+            column the largest magnitude, float32 [D]; None before there are rows.
     """
 
-    def __init__(self, path: Path, plan_multi: list[int], more: Sequence[str] = ()) -> None:
-        path.mkdir()
-        self._path = path
+    def __init__(self, path: Path, first: int, values: dict[int, int]) -> None:
+        self._path, self._first, self._first_values = path, first, values
         self.rows, self.clicks = 0, 0
+        self.values = dict.fromkeys(values, 0)
         self.largest: Array | None = None
-        self.values = dict.fromkeys(plan_multi, 0)
-        names = [folder.DENSE, folder.IDS, folder.LABEL, *more]
-        self.weight = 0.0
-        for number in plan_multi:
-            names += [folder.values_file(number), folder.offsets_file(number)]
-        self._names = names
-        for name in names:
-            self._append(name, np.zeros(0, "u1"))
-        for number in plan_multi:
-            self._append(folder.offsets_file(number), np.zeros(1, "<i8"))
+        self._written: set[str] = set()
 
     def add(self, dense: Array, ids: Array, labels: Array) -> None:
-        """Rows: dense float32 [n, D], ids int32 [n, T], labels uint8 [n]."""
+        """Rows: dense float32 [n, D], ids int32 [n, T], labels uint8 [n]; after their weights, groups and bags."""
         for name, array in ((folder.DENSE, dense), (folder.IDS, ids), (folder.LABEL, labels)):
-            self._append(name, array)
+            self._put(name, array)
         largest = np.abs(dense).max(axis=0)
         self.largest = largest if self.largest is None else np.maximum(self.largest, largest)
         self.rows += len(labels)
         self.clicks += int(labels.sum())
 
-    def add_weights(self, weights: Array) -> None:
-        """The weights of the same rows, float32 [n]."""
-        self._append(folder.WEIGHT, weights)
-        self.weight += float(weights.sum(dtype=np.float64))
-
-    def add_groups(self, groups: Array) -> None:
-        """The groups of the same rows, int32 [n], -1 for none."""
-        self._append(folder.GROUP, groups)
-
     def add_bags(self, number: int, values: Array, lengths: Array) -> None:
-        """The ids of the same rows in a multi-valued column: values int32 [L], lengths [n]."""
-        self._append(folder.values_file(number), values)
-        ends = self.values[number] + np.cumsum(lengths, dtype=np.int64)
-        self._append(folder.offsets_file(number), ends)
+        """The ids of the next rows in a multi-valued column: values int32 [L], lengths [n]."""
+        first = self._first_values[number] + self.values[number]
+        self._put(folder.values_file(number), values, first)
+        ends = first + np.cumsum(lengths, dtype=np.int64)
+        self._put(folder.offsets_file(number), ends, self._first + self.rows + 1)
         self.values[number] += len(values)
 
-    def finish(self) -> None:
-        """Returns when all is on disk."""
-        for name in self._names:
-            flush(self._path / name)
+    def add_column(self, name: str, array: Array) -> None:
+        """One number for each of the next rows: weights float32 [n], or groups int32 [n], -1 for none."""
+        self._put(name, array)
 
-    def _append(self, name: str, array: Array) -> None:
-        with (self._path / name).open("ab") as file:
+    def take_written(self) -> list[Path]:
+        """The files that were written to since the last call."""
+        written, self._written = self._written, set()
+        return [self._path / name for name in written]
+
+    def record(self) -> dict[str, Any]:
+        """What has been written, for `restore`."""
+        largest = None if self.largest is None else self.largest.tolist()
+        values = {str(number): count for number, count in self.values.items()}
+        return {"rows": self.rows, "clicks": self.clicks, "values": values, "largest": largest}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Go on behind what was written before."""
+        self.rows, self.clicks = record["rows"], record["clicks"]
+        self.values = {int(number): count for number, count in record["values"].items()}
+        self.largest = None if record["largest"] is None else np.array(record["largest"], np.float32)
+
+    def _put(self, name: str, array: Array, at: int | None = None) -> None:
+        """Write an array at item or row `at` of a file; None: at the next row."""
+        at = self._first + self.rows if at is None else at
+        with (self._path / name).open("r+b") as file:
+            file.seek(at * array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64)))
             file.write(_bytes(array))
+        self._written.add(name)
 
 
 def _bytes(array: Array) -> memoryview:
@@ -162,48 +133,112 @@ def _bytes(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def write_splits(
-    staged: Staging, splits: Splits, translated: Translations, output: Path, advance: Callable[[int], None]
-) -> list[Writer]:
-    """Write the arrays of all splits into `output`; returns their writers, with rows, clicks and values.
+def create(path: Path, multi: Sequence[int], more: Sequence[str]) -> None:
+    """Make the files of a split's arrays, where they are not there. more: names besides the usual ones."""
+    path.mkdir(exist_ok=True)
+    names = [folder.DENSE, folder.IDS, folder.LABEL, *more, *map(folder.values_file, multi)]
+    for name in names:
+        (path / name).touch()
+    for number in multi:
+        with (path / folder.offsets_file(number)).open("ab") as file:
+            if not file.tell():
+                file.write(bytes(8))
 
-    translated: the model's columns, then the group, if there is one.
+
+def write_splits(
+    staged: Staging,
+    splits: Splits,
+    numbers: Numbers,
+    writers: Sequence[Writer],
+    advance: Callable[[int], None],
+) -> None:
+    """Write a part's share of the arrays of all splits. It goes on behind what has been written.
+
+    splits: of the part's rows. numbers: of the columns' keys. writers: one of each split.
     """
     keys, weighted, group = staged.plan.keys, staged.plan.weight is not None, len(staged.plan.keys)
     grouped = staged.plan.group is not None
+    journal = Journal(staged.folder / "encoded.jsonl")
+    translated = _translate(staged, numbers, journal)
     single = [n for n, key in enumerate(keys) if not key.multi]
     multi = [n for n, key in enumerate(keys) if key.multi]
     names = ["label", *(f"codes{n}" for n in range(len(keys))), *(f"lengths{n}" for n in multi)]
     width = len(staged.plan.dense)
     names += ["dense"] * (width > 0) + ["weight"] * weighted + [f"codes{group}"] * grouped
-    more = [folder.WEIGHT] * weighted + [folder.GROUP] * grouped
-    writers = [Writer(output / name, multi, more) for name in folder.SPLITS]
-    row = 0
-    chunks = ahead(staged.read(chunk, *names) for chunk in range(len(staged.rows)))
-    for chunk, (rows, read) in enumerate(zip(staged.rows, chunks)):
-        arrays = {name: series.to_numpy() for name, series in zip(names, read)}
-        dense = arrays["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
-        ids = np.empty((rows, len(single)), np.int32)
-        maps = translated.read(staged, chunk)
-        for at, n in enumerate(single):
-            ids[:, at] = maps[n](arrays[f"codes{n}"])
-        here = splits[row : row + rows]
-        for split, writer in enumerate(writers):
-            chosen = here == split
-            if not chosen.any():
-                continue
-            whole = bool(chosen.all())
-            part = slice(None) if whole else chosen
-            writer.add(dense[part], ids[part], arrays["label"][part])
-            if weighted:
-                writer.add_weights(arrays["weight"][part])
-            if grouped:
-                writer.add_groups(maps[group](arrays[f"codes{group}"][part]))
-            for n in multi:
-                lengths, values = arrays[f"lengths{n}"], maps[n](arrays[f"codes{n}"])
-                writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
-        row += rows
-        advance(rows)
-    for writer in writers:
-        writer.finish()
-    return writers
+    done = [line["writers"] for line in journal.lines if "writers" in line]
+    for writer, record in zip(writers, done[-1] if done else ()):
+        writer.restore(record)
+    row = sum(staged.rows[: len(done)])
+    advance(row)
+    chunks = ahead(staged.read(chunk, *names) for chunk in range(len(done), len(staged.rows)))
+    with _Steps(journal) as steps:
+        for chunk, read in enumerate(chunks, len(done)):
+            rows = staged.rows[chunk]
+            arrays = {name: series.to_numpy() for name, series in zip(names, read)}
+            dense = arrays["dense"].reshape(rows, width) if width else np.empty((rows, 0), np.float32)
+            ids = np.empty((rows, len(single)), np.int32)
+            maps = translated.read(staged, chunk)
+            for at, n in enumerate(single):
+                ids[:, at] = maps[n](arrays[f"codes{n}"])
+            here = splits[row : row + rows]
+            for split, writer in enumerate(writers):
+                chosen = here == split
+                if not chosen.any():
+                    continue
+                whole = bool(chosen.all())
+                part = slice(None) if whole else chosen
+                if weighted:
+                    writer.add_column(folder.WEIGHT, arrays["weight"][part])
+                if grouped:
+                    writer.add_column(folder.GROUP, maps[group](arrays[f"codes{group}"][part]))
+                for n in multi:
+                    lengths, values = arrays[f"lengths{n}"], maps[n](arrays[f"codes{n}"])
+                    writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
+                writer.add(dense[part], ids[part], arrays["label"][part])
+            steps.done(writers)
+            row += rows
+            advance(rows)
+
+
+class _Steps:
+    """Tell the journal of each chunk once it is on disk, while the next one is written."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._waiting: Any = None
+
+    def __enter__(self) -> "_Steps":
+        return self
+
+    def done(self, writers: Sequence[Writer]) -> None:
+        """A chunk has been written."""
+        self._wait()
+        paths = [path for writer in writers for path in writer.take_written()]
+        self._waiting = self._thread.submit(self._tell, paths, [writer.record() for writer in writers])
+
+    def _tell(self, paths: Sequence[Path], records: list[dict[str, Any]]) -> None:
+        for path in paths:
+            flush(path)
+        self._journal.add({"writers": records})
+
+    def _wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.result()
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+
+def _translate(staged: Staging, numbers: Numbers, journal: Journal) -> Translations:
+    """The table rows of the chunks' keys: of the model's columns, then of the group."""
+    known = [line["starts"] for line in journal.lines if "starts" in line]
+    translated = Translations(staged.folder / "rows.i32", known)
+    hashed = staged.plan.hashing is not None
+    for column in range(len(known), len(staged.plan.keys) + (staged.plan.group is not None)):
+        hashes = hashed and column < len(staged.plan.keys)
+        starts = translated.add(staged, column, None if hashes else numbers(column))
+        journal.add({"starts": starts})
+    return translated

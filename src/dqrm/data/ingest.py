@@ -2,13 +2,16 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from dqrm.data import parquet_files, sparse_text
+from dqrm.data.ahead import ahead
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
 from dqrm.data.formats import format_of
@@ -67,31 +70,59 @@ def _check_parquet(source: Source, plan: Plan) -> None:
     check_types(plan, pl.Schema({**dict.fromkeys(source.partitions, pl.String()), **schema}), source.where)
 
 
-def ingest(sources: list[Source], plan: Plan, staged: Staging, advance: Callable[[int], None]) -> int:
-    """Stage all rows and complete each source's counts and hash.
+def ingest(
+    sources: list[Source], plan: Plan, staged: Staging, advance: Callable[[int], None], share: range | None = None
+) -> None:
+    """Stage all rows, of the sources in `share` if it is given, and complete each source's counts and hash.
 
-    `advance` is told bytes of the files as they are read. Returns how many negatives were dropped at random.
+    It goes on behind what is staged. Of the source that was being read then the bytes are read once more, for its hash,
+    but not parsed. `advance` is told bytes of the files as they are read.
 
     Raises:
         UserError: the first malformed line, with file and number, unless they are skipped.
     """
-    config = plan.config
-    chunker = Chunker(config.chunk_rows, staged.add)
-    keep = _Subsample(config)
-    for source in sources:
-        told = 0
-        if _read_apart(source):
-            hash_file(source)
-        for typed in typed_blocks(source, plan):
-            frame = keep(typed)
-            source.rows += frame.height
-            if frame.height:
-                chunker.add(frame)
-            advance(source.bytes - told)
-            told = source.bytes
-        advance(source.bytes - told)
-    chunker.finish()
-    return keep.dropped
+    chunker, told = Chunker(plan.config.chunk_rows), 0
+    share = range(len(sources)) if share is None else share
+    done, start = _resume(sources, staged)
+    keep = _Subsample(plan.config, sum(source.rows + source.dropped for source in sources))
+    finished: list[Any] = []
+    for number in share:
+        source, before = sources[number], told
+        if number not in done:
+            if _read_apart(source):
+                hash_file(source)
+            with closing(ahead(_typed(source, plan, start))) as blocks:
+                for block in blocks:
+                    frame = keep(block.frame)
+                    source.rows += frame.height
+                    source.dropped += block.frame.height - frame.height
+                    source.skipped += block.bad
+                    if chunks := chunker.add(frame):
+                        staged.add(chunks, {"sources": finished, "in": [number, source.record()], "next": block.end})
+                        finished = []
+                    advance(before + source.bytes - told)
+                    told = before + source.bytes
+            finished.append([number, source.record()])
+            start = 0
+        advance(before + source.bytes - told)
+        told = before + source.bytes
+    if finished:
+        staged.add(chunker.rest(), {"sources": finished})
+
+
+def _resume(sources: list[Source], staged: Staging) -> tuple[set[int], int]:
+    """The sources that are staged, which get their counts and hashes, and the line or row at which to go on."""
+    done = set()
+    for note in staged.notes:
+        for number, record in note["sources"]:
+            sources[number].restore(record)
+            done.add(number)
+    last = staged.notes[-1] if staged.notes else {}
+    if "in" not in last:
+        return done, 0
+    number, record = last["in"]
+    sources[number].restore({**record, "bytes": 0})
+    return done, last["next"]
 
 
 def _read_apart(source: Source) -> bool:
@@ -101,14 +132,29 @@ def _read_apart(source: Source) -> bool:
     return source.parquet and not isinstance(source, TableSource)
 
 
+@dataclass(frozen=True)
+class _Typed:
+    """Good rows, how many malformed ones were among them, and the line or row that follows."""
+
+    frame: pl.DataFrame
+    bad: int
+    end: int
+
+
 def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
     """The good rows of one file in order, a frame of `Plan.typed` per block; counts the others in `source.skipped`.
 
     Raises:
         UserError: the first malformed line, with file and number, unless they are skipped.
     """
+    for block in _typed(source, plan, 0):
+        source.skipped += block.bad
+        yield block.frame
+
+
+def _typed(source: Source, plan: Plan, start: int) -> Iterator[_Typed]:
     unit = "row" if source.parquet or source.format else "line"
-    for block in _blocks(source, plan):
+    for block in _blocks(source, plan, start):
         try:
             frame = plan.typed(block)
         except pl.exceptions.PanicException as error:
@@ -116,23 +162,23 @@ def typed_blocks(source: Source, plan: Plan) -> Iterator[pl.DataFrame]:
         if block.bad and plan.config.on_error == "stop":
             line, reason = min(block.bad)
             raise UserError(f"{source.where}, {unit} {line}: {reason}")
-        source.skipped += len(block.bad)
-        yield frame
+        yield _Typed(frame, len(block.bad), block.end)
 
 
-def _blocks(source: Source, plan: Plan) -> Iterator[Block]:
+def _blocks(source: Source, plan: Plan, start: int) -> Iterator[Block]:
+    """The rows from line or row `start` on; 0: all."""
     if isinstance(source, TableSource):
         return _table_blocks(source, plan)
     if source.format:
-        return _format_blocks(source, plan)
-    return _parquet_blocks(source, plan) if source.parquet else _text_blocks(source, plan)
+        return _format_blocks(source, plan, start)
+    return _parquet_blocks(source, plan, start) if source.parquet else _text_blocks(source, plan, start)
 
 
 def _table_blocks(source: TableSource, plan: Plan) -> Iterator[Block]:
     row = 1
     try:
         for frame in source.blocks(plan, min(plan.config.chunk_rows, BLOCK_ROWS)):
-            yield Block(frame, np.arange(row, row + frame.height))
+            yield Block(frame, np.arange(row, row + frame.height), end=row + frame.height)
             row += frame.height
     except parquet_files.UNREADABLE as error:
         raise UserError(f"{source.where}, after row {row - 1}: cannot be read ({error})") from None
@@ -153,17 +199,21 @@ def schema(source: Source) -> pl.Schema | None:
 
 
 class _Subsample:
-    """Drop a fraction of the rows with label 0; the draws depend on the seed and the order of rows only."""
+    """Drop a fraction of the rows with label 0; the draws depend on the seed and the order of rows only.
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self._share, self.dropped = config.subsample_negatives, 0
-        self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([config.seed, 2])))
+    before: how many rows have been drawn for.
+    """
+
+    def __init__(self, config: PrepareConfig, before: int) -> None:
+        self._share = config.subsample_negatives
+        bits = np.random.PCG64(np.random.SeedSequence([config.seed, 2]))
+        bits.advance(before)
+        self._random = np.random.Generator(bits)
 
     def __call__(self, frame: pl.DataFrame) -> pl.DataFrame:
         if not self._share:
             return frame
         kept = (frame["label"].to_numpy() == 1) | (self._random.random(frame.height) >= self._share)
-        self.dropped += int(len(kept) - kept.sum())
         return frame.filter(pl.Series(kept))
 
 
@@ -281,11 +331,11 @@ def _separator(source: Source) -> str:
     )
 
 
-def _text_blocks(source: Source, plan: Plan) -> Iterator[Block]:
-    last = 0
+def _text_blocks(source: Source, plan: Plan, start: int) -> Iterator[Block]:
+    last = max(0, start - 1)
     try:
         reader = _reader(source, plan)
-        for block in _with_partitions(reader.blocks, reader.names, source, plan):
+        for block in _with_partitions(lambda wanted: reader.blocks(wanted, start), reader.names, source, plan):
             last = max([last, *block.lines[-1:], *(line for line, _ in block.bad[-1:])])
             yield block
     except Damaged as damage:
@@ -300,22 +350,33 @@ def _damaged(source: Source, plan: Plan, what: str) -> None:
     finish(source)
 
 
-def _parquet_blocks(source: Source, plan: Plan) -> Iterator[Block]:
+def _parquet_blocks(source: Source, plan: Plan, start: int) -> Iterator[Block]:
     names, rows = list(parquet_files.schema(source)), min(plan.config.chunk_rows, BLOCK_ROWS)
-    yield from _with_partitions(lambda wanted: parquet_files.blocks(source, wanted, rows), names, source, plan)
+    first = max(1, start)
+    yield from _with_partitions(lambda wanted: parquet_files.blocks(source, wanted, rows, first), names, source, plan)
     source.require_unchanged()  # since it was found, and before it was hashed
 
 
-def _format_blocks(source: Source, plan: Plan) -> Iterator[Block]:
+def _format_blocks(source: Source, plan: Plan, start: int) -> Iterator[Block]:
     known, rows, last = source.format, min(plan.config.chunk_rows, BLOCK_ROWS), 0
     names = list(known.schema(source))
     try:
         for block in _with_partitions(lambda wanted: known.blocks(source, wanted, rows), names, source, plan):
             last = max([last, *block.lines[-1:]])
-            yield block
+            if block.end > start:
+                yield _after(block, start)
     except Damaged as damage:
         _damaged(source, plan, f"{damage}, after row {last}")
     source.require_unchanged()
+
+
+def _after(block: Block, start: int) -> Block:
+    """What is not before row `start` of a block."""
+    keep = block.lines >= start
+    if keep.all():
+        return block
+    bad = [(row, reason) for row, reason in block.bad if row >= start]
+    return Block(block.fields.filter(pl.Series(keep)), block.lines[keep], bad, block.end)
 
 
 def _with_partitions(

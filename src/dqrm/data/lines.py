@@ -26,11 +26,15 @@ _MAX_LINE = 1 << 26
 
 @dataclass
 class Block:
-    """Rows of String columns, the line that each one begins on (int64), and the malformed lines among them."""
+    """Rows of String columns, the line that each one begins on (int64), and the malformed lines among them.
+
+    end: the line after them, from which `TextReader.blocks` goes on.
+    """
 
     fields: pl.DataFrame
     lines: NDArray[np.int64]
     bad: list[tuple[int, str]] = field(default_factory=list)
+    end: int = 0
 
 
 class TextReader:
@@ -51,10 +55,12 @@ class TextReader:
         self._record = re.compile(plain + rb"(?:" + escaped + plain + rb")*+\Z")
         self.names = list(names) if names is not None else self._read_header()
 
-    def blocks(self, wanted: Sequence[str]) -> Iterator[Block]:
-        """The `wanted` columns of all rows, in order. Whatever the pieces raise at their end is raised at the end."""
+    def blocks(self, wanted: Sequence[str], start: int = 0) -> Iterator[Block]:
+        """The `wanted` columns of all rows from line `start` on, in order. Whatever the pieces raise at their end is
+        raised at the end."""
         positions = [self.names.index(name) for name in wanted]
-        for data, last in ahead(self._pieces):
+        for piece, last in ahead(self._pieces):
+            data = self._after(piece, start) if self._line < start else piece
             joined = self._rest + data if self._rest else data
             cut = len(joined) if last else joined.rfind(b"\n") + 1
             block, self._rest = joined[:cut], joined[cut:]
@@ -66,6 +72,17 @@ class TextReader:
                 block = block.rstrip(b"\r\n") + b"\n" if block.strip(b"\r\n") else b""
             if block:
                 yield self._parse(block, positions, wanted, last)
+
+    def _after(self, data: bytes, start: int) -> bytes:
+        """What follows the lines before `start`."""
+        newlines = data.count(b"\n")
+        if self._line + newlines < start:
+            self._line += newlines
+            return b""
+        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE)
+        cut = int(ends[start - self._line - 1]) + 1
+        self._line = start
+        return data[cut:]
 
     def _parse(self, block: bytes, positions: list[int], wanted: Sequence[str], last: bool) -> Block:
         quotes = self.quoting and b'"' in block
@@ -80,7 +97,7 @@ class TextReader:
             block, lines, bad, used = self._sift(block, quotes, last)
         self._line += used
         if not len(lines):
-            return Block(pl.DataFrame(schema=dict.fromkeys(wanted, pl.String)), lines, bad)
+            return Block(pl.DataFrame(schema=dict.fromkeys(wanted, pl.String)), lines, bad, self._line)
         try:
             frame = pl.read_csv(
                 block,
@@ -94,9 +111,8 @@ class TextReader:
             raise UserError(f"{self.where}, from line {lines[0]}: cannot be parsed ({error})") from None
         if frame.height != len(lines):
             raise UserError(f"{self.where}, from line {lines[0]}: {frame.height} rows in {len(lines)} lines")
-        return Block(
-            frame.select(pl.col(f"column_{at}").alias(name) for at, name in zip(positions, wanted)), lines, bad
-        )
+        fields = frame.select(pl.col(f"column_{at}").alias(name) for at, name in zip(positions, wanted))
+        return Block(fields, lines, bad, self._line)
 
     def _shape(self, block: bytes, quotes: bool, last: bool) -> tuple[int, NDArray[np.int64]] | None:
         """Where the last whole record ends, and on which line of the block each begins; None if anything is wrong."""

@@ -1,89 +1,120 @@
-"""The table rows of a log's ids: each column's vocabulary is built, written and applied."""
+"""The table rows of a log's ids: each column's vocabulary is built and written."""
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
 from dqrm.data import folder, growth
 from dqrm.data.columns import KeyColumn, Plan
-from dqrm.data.encode import Translations, count
+from dqrm.data.counting import count
 from dqrm.data.extension import Extended
+from dqrm.data.journal import Journal
 from dqrm.data.splits import Splits
 from dqrm.data.staging import Staging
+from dqrm.data.vocabulary import Vocabulary
+from dqrm.files import flush
+
+Array = NDArray[Any]
+_GROUP = "group.parquet"
 
 
-@dataclass
 class Numbering:
     """The numbered columns, in the order of the schema.
 
     Attributes:
         columns: their entries in dataset.json. files: written, as paths in the folder. tables: what changed in each
-            table, for a dataset that extends another. translated: their ids as table rows.
+            table, for a dataset that extends another.
     """
 
-    translated: Translations
-    columns: list[dict[str, Any]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    tables: list[dict[str, int]] = field(default_factory=list)
-    digests: list[str | None] = field(default_factory=list)
+    def __init__(self, plan: Plan, lines: Sequence[dict[str, Any]]) -> None:
+        self._plan = plan
+        self.columns: list[dict[str, Any]] = [line["entry"] for line in lines]
+        self.files: list[str] = [file for line in lines for file in line["files"]]
+        self.tables: list[dict[str, int]] = [line["table"] for line in lines]
+        self._digests: list[str | None] = [line["digest"] for line in lines]
 
-    def digest(self, plan: Plan) -> str:
+    def digest(self) -> str:
         """SHA-256 of what decides how a row of a log becomes a model's input: equal where models can be exchanged."""
+        config = self._plan.config
         content = {
-            "dense": list(plan.dense),
-            "dense_transform": plan.config.dense_transform,
-            "null_values": list(plan.config.null_values),
-            "subsample_negatives": plan.config.subsample_negatives,
-            "columns": [{**entry, "vocabulary": digest} for entry, digest in zip(self.columns, self.digests)],
+            "dense": list(self._plan.dense),
+            "dense_transform": config.dense_transform,
+            "null_values": list(config.null_values),
+            "subsample_negatives": config.subsample_negatives,
+            "columns": [{**entry, "vocabulary": digest} for entry, digest in zip(self.columns, self._digests)],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def number(
-    staged: Staging, splits: Splits, plan: Plan, path: Path, work: Path, extended: Extended | None, tell: Any
-) -> Numbering:
-    """Count the ids of each column, give them rows, and write the vocabularies into the folder `path`; where ids are
-    hashed, only record how.
-
-    extended: the dataset whose vocabularies are continued; None: they begin here. work: for temporary files.
-    """
-    made = Numbering(Translations(work / "rows.i32"))
-    if plan.hashing is not None:
-        for key, hashed in zip(plan.keys, plan.hashing):
-            made.translated.add_hashed()
-            made.columns.append({**_entry(plan, key, hashed.rows, None), **hashed.describe()})
-            made.digests.append(None)
-    else:
-        _count(made, staged, splits, plan, path, extended, tell)
-    if plan.group is not None:
-        made.translated.add_groups(staged)
-    return made
-
-
-def _count(
-    made: Numbering, staged: Staging, splits: Splits, plan: Plan, path: Path, extended: Extended | None, tell: Any
+    parts: Sequence[Staging], splits: Splits, plan: Plan, path: Path, work: Path, extended: Extended | None, tell: Any
 ) -> None:
-    for name in ("vocabulary", "rare"):
-        (path / name).mkdir()
-    for at, key in enumerate(plan.keys):
+    """Count the ids of each column in all parts, give them rows, and write the vocabularies into the folder `path`;
+    where ids are hashed, only record how. It goes on behind the columns that are done.
+
+    extended: the dataset whose vocabularies are continued; None: they begin here. work: for what `load` reads.
+    """
+    journal = Journal(work / "numbered.jsonl")
+    for at in range(len(journal.lines), len(plan.keys)):
+        if plan.hashing is not None:
+            hashed = plan.hashing[at]
+            entry = {**_entry(plan, plan.keys[at], hashed.rows, None), **hashed.describe()}
+            journal.add({"entry": entry, "files": [], "table": {}, "digest": None})
+            continue
         tell("counting ids", at, len(plan.keys))
-        run = count(staged, at, splits, plan.config.vocabulary == "train")
-        grown = extended.grow(at, run) if extended else growth.first_day(run, plan.config.min_count)
-        file = folder.vocabulary_file(at, key.name)
-        grown.vocabulary.write(path / file)
-        made.files.append(file)
-        if grown.rare.height:
-            growth.write_rare(grown.rare, path / folder.rare_file(file))
-            made.files.append(folder.rare_file(file))
-        made.translated.add(staged, at, grown.vocabulary)
-        made.columns.append(_entry(plan, key, grown.vocabulary.rows, file))
-        made.digests.append(grown.vocabulary.digest())
-        made.tables.append(grown.counts())
-    tell("counting ids", len(plan.keys), len(plan.keys))
-    if not any((path / "rare").iterdir()):
-        (path / "rare").rmdir()
+        run = count(parts, at, splits if plan.config.vocabulary == "train" else None)
+        journal.add(_write(plan, at, run, path, extended))
+    if plan.hashing is None:
+        tell("counting ids", len(plan.keys), len(plan.keys))
+    if plan.group is not None and not (work / _GROUP).exists():
+        grown = growth.first_day(count(parts, len(plan.keys), None), 1)
+        grown.vocabulary.write(work / "group.partial")
+        (work / "group.partial").replace(work / _GROUP)
+
+
+def load(plan: Plan, work: Path) -> Numbering:
+    """What `number` has made."""
+    return Numbering(plan, Journal(work / "numbered.jsonl").lines)
+
+
+def lookup(plan: Plan, path: Path, work: Path, column: int) -> Callable[[pl.Series], Array]:
+    """Of a column, the table row of each of sorted keys, int32; of the group, which comes after the model's columns, its
+    number in order of first appearance in the log, -1 where it is missing."""
+    if column < len(plan.keys):
+        return Vocabulary.read(path / load(plan, work).columns[column]["vocabulary"]).lookup
+    vocabulary = Vocabulary.read(work / _GROUP)
+    no_missing = plan.group is not None and plan.group.kind == "id"  # those of a file are all categories, 0 too
+
+    def numbers(keys: pl.Series) -> Array:
+        found = vocabulary.lookup(keys) - 1
+        if no_missing:
+            return found.astype(np.int32)
+        missing = (keys == ("" if keys.dtype == pl.String else 0)).to_numpy()
+        return np.where(missing, -1, found).astype(np.int32)
+
+    return numbers
+
+
+def _write(plan: Plan, at: int, run: pl.DataFrame, path: Path, extended: Extended | None) -> dict[str, Any]:
+    key = plan.keys[at]
+    grown = extended.grow(at, run) if extended else growth.first_day(run, plan.config.min_count)
+    files = [folder.vocabulary_file(at, key.name)]
+    (path / files[0]).parent.mkdir(exist_ok=True)
+    grown.vocabulary.write(path / files[0])
+    if grown.rare.height:
+        files.append(folder.rare_file(files[0]))
+        (path / files[1]).parent.mkdir(exist_ok=True)
+        growth.write_rare(grown.rare, path / files[1])
+    for file in files:
+        flush(path / file)
+    entry = _entry(plan, key, grown.vocabulary.rows, files[0])
+    return {"entry": entry, "files": files, "table": grown.counts(), "digest": grown.vocabulary.digest()}
 
 
 def _entry(plan: Plan, key: KeyColumn, rows: int, file: str | None) -> dict[str, Any]:

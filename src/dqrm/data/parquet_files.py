@@ -40,16 +40,17 @@ def count(source: Source) -> int:
         raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
 
 
-def blocks(source: Source, wanted: Sequence[str], rows: int) -> Iterator[Block]:
-    """The wanted columns of all rows in order, at most so many at a time.
+def blocks(source: Source, wanted: Sequence[str], rows: int, start: int = 1) -> Iterator[Block]:
+    """The wanted columns of all rows from row `start` on (the first is 1) in order, at most so many at a time.
 
     Raises:
         UserError: it cannot be read.
     """
-    row = 1
+    row = start
     try:
-        for frame in _scan(source).select(by_name(*wanted)).collect_batches(chunk_size=rows, maintain_order=True):
-            yield Block(frame, np.arange(row, row + frame.height))
+        scan = _scan(source).select(by_name(*wanted)).slice(start - 1)
+        for frame in scan.collect_batches(chunk_size=rows, maintain_order=True):
+            yield Block(frame, np.arange(row, row + frame.height), end=row + frame.height)
             row += frame.height
     except UNREADABLE as error:
         source.require_unchanged()

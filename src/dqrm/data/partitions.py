@@ -67,7 +67,7 @@ def _complete(block: Block, needed: Sequence[str], added: Partitions, where: str
             _require_same(block, name, value, where)
         else:
             fields = fields.with_columns(pl.lit(value, pl.String).alias(name))
-    return Block(fields.select(by_name(*needed)), block.lines, block.bad)
+    return Block(fields.select(by_name(*needed)), block.lines, block.bad, block.end)
 
 
 def _require_same(block: Block, name: str, value: str | None, where: str) -> None:

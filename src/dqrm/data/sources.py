@@ -51,7 +51,8 @@ class Source:
     """One file of the log and what was found in it.
 
     path: of the file. where: its name in messages. name: what distinguishes it from the others, without folders of this
-    machine. partitions: columns in its path. state: what it was when it was found. stream: what is read instead of a
+    machine. partitions: columns in its path. rows, skipped, dropped: good lines that are kept, malformed ones, and good
+    ones that subsampling left out. state: what it was when it was found. stream: what is read instead of a
     file. used: the columns of the path that the dataset depends on. rest: what has not been read yet. format: what
     reads it, if neither text nor Parquet (`dqrm.data.formats`). parts: the files that it consists of, if several.
     """
@@ -71,6 +72,7 @@ class Source:
     sha256: str = ""
     rows: int = 0
     skipped: int = 0
+    dropped: int = 0
     damaged: str | None = None
     digest: Any = field(default_factory=hashlib.sha256, repr=False)
 
@@ -86,7 +88,16 @@ class Source:
 
     def again(self) -> "Source":
         """The same source with nothing read of it yet."""
-        return replace(self, bytes=0, sha256="", rows=0, skipped=0, damaged=None, digest=hashlib.sha256(), rest=None)
+        return replace(self, bytes=0, sha256="", rows=0, skipped=0, dropped=0, damaged=None, digest=hashlib.sha256(), rest=None)
+
+    def record(self) -> dict[str, Any]:
+        """What was found in it, for `restore`."""
+        return {name: getattr(self, name) for name in _FOUND}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Take over what was found in it before."""
+        for name in _FOUND:
+            setattr(self, name, record[name])
 
     def matches(self, pattern: str) -> bool:
         """Whether a pattern means this file: its path below the folder or glob, a folder on it, its name, or its path
@@ -133,6 +144,8 @@ class Source:
         raise UserError(f"{self.where} changed while it was read: {what}; {_STILL}")
 
 
+# Of a source, by reading it.
+_FOUND = ("bytes", "sha256", "rows", "skipped", "dropped", "damaged")
 _STILL = "start again when nothing writes to it any more"
 
 

@@ -34,12 +34,12 @@ class SparseReader:
         self._shape = _SHAPES[layout]
         self.names = [LABEL, *(fields if self._ffm else (LIBSVM_COLUMN,))]
 
-    def blocks(self, wanted: Sequence[str]) -> Iterator[Block]:
-        """The `wanted` columns of all rows, in order: the label String (null without one), features List(String).
+    def blocks(self, wanted: Sequence[str], start: int = 0) -> Iterator[Block]:
+        """The `wanted` columns of all rows from line `start` on, in order: the label String (null without one), features List(String).
 
         Whatever the pieces raise at their end is raised at the end.
         """
-        for block in self._lines.blocks((_LINE,)):
+        for block in self._lines.blocks((_LINE,), start):
             rows = _Features(block.fields.get_column(_LINE), self._ffm)
             good = np.ones(len(block.lines), bool)
             for row, reason in rows.problems(self._shape).items():
@@ -47,7 +47,7 @@ class SparseReader:
                 block.bad.append((int(block.lines[row]), reason))
             chosen = pl.Series(good)
             columns = {name: rows.labels if name == LABEL else rows.of(name) for name in wanted}
-            yield Block(pl.DataFrame(columns).filter(chosen), block.lines[good], block.bad)
+            yield Block(pl.DataFrame(columns).filter(chosen), block.lines[good], block.bad, block.end)
 
     def fields(self) -> set[int]:
         """The numbers of all fields; reads to the end."""

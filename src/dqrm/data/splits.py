@@ -3,6 +3,7 @@
 import operator as operators
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,15 @@ Splits = NDArray[np.uint8]
 _COMPARE = {"<": operators.lt, "<=": operators.le, ">": operators.gt, ">=": operators.ge}
 
 
-def assign(config: PrepareConfig, sources: Sequence[Source], staged: Staging) -> Splits:
-    """The split of every row, uint8 [rows].
+def assign(config: PrepareConfig, sources: Sequence[Source], parts: Sequence[Staging]) -> Splits:
+    """The split of every row of all parts, uint8 [rows].
 
     Raises:
         UserError: the rule cannot be applied to these files, or leaves nothing for training.
     """
-    rule, rows = config.split_rule, sum(staged.rows)
+    rule, rows = config.split_rule, sum(sum(part.rows) for part in parts)
     if rule == "column":
-        splits = _by_column(config, staged, rows)
+        splits = _by_column(config, parts, rows)
     elif rule == "file":
         splits = _by_file(config, sources, rows)
     elif rule == "time" and config.kind.seven_days:
@@ -119,14 +120,14 @@ def _by_file(config: PrepareConfig, sources: Sequence[Source], rows: int) -> Spl
     return splits
 
 
-def _by_column(config: PrepareConfig, staged: Staging, rows: int) -> Splits:
+def _by_column(config: PrepareConfig, parts: Sequence[Staging], rows: int) -> Splits:
     sides = {
         split: _Meant(config.split_column or "", field, conditions.parse(field, getattr(config, field)))
         for split, field in ((VALIDATION, "validation_values"), (TEST, "test_values"))
     }
     splits, at = np.zeros(rows, np.uint8), 0
     some: list[str] = []
-    for keys, codes, _ in staged.codes(len(staged.columns) - 1):
+    for keys, codes, _ in chain.from_iterable(part.codes(len(part.columns) - 1) for part in parts):
         matches = {split: meant(keys) for split, meant in sides.items()}
         both = matches[VALIDATION] & matches[TEST]
         if both.any():

@@ -4,8 +4,9 @@ are hashed, as table rows.
 Later passes process distinct keys only, which are far fewer than rows, and read one column at a time.
 """
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,52 +16,39 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data.columns import KeyColumn, Plan
+from dqrm.data.journal import Journal
+from dqrm.files import flush
 
 Array = NDArray[Any]
 
 
 class Staging:
-    """Chunks of typed rows in a folder.
+    """Chunks of typed rows in a folder: those of the log, or of one of its parts.
 
     Attributes:
         rows: rows per chunk. entries: per column, entries per chunk (rows; ids, for a multi-valued column).
         distinct: per column, distinct keys per chunk; 0 where ids are hashed: its codes are table rows.
+        notes: what `add` was told with each group of chunks.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        folder.mkdir()
-        self._folder, self.plan = folder, plan
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.plan = folder, plan
         self.columns: tuple[KeyColumn, ...] = (*plan.keys, *plan.unmodelled)
         self.rows: list[int] = []
         self.entries: list[list[int]] = [[] for _ in self.columns]
         self.distinct: list[list[int]] = [[] for _ in self.columns]
-        self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        self.notes: list[Any] = []
+        self._journal = Journal(folder / "staged.jsonl")
+        for line in self._journal.lines:
+            self._count(line)
 
-    def close(self) -> None:
-        self._threads.shutdown()
-
-    def add(self, frame: pl.DataFrame) -> None:
-        """Write the next chunk, a frame of `Plan.typed`."""
-        names = [f"k{n}" for n in range(len(self.plan.keys))]
-        names += ["g"] * (self.plan.group is not None) + ["s"] * (self.plan.split is not None)
-        stored = {"label": frame["label"].implode()}
-        if self.plan.weight is not None:
-            stored["weight"] = frame["w"].implode()
-        if self.plan.dense:
-            dense = frame.select(f"d{n}" for n in range(len(self.plan.dense))).to_numpy()
-            stored["dense"] = pl.Series("dense", np.ascontiguousarray(dense).reshape(-1)).implode()
-        coded = self._threads.map(self._code, self.columns, (frame[name] for name in names))
-        for n, (keys, codes, lengths) in enumerate(coded):
-            if keys is not None:
-                stored[f"keys{n}"] = keys.implode()
-            stored[f"codes{n}"] = pl.Series(codes).implode()
-            if lengths is not None:
-                stored[f"lengths{n}"] = lengths.implode()
-            self.entries[n].append(len(codes))
-            self.distinct[n].append(0 if keys is None else len(keys))
-        chunk = pl.DataFrame([series.alias(name) for name, series in stored.items()])
-        chunk.write_ipc(self._path(len(self.rows)), compression="lz4")
-        self.rows.append(frame.height)
+    def add(self, frames: Sequence[pl.DataFrame], note: Any) -> None:
+        """Write the next chunks, frames of `Plan.typed`. After a kill all of them are there, with the note, or none."""
+        chunks = [self._write(len(self.rows) + n, frame) for n, frame in enumerate(frames)]
+        line = {"chunks": chunks, "note": note}
+        self._journal.add(line)
+        self._count(line)
 
     def read(self, chunk: int, *names: str) -> list[pl.Series]:
         """Arrays of one chunk by the name they are stored under: label, weight, dense, keys<n>, codes<n> or
@@ -79,7 +67,40 @@ class Staging:
             yield keys, codes.to_numpy(), lengths[0].to_numpy() if multi else None
 
     def _path(self, chunk: int) -> Path:
-        return self._folder / f"{chunk:06d}.arrow"
+        return self.folder / f"{chunk:06d}.arrow"
+
+    def _count(self, line: dict[str, Any]) -> None:
+        for rows, entries, distinct in line["chunks"]:
+            self.rows.append(rows)
+            for n in range(len(self.columns)):
+                self.entries[n].append(entries[n])
+                self.distinct[n].append(distinct[n])
+        self.notes.append(line["note"])
+
+    def _write(self, chunk: int, frame: pl.DataFrame) -> tuple[int, list[int], list[int]]:
+        names = [f"k{n}" for n in range(len(self.plan.keys))]
+        names += ["g"] * (self.plan.group is not None) + ["s"] * (self.plan.split is not None)
+        stored = {"label": frame["label"].implode()}
+        if self.plan.weight is not None:
+            stored["weight"] = frame["w"].implode()
+        if self.plan.dense:
+            dense = frame.select(f"d{n}" for n in range(len(self.plan.dense))).to_numpy()
+            stored["dense"] = pl.Series("dense", np.ascontiguousarray(dense).reshape(-1)).implode()
+        entries, distinct = [], []
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+            coded = threads.map(self._code, self.columns, (frame[name] for name in names))
+            for n, (keys, codes, lengths) in enumerate(coded):
+                if keys is not None:
+                    stored[f"keys{n}"] = keys.implode()
+                stored[f"codes{n}"] = pl.Series(codes).implode()
+                if lengths is not None:
+                    stored[f"lengths{n}"] = lengths.implode()
+                entries.append(len(codes))
+                distinct.append(0 if keys is None else len(keys))
+        # Not compressed: packing and unpacking would take longer than writing and reading what it saves, a quarter.
+        pl.DataFrame([series.alias(name) for name, series in stored.items()]).write_ipc(self._path(chunk))
+        flush(self._path(chunk))
+        return frame.height, entries, distinct
 
     def _code(self, column: KeyColumn, cells: pl.Series) -> tuple[pl.Series | None, Array, pl.Series | None]:
         # By identity: a group column may be one of the model's, too.
@@ -90,24 +111,28 @@ class Staging:
 
 
 class Chunker:
-    """Regroup frames into chunks of exactly `rows` rows."""
+    """Regroup frames into chunks of `rows` rows or more, but less than twice as many.
 
-    def __init__(self, rows: int, sink: Callable[[pl.DataFrame], None]) -> None:
-        self._rows, self._sink = rows, sink
+    Chunks end where a frame ends, so that what was read and what was staged can be told in one place.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
         self._held: list[pl.DataFrame] = []
         self._count = 0
 
-    def add(self, frame: pl.DataFrame) -> None:
-        self._held.append(frame)
-        self._count += frame.height
-        if self._count >= self._rows:
-            joined = pl.concat(self._held)
-            full = self._count - self._count % self._rows
-            for at in range(0, full, self._rows):
-                self._sink(joined[at : at + self._rows])
-            self._held, self._count = [joined[full:]], self._count - full
+    def add(self, frame: pl.DataFrame) -> list[pl.DataFrame]:
+        """The chunks that are full with these rows; none, while there are too few."""
+        if frame.height:
+            self._held.append(frame)
+            self._count += frame.height
+        return self.rest() if self._count >= self._rows else []
 
-    def finish(self) -> None:
-        if self._count:
-            self._sink(pl.concat(self._held))
+    def rest(self) -> list[pl.DataFrame]:
+        """The chunks of all rows that are left."""
+        if not self._count:
+            return []
+        joined, pieces = pl.concat(self._held), max(1, self._count // self._rows)
+        ends = [self._count * n // pieces for n in range(pieces + 1)]
         self._held, self._count = [], 0
+        return [joined[begin:end] for begin, end in itertools.pairwise(ends)]

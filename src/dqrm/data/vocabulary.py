@@ -184,14 +184,18 @@ def _digest(data: bytes, at: int) -> bytes:
     return digest.hexdigest().encode()
 
 
+def position_type(total: int) -> Any:
+    """The type of counts and positions among so many entries: half the memory, unless there are too many for it."""
+    return pl.UInt32 if total < 2**32 else pl.Int64
+
+
 def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: int, total: int) -> pl.DataFrame:
     """The run of one chunk: (key, count, first position) of each key that occurs, sorted by key.
 
     keys: sorted and distinct. codes: which of them each entry is. counted: which entries count (None: all).
     position: that of the first entry, of `total` in all chunks.
     """
-    # Half the memory, unless there are too many to count so.
-    integer = np.uint32 if total < 2**32 else np.int64
+    integer = np.uint32 if position_type(total) == pl.UInt32 else np.int64
     positions = np.arange(position, position + len(codes), dtype=integer)
     if counted is not None:
         codes, positions = codes[counted], positions[counted]

@@ -94,7 +94,8 @@ def criteo_block(
     columns |= {name: dense[:, n] for n, name in enumerate(CRITEO_DENSE) if name in wanted}
     columns |= {name: categorical[:, n] for n, name in enumerate(CRITEO_CATEGORICAL) if name in wanted}
     frame = pl.DataFrame([_series(name, columns[name]) for name in wanted])
-    return Block(frame, np.arange(first, first + len(label)))
+    end = first + len(label)
+    return Block(frame, np.arange(first, end), end=end)
 
 
 def _series(name: str, values: NDArray[np.generic]) -> pl.Series:

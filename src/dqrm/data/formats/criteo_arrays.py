@@ -78,7 +78,7 @@ def _within(block: Block, categorical: NDArray[Any], counts: NDArray[np.int64]) 
         got = f"column {CRITEO_CATEGORICAL[column]} holds {categorical[row, column]:g}"
         block.bad.append((int(block.lines[row]), f"{got}, expected an id below its count, {counts[column]}"))
     good = ~beyond.any(axis=1)
-    return Block(block.fields.filter(pl.Series(good)), block.lines[good], block.bad)
+    return Block(block.fields.filter(pl.Series(good)), block.lines[good], block.bad, block.end)
 
 
 class RecordFormat(Format):
