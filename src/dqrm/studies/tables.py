@@ -179,7 +179,7 @@ def show(comparison: Mapping[str, Any]) -> None:
     rows = [[_short(name), *rest] for name, *rest in rows]
     curves = [each["validation_auc"] for each in variants.values()]
     if any(len(curve) > 1 for curve in curves):
-        header.append("validation AUC")
+        header.append("val. AUC")
         rows = [[*row, sparkline(curve) if curve else "-"] for row, curve in zip(rows, curves)]
     print_table(comparison["title"], header, rows)
     several = any(len(each["seeds"]) > 1 for each in variants.values())
