@@ -252,6 +252,19 @@ def test_a_variant_that_this_data_cannot_train_is_refused_before_any_run(generat
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_another_study_or_of_other_data_is_refused(done, bags_data, generated, tmp_path, capsys):
+    folder, _ = done
+    before = (folder / "out" / "study.json").read_bytes()
+    code, _, errors = command(capsys, "study", "parts", generated.path, "-o", folder / "out", "--resume")
+    assert (code, "holds 'study', not 'parts'; name another folder" in errors) == (2, True)
+    settings = ("--set", "model.interaction=cat", "--set", "model.bottom_mlp=4")
+    code, _, errors = command(
+        capsys, "study", folder / "study.yaml", bags_data.path, "-o", folder / "out", "--resume", *settings
+    )
+    assert (code, "holds runs on other data" in errors) == (2, True)
+    assert (folder / "out" / "study.json").read_bytes() == before
+
+
 def test_a_folder_of_something_else_is_refused(generated, study_file, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -156,7 +156,8 @@ def _note(folder: Folder, summaries: Mapping[str, Mapping[str, Any]]) -> str:
     text = (
         "Test figures at the checkpoint that validation chose, mean ± standard deviation over seeds "
         f"{', '.join(map(str, folder.seeds))}; Δ: difference to {_escaped(folder.baseline)}, mean of the paired "
-        f"differences ± its standard error. dqrm {__version__}, torch {torch.__version__}."
+        f"differences ± its standard error. dqrm {__version__}, torch {torch.__version__}, data "
+        f"{folder.data['fingerprint'][:12]}."
     )
     explained = legend(names)
     return text + (f" {_escaped(explained)}." if explained else "")
