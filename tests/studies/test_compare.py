@@ -104,7 +104,16 @@ def test_names_and_titles_cannot_break_the_page(runs, tmp_path):
     """`dqrm study` refuses such names; a study.json may come from a stranger."""
     name = "<script>x</script>|`a`\n[b](c)"
     variants = [{"name": name, "source": None, "ptq": None, "config": None}]
-    folder = Folder(tmp_path, "n", "# <b>", name, [1], {}, variants, [{"variant": name, "seed": 1, "error": "<i>"}])
+    folder = Folder(
+        tmp_path,
+        "n",
+        "# <b>",
+        name,
+        [1],
+        {"path": "d", "fingerprint": "f" * 64},
+        variants,
+        [{"variant": name, "seed": 1, "error": "<i>"}],
+    )
     study = {name: {1: Result.read(runs / "b4")}}
     page = markdown(folder, study)
     assert "<script>" not in page

@@ -172,7 +172,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(generated, study_file, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_study_that_is_stopped_and_resumed_has_the_same_results(done, generated, study_file, tmp_path, number):
+def test_a_study_that_is_stopped_and_resumed_has_the_same_results(done, generated, tmp_path, capsys, number):
     """Killed, its runs end with it at once; stopped, they save a checkpoint first."""
     folder, _ = done
     out = tmp_path / "out"
@@ -189,13 +189,13 @@ def test_a_study_that_is_stopped_and_resumed_has_the_same_results(done, generate
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and _trains(out):
         time.sleep(0.05)
-    ended = subprocess.run([*words, "--resume"], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+    code, _, errors = command(capsys, *words[3:], "--resume")
+    assert code == 0, errors
     assert lines(out) == lines(folder / "out")
 
 
 def _trains(out):
-    """Whether a process has the folder among its arguments or holds a lock below it."""
+    """Whether a process holds a lock below the folder."""
     import fcntl
 
     for lock in out.rglob(".lock"):
@@ -250,6 +250,19 @@ def test_a_variant_that_this_data_cannot_train_is_refused_before_any_run(generat
     assert "variant 'b': select_by is gauc, but" in errors
     assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_study_or_of_other_data_is_refused(done, bags_data, generated, tmp_path, capsys):
+    folder, _ = done
+    before = (folder / "out" / "study.json").read_bytes()
+    code, _, errors = command(capsys, "study", "parts", generated.path, "-o", folder / "out", "--resume")
+    assert (code, "holds 'study', not 'parts'; name another folder" in errors) == (2, True)
+    settings = ("--set", "model.interaction=cat", "--set", "model.bottom_mlp=4")
+    code, _, errors = command(
+        capsys, "study", folder / "study.yaml", bags_data.path, "-o", folder / "out", "--resume", *settings
+    )
+    assert (code, "holds runs on other data" in errors) == (2, True)
+    assert (folder / "out" / "study.json").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_refused(generated, study_file, tmp_path, capsys):

@@ -161,6 +161,8 @@ class Folder:
             raise UserError(f"{self.path} exists and is not empty; {hint} another folder with -o")
         if names:
             earlier = Folder.open(self.path)
+            if earlier.name != self.name:
+                raise UserError(f"{self.path} holds {earlier.name!r}, not {self.name!r}; name another folder with -o")
             if earlier.data["fingerprint"] != self.data["fingerprint"]:
                 raise UserError(f"{self.path} holds runs on other data ({earlier.data['path']}); name another folder")
         try:

@@ -156,7 +156,8 @@ def _note(folder: Folder, summaries: Mapping[str, Mapping[str, Any]]) -> str:
     text = (
         "Test figures at the checkpoint that validation chose, mean ± standard deviation over seeds "
         f"{', '.join(map(str, folder.seeds))}; Δ: difference to {_escaped(folder.baseline)}, mean of the paired "
-        f"differences ± its standard error. dqrm {__version__}, torch {torch.__version__}."
+        f"differences ± its standard error. dqrm {__version__}, torch {torch.__version__}, data "
+        f"{folder.data['fingerprint'][:12]}."
     )
     explained = legend(names)
     return text + (f" {_escaped(explained)}." if explained else "")
@@ -179,7 +180,7 @@ def show(comparison: Mapping[str, Any]) -> None:
     rows = [[_short(name), *rest] for name, *rest in rows]
     curves = [each["validation_auc"] for each in variants.values()]
     if any(len(curve) > 1 for curve in curves):
-        header.append("validation AUC")
+        header.append("val. AUC")
         rows = [[*row, sparkline(curve) if curve else "-"] for row, curve in zip(rows, curves)]
     print_table(comparison["title"], header, rows)
     several = any(len(each["seeds"]) > 1 for each in variants.values())
