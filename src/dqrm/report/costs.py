@@ -112,12 +112,12 @@ def count_lookups(dataset: Dataset, progress: Callable[[str, int, int | None], N
     single = [column.name for column in dataset.columns if not column.multi]
     for at in range(0, split.rows, _ROWS):
         ids = np.asarray(split.arrays[folder.IDS][at : at + _ROWS])
-        for number_, name in enumerate(single):
-            counts[name] += np.bincount(ids[:, number_], minlength=len(counts[name]))
+        for at_column, name in enumerate(single):
+            np.add.at(counts[name], ids[:, at_column], 1)
         progress("counting lookups", min(at + _ROWS, split.rows), split.rows)
-    for number_, column in enumerate(dataset.columns):
+    for at_column, column in enumerate(dataset.columns):
         if column.multi:
-            values = split.arrays[folder.values_file(number_)]
+            values = split.arrays[folder.values_file(at_column)]
             for at in range(0, len(values), _ROWS):
-                counts[column.name] += np.bincount(values[at : at + _ROWS], minlength=column.rows)
+                np.add.at(counts[column.name], values[at : at + _ROWS], 1)
     return counts
