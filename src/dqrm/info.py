@@ -94,6 +94,9 @@ def print_dataset(dataset: Dataset) -> None:
     for what in ("weight", "group"):
         if name := getattr(dataset, what):
             _say(f"{what.capitalize()} of each row: column {name}")
+    if dataset.hashed and dataset.columns:
+        hashes = dataset.info["schema"]["columns"][0].get("hashes", 1)
+        _say(f"Ids are hashed to rows, each to {hashes} of its table")
 
 
 def warn_of_data(dataset: Dataset) -> None:

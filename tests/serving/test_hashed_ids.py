@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dqrm
+from cli_helpers import command
 from conftest import tiny
 from data_helpers import table
 from dqrm.data.batches import Batch
@@ -73,7 +74,7 @@ def test_every_runtime_has_the_same_inputs(made, tmp_path):
         np.testing.assert_allclose(predicted, probabilities, atol=1e-6, err_msg=model)
 
 
-def test_a_second_day_is_evaluated_trained_on_and_told(made, tmp_path):
+def test_a_second_day_is_evaluated_trained_on_and_told(made, tmp_path, capsys):
     """Ids of another day need no preparation; every id of it has as many rows as there are functions."""
     folder, hashes = made
     day = dqrm.Dataset(folder / "d1")
@@ -81,6 +82,9 @@ def test_a_second_day_is_evaluated_trained_on_and_told(made, tmp_path):
     assert found == pytest.approx([found[0]] * 3, abs=1e-6)
     summary = dqrm.train(day, tmp_path / "run", tiny(epochs=1), start_from=folder / "run")
     assert summary["steps"]
+    status, told, _ = command(capsys, "info", day.path)
+    assert status == 0
+    assert f"Ids are hashed to rows, each to {hashes} of its table" in told
     assert day.info["options"].get("hashes", 1) == hashes
     assert day.num_single == (2 if hashes == 1 else 0)
     if hashes == 2:
