@@ -305,9 +305,7 @@ def test_logs_and_folders_that_cannot_be(logs, recipe, whole, tmp_path):
 
 def test_several_ranks_are_refused(logs, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        UserError, match="daily runs in one process; several ranks are for `dqrm train`, day by day"
-    ):
+    with pytest.raises(UserError, match="daily runs in one process; several ranks are for `dqrm train`, day by day"):
         pipeline.run_daily(recipe, [logs], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
