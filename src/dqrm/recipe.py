@@ -29,6 +29,9 @@ LEARNING_RATES = {
     "dense_adam": ((0, 0.001),),
 }
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
+WARM_FACTORS = {"adagrad": 1.5, "rowwise_adagrad": 1.5}
+"""By optimizer, the factor on the learning rate of a run that goes on with the optimizer state of another, which makes
+steps smaller and smaller (docs/guides/daily.md)."""
 OTHER_LEARNING_RATE = 0.01
 """Of optimizers that are not listed."""
 MLP_BITS = SMALL_TABLE_BITS = 8
@@ -95,7 +98,8 @@ def batch_size(rows: int) -> int:
     return max(size for least, size in BATCH_SIZES if rows >= least)
 
 
-def learning_rate(optimizer: str, batch_size: int) -> float:
-    """The learning rate of an optimizer at this batch size."""
+def learning_rate(optimizer: str, batch_size: int, goes_on: bool = False) -> float:
+    """The learning rate of an optimizer at this batch size; `goes_on`: with the state that it has from another run."""
     rates = LEARNING_RATES.get(optimizer, ((0, OTHER_LEARNING_RATE),))
-    return [rate for least, rate in rates if batch_size >= least][-1]
+    rate = [rate for least, rate in rates if batch_size >= least][-1]
+    return rate * WARM_FACTORS.get(optimizer, 1.0) if goes_on else rate

@@ -11,7 +11,7 @@ import torch
 import dqrm
 from conftest import tensors, tiny
 from daily_helpers import COLUMNS, days
-from dqrm import ExchangeConfig, OptimizerConfig, PrepareConfig, QATConfig, Run, UserError, resume, train
+from dqrm import ExchangeConfig, OptimizerConfig, PrepareConfig, QATConfig, Run, UserError, recipe, resume, train
 from dqrm.data.lineage import row_changes
 from dqrm.kernels.rows import slots_of
 from dqrm.quant.int8_rows import Int8Rows
@@ -403,3 +403,21 @@ def test_runs_in_fp32_with_encoded_tables_are_quantized_after_training(generated
     assert ((values - weight).abs() <= weight.abs().amax(1, keepdim=True) / 127 * 0.501).all()
     found = dqrm.export_run(tmp_path / "run", tmp_path / "m.dqrm", ptq=dqrm.PTQConfig(bits=4))
     assert found["largest_difference"] < 1e-5 < found["largest_difference_from_fp32"]
+
+
+def test_the_learning_rate_of_a_run_that_goes_on_with_adagrads_state(generated, tmp_path):
+    def rate_of(name, rule="adagrad", rate=None, **more):
+        config = tiny(max_steps=2, epochs=0)
+        config = replace(config, optimizer=OptimizerConfig(rule, rate))
+        train(generated, tmp_path / name, config, **more)
+        return Run.open(tmp_path / name).config.optimizer.rate
+
+    first = rate_of("first")
+    assert first == recipe.learning_rate("adagrad", 64)
+    assert rate_of("next", start_from=tmp_path / "first") == first * 1.5
+    assert rate_of("third", start_from=tmp_path / "next") == first * 1.5
+    assert rate_of("given", rate=0.02, start_from=tmp_path / "first") == 0.02
+    assert rate_of("layers", start_from=tmp_path / "first", carry="mlp") == first
+    assert rate_of("other", "rowwise_adagrad", start_from=tmp_path / "first") == first
+    assert rate_of("adam", "adam", start_from=tmp_path / "first") == recipe.learning_rate("adam", 64)
+    assert rate_of("adam again", "adam", start_from=tmp_path / "adam") == recipe.learning_rate("adam", 64)

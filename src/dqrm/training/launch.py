@@ -29,7 +29,7 @@ from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection, has_figure, selecting
-from dqrm.training.start import Start, share_weights
+from dqrm.training.start import Start, keeps_state, share_weights
 from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check", "check_ranks", "resume", "train"]
@@ -57,8 +57,9 @@ def train(
         log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
         callbacks, loggers: objects, in addition to those that `config` names; see `training.loggers`.
-        start_from: a finished run whose best checkpoint this one starts from: see `training.start`. Epochs that are not
-            set are then 1.
+        start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
+            or one whose vocabularies it extends. Epochs that are not set are then 1, a learning rate that is not set is
+            half as large again where Adagrad's state is taken over (`recipe.WARM_FACTORS`). See `training.start`.
         carry: what is taken over from it: 'all', or 'mlp', all but the tables, whose ids may be others.
 
     Returns:
@@ -73,7 +74,8 @@ def train(
     with join(asked.exchange.exchange_timeout) as world, ExitStack() as held:
         world.require_same({"the command": "train"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
-        config = world.together(lambda: resolved(asked, data, start_from is not None))
+        goes_on = world.on_first(lambda: start_from is not None and carry == "all" and keeps_state(start_from, asked))
+        config = world.together(lambda: resolved(asked, data, start_from is not None, goes_on))
         check_ranks(world, config, data)
         callbacks = world.together(
             lambda: _checked(config, data, callbacks, loggers, start_from if carry == "all" else None)
@@ -175,9 +177,9 @@ def _begun(
     return model, start
 
 
-def resolved(config: Config, dataset: Dataset, starts: bool = False) -> Config:
+def resolved(config: Config, dataset: Dataset, starts: bool = False, goes_on: bool = False) -> Config:
     """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set;
-    `starts`: of a run that starts from another.
+    `starts`: of a run that starts from another; `goes_on`: with its optimizer state.
 
     Raises:
         UserError: it is impossible at this batch size.
@@ -189,7 +191,7 @@ def resolved(config: Config, dataset: Dataset, starts: bool = False) -> Config:
         judged = has_figure(options.select_by, dataset)
         options = replace(options, epochs=recipe.EPOCHS if judged and options.patience and not starts else 1)
     if optimizer.learning_rate is None:
-        rate = recipe.learning_rate(optimizer.rule, options.batch_size)
+        rate = recipe.learning_rate(optimizer.rule, options.batch_size, goes_on)
         optimizer = replace(optimizer, learning_rate=rate)
     try:
         return replace(config, training=options, optimizer=optimizer)

@@ -220,6 +220,15 @@ class Start:
                 optimizer.reset_rows(torch.from_numpy(drawn).long().to(weight.device) + offset)
 
 
+def keeps_state(earlier: str | Path, config: Config) -> bool:
+    """Whether a run of this configuration would take over the optimizer state of an earlier run.
+
+    Raises:
+        UserError: `earlier` is no run.
+    """
+    return Run.open(earlier).config.optimizer.rule == config.optimizer.rule
+
+
 def share_weights(world: World, model: ClickModel) -> None:
     """Rank 0's weights on all ranks."""
     if world.size > 1:
