@@ -11,7 +11,7 @@ import time
 import polars as pl
 import pytest
 
-from data_helpers import KAGGLE, content, criteo_lines, table, write
+from data_helpers import content, criteo_lines, table, write
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
 from dqrm.data.journal import Journal

@@ -1,6 +1,6 @@
 """Staged chunks -> the arrays of the splits: keys are mapped to table rows, chunk by chunk."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any

@@ -72,7 +72,10 @@ def prepare_part(
                 share = work.share[number - 1]
                 ingest.check([task.files[at] for at in share], task.plan)
                 work.stage(number)
-                return f"part {part} is read: {work.staged_rows(number):,} rows; next is --merge, once all parts are", None
+                return (
+                    f"part {part} is read: {work.staged_rows(number):,} rows; next is --merge, once all parts are",
+                    None,
+                )
             if not work.merged:
                 return f"part {part} has been read before; next is --merge, once all parts are", None
             work.encode(number)
