@@ -19,6 +19,7 @@ _MARKERS = re.compile(r"_(SUCCESS|metadata|common_metadata|committed_.*|started_
 # Folders in a folder that says which of its files count: reading all would bring deleted rows back.
 _TABLES = {".hoodie": "a Hudi"}
 _DELTA = "_delta_log"
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://.*")
 # Of a dataset of Hugging Face.
 _HUB = "hf:"
 
@@ -92,6 +93,8 @@ def _hub(text: str) -> Sequence[Source]:
 def _expand(text: str) -> list[tuple[Path, Path | None]]:
     if text == STDIN:
         return [(Path(STDIN), None)]
+    if _REMOTE.fullmatch(text) and not os.path.lexists(text):
+        raise UserError(f"{text} is not on a file system; mount the bucket, or pipe the object into - (standard input)")
     if not text or "\0" in text:
         raise UserError(f"cannot read '{text}': not a file name")
     if os.path.lexists(text) or not glob.has_magic(text):
