@@ -152,7 +152,7 @@ def write_splits(
     writers: Sequence[Writer],
     advance: Callable[[int], None],
 ) -> None:
-    """Write a part's share of the arrays of all splits. It goes on behind what has been written.
+    """Write a part's share of the arrays of all splits. It resumes behind what has been written.
 
     splits: of the part's rows. numbers: of the columns' keys. writers: one of each split.
     """

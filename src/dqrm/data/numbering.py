@@ -57,7 +57,7 @@ def number(
     parts: Sequence[Staging], splits: Splits, plan: Plan, path: Path, work: Path, extended: Extended | None, tell: Any
 ) -> None:
     """Count the ids of each column in all parts, give them rows, and write the vocabularies into the folder `path`;
-    where ids are hashed, only record how. It goes on behind the columns that are done.
+    where ids are hashed, only record how. It resumes behind the columns that are done.
 
     extended: the dataset whose vocabularies are continued; None: they begin here. work: for what `load` reads.
     """

@@ -1,4 +1,4 @@
-"""A preparation step by step. Each step leaves a file when it is done, and goes on where a kill stopped it.
+"""A preparation step by step. Each step leaves a file when it is done, and resumes where a kill stopped it.
 
     stage(k)    the rows of part k of the log as chunks, and the counts of their keys     work/<k>/counted.json
     merge()     the split of every row, the vocabularies, where each part's rows go       work/merged.json
@@ -214,7 +214,7 @@ def _starts(parts: Sequence[Staging], assigned: Splits, multi: Sequence[int]) ->
 
 
 def describe_job(files: Sequence[Source], plan: Plan, extended: Extended | None, count: int) -> dict[str, Any] | None:
-    """What is to be done, for `difference`; None where a source can be read only once: that cannot be gone on with."""
+    """What is to be done, for `difference`; None where a source can be read only once: that cannot be resumed."""
     if any(file.stream or isinstance(file, TableSource) for file in files):
         return None
     given = {name: value for name, value in dataclasses.asdict(plan.config).items() if name not in contents.UNRECORDED}
