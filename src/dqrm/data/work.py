@@ -125,11 +125,12 @@ class Work:
             splits.assign(self._plan.config, self._files, parts).tofile(file.with_suffix(".partial"))
             flush(file.with_suffix(".partial"))
             os.replace(file.with_suffix(".partial"), file)
-        numbering.number(parts, self._splits(), self._plan, self.path, self._work, self._extended, self._tell)
+        assigned = self._splits()
+        numbering.number(parts, assigned, self._plan, self.path, self._work, self._extended, self._tell)
         more = [folder.WEIGHT] * (self._plan.weight is not None) + [folder.GROUP] * (self._plan.group is not None)
         for name in folder.SPLITS:
             encode.create(self.path / name, self._multi, more)
-        write_json(self._work / "merged.json", {"starts": _starts(parts, self._splits(), self._multi)})
+        write_json(self._work / "merged.json", {"starts": _starts(parts, assigned, self._multi)})
 
     def encode(self, number: int) -> None:
         """Write the rows of a part into the arrays."""
@@ -141,7 +142,7 @@ class Work:
         writers = self._writers_of(number)
         encode.write_splits(
             parts[number - 1],
-            self._splits()[first : first + total],
+            self._splits(first, total),
             lambda column: numbering.lookup(self._plan, self._work, column),
             writers,
             lambda count: wrote(count, total),
@@ -172,8 +173,8 @@ class Work:
     def _parts(self) -> list[Staging]:
         return [Staging(self.part(number), self._plan) for number in range(1, self.count + 1)]
 
-    def _splits(self) -> Splits:
-        return np.memmap(self._work / "splits.u8", np.uint8, "r")
+    def _splits(self, first: int = 0, count: int = -1) -> Splits:
+        return np.fromfile(self._work / "splits.u8", np.uint8, count, offset=first)
 
     def _writers_of(self, number: int) -> list[Writer]:
         starts = read_json(self._work / "merged.json")["starts"][number - 1]
