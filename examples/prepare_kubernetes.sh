@@ -5,7 +5,7 @@
 #
 # The first argument is the number of parts, at most that of the log's files; the rest is what follows `dqrm prepare`.
 # The volume claim CLAIM, with access mode ReadWriteMany, is mounted at /shared. A pod that was evicted is started again
-# and goes on where it was.
+# and resumes.
 set -euo pipefail
 
 parts=$1

@@ -4,7 +4,7 @@
 #   bash examples/prepare_slurm.sh 24 '/shared/logs/day_*' -o /shared/data --layout criteo-terabyte
 #
 # The first argument is the number of parts, at most that of the log's files; the rest is what follows `dqrm prepare`.
-# A job that was killed or preempted is requeued and goes on where it was. Options of sbatch (partition, account, time)
+# A job that was killed or preempted is requeued and resumes. Options of sbatch (partition, account, time)
 # come from SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT and so on.
 set -euo pipefail
 

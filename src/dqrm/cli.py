@@ -72,7 +72,7 @@ def generate(output: str, **flags: Any) -> None:
 def prepare(
     sources: tuple[str, ...], output: str, config_file: str | None, part: str, merge: bool, as_json: bool, **flags: Any
 ) -> None:
-    """Turn raw click logs into a dataset folder. Stopped or killed, the same command goes on where it was.
+    """Turn raw click logs into a dataset folder. Stopped or killed, the same command resumes it.
 
     SOURCES are files, folders and globs; - is standard input, a folder may be a Delta Lake table, and hf:NAME (or
     hf:FOLDER) is a Hugging Face dataset.

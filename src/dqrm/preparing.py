@@ -35,7 +35,7 @@ def run_prepare(
     except KeyboardInterrupt:
         if not Path(f"{output.rstrip('/')}.partial").exists():
             raise
-        messages.print("Stopped; the same command goes on where it stands.")
+        messages.print("Stopped; the same command continues where it stands.")
         sys.exit(STOPPED)
     if told and not as_json:
         messages.print(told)

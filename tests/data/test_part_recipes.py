@@ -35,11 +35,13 @@ else:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "name", "program"), [("slurm", "sbatch", SBATCH), ("kubernetes", "kubectl", KUBECTL)])
+@pytest.mark.parametrize(
+    ("recipe", "name", "program"), [("slurm", "sbatch", SBATCH), ("kubernetes", "kubectl", KUBECTL)]
+)
 def test_recipe(tmp_path, recipe, name, program):
     programs = tmp_path / "bin"
     programs.mkdir()
-    dqrm = "#!/bin/bash\nexec {python} -m dqrm \"$@\"\n"
+    dqrm = '#!/bin/bash\nexec {python} -m dqrm "$@"\n'
     for file, text in ((name, program), ("dqrm", dqrm)):
         (programs / file).write_text(text.format(python=sys.executable))
         (programs / file).chmod(0o755)

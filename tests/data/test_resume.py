@@ -101,7 +101,7 @@ def test_killed_at_every_line_of_the_journals(tmp_path, monkeypatch, kind):
         assert not (tmp_path / "out").exists()
         said = []
         same(prepare(files, tmp_path / "out", config, log=said.append), whole)
-        assert "is gone on with" in said[0]
+        assert said[0].startswith(f"resuming {tmp_path / 'out.partial'}: ")
         (tmp_path / "out").rename(tmp_path / f"done{stop}")
         assert not (tmp_path / "out.partial").exists()
 
@@ -142,8 +142,8 @@ def test_another_command_begins_again(tmp_path, monkeypatch):
     said = []
     same(prepare(files, tmp_path / "out", other, log=said.append), wanted)
     assert said == [
-        f"{tmp_path / 'out.partial'} was begun with min_count 1, not 3: what is there is deleted, and the work begins "
-        "again"
+        f"{tmp_path / 'out.partial'} was started with min_count 1, not 3: it is deleted, and the preparation starts "
+        "over"
     ]
 
 
@@ -177,7 +177,7 @@ def test_a_log_that_changed_is_read_again(tmp_path, monkeypatch, change, words):
     killed(tmp_path, monkeypatch, files, config)
     files, said = change(files), []
     same(prepare(files, tmp_path / "out", config, log=said.append), prepare(files, tmp_path / "whole", config))
-    assert f"was begun {words}" in said[0]
+    assert f"was started {words}" in said[0]
 
 
 def test_a_file_that_vanishes_from_a_run_that_goes_on(tmp_path, monkeypatch):
@@ -260,9 +260,8 @@ def test_sigkill_at_random_moments(tmp_path, hashed):
         with subprocess.Popen([*command, "-o", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
             time.sleep(took * draw.uniform(0.3, 0.9) if attempt else 0.5)
             process.send_signal(signal.SIGKILL)
-        if process.returncode == 0:
+        if (tmp_path / "out").exists():  # done before the signal
             break
-        assert not (tmp_path / "out").exists()
     else:
         subprocess.run([*command, "-o", "out"], cwd=tmp_path, check=True, capture_output=True)
     same(Dataset(tmp_path / "out"), Dataset(tmp_path / "whole"))

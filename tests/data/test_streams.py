@@ -152,6 +152,7 @@ def test_what_is_neither_file_nor_pipe(tmp_path):
         (tmp_path / "dangling", "is a link to nowhere, and there is no such file"),
         (tmp_path / "log.csv.bz2", "is bzip2"),
         ("a\0b", "not a file name"),
+        ("s3://bucket/day_0", "is not on a file system; mount the bucket"),
         ("", "not a file name"),
     ]:
         with pytest.raises(UserError, match=said):

@@ -37,7 +37,9 @@ def describe(
     parts: Sequence[Sequence[Writer]],
     extended: Extended | None,
 ) -> dict[str, Any]:
-    """The content of dataset.json for the folder `path`, but for checksums. parts: of each part the writers of the splits.
+    """The content of dataset.json for the folder `path`, but for checksums.
+
+    parts: of each part the writers of the splits.
 
     Raises:
         UserError: the weights of all training rows are 0.

@@ -49,9 +49,7 @@ def _runs(parts: Sequence[Staging], column: int, splits: Splits | None) -> Itera
         position += sum(part.entries[column])
 
 
-def _chunks(
-    part: Staging, column: int, splits: Splits | None, position: int, total: int
-) -> Iterator[pl.DataFrame]:
+def _chunks(part: Staging, column: int, splits: Splits | None, position: int, total: int) -> Iterator[pl.DataFrame]:
     row = 0
     for rows, (keys, codes, lengths) in zip(part.rows, part.codes(column)):
         counted = None if splits is None else splits[row : row + rows] == TRAIN

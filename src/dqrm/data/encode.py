@@ -1,6 +1,6 @@
 """Staged chunks -> the arrays of the splits: keys are mapped to table rows, chunk by chunk."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -152,7 +152,7 @@ def write_splits(
     writers: Sequence[Writer],
     advance: Callable[[int], None],
 ) -> None:
-    """Write a part's share of the arrays of all splits. It goes on behind what has been written.
+    """Write a part's share of the arrays of all splits. It resumes behind what has been written.
 
     splits: of the part's rows. numbers: of the columns' keys. writers: one of each split.
     """

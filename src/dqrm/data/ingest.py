@@ -75,7 +75,7 @@ def ingest(
 ) -> None:
     """Stage all rows, of the sources in `share` if it is given, and complete each source's counts and hash.
 
-    It goes on behind what is staged. Of the source that was being read then the bytes are read once more, for its hash,
+    It resumes behind what is staged. Of the source that was being read then the bytes are read once more, for its hash,
     but not parsed. `advance` is told bytes of the files as they are read.
 
     Raises:
@@ -111,7 +111,7 @@ def ingest(
 
 
 def _resume(sources: list[Source], staged: Staging) -> tuple[set[int], int]:
-    """The sources that are staged, which get their counts and hashes, and the line or row at which to go on."""
+    """The sources that are staged, which get their counts and hashes, and the line or row at which to resume."""
     done = set()
     for note in staged.notes:
         for number, record in note["sources"]:

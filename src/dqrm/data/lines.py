@@ -117,10 +117,11 @@ class TextReader:
     def _shape(self, block: bytes, quotes: bool, last: bool) -> tuple[int, NDArray[np.int64]] | None:
         """Where the last whole record ends, and on which line of the block each begins; None if anything is wrong."""
         data = np.frombuffer(block, np.uint8)
-        separators = (data == self.separator[0]) | (data == _NEWLINE)
+        newlines = data == _NEWLINE
+        separators = (data == self.separator[0]) | newlines
         marks = np.flatnonzero(separators)
         if not quotes:
-            ends = self._ends(data, marks)
+            ends = self._ends(data, marks, int(np.count_nonzero(newlines)))
             return None if ends is None else (len(block), np.arange(len(ends)))
         inside = np.flatnonzero(data == _QUOTE)
         beside = separators | (data == _QUOTE)
@@ -130,24 +131,24 @@ class TextReader:
             return None
         marks = marks[np.searchsorted(inside, marks) % 2 == 0]
         if len(inside) % 2:
-            newlines = marks[data[marks] == _NEWLINE]
-            if last or not len(newlines):
+            outside = marks[newlines[marks]]
+            if last or not len(outside):
                 return None
-            marks = marks[marks <= newlines[-1]]
-        ends = self._ends(data, marks)
+            marks = marks[marks <= outside[-1]]
+        ends = self._ends(data, marks, int(np.count_nonzero(newlines[marks])))
         if ends is None:
             return None
         cut = int(ends[-1]) + 1
-        newlines = np.flatnonzero(data[:cut] == _NEWLINE)
-        return cut, np.concatenate([[0], np.searchsorted(newlines, ends[:-1]) + 1])
+        return cut, np.concatenate([[0], np.searchsorted(np.flatnonzero(newlines[:cut]), ends[:-1]) + 1])
 
-    def _ends(self, data: NDArray[np.uint8], marks: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """The newlines among the marks, if every record has as many fields as there are columns."""
+    def _ends(self, data: NDArray[np.uint8], marks: NDArray[np.int64], newlines: int) -> NDArray[np.int64] | None:
+        """The newlines among the marks, of which there are so many, if every record has as many fields as there are
+        columns."""
         width = len(self.names)
         ends = marks[width - 1 :: width]
         if len(marks) % width or not (data[ends] == _NEWLINE).all():
             return None
-        if width > 1 and np.count_nonzero(data[marks] == _NEWLINE) != len(ends):
+        if width > 1 and newlines != len(ends):
             return None
         return ends
 

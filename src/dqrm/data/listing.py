@@ -21,6 +21,7 @@ _TABLES = {".hoodie": "a Hudi"}
 _DELTA = "_delta_log"
 # Of Hadoop's output committer: where tasks write until the job is committed, and what then marks a folder as whole.
 _UNCOMMITTED, _COMMITTED = "_temporary", "_SUCCESS"
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://.*")
 # Of a dataset of Hugging Face.
 _HUB = "hf:"
 
@@ -94,6 +95,8 @@ def _hub(text: str) -> Sequence[Source]:
 def _expand(text: str) -> list[tuple[Path, Path | None]]:
     if text == STDIN:
         return [(Path(STDIN), None)]
+    if _REMOTE.fullmatch(text) and not os.path.lexists(text):
+        raise UserError(f"{text} is not on a file system; mount the bucket, or pipe the object into - (standard input)")
     if not text or "\0" in text:
         raise UserError(f"cannot read '{text}': not a file name")
     if os.path.lexists(text) or not glob.has_magic(text):

@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import folder, growth
+from dqrm.data.ahead import ahead
 from dqrm.data.columns import KeyColumn, Plan
 from dqrm.data.counting import count
 from dqrm.data.extension import Extended
@@ -56,22 +57,23 @@ def number(
     parts: Sequence[Staging], splits: Splits, plan: Plan, path: Path, work: Path, extended: Extended | None, tell: Any
 ) -> None:
     """Count the ids of each column in all parts, give them rows, and write the vocabularies into the folder `path`;
-    where ids are hashed, only record how. It goes on behind the columns that are done.
+    where ids are hashed, only record how. It resumes behind the columns that are done.
 
     extended: the dataset whose vocabularies are continued; None: they begin here. work: for what `load` reads.
     """
     journal = Journal(work / "numbered.jsonl")
-    for at in range(len(journal.lines), len(plan.keys)):
-        if plan.hashing is not None:
+    left = range(len(journal.lines), len(plan.keys))
+    if plan.hashing is not None:
+        for at in left:
             hashed = plan.hashing[at]
             entry = {**_entry(plan, plan.keys[at], hashed.rows, None), **hashed.describe()}
             journal.add({"entry": entry, "files": [], "table": {}, "digest": None})
-            continue
-        tell("counting ids", at, len(plan.keys))
-        run = count(parts, at, splits if plan.config.vocabulary == "train" else None)
-        journal.add(_write(plan, at, run, path, extended))
-    if plan.hashing is None:
-        tell("counting ids", len(plan.keys), len(plan.keys))
+    else:
+        tell("counting ids", left.start, len(plan.keys))
+        counted = splits if plan.config.vocabulary == "train" else None
+        for at, run in zip(left, ahead(count(parts, at, counted) for at in left)):
+            journal.add(_write(plan, at, run, path, work, extended))
+            tell("counting ids", at + 1, len(plan.keys))
     if plan.group is not None and not (work / _GROUP).exists():
         grown = growth.first_day(count(parts, len(plan.keys), None), 1)
         grown.vocabulary.write(work / "group.partial")
@@ -83,11 +85,16 @@ def load(plan: Plan, work: Path) -> Numbering:
     return Numbering(plan, Journal(work / "numbered.jsonl").lines)
 
 
-def lookup(plan: Plan, path: Path, work: Path, column: int) -> Callable[[pl.Series], Array]:
-    """Of a column, the table row of each of sorted keys, int32; of the group, which comes after the model's columns, its
-    number in order of first appearance in the log, -1 where it is missing."""
+def lookup(plan: Plan, work: Path, column: int) -> Callable[[pl.Series], Array]:
+    """Of a column, the table row of each of sorted keys, int32.
+
+    Of the group, which comes after the model's columns, the number in order of first appearance in the log, -1 where it
+    is missing.
+    """
     if column < len(plan.keys):
-        return Vocabulary.read(path / load(plan, work).columns[column]["vocabulary"]).lookup
+        with (work / f"rows{column}.arrow").open("rb") as file:
+            frame = pl.read_ipc(file)
+        return Vocabulary(frame["key"], frame["row"].to_numpy(), None).lookup
     vocabulary = Vocabulary.read(work / _GROUP)
     no_missing = plan.group is not None and plan.group.kind == "id"  # those of a file are all categories, 0 too
 
@@ -101,18 +108,21 @@ def lookup(plan: Plan, path: Path, work: Path, column: int) -> Callable[[pl.Seri
     return numbers
 
 
-def _write(plan: Plan, at: int, run: pl.DataFrame, path: Path, extended: Extended | None) -> dict[str, Any]:
+def _write(plan: Plan, at: int, run: pl.DataFrame, path: Path, work: Path, extended: Extended | None) -> dict[str, Any]:
     key = plan.keys[at]
     grown = extended.grow(at, run) if extended else growth.first_day(run, plan.config.min_count)
     files = [folder.vocabulary_file(at, key.name)]
     (path / files[0]).parent.mkdir(exist_ok=True)
     grown.vocabulary.write(path / files[0])
+    # Sorted by key, as they will be looked up.
+    sorted_rows = pl.DataFrame({"key": grown.vocabulary.keys, "row": grown.vocabulary.table_rows})
+    sorted_rows.write_ipc(work / f"rows{at}.arrow")
     if grown.rare.height:
         files.append(folder.rare_file(files[0]))
         (path / files[1]).parent.mkdir(exist_ok=True)
         growth.write_rare(grown.rare, path / files[1])
-    for file in files:
-        flush(path / file)
+    for file in (*(path / name for name in files), work / f"rows{at}.arrow"):
+        flush(file)
     entry = _entry(plan, key, grown.vocabulary.rows, files[0])
     return {"entry": entry, "files": files, "table": grown.counts(), "digest": grown.vocabulary.digest()}
 

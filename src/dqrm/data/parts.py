@@ -58,7 +58,7 @@ def prepare_part(
         marker.touch()
         if marker.stat().st_size:
             raise UserError(
-                f"{task.partial} holds what a dqrm prepare in one go is doing or left; delete it to begin in parts"
+                f"{task.partial} holds what a dqrm prepare in one go is doing or left; delete it to start in parts"
             )
         task.require_free()
         if work.finished:
@@ -72,7 +72,10 @@ def prepare_part(
                 share = work.share[number - 1]
                 ingest.check([task.files[at] for at in share], task.plan)
                 work.stage(number)
-                return f"part {part} is read: {work.staged_rows(number):,} rows; next is --merge, once all parts are", None
+                return (
+                    f"part {part} is read: {work.staged_rows(number):,} rows; next is --merge, once all parts are",
+                    None,
+                )
             if not work.merged:
                 return f"part {part} has been read before; next is --merge, once all parts are", None
             work.encode(number)
@@ -143,12 +146,12 @@ def _job(task: Task, progress: Progress | None, count: int) -> tuple[Work, dict[
 
 
 def _require_same(task: Task, work: Work, job: dict[str, Any]) -> None:
-    """Whether the parts that others have begun are of the same job."""
+    """Whether the parts that were started are of the same job."""
     for path in sorted(task.partial.glob(f"work/*/{_JOB}")):
         if changed := difference(read_json(path), job, elsewhere=True):
             raise UserError(
-                f"part {path.parent.name} in {task.partial} was begun {changed}; give all parts the same files and "
-                f"options, or delete {task.partial} to begin again"
+                f"part {path.parent.name} in {task.partial} was started {changed}; give all parts the same files and "
+                f"options, or delete {task.partial} to start over"
             )
 
 
@@ -188,5 +191,5 @@ def _writing(task: Task) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write to {task.partial}: {why_not_written(error, task.target.parent)}; what was done before is "
-            "kept, and the same command goes on with it"
+            "kept, and the same command continues"
         ) from error

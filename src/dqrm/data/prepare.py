@@ -39,8 +39,8 @@ def prepare(
     """Write the dataset folder `output` from logs.
 
     Everything is written to `<output>.partial`, which is locked meanwhile, removed on failure and renamed at the end.
-    What a killed or interrupted call left is gone on with by the next one that has the same files and options, and
-    begun again by any other.
+    What a killed or interrupted call left is resumed by the next one that has the same files and options, and deleted
+    by any other.
 
     Args:
         sources: files, folders, globs of them, pipes (`-`: standard input), or tables in memory (polars or pandas
@@ -49,7 +49,7 @@ def prepare(
         config: columns, split and vocabularies; None: the defaults, or where `extend` is given those of that dataset.
         progress: called as progress(stage, done, total); total is None if unknown.
         extend: the dataset folder of the days before, as `PrepareConfig.extend`.
-        log: called with a line of text: whether something is gone on with.
+        log: called with a line of text, where something is resumed, or deleted to start over.
 
     Returns:
         The dataset, opened.
@@ -185,17 +185,17 @@ def _claim(partial: Path, job: dict[str, Any] | None, log: Log, work: Work) -> I
         lock_partial(lock, partial)
         if any(partial.glob("work/*/job.json")):
             raise UserError(
-                f"{partial} holds a preparation in parts; go on with --part and --merge, or delete it to begin again"
+                f"{partial} holds a preparation in parts; continue with --part and --merge, or delete it to start over"
             )
         before = _read(partial / MARKER)
         changed = None if before is None or job is None else difference(before, job, elsewhere=False)
         if before is None or job is None or changed:
             if changed:
-                log(f"{partial} was begun {changed}: what is there is deleted, and the work begins again")
+                log(f"{partial} was started {changed}: it is deleted, and the preparation starts over")
             _empty(partial)
             _begin(lock, partial, job)
         else:
-            log(f"{partial} is gone on with: {work.staged_rows(1):,} rows have been read")
+            log(f"resuming {partial}: {work.staged_rows(1):,} rows have been read")
     except BaseException:
         lock.close()
         raise
@@ -203,7 +203,7 @@ def _claim(partial: Path, job: dict[str, Any] | None, log: Log, work: Work) -> I
 
 
 def _begin(marker: IO[bytes], partial: Path, job: dict[str, Any] | None) -> None:
-    """Write down what is begun; if there is no room even for that, nothing is left."""
+    """Write down what is started; if there is no room even for that, nothing is left."""
     try:
         marker.truncate(0)
         marker.write(json.dumps(job).encode() if job else b"")
@@ -231,7 +231,7 @@ def make_partial(partial: Path) -> None:
 
 
 def _read(marker: Path) -> Any:
-    """The job that was begun; None where it is not known."""
+    """The job that was started; None where it is not known."""
     try:
         return json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):

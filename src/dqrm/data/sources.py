@@ -88,7 +88,9 @@ class Source:
 
     def again(self) -> "Source":
         """The same source with nothing read of it yet."""
-        return replace(self, bytes=0, sha256="", rows=0, skipped=0, dropped=0, damaged=None, digest=hashlib.sha256(), rest=None)
+        return replace(
+            self, bytes=0, sha256="", rows=0, skipped=0, dropped=0, damaged=None, digest=hashlib.sha256(), rest=None
+        )
 
     def record(self) -> dict[str, Any]:
         """What was found in it, for `restore`."""

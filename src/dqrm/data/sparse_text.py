@@ -35,7 +35,8 @@ class SparseReader:
         self.names = [LABEL, *(fields if self._ffm else (LIBSVM_COLUMN,))]
 
     def blocks(self, wanted: Sequence[str], start: int = 0) -> Iterator[Block]:
-        """The `wanted` columns of all rows from line `start` on, in order: the label String (null without one), features List(String).
+        """The `wanted` columns of all rows from line `start` on, in order: the label String (null without one),
+        features List(String).
 
         Whatever the pieces raise at their end is raised at the end.
         """

@@ -1,4 +1,4 @@
-"""A preparation step by step. Each step leaves a file when it is done, and goes on where a kill stopped it.
+"""A preparation step by step. Each step leaves a file when it is done, and resumes where a kill stopped it.
 
     stage(k)    the rows of part k of the log as chunks, and the counts of their keys     work/<k>/counted.json
     merge()     the split of every row, the vocabularies, where each part's rows go       work/merged.json
@@ -125,11 +125,12 @@ class Work:
             splits.assign(self._plan.config, self._files, parts).tofile(file.with_suffix(".partial"))
             flush(file.with_suffix(".partial"))
             os.replace(file.with_suffix(".partial"), file)
-        numbering.number(parts, self._splits(), self._plan, self.path, self._work, self._extended, self._tell)
+        assigned = self._splits()
+        numbering.number(parts, assigned, self._plan, self.path, self._work, self._extended, self._tell)
         more = [folder.WEIGHT] * (self._plan.weight is not None) + [folder.GROUP] * (self._plan.group is not None)
         for name in folder.SPLITS:
             encode.create(self.path / name, self._multi, more)
-        write_json(self._work / "merged.json", {"starts": _starts(parts, self._splits(), self._multi)})
+        write_json(self._work / "merged.json", {"starts": _starts(parts, assigned, self._multi)})
 
     def encode(self, number: int) -> None:
         """Write the rows of a part into the arrays."""
@@ -141,8 +142,8 @@ class Work:
         writers = self._writers_of(number)
         encode.write_splits(
             parts[number - 1],
-            self._splits()[first : first + total],
-            lambda column: numbering.lookup(self._plan, self.path, self._work, column),
+            self._splits(first, total),
+            lambda column: numbering.lookup(self._plan, self._work, column),
             writers,
             lambda count: wrote(count, total),
         )
@@ -172,8 +173,8 @@ class Work:
     def _parts(self) -> list[Staging]:
         return [Staging(self.part(number), self._plan) for number in range(1, self.count + 1)]
 
-    def _splits(self) -> Splits:
-        return np.memmap(self._work / "splits.u8", np.uint8, "r")
+    def _splits(self, first: int = 0, count: int = -1) -> Splits:
+        return np.fromfile(self._work / "splits.u8", np.uint8, count, offset=first)
 
     def _writers_of(self, number: int) -> list[Writer]:
         starts = read_json(self._work / "merged.json")["starts"][number - 1]
@@ -190,28 +191,31 @@ class Work:
 
 
 def _starts(parts: Sequence[Staging], assigned: Splits, multi: Sequence[int]) -> list[list[dict[str, Any]]]:
-    """Of each part, where its share of each split begins: the rows before it, and the ids in multi-valued columns."""
-    now = [{"rows": 0, "values": dict.fromkeys(map(str, multi), 0)} for _ in folder.SPLITS]
+    """Of each part and split, where its share begins: the rows before it, and the ids in multi-valued columns."""
+    count = len(folder.SPLITS)
+    rows, values = np.zeros(count, np.int64), {column: np.zeros(count, np.int64) for column in multi}
     starts, row = [], 0
     for part in parts:
-        starts.append([{"rows": each["rows"], "values": dict(each["values"])} for each in now])
-        last, first = part is parts[-1], row
-        row += sum(part.rows)
-        for each, count in zip(now, np.bincount(assigned[first:row], minlength=len(now)).tolist()):
-            each["rows"] += count
-        for column in multi if not last else ():
-            at = first
-            for chunk, rows in enumerate(part.rows):
+        starts.append(
+            [
+                {"rows": int(rows[split]), "values": {str(n): int(before[split]) for n, before in values.items()}}
+                for split in range(count)
+            ]
+        )
+        if part is parts[-1]:  # nothing begins behind it
+            break
+        for chunk, height in enumerate(part.rows):
+            here = assigned[row : row + height]
+            rows += np.bincount(here, minlength=count)
+            for column in multi:
                 (lengths,) = part.read(chunk, f"lengths{column}")
-                sums = np.bincount(assigned[at : at + rows], lengths.to_numpy(), len(now)).astype(np.int64).tolist()
-                for each, count in zip(now, sums):
-                    each["values"][str(column)] += count
-                at += rows
+                values[column] += np.bincount(here, lengths.to_numpy(), count).astype(np.int64)
+            row += height
     return starts
 
 
 def describe_job(files: Sequence[Source], plan: Plan, extended: Extended | None, count: int) -> dict[str, Any] | None:
-    """What is to be done, for `difference`; None where it cannot be gone on with, since a source can be read only once."""
+    """What is to be done, for `difference`; None where a source can be read only once: that cannot be resumed."""
     if any(file.stream or isinstance(file, TableSource) for file in files):
         return None
     given = {name: value for name, value in dataclasses.asdict(plan.config).items() if name not in contents.UNRECORDED}
