@@ -74,12 +74,11 @@ def train(
     with join(asked.exchange.exchange_timeout) as world, ExitStack() as held:
         world.require_same({"the command": "train"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
-        goes_on = world.on_first(lambda: start_from is not None and carry == "all" and keeps_state(start_from, asked))
+        source = start_from if carry == "all" else None  # of tables and state, too
+        goes_on = world.on_first(lambda: source is not None and keeps_state(source, asked))
         config = world.together(lambda: resolved(asked, data, start_from is not None, goes_on))
         check_ranks(world, config, data)
-        callbacks = world.together(
-            lambda: _checked(config, data, callbacks, loggers, start_from if carry == "all" else None)
-        )
+        callbacks = world.together(lambda: _checked(config, data, callbacks, loggers, source))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
         _check_data(world, data, verify, progress)
         for text in world.together(lambda: check_selection(config, data)):
