@@ -53,8 +53,7 @@ def train(
         dataset: a prepared dataset folder.
         output: the run folder to make.
         config: what to train and how; default INT4 by the recipe of `dqrm.recipe`.
-        progress: called as progress(stage, done, total).
-        log: called with one line of text per evaluation.
+        progress: called as progress(stage, done, total). log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
         callbacks, loggers: objects, in addition to those that `config` names; see `training.loggers`.
         start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
