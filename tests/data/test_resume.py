@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 
@@ -93,7 +92,7 @@ def test_killed_at_every_line_of_the_journals(tmp_path, monkeypatch, kind):
         told = kill_at(patched, 0)
         prepare(files, tmp_path / "count", config)
     assert told[0] > 10
-    for stop in sorted({1, told[0], *random.Random(kind).sample(range(2, told[0]), 3)}):
+    for stop in sorted({1, told[0], *random.Random(kind).sample(range(2, told[0]), 2)}):
         with monkeypatch.context() as patched:
             kill_at(patched, stop)
             with pytest.raises(Killed):
@@ -166,8 +165,8 @@ def rewritten(files):
     [
         (grown, "before day_1 changed"),
         (rewritten, "before day_0 changed"),
-        (lambda files: files[:1], "from other files (day_1)"),
-        (lambda files: files[::-1], "from other files (day_1)"),
+        pytest.param(lambda files: files[:1], "from other files (day_1)", marks=pytest.mark.slow),
+        pytest.param(lambda files: files[::-1], "from other files (day_1)", marks=pytest.mark.slow),
     ],
     ids=["grown", "rewritten", "fewer", "order"],
 )
@@ -246,23 +245,18 @@ def test_a_journal_ends_at_its_first_torn_line(tmp_path, torn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hashed", [False, True])
-def test_sigkill_at_random_moments(tmp_path, hashed):
-    rows = criteo_lines(4000)
+def test_sigkill_at_random_moments(tmp_path):
     for day in range(2):
-        write(tmp_path / f"day_{day}", rows[day * 2000 : day * 2000 + 2000])
+        write(tmp_path / f"day_{day}", criteo_lines(2000, seed=day))
     command = [sys.executable, "-m", "dqrm", "prepare", "day_0", "day_1", "--layout", "criteo-terabyte",
-               "--chunk-rows", "100", *(["--vocabulary", "hash", "--rows", "99"] * hashed)]  # fmt: skip
+               "--chunk-rows", "200"]  # fmt: skip
     began = time.monotonic()
     subprocess.run([*command, "-o", "whole"], cwd=tmp_path, check=True, capture_output=True)
-    took, draw = time.monotonic() - began, random.Random(hashed)
-    for attempt in range(4):
+    took, draw = time.monotonic() - began, random.Random(0)
+    for _ in range(2):
         with subprocess.Popen([*command, "-o", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            time.sleep(took * draw.uniform(0.3, 0.9) if attempt else 0.5)
+            time.sleep(took * draw.uniform(0.3, 0.8))
             process.send_signal(signal.SIGKILL)
-        if (tmp_path / "out").exists():  # done before the signal
-            break
-    else:
+    if not (tmp_path / "out").exists():  # done before the signal
         subprocess.run([*command, "-o", "out"], cwd=tmp_path, check=True, capture_output=True)
     same(Dataset(tmp_path / "out"), Dataset(tmp_path / "whole"))
-    assert np.array_equal(*(Dataset(tmp_path / name).split("train").labels() for name in ("out", "whole")))

@@ -9,6 +9,7 @@ In one go there is one part. The arrays are the same bytes however many there ar
 """
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -164,6 +165,7 @@ class Work:
             info[checksums.FILES] = checksums.list_files(self.path, [*written, *made.files], self._tell)
             write_json(self.path / folder.INFO, checksums.seal(info))
         if self._work.exists():
+            gc.collect()  # what is still mapped cannot be deleted from NFS or on Windows
             shutil.rmtree(self._work)
 
     @property
