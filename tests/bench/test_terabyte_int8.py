@@ -11,9 +11,8 @@ from dqrm.bench.config import ARCHITECTURES
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "terabyte_int8.py"
 
-pytestmark = pytest.mark.long
 
-
+@pytest.mark.slow
 def test_it_trains_dies_resumes_exports_and_evaluates(tmp_path):
     options = ["-o", tmp_path / "full", "--rows-scale=0.001", "--steps=6", "--batch-size=64", "--evaluated=500"]
     done = subprocess.run([sys.executable, SCRIPT, *options], check=True, capture_output=True, text=True)

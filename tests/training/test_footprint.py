@@ -20,6 +20,7 @@ from dqrm.training.footprint import table_bytes
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.run import Run
 from dqrm.training.step import TrainStep
+from selection import slow
 
 DIM = 4
 
@@ -151,7 +152,7 @@ def test_a_model_is_created_without_an_fp32_copy():
 
 @LINUX
 @pytest.mark.long
-@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("bits", [4, *slow(32)])
 def test_saving_loading_evaluating_and_exporting_make_no_fp32_copy(tmp_path, bits):
     from dqrm.bench.data import write_dataset
 

@@ -24,6 +24,7 @@ from dqrm.training.selection import stops
 from dqrm.training.state import State
 from launch_helpers import same_run
 from run_helpers import Killed, command, killer, wait_for_checkpoint
+from selection import slow
 
 SMALL = ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1))
 
@@ -184,7 +185,7 @@ def test_a_run_that_stored_the_period_of_the_other_rule_opens_and_resumes(genera
 
 
 @pytest.mark.parametrize("callbacks", ["redraw_tables:min_rows=30,ema:decay=0.9"])
-@pytest.mark.parametrize("refresh", ["running_max", "periodic"])
+@pytest.mark.parametrize("refresh", ["running_max", *slow("periodic")])
 def test_sigkill_in_epoch_two_changes_no_bit(generated, tmp_path, callbacks, refresh):
     batches = -(-generated.rows["train"] // 64)
     values = tiny(epochs=3, optimizer="adagrad", checkpoint_every=1, callbacks=tuple(callbacks.split(",")), threads=1)
