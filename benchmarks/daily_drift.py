@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+ARMS = ["day", "last3", "all", "warm", "warm/int8", "warm/int4"]
 WINDOWS = {"day": 1, "last3": 3, "all": 10_000}
 FIXED: dict[str, Any] = {
     "bottom_mlp": [64, 32, 16], "top_mlp": [64, 32, 1], "batch_size": 512, "patience": 1, "threads": 1,
@@ -147,11 +148,11 @@ def main() -> None:
     """Train what is missing, and print the table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="Folder to make, or to go on with.")
-    parser.add_argument("--rows", type=int, default=100_000, help="Lines of a day.")
+    parser.add_argument("--rows", type=int, default=50_000, help="Lines of a day.")
     parser.add_argument("--days", type=int, default=7, help="Days; the last one is only evaluated on.")
     parser.add_argument("--drift", type=float, default=0.1, help="As of dqrm generate.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of training.")
-    parser.add_argument("--arms", nargs="+", default=["warm", "warm/int8", "day", "last3", "all"], help="See above.")
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="See above.")
     parser.add_argument("--warm", nargs="*", default=[], metavar="FIELD=VALUE", help="Options of warm days only.")
     options = parser.parse_args()
     found: dict[str, dict[int, list[dict[str, Any]]]] = {arm: {} for arm in options.arms}

@@ -14,21 +14,19 @@ from dqrm.data.prepare import prepare
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Each job is run before the next one is submitted; of an array the last index first.
-SBATCH = """#!{python}
-import os, re, subprocess, sys
+SBATCH = """import os, re, subprocess, sys
 given = dict(zip(sys.argv[1:], sys.argv[2:]))
 first, last = map(int, given.get("--array", "0-0").split("-"))
 for index in range(last, first - 1, -1):
-    subprocess.run(["bash", "-c", given["--wrap"]], check=True, env={{**os.environ, "SLURM_ARRAY_TASK_ID": str(index)}})
+    subprocess.run(["bash", "-c", given["--wrap"]], check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": str(index)})
 print(17)
 """
-KUBECTL = """#!{python}
-import os, subprocess, sys, yaml
+KUBECTL = """import os, subprocess, sys, yaml
 if sys.argv[1] == "apply":
     spec = yaml.safe_load(sys.stdin)["spec"]
     (container,) = spec["template"]["spec"]["containers"]
     for index in range(spec["completions"]):
-        subprocess.run(container["command"], check=True, env={{**os.environ, "JOB_COMPLETION_INDEX": str(index)}})
+        subprocess.run(container["command"], check=True, env={**os.environ, "JOB_COMPLETION_INDEX": str(index)})
 else:
     assert sys.argv[1:3] == ["wait", "--for=condition=complete"]
 """
@@ -41,9 +39,9 @@ else:
 def test_recipe(tmp_path, recipe, name, program):
     programs = tmp_path / "bin"
     programs.mkdir()
-    dqrm = '#!/bin/bash\nexec {python} -m dqrm "$@"\n'
-    for file, text in ((name, program), ("dqrm", dqrm)):
-        (programs / file).write_text(text.format(python=sys.executable))
+    (programs / "stand_in.py").write_text(program)
+    for file, what in ((name, f"'{programs / 'stand_in.py'}'"), ("dqrm", "-m dqrm")):
+        (programs / file).write_text(f"#!/bin/bash\nexec '{sys.executable}' {what} \"$@\"\n")
         (programs / file).chmod(0o755)
     for day in range(3):
         write(tmp_path / f"day {day}", criteo_lines(50, seed=day))

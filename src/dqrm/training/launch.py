@@ -57,8 +57,7 @@ def train(
         verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
         callbacks, loggers: objects, in addition to those that `config` names; see `training.loggers`.
         start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
-            or one whose vocabularies it extends. Epochs that are not set are then 1, a learning rate that is not set is
-            half as large again where Adagrad's state is taken over (`recipe.WARM_FACTORS`). See `training.start`.
+            or one whose vocabularies it extends. Epochs that are not set are then 1; see `resolved`, `training.start`.
         carry: what is taken over from it: 'all', or 'mlp', all but the tables, whose ids may be others.
 
     Returns:
@@ -74,8 +73,7 @@ def train(
         world.require_same({"the command": "train"})
         data = world.together(lambda: dataset if isinstance(dataset, Dataset) else Dataset(dataset))
         source = start_from if carry == "all" else None  # of tables and state, too
-        goes_on = world.on_first(lambda: source is not None and keeps_state(source, asked))
-        config = world.together(lambda: resolved(asked, data, start_from is not None, goes_on))
+        config = _resolved(world, asked, data, start_from, carry)
         check_ranks(world, config, data)
         callbacks = world.together(lambda: _checked(config, data, callbacks, loggers, source))
         run = world.on_first(lambda: Run.plan(Path(output), config, data))
@@ -177,7 +175,7 @@ def _begun(
 
 def resolved(config: Config, dataset: Dataset, starts: bool = False, goes_on: bool = False) -> Config:
     """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set;
-    `starts`: of a run that starts from another; `goes_on`: with its optimizer state.
+    `starts`: of a run that starts from another, for 1 epoch; `goes_on`: with its optimizer state.
 
     Raises:
         UserError: it is impossible at this batch size.
@@ -208,6 +206,12 @@ def check(config: Config, dataset: Dataset, starts: bool = False) -> Config:
     _checked(config, dataset, (), (), "another run" if starts else None)
     check_selection(config, dataset)
     return config
+
+
+def _resolved(world: World, asked: Config, data: Dataset, start_from: str | Path | None, carry: str) -> Config:
+    """The same on all ranks, of which only the first needs to see the earlier run."""
+    goes_on = world.on_first(lambda: keeps_state(start_from, carry, asked))
+    return world.together(lambda: resolved(asked, data, start_from is not None, goes_on))
 
 
 def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) -> str:

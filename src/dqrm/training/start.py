@@ -220,12 +220,14 @@ class Start:
                 optimizer.reset_rows(torch.from_numpy(drawn).long().to(weight.device) + offset)
 
 
-def keeps_state(earlier: str | Path, config: Config) -> bool:
-    """Whether a run of this configuration would take over the optimizer state of an earlier run.
+def keeps_state(earlier: str | Path | None, carry: str, config: Config) -> bool:
+    """Whether a run of this configuration that starts so takes over the tables' optimizer state.
 
     Raises:
         UserError: `earlier` is no run.
     """
+    if earlier is None or carry != "all":
+        return False
     return Run.open(earlier).config.optimizer.rule == config.optimizer.rule
 
 
