@@ -36,7 +36,7 @@ studies/data: | $(VENV)/.installed
 	$(RUN) dqrm generate --rows $(ROWS) -o studies/log.txt
 	$(RUN) dqrm prepare studies/log.txt --layout criteo-kaggle -o studies/data
 
-test: setup  ## all that is quick, about 5 minutes on 2 cores
+test: setup  ## all that is quick, 10 to 15 minutes on 2 cores
 	$(TEST) -m 'not slow'
 
 test-slow: setup  ## the rest: full products of parameters
