@@ -39,3 +39,13 @@ def torchrec(folder, day, rows):
     np.save(folder / f"day_{day}_dense.npy", np.array(dense, np.float32))
     np.save(folder / f"day_{day}_sparse.npy", np.array(sparse, np.int32))
     np.save(folder / f"day_{day}_labels.npy", np.array([[int(line[0])] for line in fields], np.int32))
+
+
+def hexadecimal(rows):
+    """Criteo lines with ids over all of 32 bits."""
+    changed = []
+    for row in rows:
+        fields = row.split("\t")
+        fields[14:] = [f"{int(field, 16) * 2654435761 % 2**32:08x}" if field else "" for field in fields[14:]]
+        changed.append("\t".join(fields))
+    return changed

@@ -1,7 +1,6 @@
 """Criteo's logs in the arrays of other programs: the same model inputs as the raw lines, and damage in one sentence."""
 
 import gzip
-import math
 import zipfile
 from dataclasses import replace
 
@@ -16,20 +15,10 @@ from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
 from dqrm.options import build
 from extension_helpers import ids_of
-from format_helpers import dlrm, records, torchrec
+from format_helpers import dlrm, hexadecimal, records, torchrec
 from hash_helpers import rows_of
 
 RAW = PrepareConfig(layout="criteo-kaggle")
-
-
-def hexadecimal(rows):
-    """The lines with ids over all of 32 bits."""
-    changed = []
-    for row in rows:
-        fields = row.split("\t")
-        fields[14:] = [f"{int(field, 16) * 2654435761 % 2**32:08x}" if field else "" for field in fields[14:]]
-        changed.append("\t".join(fields))
-    return changed
 
 
 def transposed(arrays):
@@ -142,28 +131,6 @@ def test_mlperf_records_give_the_inputs_of_the_raw_lines(tmp_path, raw, rows, pa
     in_order = PrepareConfig(layout="criteo-terabyte", split="time")
     assert content(dataset) == content(prepare(write(tmp_path / "x.txt", rows), tmp_path / "raw", in_order))
     assert dataset.info["sources"][0]["bytes"] == path.stat().st_size
-
-
-def test_torchrec_folders_give_the_ids_of_the_raw_lines_and_their_own_dense_values(tmp_path, rows):
-    folder = tmp_path / "npy"
-    folder.mkdir()
-    cut = [line.replace("\t-1\t", "\t0\t").replace("\t-2\t", "\t0\t") for line in rows]
-    cut = [line.replace("\t-1\t", "\t0\t").replace("\t-2\t", "\t0\t") for line in cut]
-    for day, lines in enumerate((cut[:150], cut[150:])):
-        torchrec(folder, day, lines)
-        write(tmp_path / f"day_{day}", lines)
-    config = PrepareConfig(layout="criteo-npy", dense_transform="none")
-    dataset = prepare(folder, tmp_path / "data", config)
-    raw = prepare([tmp_path / "day_0", tmp_path / "day_1"], tmp_path / "raw", PrepareConfig(layout="criteo-terabyte"))
-    ours, theirs = content(dataset), content(raw)
-    for name, expected in theirs.items():
-        if not name.endswith("dense.f32"):
-            assert ours[name] == expected, name
-    lines = [line.split("\t") for line in cut[:150]]
-    logarithms = np.array([[math.log(int(x or 0) + 3) for x in line[1:14]] for line in lines], np.float32)
-    assert np.array_equal(dataset.split("train").arrays["dense.f32"], logarithms)
-    assert [source["name"] for source in dataset.info["sources"]] == ["day_0", "day_1"]
-    assert dataset.info["sources"][0]["bytes"] == sum(file.stat().st_size for file in folder.glob("day_0_*"))
 
 
 def test_a_cap_takes_ids_modulo(tmp_path, rows):
@@ -350,57 +317,6 @@ def test_negative_ids_of_records_are_refused(tmp_path, rows):
     (tmp_path / "a.bin").write_bytes(records(arrays))
     with pytest.raises(UserError, match=r"a\.bin, row 10: column C1 holds -5, expected a whole number from 0 to"):
         prepare(tmp_path / "a.bin", tmp_path / "data", PrepareConfig(layout="mlperf-binary", split="random"))
-
-
-@pytest.fixture
-def folder(tmp_path, rows):
-    path = tmp_path / "npy"
-    path.mkdir()
-    torchrec(path, 0, [line.replace("\t-1", "\t1").replace("\t-2", "\t2") for line in rows])
-    return path
-
-
-NPY = PrepareConfig(layout="criteo-npy", dense_transform="none", split="random")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda path: (path / "day_0_labels.npy").unlink(), r"has no day_0_labels\.npy beside it"),
-        (lambda path: (path / "notes.txt").touch(), "is none of the files of layout criteo-npy, expected day"),
-        (lambda path: (path / "day_0_sparse_contig_freq.npy").touch(), "are two files of the same rows, expected one"),
-        (lambda path: np.save(path / "day_0_dense.npy", np.zeros((203, 12), np.float32)), r"expected \[rows, 13\]"),
-        (lambda path: np.save(path / "day_0_labels.npy", np.zeros(9, np.int32)), "expected as many in each"),
-        (lambda path: (path / "day_0_dense.npy").write_bytes(b"text"), r"day_0_dense\.npy is no array of NumPy"),
-        (
-            lambda path: (path / "day_0_dense.npy").write_bytes((path / "day_0_dense.npy").read_bytes()[:-4]),
-            r"is truncated or damaged: day_0_dense\.npy has",
-        ),
-        (lambda path: np.save(path / "day_0_sparse.npy", np.full((203, 26), -1)), "row 1: column C1 holds -1"),
-    ],
-)  # fmt: skip
-def test_npy_folders_that_are_not_whole_are_refused(tmp_path, folder, change, message):
-    change(folder)
-    with pytest.raises(UserError, match=message) as caught:
-        prepare(folder, tmp_path / "data", NPY)
-    assert "\n" not in str(caught.value)
-
-
-def test_dense_values_are_not_transformed_twice(tmp_path, folder):
-    with pytest.raises(UserError, match=r"day_0 holds dense values \(I1\) that TorchRec's scripts have transformed"):
-        prepare(folder, tmp_path / "data", replace(NPY, dense_transform="log1p"))
-    np.save(folder / "day_0_dense.npy", np.full((203, 13), 5, np.int32))
-    dataset = prepare(folder, tmp_path / "data", replace(NPY, dense_transform="log1p"))
-    assert np.all(dataset.split("train").arrays["dense.f32"] == np.float32(math.log1p(5)))
-
-
-def test_a_part_that_changes_while_it_is_read_is_noticed(tmp_path, folder):
-    def grow(stage, done, total):
-        with (folder / "day_0_sparse.npy").open("ab") as file:
-            file.write(b"\0")
-
-    with pytest.raises(UserError, match=r"day_0_sparse\.npy changed while it was read"):
-        prepare(folder, tmp_path / "data", NPY, progress=grow)
 
 
 def test_columns_of_folders_decide_the_split(tmp_path, rows):
