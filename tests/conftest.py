@@ -113,7 +113,7 @@ def tiny(bits: int = 4, *, optimizer: str = "sgd", period: int = 3, table_l2: fl
     return Config(
         model=ModelConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1)),
         quantization=QATConfig(bits=bits, scale_period=period),
-        optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=0.1, table_l2=table_l2),
+        optimizer=OptimizerConfig(optimizer=optimizer, learning_rate=0.1, table_l2=table_l2, warmup_steps=0),
         training=TrainingConfig(**given),
     )
 

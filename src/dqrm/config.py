@@ -53,8 +53,9 @@ class OptimizerConfig:
     """Factor on the learning rate for what quantizers learn: the scales of lsq, the clipping values of pact."""
     pact_l2: float | None = None
     """L2 on the clipping values of pact; none: mlp_l2, as in the paper. Scales of lsq have none."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up of the learning rate from 0."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up of the learning rate from 0; none: 100 with the Adagrads, at most a third of an epoch; 0
+    with others, with optimizer state from an earlier run (--from), or with a decay that begins earlier."""
     decay_start_step: int = 0
     """Step at which DLRM's quadratic decay begins; used when decay_steps is above 0."""
     decay_steps: int = 0
@@ -69,7 +70,7 @@ class OptimizerConfig:
             at_least(self, learning_rate=0)
         at_least(
             self, adagrad_eps=0, adam_beta1=0, adam_beta2=0, adam_eps=0, clip_norm=0, table_l2=0,
-            mlp_l2=0, scale_rate_factor=0, warmup_steps=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
+            mlp_l2=0, scale_rate_factor=0, decay_start_step=0, decay_steps=0, plateau_patience=1,
         )  # fmt: skip
         if not 0 < self.count_halflife < math.inf:
             raise ValueError(f"count_halflife is {self.count_halflife}, expected a finite number of steps above 0")
@@ -87,7 +88,9 @@ class OptimizerConfig:
             at_least(self, pact_l2=0)
         if not 0 < self.plateau_factor <= 1:
             raise ValueError(f"plateau_factor is {self.plateau_factor}, expected above 0 and at most 1")
-        if self.decay_steps and self.decay_start_step < self.warmup_steps:
+        if self.warmup_steps is not None:
+            at_least(self, warmup_steps=0)
+        if self.decay_steps and self.decay_start_step < self.warmup:
             raise ValueError(
                 f"decay_start_step is {self.decay_start_step}, before the end of the warm-up at {self.warmup_steps}"
             )
@@ -103,6 +106,11 @@ class OptimizerConfig:
         if self.learning_rate is None:
             return recipe.learning_rate(self.rule, recipe.BATCH_SIZES[-1][1])
         return self.learning_rate
+
+    @property
+    def warmup(self) -> int:
+        """`warmup_steps`; if it is none (only outside a run), 0."""
+        return self.warmup_steps or 0
 
     @property
     def table_rate_factor(self) -> float:

@@ -34,6 +34,11 @@ WARM_FACTORS = {"adagrad": 1.5, "rowwise_adagrad": 1.5}
 steps smaller and smaller (docs/guides/daily.md)."""
 OTHER_LEARNING_RATE = 0.01
 """Of optimizers that are not listed."""
+WARMUP_STEPS = {name: 100 for name in LEARNING_RATES if name.endswith("adagrad")}
+"""By optimizer, steps of linear warm-up where the first epoch has at least WARMUP_PARTS times as many; 0 for others.
+Adagrad's first steps are as large as the learning rate whatever the gradient, which can leave units of the MLP dead."""
+WARMUP_PARTS = 3
+"""The first epoch's steps over the most steps of warm-up."""
 MLP_BITS = SMALL_TABLE_BITS = 8
 """Where no bits are set: of the MLP and of tables below `quant.config.SMALL_TABLE_ROWS` rows, about 1 % of the weights
 together; the other tables have 4."""
@@ -96,6 +101,12 @@ def overridden(given: Mapping[str, Any]) -> tuple[str, ...]:
 def batch_size(rows: int) -> int:
     """The batch size for a training split of this number of rows."""
     return max(size for least, size in BATCH_SIZES if rows >= least)
+
+
+def warmup_steps(optimizer: str, epoch_steps: int, goes_on: bool = False) -> int:
+    """Steps of linear warm-up; `epoch_steps`: steps of an epoch; `goes_on`: with the state that the optimizer has from
+    another run, which needs none."""
+    return 0 if goes_on else min(WARMUP_STEPS.get(optimizer, 0), epoch_steps // WARMUP_PARTS)
 
 
 def learning_rate(optimizer: str, batch_size: int, goes_on: bool = False) -> float:

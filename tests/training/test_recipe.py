@@ -44,9 +44,11 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     config = Config(model=SMALL, training=TrainingConfig(max_steps=3))
     told = []
     summary = train(generated, tmp_path / "run", config, log=told.append)
+    steps = generated.rows["train"] // 64 // 3
+    assert 0 < steps < 100
     assert told[0] == (
-        "Training with adagrad, learning rate 0.01, batch size 64, at most 20 epochs (patience 3); "
-        "callbacks: redraw_tables:min_rows=1000, ema:decay=0.999"
+        f"Training with adagrad, learning rate 0.01 ({steps} steps of warm-up), batch size 64, at most 20 epochs "
+        "(patience 3); callbacks: redraw_tables:min_rows=1000, ema:decay=0.999"
     )
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert written == summary["config"]
@@ -57,8 +59,28 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     assert written["optimizer"]["learning_rate"] == recipe.learning_rate("adagrad", wanted["batch_size"])
     large = replace(config, training=TrainingConfig(batch_size=4096))
     assert resolved(large, generated).optimizer.learning_rate == 0.03
-    given = Config(SMALL, optimizer=OptimizerConfig("sgd", 0.3), training=TrainingConfig(epochs=7, batch_size=9))
+    given = Config(
+        SMALL, optimizer=OptimizerConfig("sgd", 0.3, warmup_steps=2), training=TrainingConfig(epochs=7, batch_size=9)
+    )
     assert resolved(given, generated) == given
+
+
+@pytest.mark.parametrize(("optimizer", "batch_size", "goes_on", "steps"), [
+    (OptimizerConfig(), 1, False, 100),
+    (OptimizerConfig("rowwise_adagrad"), 1, False, 100),
+    (OptimizerConfig(), 10, False, 13),
+    (OptimizerConfig(), 400, False, 0),
+    (OptimizerConfig(), 1, True, 0),
+    (OptimizerConfig("sgd"), 1, False, 0),
+    (OptimizerConfig("adam"), 1, False, 0),
+    (OptimizerConfig(warmup_steps=7), 400, True, 7),
+    (OptimizerConfig(decay_start_step=99, decay_steps=9), 1, False, 0),
+    (OptimizerConfig(decay_start_step=100, decay_steps=9), 1, False, 100),
+])  # fmt: skip
+def test_steps_of_warm_up(tmp_path, optimizer, batch_size, goes_on, steps):
+    data = log_of(tmp_path / "data", 400, validation_fraction=0, test_fraction=0)
+    config = Config(optimizer=optimizer, training=TrainingConfig(batch_size=batch_size))
+    assert resolved(config, data, starts=goes_on, goes_on=goes_on).optimizer.warmup_steps == steps
 
 
 @pytest.mark.parametrize(("splits", "options", "epochs"), [

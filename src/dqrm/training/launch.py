@@ -174,7 +174,7 @@ def _begun(
 
 
 def resolved(config: Config, dataset: Dataset, starts: bool = False, goes_on: bool = False) -> Config:
-    """The configuration with batch size, learning rate and epochs resolved for this dataset where they are not set;
+    """The configuration with batch size, learning rate, warm-up and epochs resolved for this dataset where not set;
     `starts`: of a run that starts from another, for 1 epoch; `goes_on`: with its optimizer state.
 
     Raises:
@@ -189,6 +189,10 @@ def resolved(config: Config, dataset: Dataset, starts: bool = False, goes_on: bo
     if optimizer.learning_rate is None:
         rate = recipe.learning_rate(optimizer.rule, options.batch_size, goes_on)
         optimizer = replace(optimizer, learning_rate=rate)
+    if optimizer.warmup_steps is None:
+        steps = recipe.warmup_steps(optimizer.rule, rows["train"] // options.batch_size, goes_on)
+        early = optimizer.decay_steps and optimizer.decay_start_step < steps
+        optimizer = replace(optimizer, warmup_steps=0 if early else steps)
     try:
         return replace(config, training=options, optimizer=optimizer)
     except ValueError as error:  # what was asked does not go with the batch size of this dataset
@@ -220,9 +224,10 @@ def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) 
     judged = has_figure(options.select_by, dataset)
     until = f"patience {options.patience}" if judged else f"no validation {options.select_by} that could end it earlier"
     objects = [each.name for each in callbacks[len(options.callbacks) :]]
+    warmup = f" ({optimizer.warmup} steps of warm-up)" if optimizer.warmup else ""
     return (
-        f"Training with {optimizer.rule}, learning rate {optimizer.rate:g}, batch size {options.batch_size}, at "
-        f"most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until}); "
+        f"Training with {optimizer.rule}, learning rate {optimizer.rate:g}{warmup}, batch size {options.batch_size}, "
+        f"at most {options.epochs} epoch{'s' * (options.epochs > 1)} ({until}); "
         f"callbacks: {', '.join([*options.callbacks, *objects]) or 'none'}"
     )
 

@@ -103,8 +103,8 @@ def learning_rate(step: int, config: OptimizerConfig) -> float:
     rate * ((start + decay_steps - step) / decay_steps)**2, and its last value afterwards, so never exactly 0.
     """
     rate = config.rate
-    if step < config.warmup_steps:
-        return rate * (step + 1) / config.warmup_steps
+    if step < config.warmup:
+        return rate * (step + 1) / config.warmup
     if config.decay_steps and step >= config.decay_start_step:
         left = max(config.decay_start_step + config.decay_steps - step, 1)
         return float(rate * (left / config.decay_steps) ** 2)
