@@ -14,7 +14,7 @@ OPTIMIZER_OF = {"int8": "rowwise_adagrad", "int4": "rowwise_adagrad"}
 """By table_dtype, where it differs: an FP32 value per weight would take four times the bytes of INT8 rows, one per row
 takes 6 % of them at dim 64 and 22 % at dim 16."""
 CALLBACKS = ("redraw_tables:min_rows=1000", "ema:decay=0.999")
-EPOCHS, PATIENCE = 20, 3
+EPOCHS, PATIENCE = 20, 5
 """The largest number of epochs, and the number of epochs without improvement before training stops."""
 BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 2048))
 """(least rows of the training split, batch size), ascending."""

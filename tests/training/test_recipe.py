@@ -48,7 +48,7 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     assert 0 < steps < 100
     assert told[0] == (
         f"Training with adagrad, learning rate 0.01 ({steps} steps of warm-up), batch size 64, at most 20 epochs "
-        "(patience 3); callbacks: redraw_tables:min_rows=1000, ema:decay=0.999"
+        f"(patience {recipe.PATIENCE}); callbacks: redraw_tables:min_rows=1000, ema:decay=0.999"
     )
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert written == summary["config"]
