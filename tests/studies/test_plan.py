@@ -66,6 +66,7 @@ FINE = {"quantization.bits": 4}
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"import": {"a": 1}}, "import is {'a': 1}, expected names of modules, as .my_metrics."),
         ({"variantz": {}}, "unknown key 'variantz'; did you mean 'variants'?"),
         ({"variants": {"a": {"training.batchsize": 3}}}, "unknown field 'training.batchsize'; did you mean 'training"),
         ({"variants": {"a": {"batch_size": 3}}}, "unknown field 'batch_size'; did you mean 'training.batch_size'?"),
