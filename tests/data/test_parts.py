@@ -140,10 +140,10 @@ def test_what_is_done_is_not_done_again(tmp_path):
     files = days(tmp_path)
     output = tmp_path / "out"
     prepare_part(files, output, "1/2", TERABYTE)
-    assert "part 1/2 has been read before" in prepare_part(files, output, "1/2", TERABYTE)[0]
+    assert "part 1/2 is read already" in prepare_part(files, output, "1/2", TERABYTE)[0]
     prepare_part(files, output, "2/2", TERABYTE)
     merge_parts(files, output, TERABYTE)
-    assert "had been merged; next is --part again, for parts 1/2, 2/2" in merge_parts(files, output, TERABYTE)[0]
+    assert "were already merged; next is --part again, for parts 1/2, 2/2" in merge_parts(files, output, TERABYTE)[0]
     assert "part 1/2 is written; part 2/2 is not yet" in prepare_part(files, output, "1/2", TERABYTE)[0]
     assert "part 1/2 is written; part 2/2 is not yet" in prepare_part(files, output, "1/2", TERABYTE)[0]
     assert prepare_part(files, output, "2/2", TERABYTE)[1] is not None

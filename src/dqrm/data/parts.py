@@ -74,7 +74,7 @@ def prepare_part(
                     None,
                 )
             if not work.merged:
-                return f"part {part} has been read before; next is --merge, once all parts are", None
+                return f"part {part} is read already; next is --merge, once all parts are", None
             work.encode(number)
         left = [each for each in range(1, count + 1) if not work.encoded(each)]
         if left:
@@ -117,7 +117,7 @@ def merge_parts(
         left = [number for number in range(1, count + 1) if not work.encoded(number)]
         if not left:
             return _complete(task, work)
-        before = "had been" if work.merged else "are"
+        before = "were already" if work.merged else "are"
         with _alone(partial / MARKER, f"another dqrm prepare is merging the parts of {output}"):
             work.merge()
         return f"the {count} parts {before} merged; next is --part again, for {_parts(left, count, bare=True)}", None
