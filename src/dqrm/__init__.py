@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.data.batches import Batch as Batch
     from dqrm.data.config import PrepareConfig as PrepareConfig
     from dqrm.data.dataset import Dataset as Dataset
+    from dqrm.data.parts import merge_parts as merge_parts
+    from dqrm.data.parts import prepare_part as prepare_part
     from dqrm.data.prepare import prepare as prepare
     from dqrm.distributed.config import ExchangeConfig as ExchangeConfig
     from dqrm.errors import UserError as UserError
@@ -102,8 +104,10 @@ _HOMES = {
     "export_run": "dqrm.export.pipeline",
     "fake_quantize": "dqrm.quant.uniform",
     "load": "dqrm.serving.loaded",
+    "merge_parts": "dqrm.data.parts",
     "predict": "dqrm.serving.predict",
     "prepare": "dqrm.data.prepare",
+    "prepare_part": "dqrm.data.parts",
     "prepare_qat": "dqrm.quant.convert",
     "quantize": "dqrm.quant.uniform",
     "resume": "dqrm.training.launch",

@@ -288,10 +288,10 @@ def info(path: str, verify: bool, as_json: bool) -> None:
         print_description(path, verify)
 
 
-@cli.command(cls=GroupedCommand, short_help="Train a model a day, each from the one before, and publish it.")
+@cli.command(cls=GroupedCommand, short_help="Train a model per day, each from the one before, and publish it.")
 @click.argument("config_file", metavar="CONFIG")
 @click.argument("logs", nargs=-1, required=True)
-@click.option("-o", "--output", required=True, help="The folder to make, or to go on with.")
+@click.option("-o", "--output", required=True, help="The folder to create, or to continue.")
 @_json
 @config_options(("What is kept and published", DailyConfig))
 def daily(config_file: str, logs: tuple[str, ...], output: str, as_json: bool, **flags: Any) -> None:
@@ -304,7 +304,7 @@ def daily(config_file: str, logs: tuple[str, ...], output: str, as_json: bool, *
     from dqrm.daily.pipeline import run_daily
     from dqrm.daily.report import print_days
 
-    with stopping("Stopped; the same command continues where it stands."), bars(quiet=as_json) as progress:
+    with stopping("Stopped; run the same command again to resume."), bars(quiet=as_json) as progress:
         lines = run_daily(Recipe.read(config_file), logs, output, config, progress, progress.log)
     current = str(Path(output) / "current.dqrm")
     if as_json:

@@ -47,9 +47,9 @@ _bases = ", ".join([DEFAULT, *shipped(BASES)])
                epilog=f"Shipped studies: {', '.join(shipped())}.")  # fmt: skip
 @click.argument("config")
 @click.argument("data")
-@click.option("-o", "--output", required=True, help="The folder to make: runs, results.csv and results.md.")
-@click.option("--resume", is_flag=True, help="Go on with a study that was stopped, or has failed runs; with more "
-              "seeds or variants than before if you like.")  # fmt: skip
+@click.option("-o", "--output", required=True, help="The folder to create: runs, results.csv and results.md.")
+@click.option("--resume", is_flag=True, help="Continue a study that was stopped or has failed runs; seeds and "
+              "variants may be added.")  # fmt: skip
 @click.option("--seeds", help="Seeds, joined by commas.  [default: those of CONFIG, else 1,2,3]")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Runs at the same time, each "
               "a process; each has one thread unless training.threads is set.")  # fmt: skip
@@ -85,7 +85,7 @@ def study(
     from dqrm.studies.study import run_study
     from dqrm.studies.tables import show
 
-    told = "Stopped; the same command with --resume continues where the runs stand."
+    told = "Stopped; run the same command with --resume to continue."
     with stopping(told), bars(quiet=as_json) as progress:
         folder = run_study(plan, data, output, progress, jobs, resume, keep)
     if as_json:
@@ -116,10 +116,10 @@ def compare(paths: tuple[str, ...], as_json: bool) -> None:
 @click.command(short_help="Search for the best values of fields with Optuna.")
 @click.argument("config")
 @click.argument("data")
-@click.option("-o", "--output", required=True, help="The folder to make: that of a study, with best.yaml.")
-@click.option("--trials", type=click.IntRange(1), required=True, help="Number of trials, those of before --resume "
+@click.option("-o", "--output", required=True, help="The folder to create: that of a study, with best.yaml.")
+@click.option("--trials", type=click.IntRange(1), required=True, help="Total number of trials, those of earlier calls "
               "included.")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on with a search that was stopped, or with more trials.")
+@click.option("--resume", is_flag=True, help="Continue a search that was stopped, or add trials.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1, show_default=True, help="Seed of the runs.")
 @click.option("--base", help=f"Configuration file, or one of {_bases}, instead of CONFIG's.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="Change a field of the base.")
@@ -145,7 +145,7 @@ def tune(
     from dqrm.studies.tables import show
     from dqrm.studies.tune import BEST, run_tune
 
-    told = "Stopped; the same command with --resume continues where the trials stand."
+    told = "Stopped; run the same command with --resume to continue."
     with stopping(told), bars(quiet=as_json) as progress:
         best = run_tune(search, data, output, trials, progress, seed, resume)
     comparison = {**compared([output]), "best": best}

@@ -35,7 +35,7 @@ def run_prepare(
     except KeyboardInterrupt:
         if not Path(f"{output.rstrip('/')}.partial").exists():
             raise
-        messages.print("Stopped; the same command continues where it stands.")
+        messages.print("Stopped; run the same command again to resume.")
         sys.exit(STOPPED)
     if told and not as_json:
         messages.print(told)

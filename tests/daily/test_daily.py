@@ -290,10 +290,10 @@ def test_logs_and_folders_that_cannot_be(logs, recipe, whole, tmp_path):
     with pytest.raises(UserError, match=r"mine holds thesis.txt and no daily.json; name another folder with -o"):
         pipeline.run_daily(recipe, [logs], tmp_path / "mine")
     other = Recipe(recipe.file, {**recipe.fields, "min_count": 2}, recipe.train)
-    with pytest.raises(UserError, match=r"has min_count 2, but .* was begun with 1; name another folder with -o"):
+    with pytest.raises(UserError, match=r"has min_count 2, but .* was started with 1; name another folder with -o"):
         pipeline.run_daily(other, [logs], whole[0])
     other = Recipe(recipe.file, recipe.fields, tiny())
-    with pytest.raises(UserError, match="was begun with"):
+    with pytest.raises(UserError, match="was started with"):
         pipeline.run_daily(other, [logs], whole[0])
     with pytest.raises(ValueError, match="calibrate: got 'beta', expected"):
         DailyConfig(calibrate="beta")

@@ -166,9 +166,12 @@ def test_another_log_has_the_same_vocabulary(tmp_path):
         ({"rows": 9, "column_rows": ("user=1",)}, "rows is user=1, expected 2 to"),
         ({"rows": 9, "hashes": 0}, "hashes is 0, expected 1 to 8"),
         ({"rows": 9, "hashes": 9}, "hashes is 9, expected 1 to 8"),
-        ({"vocabulary": "train", "hashes": 2}, "hashes is 2, which goes with vocabulary hash, and it is train"),
-        ({"vocabulary": "train", "rows": 9}, "rows is 9, which goes with vocabulary hash, and it is train"),
-        ({"vocabulary": "all", "column_rows": ("user=5",)}, "column_rows is .* which goes with vocabulary hash"),
+        ({"vocabulary": "train", "hashes": 2}, "hashes is 2, but vocabulary is train; hashes needs vocabulary hash"),
+        ({"vocabulary": "train", "rows": 9}, "rows is 9, but vocabulary is train; rows needs vocabulary hash"),
+        (
+            {"vocabulary": "all", "column_rows": ("user=5",)},
+            "column_rows is .*; column_rows needs vocabulary hash",
+        ),
     ],
 )
 def test_what_cannot_be_hashed(fields, message):

@@ -140,15 +140,20 @@ def test_what_is_done_is_not_done_again(tmp_path):
     files = days(tmp_path)
     output = tmp_path / "out"
     prepare_part(files, output, "1/2", TERABYTE)
-    assert "part 1/2 has been read before" in prepare_part(files, output, "1/2", TERABYTE)[0]
+    assert "part 1/2 is read already" in prepare_part(files, output, "1/2", TERABYTE)[0]
     prepare_part(files, output, "2/2", TERABYTE)
     merge_parts(files, output, TERABYTE)
-    assert "had been merged; next is --part again, for parts 1/2, 2/2" in merge_parts(files, output, TERABYTE)[0]
+    assert "were already merged; next is --part again, for parts 1/2, 2/2" in merge_parts(files, output, TERABYTE)[0]
     assert "part 1/2 is written; part 2/2 is not yet" in prepare_part(files, output, "1/2", TERABYTE)[0]
     assert "part 1/2 is written; part 2/2 is not yet" in prepare_part(files, output, "1/2", TERABYTE)[0]
     assert prepare_part(files, output, "2/2", TERABYTE)[1] is not None
-    with pytest.raises(UserError, match="exists and is not empty"):
-        prepare_part(files, output, "2/2", TERABYTE)
+    # A job that is run once more succeeds; another job does not.
+    for text, made in (prepare_part(files, output, "2/2", TERABYTE), merge_parts(files, output, TERABYTE)):
+        assert (text, made.fingerprint) == (f"{output} is complete already", Dataset(output).fingerprint)
+    more = dataclasses.replace(TERABYTE, min_count=2)
+    assert "exists and is not empty" in refused(prepare_part, files, output, "2/2", more)
+    assert "exists and is not empty" in refused(merge_parts, files[:-1], output, TERABYTE)
+    assert sorted(os.listdir(tmp_path)) == sorted([output.name, *(file.name for file in files)])
 
 
 def refused(call, *given) -> str:

@@ -307,18 +307,26 @@ def test_other_modes_are_refused_as_ever():
 # ---- what is refused
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.bool, "int8"], ids=str)
+DTYPES = "torch.float32 or torch.bfloat16 or torch.int8 or torch.int4"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int16, torch.uint8, torch.bool, torch.float16, torch.float64, "int8", int], ids=str
+)
 @pytest.mark.parametrize("kind", [QuantEmbedding, QuantEmbeddingBag])
-def test_a_table_of_other_integers_is_refused(kind, dtype):
-    with pytest.raises(
-        ValueError, match=f"^dtype is {dtype!r}, expected a floating-point dtype, or torch.int8 or torch.int4$"
-    ):
+def test_a_table_of_a_dtype_without_a_storage_is_refused(kind, dtype):
+    with pytest.raises(ValueError, match=f"^dtype is {dtype!r}, expected {DTYPES}$"):
         kind(ROWS, DIM, dtype=dtype)
+
+
+def test_a_given_weight_without_a_storage_is_refused():
+    with pytest.raises(ValueError, match=f"^dtype is torch.float16, expected {DTYPES}$"):
+        QuantEmbeddingBag.from_pretrained(torch.zeros(ROWS, DIM, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32], ids=str)
 def test_a_collection_of_a_dtype_without_a_storage_is_refused(dtype):
-    with pytest.raises(ValueError, match=f"^dtype is {dtype}, expected torch.float32 or torch.bfloat16 or torch.int8"):
+    with pytest.raises(ValueError, match=f"^dtype is {dtype}, expected {DTYPES}$"):
         QuantEmbeddingBagCollection([ROWS], DIM, dtype=dtype)
 
 

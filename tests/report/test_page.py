@@ -68,8 +68,9 @@ def test_runs_and_their_differences(tmp_path):
     assert text.count("<figure>") == len(drawn)
     assert text.count('role="img" aria-label="') == len(drawn)
     assert text.count("<details>") >= len(drawn)  # the data of each plot, and the configuration
-    assert "Not measured: `dqrm bench step --json" in text
-    assert "--data DATA names it" in text
+    assert "Not measured: <code>dqrm bench step --json &gt; step.json</code>, then <code>dqrm report" in text
+    assert "`" not in text.split("<script")[0]
+    assert "<code>--data DATA</code> names it" in text
 
 
 def test_a_study_has_means_spreads_and_paired_differences(tmp_path):
@@ -166,7 +167,7 @@ def test_a_run_without_evaluations_has_a_page(tmp_path):
     text, notes = reported(tmp_path, folder)
     assert notes == ["run: metrics.jsonl has no evaluation"]
     assert "No run has figures on test" in text
-    assert "`dqrm train --record-histograms largest` records them" in text
+    assert "<code>dqrm train --record-histograms largest</code> records them" in text
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "Warning: two: summary.json could not be read" in told
     assert "page.html: 0." in told
     assert len(plots(Path("page.html"))) > 5
+
+
+def test_what_is_between_backticks_is_code():
+    code = page._with_code
+    assert str(code("run `a < b` or `c`")) == "run <code>a &lt; b</code> or <code>c</code>"
+    assert str(code("a`b <")) == "a`b &lt;"
 
 
 def test_numbers():

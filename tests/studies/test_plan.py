@@ -66,6 +66,7 @@ FINE = {"quantization.bits": 4}
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"import": {"a": 1}}, "import is {'a': 1}, expected names of modules, as .my_metrics."),
         ({"variantz": {}}, "unknown key 'variantz'; did you mean 'variants'?"),
         ({"variants": {"a": {"training.batchsize": 3}}}, "unknown field 'training.batchsize'; did you mean 'training"),
         ({"variants": {"a": {"batch_size": 3}}}, "unknown field 'batch_size'; did you mean 'training.batch_size'?"),
@@ -108,7 +109,7 @@ FINE = {"quantization.bits": 4}
         ({"variants": {"a": {}, "b": {"ptq": {"bits": 4}}}}, "expected ptq alone, with the variant"),
         ({"variants": {"a": {}, "b": {"ptq": {"of": "a", "bits": 5}}}}, "ptq: bits: got 5, expected one of 2, 4, 8"),
     ],
-    ids=range(41),
+    ids=range(42),
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_sentence(study_file, keys, message):
     with pytest.raises(UserError, match=message) as refused:

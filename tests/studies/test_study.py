@@ -168,7 +168,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(generated, study_file, tmp_p
     other = study_file(variants={"INT4": {"quantization.bits": 4}, "diverges": {"optimizer.learning_rate": 0.1}})
     code, _, errors = command(capsys, "study", other, generated.path, "-o", out, "--seeds", "1", "--resume")
     assert code == 1
-    assert "was begun with another configuration" in errors
+    assert "was started with another configuration" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -232,6 +232,24 @@ def _trainer(out):
         except OSError:
             continue
     raise AssertionError("no process holds the lock")
+
+
+def test_modules_that_a_study_names_are_imported_in_its_runs(generated, study_file, tmp_path, capsys):
+    """A metric of the user's own decides which checkpoint is chosen, and is in the results."""
+    (tmp_path / "metrics_of_mine.py").write_text(
+        "from dqrm.training.metrics import METRICS, Metric\n"
+        "METRICS['mean_logit'] = Metric(lambda scores: scores.mean(scores.logits), higher_is_better=True)\n"
+    )
+    file = study_file(
+        variants={"own": {"training.select_by": "mean_logit"}}, seeds=[1], **{"import": ["metrics_of_mine"]}
+    )
+    code, _, errors = command(capsys, "study", file, generated.path, "-o", tmp_path / "out")
+    assert code == 0, errors
+    assert all(float(line["mean_logit"]) for line in lines(tmp_path / "out"))
+    for name, said in [("nowhere", "ModuleNotFoundError"), ("broken", "ValueError: too bad")]:
+        (tmp_path / "broken.py").write_text("raise ValueError('too bad')")
+        code, _, errors = command(capsys, "study", study_file(**{"import": name}), generated.path, "-o", tmp_path / "x")
+        assert (code, f"import: module '{name}' cannot be imported ({said}" in errors) == (2, True)
 
 
 def test_data_without_figures_is_refused(study_file, tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_trials_are_runs_of_a_study(optuna, generated, search_file, tmp_path, ca
     code, _, errors = command(capsys, "tune", search_file(), generated.path, "-o", out, "--trials", "5", "--resume")
     assert (code, "other ranges" in errors) == (2, True)
     code, _, errors = command(capsys, *arguments, "--trials", "4", "--resume", "--seed", "2")
-    assert (code, "was begun with seed 1" in errors) == (2, True)
+    assert (code, "was started with seed 1" in errors) == (2, True)
 
 
 def test_a_trial_that_was_cut_off_is_continued(optuna, generated, search_file, tmp_path, capsys, monkeypatch):

@@ -54,7 +54,7 @@ def test_a_logger_that_fails_is_told_once_and_changes_nothing(generated, tmp_pat
     said, broken, diary = [], Broken(), Diary()
     config = tiny(max_steps=4, log_every=1, loggers=("refuses",))
     train(generated, tmp_path / "run", config, log=said.append, loggers=[broken, diary])
-    warnings = [line for line in said if "gets no more figures" in line]
+    warnings = [line for line in said if "is disabled" in line]
     assert len(warnings) == 2
     assert "refuses" in warnings[0]
     assert "no route to the server" in warnings[1]

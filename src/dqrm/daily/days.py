@@ -85,7 +85,7 @@ class Folder:
         """Record how days are prepared and trained, or compare it with the record.
 
         Raises:
-            UserError: the folder was begun with another configuration.
+            UserError: the folder was started with another configuration.
         """
         content = {"format_version": 1, "prepare": asdict(recipe.prepare(None)), "train": recipe.train.to_dict()}
         content = json.loads(json.dumps(content))
@@ -97,7 +97,8 @@ class Folder:
         require(file, before, {"prepare": OBJECT, "train": {"*": OBJECT}})
         for name, got, wanted in _differences(content, before):
             raise UserError(
-                f"{recipe.file} has {name} {got}, but {self.path} was begun with {wanted}; name another folder with -o"
+                f"{recipe.file} has {name} {got}, but {self.path} was started with {wanted}; name another folder with "
+                "-o"
             )
 
     def done(self) -> list[dict[str, Any]]:

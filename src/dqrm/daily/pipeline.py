@@ -43,7 +43,7 @@ def run_daily(
 
     Args:
         recipe: how a day is prepared and trained. logs: paths and globs; each match is the log of a day.
-        output: the folder to make, or to go on with.
+        output: the folder to create, or to continue.
         progress: called as progress(stage, done, total). log: called with lines of text.
 
     Returns:

@@ -257,7 +257,9 @@ def _check_vocabulary(config: PrepareConfig) -> None:
     if config.vocabulary != "hash":
         for field, default in _OF_HASHING.items():
             if (value := getattr(config, field)) != default:
-                raise ValueError(f"{field} is {value}, which goes with vocabulary hash, and it is {config.vocabulary}")
+                raise ValueError(
+                    f"{field} is {value}, but vocabulary is {config.vocabulary}; {field} needs vocabulary hash"
+                )
         return
     for field, default in _OF_VOCABULARIES.items():
         if (value := getattr(config, field)) != default:

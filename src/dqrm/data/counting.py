@@ -9,6 +9,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.splits import TRAIN, Splits
 from dqrm.data.staging import Staging
 from dqrm.data.vocabulary import Counter, count_chunk, position_type
+from dqrm.files import flush
 
 
 def count(parts: Sequence[Staging], column: int, splits: Splits | None) -> pl.DataFrame:
@@ -29,6 +30,7 @@ def precount(part: Staging) -> None:
             continue
         beside = path.with_suffix(".partial")
         count([part], column, None).write_ipc(beside)
+        flush(beside)
         beside.replace(path)
 
 

@@ -127,13 +127,8 @@ class Lookalike:
         self.bias = np.float32(0)
         self.day = 0
         self.set_day(0)
-        # The bias that gives the click rate, by bisection on a block that no day has.
-        logits = self._draw((1 << 32) - 1, None)[1]
-        low, high = -50.0, 50.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _sigmoid(logits + middle).mean() < config.click_rate else (low, middle)
-        self.bias = np.float32(middle)
+        # Of a block that no day has.
+        self.bias = bias_for(self._draw((1 << 32) - 1, None)[1], config.click_rate)
 
     def set_day(self, day: int) -> None:
         """Go to a day; blocks are of that day from then on."""
@@ -147,7 +142,7 @@ class Lookalike:
         buffer = self._buffer()
         lines = np.frombuffer(buffer, LINE)
         uniform, logits = self._draw(number, lines)
-        probabilities = _sigmoid(logits + self.bias)
+        probabilities = sigmoid(logits + self.bias)
         clicks = uniform < probabilities
         lines["label"] = clicks.view(np.uint8) + np.uint8(ord("0"))
         # No text holds a zero, so what is left of each field's 8 bytes are its characters.
@@ -196,13 +191,7 @@ class Lookalike:
 
     def mixed(self, salt: int, numbers: NDArray[Any]) -> NDArray[np.uint64]:
         """A well mixed 64-bit number from (seed, salt, number): SplitMix64's finalizer."""
-        mixed = numbers + np.uint64((self.config.seed * 1_000_003 + salt) * 0x9E3779B97F4A7C15 % (1 << 64))
-        mixed ^= mixed >> np.uint64(30)
-        mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed ^= mixed >> np.uint64(27)
-        mixed *= np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-        return mixed
+        return finalize(numbers + np.uint64((self.config.seed * 1_000_003 + salt) * 0x9E3779B97F4A7C15 % (1 << 64)))
 
 
 class _Column:
@@ -320,6 +309,26 @@ def hexadecimal(ids: NDArray[np.uint32]) -> Texts:
     return pairs.astype("<u2", copy=False).view("<u8").astype(np.uint64, copy=False)
 
 
-def _sigmoid(logits: Floats) -> Floats:
+def finalize(mixed: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer, in place: well mixed 64-bit numbers from any."""
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """1 / (1 + exp(-x)), float32."""
     probabilities: Floats = np.float32(1) / (np.float32(1) + np.exp(-logits))
     return probabilities
+
+
+def bias_for(logits: Floats, click_rate: float) -> np.float32:
+    """What to add to the logits for a mean probability of `click_rate`, by bisection."""
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sigmoid(logits + middle).mean() < click_rate else (low, middle)
+    return np.float32(middle)

@@ -77,6 +77,7 @@ def number(
     if plan.group is not None and not (work / _GROUP).exists():
         grown = growth.first_day(count(parts, len(plan.keys), None), 1)
         grown.vocabulary.write(work / "group.partial")
+        flush(work / "group.partial")
         (work / "group.partial").replace(work / _GROUP)
 
 

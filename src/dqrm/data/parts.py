@@ -4,6 +4,7 @@ Each part is staged by one process (`prepare_part`), then one process merges the
 encoded by one process: the same call as before. The last one completes the dataset. Whatever is killed is called again.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,16 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dqrm.data import ingest
+from dqrm.data import contents, folder, ingest
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
 from dqrm.data.listing import require_same_files
-from dqrm.data.prepare import MARKER, Task, lock_partial, make_partial
+from dqrm.data.prepare import MARKER, Task, lock_partial, make_partial, require_new
 from dqrm.data.work import Progress, Work, describe_job, difference
 from dqrm.errors import UserError
 from dqrm.files import claim, flush, read_json, why_not_written, write_json
 
 _JOB = "job.json"
+_Found = tuple[Task, tuple[str, Dataset | None] | None]
 
 
 def prepare_part(
@@ -44,7 +46,9 @@ def prepare_part(
         UserError: as `dqrm.prepare`; no such part, one of another job, or another process is working on it.
     """
     number, count = _parse(part)
-    task = Task.of(sources, output, config, extend)
+    task, made = _task(sources, output, config, extend)
+    if made:
+        return made
     work, job = _job(task, progress, count)
     if count > len(task.files):
         raise UserError(
@@ -52,14 +56,7 @@ def prepare_part(
             f"file or more; expected at most {len(task.files)} parts, or a log in more files"
         )
     with _writing(task):
-        task.partial.parent.mkdir(parents=True, exist_ok=True)
-        make_partial(task.partial)
-        marker = task.partial / MARKER
-        marker.touch()
-        if marker.stat().st_size:
-            raise UserError(
-                f"{task.partial} holds what a dqrm prepare in one go is doing or left; delete it to start in parts"
-            )
+        _make_partial(task.partial)
         task.require_free()
         if work.finished:
             return _complete(task, work)
@@ -77,7 +74,7 @@ def prepare_part(
                     None,
                 )
             if not work.merged:
-                return f"part {part} has been read before; next is --merge, once all parts are", None
+                return f"part {part} is read already; next is --merge, once all parts are", None
             work.encode(number)
         left = [each for each in range(1, count + 1) if not work.encoded(each)]
         if left:
@@ -100,7 +97,9 @@ def merge_parts(
     Raises:
         UserError: as `dqrm.prepare`; a part is missing (all missing ones are named), or is of another job.
     """
-    task = Task.of(sources, output, config, extend)
+    task, made = _task(sources, output, config, extend)
+    if made:
+        return made
     partial = task.partial
     if partial.is_dir() and Work(partial, task.files, task.plan, task.extended, lambda *told: None).finished:
         return _complete(task, task.work(progress, 1))
@@ -118,10 +117,32 @@ def merge_parts(
         left = [number for number in range(1, count + 1) if not work.encoded(number)]
         if not left:
             return _complete(task, work)
-        before = "had been" if work.merged else "are"
+        before = "were already" if work.merged else "are"
         with _alone(partial / MARKER, f"another dqrm prepare is merging the parts of {output}"):
             work.merge()
         return f"the {count} parts {before} merged; next is --part again, for {_parts(left, count, bare=True)}", None
+
+
+def _task(sources: Any, output: str | Path, config: PrepareConfig | None, extend: str | Path | None) -> _Found:
+    """The task, and what to return where its dataset is complete already: a job that is run once more succeeds.
+
+    Raises:
+        UserError: as `dqrm.prepare`; the output is something else.
+    """
+    task = Task.of(sources, output, config, extend)
+    if not (task.target / folder.INFO).is_file():
+        require_new(task.output)
+        return task, None
+    dataset = Dataset(task.output)
+    info, extended = dataset.info, task.extended.dataset.fingerprint if task.extended else None
+    same = (
+        [(file["name"], file["bytes"]) for file in info["sources"]] == [(file.name, file.size) for file in task.files]
+        and info["options"] == json.loads(json.dumps(contents.options(task.plan.config)))
+        and dataset.describe().get("extends") == extended
+    )
+    if not same:
+        require_new(task.output)
+    return task, (f"{task.output} is complete already", dataset)
 
 
 def _parse(part: str) -> tuple[int, int]:
@@ -175,6 +196,20 @@ def _complete(task: Task, work: Work) -> tuple[str, Dataset | None]:
     (task.target / MARKER).unlink()
     flush(task.target.parent)
     return f"{task.output} is complete", Dataset(task.output)
+
+
+def _make_partial(partial: Path) -> None:
+    """Make the folder that becomes the dataset, if it is not there.
+
+    Raises:
+        UserError: it is of a preparation in one go, or of somebody else.
+    """
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    make_partial(partial)
+    marker = partial / MARKER
+    marker.touch()
+    if marker.stat().st_size:
+        raise UserError(f"{partial} holds what a dqrm prepare in one go is doing or left; delete it to start in parts")
 
 
 @contextmanager

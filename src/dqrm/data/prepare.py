@@ -59,6 +59,7 @@ def prepare(
             extend that is damaged or has other columns or options.
         KeyboardInterrupt: Ctrl-C; what is done is kept, unless the sources can be read only once.
     """
+    require_new(Path(output))
     task = Task.of(sources, output, config, extend)
     ingest.check(task.files, task.plan)
     job = describe_job(task.files, task.plan, task.extended, 1)
@@ -93,13 +94,12 @@ class Task:
 
     @classmethod
     def of(cls, sources: Any, output: str | Path, config: PrepareConfig | None, extend: str | Path | None) -> "Task":
-        """Find the sources, read their schema, and look at the output.
+        """Find the sources and read their schema.
 
         Raises:
             UserError: as `prepare`.
         """
         output, config = Path(output), complete_config(config, extend)
-        _check_output(output)
         given = as_list(sources)
         found = gather(given)
         files = formats.arrange(found, config)
@@ -138,7 +138,7 @@ class Task:
         Raises:
             UserError: there is something now, or it would be in the log.
         """
-        _check_output(self.output)  # a run that ended meanwhile may have filled it
+        require_new(self.output)  # a run that ended meanwhile may have filled it
         if (text := reads(self.named, self.partial)) is not None:
             raise UserError(f"{self.output} would be in the log itself, '{text}'; name an output outside of it")
 
@@ -266,7 +266,8 @@ def _remove(partial: Path) -> None:
         partial.rmdir()
 
 
-def _check_output(output: Path) -> None:
+def require_new(output: Path) -> None:
+    """Raise UserError unless `output` can be made: nothing, or an empty folder, has its name."""
     try:
         target = output.resolve()
         if target.is_dir() and any(target.iterdir()):

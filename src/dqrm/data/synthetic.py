@@ -30,7 +30,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import synthetic_files
-from dqrm.data.lookalike import Lookalike
+from dqrm.data.lookalike import Lookalike, bias_for, finalize, sigmoid
 from dqrm.data.synthetic_config import GenerateConfig
 from dqrm.data.synthetic_files import Generated, Piece, Progress, Told, truth_path
 from dqrm.errors import UserError
@@ -185,18 +185,12 @@ class _Model:
 
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
-        # The bias that gives the click rate, by bisection on a block that no log contains (numbered -1).
-        _, _, _, logits = self.draw(-1)
-        low, high = -50.0, 50.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _sigmoid(logits + middle).mean() < config.click_rate else (low, middle)
-        self.bias = np.float32(middle)
+        self.bias = bias_for(self.draw(-1)[-1], config.click_rate)  # of a block that no log contains
 
     def block(self, number: int) -> tuple[pl.DataFrame, Floats]:
         """The lines of block `number` as a frame of 40 columns, and their probabilities float32 [lines]."""
         rng, dense, categories, logits = self.draw(number)
-        probabilities = _sigmoid(logits + self.bias)
+        probabilities = sigmoid(logits + self.bias)
         label = (rng.random(BLOCK, dtype=np.float32) < probabilities).astype(np.uint8)
         columns = [pl.Series("label", label)]
         for index, (values, absent) in enumerate(dense):
@@ -258,12 +252,7 @@ class _Model:
         """One well mixed 64-bit number per line from (seed, salt, keys...): splitmix64's steps."""
         mixed = np.full(len(keys[0]), (self.config.seed * 1_000_003 + salt) % (1 << 64), dtype=np.uint64)
         for key in keys:
-            mixed = (mixed ^ key) * _GOLDEN
-            mixed ^= mixed >> np.uint64(30)
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-            mixed ^= mixed >> np.uint64(27)
-            mixed *= np.uint64(0x94D049BB133111EB)
-            mixed ^= mixed >> np.uint64(31)
+            mixed = finalize((mixed ^ key) * _GOLDEN)
         return mixed
 
 
@@ -282,11 +271,6 @@ def _normal(hashed: Keys) -> Floats:
 def _vector(hashed: Keys) -> Floats:
     """Vectors float32 [N, RANK] with entries of mean 0 and variance 1/2, so that a product of two has variance 1."""
     return (_pieces(hashed) - np.float32(0.5)) * np.float32(6**0.5)
-
-
-def _sigmoid(logits: Floats) -> Floats:
-    probabilities: Floats = np.float32(1) / (np.float32(1) + np.exp(-logits))
-    return probabilities
 
 
 @cache

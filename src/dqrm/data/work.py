@@ -123,9 +123,10 @@ class Work:
             raise UserError(f"no row in {', '.join(file.name for file in self._files[:3])}, expected at least one")
         file = self._work / "splits.u8"
         if not file.exists():
-            splits.assign(self._plan.config, self._files, parts).tofile(file.with_suffix(".partial"))
-            flush(file.with_suffix(".partial"))
-            os.replace(file.with_suffix(".partial"), file)
+            partial = file.with_suffix(".partial")
+            partial.write_bytes(splits.assign(self._plan.config, self._files, parts).data)
+            flush(partial)
+            os.replace(partial, file)
         assigned = self._splits()
         numbering.number(parts, assigned, self._plan, self.path, self._work, self._extended, self._tell)
         more = [folder.WEIGHT] * (self._plan.weight is not None) + [folder.GROUP] * (self._plan.group is not None)

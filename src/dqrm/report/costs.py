@@ -69,12 +69,15 @@ def lookups(subject: Subject, data: str | None, progress: Callable[[str, int, in
     """
     section = Section("Lookups by the hottest rows")
     recorded = subject.series[0].first.data.get("path") if subject.series else None
+    if not (data or recorded):
+        section.missing.append("The run does not record where its data is: `--data DATA` names it.")
+        return section
     try:
         dataset = Dataset(data or str(recorded))
     except (UserError, ValueError, OSError) as error:
         if data:
             raise
-        section.missing.append(f"The data of the run was not found ({shown(error)}): --data DATA names it.")
+        section.missing.append(f"The data of the run was not found ({shown(error)}): `--data DATA` names it.")
         return section
     fingerprint = subject.series[0].first.data.get("fingerprint") if subject.series else None
     if fingerprint and dataset.fingerprint != fingerprint:

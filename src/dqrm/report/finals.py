@@ -108,6 +108,5 @@ def sizes(subject: Subject) -> Section:
 
 
 def _speed(record: Record) -> str:
-    return cell(record.figure("samples_per_second"), 0) if (record.figure("samples_per_second") or 0) < 1 else (
-        f"{record.figure('samples_per_second'):,.0f}"
-    )  # fmt: skip
+    speed = record.figure("samples_per_second")
+    return cell(speed, 0) if speed is None or speed < 1 else f"{speed:,.0f}"

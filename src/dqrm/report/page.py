@@ -92,8 +92,9 @@ def render(subject: Subject, sections: dict[str, Section]) -> str:
         for anchor, section in sections.items()
         for at, plot in enumerate(section.plots)
     ]
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return template.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8")).render(
+    templates = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates.filters["code"] = _with_code
+    return templates.from_string((_HERE / "page.html.j2").read_text(encoding="utf-8")).render(
         subject=subject,
         sections=sections,
         notes=subject.notes(),
@@ -104,6 +105,16 @@ def render(subject: Subject, sections: dict[str, Section]) -> str:
         library=_packed(bundle),
         plots=_packed(json.dumps(plots, allow_nan=False)),
     )
+
+
+def _with_code(text: str) -> str:
+    """A sentence as HTML: what is between backticks is code."""
+    from markupsafe import Markup, escape
+
+    pieces = [escape(piece) for piece in text.split("`")]
+    if len(pieces) % 2 == 0:  # one is left over: no pairs
+        return escape(text)
+    return Markup("").join(Markup(f"<code>{piece}</code>") if at % 2 else piece for at, piece in enumerate(pieces))
 
 
 def _require_extra() -> None:

@@ -4,6 +4,7 @@ title: what the tables say above them        # all but variants or grid may be l
 base: paper                                  # a shipped base, a file beside this one, or the sections themselves
 baseline: FP32                               # the variant that the others are compared with: the first
 seeds: [1, 2, 3]
+import: [my_metrics]                         # modules that register metrics, quantizers and so on; see `imports`
 variants:
   FP32: {quantization.bits: 32}
   INT4: {quantization.bits: 4}
@@ -24,6 +25,7 @@ from dqrm.config import SECTIONS, Config, overridden, section_of
 from dqrm.errors import UserError
 from dqrm.export.config import PTQConfig
 from dqrm.options import build, coerce, did_you_mean, field_types, read_yaml
+from dqrm.studies.imports import NONE, Imports
 
 SHIPPED = Path(__file__).parent / "shipped"
 BASES = SHIPPED / "bases"
@@ -31,7 +33,7 @@ DEFAULT = "default"
 """The base without a field: the recipe of `dqrm.recipe`."""
 SEEDS = (1, 2, 3)
 MOST_VARIANTS = 1000
-_KEYS = ("title", "base", "set", "baseline", "seeds", "variants", "grid")
+_KEYS = ("title", "import", "base", "set", "baseline", "seeds", "variants", "grid")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9 ._+=()%-]{0,98}[A-Za-z0-9_+=()%-])?")
 _NAMES = "1 to 100 letters, digits, spaces and . _ + = ( ) % -, beginning with a letter or a digit"
 
@@ -60,6 +62,7 @@ class Plan:
     baseline: str
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
+    imports: Imports = NONE
 
     def runs(self) -> list[tuple[Variant, int]]:
         """In the order in which they start: all variants of the first seed first, each after its source."""
@@ -92,7 +95,7 @@ def shipped(folder: Path = SHIPPED) -> list[str]:
 
 
 def find(name: str, folder: Path = SHIPPED, kind: str = "study", beside: Path = Path()) -> Path:
-    """The YAML file that a path (relative to `beside`) or the name of a shipped one means.
+    """The YAML file that a path (relative to `beside`) or the name of a shipped study or base means.
 
     Raises:
         UserError: there is neither.
@@ -123,13 +126,15 @@ def read_plan(config: str, base: str | None = None, settings: Sequence[str] = ()
     if baseline not in names:
         raise UserError(f"{path}: baseline is '{baseline}', expected a variant{did_you_mean(baseline, names)}")
     chosen = _seeds("--seeds", seeds.split(",")) if seeds else _seeds(f"{path}: seeds", content.get("seeds", SEEDS))
-    return Plan(path.stem, title, baseline, chosen, tuple(variants))
+    imports = Imports.of(content.get("import"), path)
+    return Plan(path.stem, title, baseline, chosen, tuple(variants), imports)
 
 
 def read_head(
     path: Path, keys: Sequence[str], base: str | None, settings: Sequence[str]
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """What studies and searches have in common: the file's content, title, and the sections of its base.
+    """What studies and searches have in common: the file's content, title, and the sections of its base; imports the
+    modules that it names.
 
     Raises:
         UserError: a key that is not one of `keys`; as `read_plan`.
@@ -138,6 +143,7 @@ def read_head(
     for key in content:
         if key not in keys:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(str(key), keys)}")
+    Imports.of(content.get("import"), path).load()
     title = content.get("title", path.stem)
     if not isinstance(title, str) or not title.isprintable() or len(title) > 200:
         raise UserError(f"{path}: title is {title!r:.60}, expected one line of text, at most 200 characters")

@@ -1,6 +1,6 @@
 """What `dqrm tune` searches: a YAML file, read and checked as a whole before anything runs. Imports no torch.
 
-title, base, set: as of a study
+title, import, base, set: as of a study
 ranges:
   optimizer.learning_rate: {log: [0.001, 0.1]}       # a number, uniform in its logarithm
   optimizer.table_l2: {uniform: [0, 1.0e-5]}
@@ -17,10 +17,10 @@ from typing import Any
 from dqrm.config import SECTIONS, Config, overridden, section_of
 from dqrm.errors import UserError
 from dqrm.options import coerce, field_types
-from dqrm.studies.plan import field_of, find, read_head, shown
+from dqrm.studies.plan import field_of, read_head, shown
 
 KINDS = ("uniform", "log", "int", "choice")
-_KEYS = ("title", "base", "set", "ranges")
+_KEYS = ("title", "import", "base", "set", "ranges")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def read_search(config: str, base: str | None = None, settings: Sequence[str] = 
     Raises:
         UserError: the file cannot be read, or anything in it is unknown or invalid.
     """
-    path = find(config, kind="search", folder=Path())
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}, expected the YAML file of a search")
     content, title, sections = read_head(path, _KEYS, base, settings)
     ranges = content.get("ranges")
     if not isinstance(ranges, Mapping) or not ranges:

@@ -73,7 +73,7 @@ class _Study:
     def __init__(self, plan: Plan, folder: Folder, dataset: Dataset, progress: Bars, jobs: int, keep: str) -> None:
         self.folder, self.progress, self.keep = folder, progress, keep
         self.clock, self.jobs = Clock(jobs), jobs
-        self.variants = {each.name: each for each in plan.variants}
+        self.variants, self.imports = {each.name: each for each in plan.variants}, plan.imports
         self.results = folder.results()
         self.left: dict[_Key, Task] = {
             (variant.name, seed): self._task(variant, seed, dataset)
@@ -92,7 +92,7 @@ class _Study:
         ptq = asdict(variant.ptq) if variant.ptq else None
         folder = str(self.folder.run(variant.name, seed))
         name = f"{variant.name}, seed {seed}"
-        return Task(name, str(dataset.path), folder, config.to_dict(), source, ptq, self.keep)
+        return Task(name, str(dataset.path), folder, config.to_dict(), source, ptq, self.keep, self.imports)
 
     def run(self) -> None:
         self._write()

@@ -60,7 +60,7 @@ def run_tune(
     if resume and (folder.path / STUDY).is_file():
         earlier = Folder.open(folder.path)
         if earlier.seeds != [seed]:
-            raise UserError(f"{output} was begun with seed {earlier.seeds[0]}; give --seed {earlier.seeds[0]}")
+            raise UserError(f"{output} was started with seed {earlier.seeds[0]}; give --seed {earlier.seeds[0]}")
         folder.variants, folder.baseline, folder.failures = earlier.variants, earlier.baseline, earlier.failures
     with folder.begun(resume):
         return _Tuning(optuna, search, folder, dataset, first.training.select_by, progress).run(trials)
@@ -94,7 +94,7 @@ class _Tuning:
         )
         asked = repr((search.sections, search.ranges))
         if self.study.user_attrs.get(_ASKED, asked) != asked:
-            raise UserError(f"{folder.path} was begun with another base or other ranges; name another folder with -o")
+            raise UserError(f"{folder.path} was started with another base or other ranges; name another folder with -o")
         self.study.set_user_attr(_ASKED, asked)
         # Of its own for each process: the same numbers again would be the trials of before.
         begun = len(self.study.get_trials(deepcopy=False))

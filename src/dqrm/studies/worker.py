@@ -21,6 +21,7 @@ from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import write_json
 from dqrm.serving.evaluation import evaluate
+from dqrm.studies.imports import NONE, Imports
 from dqrm.training.callbacks import Callback
 from dqrm.training.environment import Log, Progress
 from dqrm.training.launch import Interrupted, resolved, resume, train
@@ -38,7 +39,7 @@ class Task:
     Attributes:
         name: of the run, in messages. data: the dataset folder. folder: of the run. config: sections, of the source's
             run for PTQ. source: folder of the run to start from or to quantize. ptq: fields of PTQConfig; None: train.
-        keep: which checkpoints of a finished run, 'best' or 'all'.
+        keep: which checkpoints of a finished run, 'best' or 'all'. imports: modules to import first.
     """
 
     name: str
@@ -48,14 +49,16 @@ class Task:
     source: str | None = None
     ptq: dict[str, Any] | None = None
     keep: str = "best"
+    imports: Imports = NONE
 
 
 def perform(task: Task, progress: Progress, log: Log, callbacks: Sequence[Callback] = ()) -> None:
     """Train, continue or leave as it is the run of a task; or quantize its source and evaluate that.
 
     Raises:
-        UserError: it cannot be; a run was begun in the folder with another configuration.
+        UserError: it cannot be; a run was started in the folder with another configuration.
     """
+    task.imports.load()
     dataset, folder = Dataset(task.data), Path(task.folder)
     if task.ptq is not None:
         assert task.source is not None
@@ -77,7 +80,7 @@ def _check_begun(folder: Path, config: Config) -> None:
     run = Run.open(folder)
     threads = run.config.training.threads  # the machine may have changed
     if replace(config, training=replace(config.training, threads=threads)) != run.config:
-        raise UserError(f"{folder} was begun with another configuration; name another folder with -o")
+        raise UserError(f"{folder} was started with another configuration; name another folder with -o")
 
 
 def _quantize(source: Path, dataset: Dataset, folder: Path, ptq: PTQConfig) -> None:

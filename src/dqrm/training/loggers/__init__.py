@@ -41,7 +41,7 @@ def check_loggers(named: Sequence[str], given: Sequence[MetricsLogger]) -> None:
 
 
 class Loggers:
-    """All loggers of a run. One that fails gets no more figures, after one warning: it never ends the run."""
+    """All loggers of a run. One that fails is disabled with one warning: it never ends the run."""
 
     def __init__(
         self, named: Sequence[str], given: Sequence[MetricsLogger], run: LoggedRun, warn: Callable[[str], None]
@@ -67,4 +67,4 @@ class Loggers:
         except Exception as error:
             self._loggers.pop(name, None)
             words = " ".join(str(error).split()) or type(error).__name__
-            self._warn(f"the logger {name} failed and gets no more figures; the run goes on ({words[:300]})")
+            self._warn(f"the logger {name} failed and is disabled; training continues ({words[:300]})")
