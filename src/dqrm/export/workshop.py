@@ -23,9 +23,9 @@ def publish(folder: Path, output: Path, target: Format) -> tuple[list[str], int]
     files = sorted((path for path in folder.iterdir() if path != made and not path.name.startswith(".")), key=str)
     files.append(made)  # last: the others belong to it
     size = 0
-    for path in (file for path in files for file in (path.iterdir() if path.is_dir() else (path,))):
-        flush(path)
-        size += path.stat().st_size
+    for file in [inner for path in files for inner in (path.iterdir() if path.is_dir() else (path,))]:
+        flush(file)
+        size += file.stat().st_size
     if target.is_folder:
         flush(made)
         _exchange(made, output)

@@ -1,5 +1,5 @@
-"""A folder for browsers: the ONNX model with its tables beside it, vocabularies, onnxruntime-web, and a page that scores
-rows offline. The page's own files are in `dqrm/export/web`."""
+"""A folder for browsers: the ONNX model with its tables beside it, vocabularies, onnxruntime-web, and a page that
+scores rows offline. The page's own files are in `dqrm/export/web`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dqrm.errors import UserError
 from dqrm.export.formats.base import FOLDER, Format
@@ -69,9 +69,11 @@ class WebFormat(Format):
                 shutil.copyfile(file, path / file.name)
         described = web_spec.about(opened, plan, _told(model, opened)) | web_spec.reading(plan, columns, examples)
         names = [name for name in (GRAPH, TABLES, IDS, *FILES) if (path / name).exists()]
-        files = {name: {"bytes": (path / name).stat().st_size, "sha256": _digest(path / name)} for name in names}
+        files: dict[str, dict[str, Any]] = {
+            name: {"bytes": (path / name).stat().st_size, "sha256": _digest(path / name)} for name in names
+        }
         tables, ids = (files[name]["bytes"] if name in files else 0 for name in (TABLES, IDS))
-        sizes = {
+        sizes: dict[str, int] = {
             "download_bytes": sum(file.stat().st_size for file in path.iterdir()),
             "memory_bytes": int(_RUNTIME_MEMORY + _TABLES_TIMES * tables + ids),
         }
@@ -111,8 +113,8 @@ class WebFormat(Format):
     def notes(self, path: Path) -> list[str]:
         spec = json.loads((path / SPEC).read_text(encoding="utf-8"))
         return [
-            f"A browser takes about {spec['memory_bytes'] / 1e6:,.0f} MB of memory for it. Serve the folder from any static "
-            f"server (python -m http.server --directory {path}); a page from disk (file://) may not read it.",
+            f"A browser takes about {spec['memory_bytes'] / 1e6:,.0f} MB of memory for it. Serve the folder from any "
+            f"static server (python -m http.server --directory {path}); a page from disk (file://) may not read it.",
             *(["Whoever opens the page can read its vocabularies."] if IDS in spec["files"] else []),
         ]
 
@@ -122,8 +124,8 @@ def _require_room(path: Path) -> None:
     if size > MOST_BYTES:
         what = "tables take" if path.name == TABLES else "vocabularies take"
         raise UserError(
-            f"the {what} {size} bytes, more than a browser can hold ({MOST_BYTES}): nothing was written; use a .dqrm or "
-            "an .onnx file on a server"
+            f"the {what} {size} bytes, more than a browser can hold ({MOST_BYTES}): nothing was written; use a .dqrm "
+            "or an .onnx file on a server"
         )
 
 

@@ -1,7 +1,8 @@
 """The files of onnxruntime-web that a page needs: from npm's package, of one version, compared with its checksums.
 
-The runtime is 14 MB of WebAssembly, more than all of dqrm, so dqrm does not carry it: npm fetches it at the first export
-of a folder and it stays in the user's cache; or the user names the package. A page holds a copy, and asks no other server.
+The runtime is 14 MB of WebAssembly, more than all of dqrm, so dqrm does not carry it: npm fetches it at the first
+export of a folder and it stays in the user's cache; or the user names the package. A page holds a copy, and asks no
+other server.
 """
 
 import hashlib
@@ -77,7 +78,7 @@ def _packed(work: Path) -> Path:
 
 
 def _copy(source: Path, folder: Path, otherwise: str) -> None:
-    """Copy the files from a package, packed or not. otherwise: the beginning of the message where they are not there."""
+    """Copy the files from a package, packed or not. otherwise: the beginning of the message if they are not there."""
     for name, digest in FILES.items():
         try:
             content = _read(source, name)

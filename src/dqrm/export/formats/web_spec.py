@@ -1,8 +1,8 @@
 """What a page needs besides the graph: how raw values become ids (`model.json`), and the vocabularies (`ids.bin`).
 
-`ids.bin` holds, for each column with a vocabulary, arrays that a browser can search as they are, each at a multiple of 8
-bytes, little-endian: the sorted keys (uint32 or uint64; of text: uint32 [K + 1], where each begins, and then their UTF-8
-bytes), and int32 [K], the table row of each.
+`ids.bin` holds, for each column with a vocabulary, arrays that a browser can search as they are, each at a multiple of
+8 bytes, little-endian: the sorted keys (uint32 or uint64; of text: uint32 [K + 1], where each begins, and then their
+UTF-8 bytes), and int32 [K], the table row of each.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ def write_ids(opened: Artifact, plan: Plan, path: Path) -> tuple[list[dict[str, 
     if hashed is not None:
         entries = [{"hash": dataclasses.asdict(rows)} for rows in hashed]
         return [_column(plan, key, entry) for key, entry in zip(plan.keys, entries)], {}
-    described, examples = [], {}
+    described: list[dict[str, Any]] = []
+    examples: dict[str, list[str]] = {}
     with path.open("wb") as file:
         for number, key in enumerate(plan.keys):
             known = Vocabulary.read(opened.vocabulary(number), f"the vocabulary of {key.name}")

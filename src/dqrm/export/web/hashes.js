@@ -8,7 +8,7 @@ const [P1, P2, P3, P4, P5] = [
 const rotated = (number, bits) => ((number << bits) | (number >> (64n - bits))) & MASK;
 const round = (lane, word) => (rotated((lane + word * P2) & MASK, 31n) * P1) & MASK;
 
-// XXH64 (Yann Collet) of bytes (Uint8Array), as a BigInt. seed: a BigInt.
+// XXH64 of bytes (Uint8Array), as a BigInt. seed: a BigInt.
 export function xxh64(bytes, seed) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const length = bytes.byteLength;
