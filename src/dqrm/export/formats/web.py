@@ -26,7 +26,7 @@ MOST_BYTES = 2**31 - 1
 """Of the tables, and of the vocabularies: WebAssembly addresses 4 GB, and a table is there twice while it is loaded."""
 _FORMAT = "dqrm-web"
 # Measured (docs/guides/web.md): the browser's memory beside what it has for an empty page.
-_RUNTIME_MEMORY, _TABLES_TIMES = 60_000_000, 2.7
+_RUNTIME_MEMORY, _TIMES = 130_000_000, 3.2
 
 
 class WebFormat(Format):
@@ -75,7 +75,7 @@ class WebFormat(Format):
         tables, ids = (files[name]["bytes"] if name in files else 0 for name in (TABLES, IDS))
         sizes: dict[str, int] = {
             "download_bytes": sum(file.stat().st_size for file in path.iterdir()),
-            "memory_bytes": int(_RUNTIME_MEMORY + _TABLES_TIMES * tables + ids),
+            "memory_bytes": int(_RUNTIME_MEMORY + _TIMES * (tables + ids)),
         }
         written = {"format": _FORMAT, "version": 1, **sizes, **described, "files": files}
         (path / SPEC).write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -113,7 +113,7 @@ class WebFormat(Format):
     def notes(self, path: Path) -> list[str]:
         spec = json.loads((path / SPEC).read_text(encoding="utf-8"))
         return [
-            f"A browser takes about {spec['memory_bytes'] / 1e6:,.0f} MB of memory for it. Serve the folder from any "
+            f"A browser takes up to about {spec['memory_bytes'] / 1e6:,.0f} MB of memory for it. Serve the folder from any "
             f"static server (python -m http.server --directory {path}); a page from disk (file://) may not read it.",
             *(["Whoever opens the page can read its vocabularies."] if IDS in spec["files"] else []),
         ]

@@ -1,6 +1,7 @@
 // The files of the model: from the browser's cache, or from the server with progress; checked by size and SHA-256.
 
 const CACHE = "dqrm-files";
+const fetched = [];
 
 // The content of a file of the folder (ArrayBuffer). tell: called with the bytes so far.
 export async function fileBytes(name, { bytes, sha256 }, tell) {
@@ -18,15 +19,18 @@ export async function fileBytes(name, { bytes, sha256 }, tell) {
   }
   const response = await fetch(url, cache ? { cache: "no-store" } : {});
   if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
-  const [mine, kept] = cache ? response.body.tee() : [response.body, null];
-  const stored = kept && cache.put(url, new Response(kept)).catch(() => {}); // without room it works all the same
-  const buffer = await readBody(mine, bytes, name, tell);
-  if (!(await isIntact(buffer, sha256))) {
-    await stored;
-    await cache?.delete(url);
+  const buffer = await readBody(response.body, bytes, name, tell);
+  if (!(await isIntact(buffer, sha256)))
     throw new Error(`${name} is not the file of this model: the folder on the server is incomplete or changing`);
-  }
+  if (cache) fetched.push([url, buffer]);
   return buffer;
+}
+
+// Put what came from the server into the browser's cache: once the model is open, which then need not wait for it.
+export async function keepFetched() {
+  const cache = await openCache();
+  for (let next; (next = fetched.shift()); )
+    await cache?.put(next[0], new Response(next[1])).catch(() => {}); // without room it works all the same
 }
 
 // Delete what belongs to models that were here before.

@@ -22,7 +22,7 @@ async function start() {
   document.querySelector("h1").textContent = spec.title;
   at("summary").textContent = spec.summary;
   at("size").textContent =
-    `The model and its runtime are ${size(spec.download_bytes)} to download and take about ` +
+    `The model and its runtime are ${size(spec.download_bytes)} to download and take up to ` +
     `${size(spec.memory_bytes)} of memory while the page is open.`;
   describe();
   const memory = navigator.deviceMemory; // in GB, where the browser tells: 8 for 8 and more

@@ -1,7 +1,7 @@
 // Loads the model and scores rows, beside the page's own thread.
 
 import * as ort from "./ort.wasm.bundle.min.mjs";
-import { fileBytes, forgetOthers } from "./files.js";
+import { fileBytes, forgetOthers, keepFetched } from "./files.js";
 import { encode, rowMaps } from "./rows.js";
 
 const MODEL = "model.onnx";
@@ -33,9 +33,10 @@ async function load() {
     executionProviders: ["wasm"],
     externalData: TABLES in bytes ? [{ path: TABLES, data: new Uint8Array(bytes[TABLES]) }] : [],
   });
+  ort.env.wasm.wasmBinary = undefined; // it is compiled
   maps = rowMaps(spec, bytes[IDS]);
   await score([Object.fromEntries(spec.columns.map(({ name }) => [name, spec.layout === "ids" ? 0 : null]))]);
-  forgetOthers(names.map((name) => spec.files[name].sha256));
+  keepFetched().then(() => forgetOthers(names.map((name) => spec.files[name].sha256)));
   const ready = performance.now();
   return { spec, milliseconds: { files: downloaded - began, session: ready - downloaded, all: ready - began } };
 }
