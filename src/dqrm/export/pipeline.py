@@ -58,7 +58,8 @@ def export_run(
 
     Args:
         source: a run folder; or an artifact, to be written in another format.
-        output: its suffix is that of one of `dqrm.export.formats`: .dqrm (the artifact), .onnx, .pt2, .pte.
+        output: its suffix is that of one of `dqrm.export.formats`: .dqrm (the artifact), .onnx, .pt2, .pte;
+            a path that ends in a slash is a folder for browsers.
         ptq: quantize a run that was trained in FP32; None: with the bits and scales that it was trained in.
 
     Returns:
