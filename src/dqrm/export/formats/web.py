@@ -114,7 +114,7 @@ class WebFormat(Format):
         spec = json.loads((path / SPEC).read_text(encoding="utf-8"))
         return [
             f"A browser takes up to about {spec['memory_bytes'] / 1e6:,.0f} MB of memory for it. Serve the folder from "
-            f"any static server (python -m http.server --directory {path}); a page from disk (file://) may not read it.",
+            f"any static server (python -m http.server -d {path}); from disk (file://) a page may not read it.",
             *(["Whoever opens the page can read its vocabularies."] if IDS in spec["files"] else []),
         ]
 
