@@ -152,7 +152,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(given, id=name, marks=[pytest.mark.slow] * (name not in ("vocabularies", "hashed by 3 functions")))
+        pytest.param(given, id=name, marks=[pytest.mark.slow] * (name != "vocabularies"))
         for name, given in OPTIONS.items()
     ],
 )
@@ -191,6 +191,7 @@ def test_criteo(generated, tmp_path, options):
     assert 4 < sum("error" in result for result in found) < 20
 
 
+@pytest.mark.slow
 def test_whole_numbers_that_javascript_rounds_are_refused(tmp_path):
     data = helpers.prepared(tmp_path / "d")
     base = table_groups()[-1][0]
