@@ -169,7 +169,11 @@ def test_a_table(tmp_path, options):
     [
         pytest.param({"cross": ("C1*C2", "C3*C4*I2"), "null_values": ("-", "0b")}, id="vocabularies"),
         pytest.param({"cross": ("C1*C2", "C3*C4*I2"), "max_rows_per_table": 300}, id="modulo", marks=pytest.mark.slow),
-        pytest.param({"cross": ("C1*C2", "C3*C4*C5"), "vocabulary": "hash", "rows": 700, "hashes": 2}, id="hashed"),
+        pytest.param(
+            {"cross": ("C1*C2", "C3*C4*C5"), "vocabulary": "hash", "rows": 700, "hashes": 2},
+            id="hashed",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_criteo(generated, tmp_path, options):
