@@ -282,6 +282,8 @@ def print_export(result: dict[str, Any]) -> None:
         f"{result['largest_difference']:.2g}"
     )
     print_base_rate(result)
+    for note in result["notes"]:
+        _say(note)
     if "largest_difference_from_fp32" in result:
         results.print(
             f"Against the FP32 model, quantization moved them by at most {result['largest_difference_from_fp32']:.2g}"

@@ -92,7 +92,10 @@ def test_the_help_and_the_errors_list_what_is_registered(toy, trained, tmp_path,
             assert re.search(rf"^  {re.escape(known.suffix)} +{re.escape(known.summary)}", shown, re.MULTILINE)
             assert known.extra is None or f"(needs dqrm[{known.extra}])" in shown
     for arguments, says in (
-        (("export", trained, "-o", tmp_path / "m.bin"), "should end in .dqrm, .onnx, .pt2, .pte or .toy, which says"),
+        (
+            ("export", trained, "-o", tmp_path / "m.bin"),
+            "should end in .dqrm, .onnx, .pt2, .pte, / or .toy, which says",
+        ),
         (("export", trained, "-o", tmp_path / "m.toy", "--vocabulary", "beside"), ".toy files hold no vocabularies"),
         (("eval", tmp_path / "m.pt2", "data"), "expected a run folder, a .dqrm, a .onnx or a .toy file; torch.export"),
     ):

@@ -232,7 +232,7 @@ def test_a_disk_that_is_full_for_the_first_export_stays_empty(runs, disk):
         assert contents(folder) == {}
 
 
-@pytest.mark.parametrize("stage", ["flush", "os.replace", "compare", "sample"])
+@pytest.mark.parametrize("stage", ["workshop.flush", "workshop.os.replace", "pipeline.compare", "pipeline.sample"])
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
 )
@@ -245,7 +245,7 @@ def test_whatever_fails_leaves_the_old_file(stage, error, runs, tmp_path, monkey
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"dqrm.export.pipeline.{stage}", fail)
+        patch.setattr(f"dqrm.export.{stage}", fail)
         with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
             dqrm.export_run(runs / "run1", out)
         assert contents(tmp_path) == old

@@ -166,7 +166,7 @@ def test_damaged_and_missing_files(tmp_path, monkeypatch):
         score_file(tmp_path / "m.onnx")
     with pytest.raises(UserError, match="no such file"):
         score_file(tmp_path / "none.onnx")
-    with pytest.raises(UserError, match=r"\.onnx, \.pt2 or \.pte"):
+    with pytest.raises(UserError, match=r"\.onnx, \.pt2, \.pte or /"):
         score_file(tmp_path / "m.bin")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"dqrm\[onnx\]"):

@@ -71,8 +71,8 @@ def test_a_column_whose_ids_are_all_unknown_is_warned_of(shipped, tmp_path, caps
         (("predict", "data", "log.parquet", "-o", "p.csv"), "expected a run folder"),
         (("predict", "m.pt2", "log.parquet", "-o", "p.csv"), "m.pt2 cannot be scored, expected a run folder"),
         (("eval", "m.pt2", "data"), "a .dqrm or a .onnx file; torch.export.load can run code"),
-        (("export", "run", "-o", "m.bin"), "should end in .dqrm, .onnx, .pt2 or .pte, which says what to write"),
-        (("export", "m.dqrm", "-o", "n.dqrm"), "name an output that ends in .onnx, .pt2 or .pte"),
+        (("export", "run", "-o", "m.bin"), "should end in .dqrm, .onnx, .pt2, .pte or /, which says what to write"),
+        (("export", "m.dqrm", "-o", "n.dqrm"), "name an output that ends in .onnx, .pt2, .pte or /"),
         (("predict", "m.dqrm", "log.parquet", "-o", "p.csv", "--batch-size", "0"), "batch_size is 0"),
         (
             ("prepare", "log.parquet", "-o", "d", "--label", "click", "--dense", "price", "--dense", "user"),

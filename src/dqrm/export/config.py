@@ -27,6 +27,9 @@ class ExportConfig:
     """Calibrate probabilities on the validation rows of the dataset: Platt scaling or isotonic regression."""
     check_rows: int = 1000
     """Rows that are scored with the exported file and with the trained model to compare them."""
+    onnxruntime_web: str | None = None
+    """Of a folder for browsers: npm's package onnxruntime-web 1.30.0, unpacked or as .tgz; none: npm fetches it once
+    (33 MB), then it is in the user's cache."""
     verify: bool = True
     """Compare checkpoint, vocabularies and the split of those rows with their checksums first (reads them whole)."""
 

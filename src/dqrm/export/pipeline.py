@@ -1,13 +1,12 @@
 """Export of a run or an artifact to a file that is compared with its model.
 
-The file is written and checked in a folder beside its target and renamed at the end; on failure the old file stays.
+The file is written and checked in a folder beside its target and renamed at the end (`workshop`); on failure the old
+file stays.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from dqrm.export.origin import (
     watch_checkpoint,
 )
 from dqrm.export.weights import EncodedWeights
-from dqrm.files import exclusive, flush, require_replaceable
+from dqrm.export.workshop import publish, workshop
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import describe_model, weight_count
 from dqrm.training.environment import Progress
@@ -59,7 +58,8 @@ def export_run(
 
     Args:
         source: a run folder; or an artifact, to be written in another format.
-        output: its suffix is that of one of `dqrm.export.formats`: .dqrm (the artifact), .onnx, .pt2, .pte.
+        output: its suffix is that of one of `dqrm.export.formats`: .dqrm (the artifact), .onnx, .pt2, .pte;
+            a path that ends in a slash is a folder for browsers.
         ptq: quantize a run that was trained in FP32; None: with the bits and scales that it was trained in.
 
     Returns:
@@ -70,35 +70,37 @@ def export_run(
         UserError: no run, no dataset where one is needed, an output that cannot be written; or probabilities that
             differ by more than 1e-5: nothing is written then.
     """
-    source, output = Path(source), Path(output)
     target = format_of(output)
-    if config.vocabulary == "beside" and not target.is_artifact:
-        raise UserError(
-            f"vocabulary {config.vocabulary} is for .dqrm files; {output.suffix} files hold no vocabularies"
-        )
-    with _workshop(output) as folder:
+    source, output = Path(source), Path(output)
+    _check_target(target, config)
+    with workshop(output, target) as folder:
         made = folder / output.name
         start = _from_artifact if source.is_file() else _from_run
         result = start(source, made, target, config, ptq, progress or (lambda what, done, total: None))
-        files = sorted((path for path in folder.iterdir() if path != made and not path.name.startswith(".")), key=str)
-        files.append(made)  # last: the others belong to it
-        for path in files:
-            flush(path)
-        result["bytes"] = sum(path.stat().st_size for path in files)
-        _move(files, output.parent)
-        # Only now: until the rename the old file needed them. Under the lock: the next export brings its own.
-        for stale in target.companions(output):
-            if stale.name not in {path.name for path in files}:
-                with suppress(OSError):
-                    stale.unlink()
-    return {"output": str(output), "files": [str(output.parent / path.name) for path in reversed(files)], **result}
+        names, result["bytes"] = publish(folder, output, target)
+    files = [str(output.parent / name) for name in names]
+    return {"output": str(output), "files": files, "notes": target.notes(output), **result}
+
+
+def _check_target(target: Format, config: ExportConfig) -> None:
+    if config.vocabulary == "beside" and not target.is_artifact:
+        which = (
+            "a folder for browsers has them inside"
+            if target.is_folder
+            else f"{target.suffix} files hold no vocabularies"
+        )
+        raise UserError(f"vocabulary {config.vocabulary} is for .dqrm files; {which}")
+    if config.onnxruntime_web is not None and not target.is_folder:
+        raise UserError(
+            f"onnxruntime_web is for a folder for browsers (-o web/), and the output is a {target.suffix} file"
+        )
 
 
 def _from_run(
     source: Path, made: Path, target: Format, config: ExportConfig, ptq: PTQConfig | None, progress: Progress
 ) -> dict[str, Any]:
     run = Run.open(source)
-    shipped, calibrated = target.is_artifact and config.vocabulary != "none", config.calibrate != "none"
+    shipped, calibrated = target.has_vocabularies and config.vocabulary != "none", config.calibrate != "none"
     otherwise = "" if calibrated else ", or leave the vocabularies out with --vocabulary none"
     dataset = dataset_of(run, config.data, shipped or calibrated, otherwise)
     if dataset is not None:
@@ -147,7 +149,7 @@ def _from_run(
     opened = Artifact.open(first, verify=True)
     if shipped and dataset is not None:
         batch = looked_up(batch, opened, dataset)
-    result = _finish(opened, rate, made, target, batch, expected, where)
+    result = _finish(opened, rate, made, target, batch, expected, where, config, progress)
     return result if difference is None else {**result, "largest_difference_from_fp32": difference}
 
 
@@ -174,7 +176,8 @@ def _from_artifact(
             f"{source} is calibrated, and its calibration is on the log's own click rate; leave out "
             "--no-correct-subsampling"
         )
-    return _finish(opened, rate, made, target, batch, logits_of(_model(opened, rate), batch), where)
+    expected = logits_of(_model(opened, rate), batch)
+    return _finish(opened, rate, made, target, batch, expected, where, config, progress)
 
 
 def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
@@ -184,11 +187,19 @@ def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
 
 
 def _finish(
-    opened: Artifact, rate: BaseRate, made: Path, target: Format, batch: Batch, expected: Tensor, where: str
+    opened: Artifact,
+    rate: BaseRate,
+    made: Path,
+    target: Format,
+    batch: Batch,
+    expected: Tensor,
+    where: str,
+    config: ExportConfig,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the other formats from the artifact, then compare the file with the trained model's outputs."""
     model = _model(opened, rate)
-    target.write(model, made, _metadata(opened, rate))
+    target.export(opened, model, made, _metadata(opened, rate), config, progress)
     model.tables.check_source()
     logits = target.open(made)(batch)
     difference = judged = compare(logits, expected)
@@ -263,48 +274,3 @@ def _pieces(path: Path) -> Iterator[Tensor]:
     with path.open("rb") as file:
         while piece := bytearray(file.read(_READ)):
             yield torch.frombuffer(piece, dtype=torch.uint8)
-
-
-def _move(files: list[Path], folder: Path) -> None:
-    """Rename the files into the folder, the last one, on which the others depend, at the end; on an error, none."""
-    moved: list[Path] = []
-    try:
-        for path in files:
-            target = folder / path.name
-            if not target.exists():
-                moved.append(target)
-            os.replace(path, target)
-    except OSError:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        raise
-    flush(folder)
-
-
-@contextmanager
-def _workshop(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to work in, locked meanwhile and removed at the end."""
-    folder = output.with_name(output.name + ".partial")
-    lock = folder / ".lock"
-    try:
-        require_replaceable(output)
-        if not output.parent.is_dir():
-            raise UserError(f"cannot write {output}: there is no folder {output.parent}")
-        if folder.exists() and not lock.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} is needed as a temporary folder and was not made by dqrm export; move it")
-        folder.mkdir(exist_ok=True)
-        with exclusive(lock, f"another process is exporting to {output}; wait for it, or name another output"):
-            try:
-                for path in folder.iterdir():
-                    if path != lock:
-                        path.unlink()
-                yield folder
-            finally:
-                with suppress(OSError):
-                    # The lock is removed last: it identifies a folder that a killed export left behind.
-                    for path in folder.iterdir():
-                        if path != lock:
-                            path.unlink()
-                    shutil.rmtree(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; an existing file is unchanged") from None

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dqrm.errors import UserError
-from dqrm.export.formats.base import Format
+from dqrm.export.formats.base import FOLDER, Format
 from dqrm.export.formats.dqrm import DqrmFormat
 from dqrm.export.formats.executorch import ExecuTorchFormat
 from dqrm.export.formats.onnx import OnnxFormat
 from dqrm.export.formats.torch_export import TorchExportFormat
+from dqrm.export.formats.web import WebFormat
 
 if TYPE_CHECKING:
     from dqrm.export.formats.base import Score
@@ -24,7 +25,7 @@ def register(new: Format) -> None:
     FORMATS[new.suffix] = new
 
 
-for _format in (DqrmFormat(), OnnxFormat(), TorchExportFormat(), ExecuTorchFormat()):
+for _format in (DqrmFormat(), OnnxFormat(), TorchExportFormat(), ExecuTorchFormat(), WebFormat()):
     register(_format)
 
 
@@ -49,8 +50,8 @@ def _add_installed() -> None:
             raise UserError(f"the export format '{entry.name}' ({entry.value}) cannot be loaded: {error}") from None
 
 
-def format_of(path: Path, purpose: str = "what to write") -> Format:
-    """The format of a file, by its suffix.
+def format_of(path: str | Path, purpose: str = "what to write") -> Format:
+    """The format of a file, by its suffix, or of a folder: one that exists, or a path that ends in a slash.
 
     Args:
         purpose: what the suffix selects, for the error.
@@ -58,10 +59,12 @@ def format_of(path: Path, purpose: str = "what to write") -> Format:
     Raises:
         UserError: no format has this suffix.
     """
-    known = formats()
-    if path.suffix not in known:
+    known, suffix = formats(), Path(path).suffix
+    if str(path).endswith(FOLDER) or (suffix not in known and Path(path).is_dir()):
+        suffix = FOLDER
+    if suffix not in known:
         raise UserError(f"{path} should end in {either(known)}, which says {purpose}")
-    return known[path.suffix]
+    return known[suffix]
 
 
 def either(names: dict[str, Format] | list[str]) -> str:
@@ -82,6 +85,6 @@ def score_file(path: Path, threads: int = 0) -> Score:
         UserError: no such file, its runtime is not installed, or the file is damaged.
     """
     runs = format_of(path, "what runs it")
-    if not path.is_file():
+    if not (path.is_dir() if runs.is_folder else path.is_file()):
         raise UserError(f"cannot read {path}: no such file")
     return runs.open(path, threads)

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dqrm.errors import UserError
+from dqrm.files import require_replaceable
 
 if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not import torch
     from torch import Tensor
 
     from dqrm.data.batches import Batch
     from dqrm.export.artifact import Artifact
+    from dqrm.export.config import ExportConfig
     from dqrm.models.base import ClickModel
+    from dqrm.training.environment import Progress
 
     Score = Callable[[Batch], Tensor]
+
+
+FOLDER = "/"
+"""What stands in place of a suffix for a format that is a folder."""
 
 
 class Format(ABC):
@@ -28,11 +35,13 @@ class Format(ABC):
     the command line: slow imports belong in the methods.
 
     Attributes:
-        suffix: of its files, with the dot.
+        suffix: of its files, with the dot; FOLDER for one that is a folder.
         summary: a description and what reads it, for the help.
         extra: the extra of dqrm that is needed to write or open it; None: none.
         not_evaluated: why `dqrm eval` and `dqrm predict` do not take it; None: they do.
         is_artifact: whether it is the artifact, which each export writes first: packed weights, vocabularies, a header.
+        is_folder: whether it is a folder rather than a file.
+        has_vocabularies: whether it holds the vocabularies, too.
     """
 
     suffix: ClassVar[str]
@@ -40,6 +49,8 @@ class Format(ABC):
     extra: ClassVar[str | None] = None
     not_evaluated: ClassVar[str | None] = None
     is_artifact: ClassVar[bool] = False
+    is_folder: ClassVar[bool] = False
+    has_vocabularies: ClassVar[bool] = False
 
     @abstractmethod
     def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
@@ -55,6 +66,33 @@ class Format(ABC):
             UserError: the extra is missing, or the format cannot express a part of the model.
             OSError: the file cannot be written.
         """
+
+    def export(
+        self,
+        opened: Artifact,
+        model: ClickModel,
+        path: Path,
+        metadata: Mapping[str, str],
+        config: ExportConfig,
+        progress: Progress,
+    ) -> None:
+        """Write a model of which there is an artifact: `write`, unless the format needs more of it than the model.
+
+        Args:
+            opened: the artifact. config: what the user asked for. The others: as of `write`.
+
+        Raises:
+            UserError, OSError: as `write`.
+        """
+        self.write(model, path, metadata)
+
+    def require_replaceable(self, output: Path) -> None:
+        """Raise UserError unless what is written may take the place of `output`."""
+        require_replaceable(output)
+
+    def notes(self, path: Path) -> list[str]:
+        """Sentences for whoever exported `path`."""
+        return []
 
     @abstractmethod
     def open(self, path: Path, threads: int = 0) -> Score:

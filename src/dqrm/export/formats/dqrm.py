@@ -21,6 +21,7 @@ class DqrmFormat(Format):
     suffix = ".dqrm"
     summary = "the artifact, for `dqrm predict` and dqrm.load"
     is_artifact = True
+    has_vocabularies = True
 
     def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         """Nothing to do: an export writes the artifact first."""

@@ -1,4 +1,9 @@
-"""ExecuTorch: the program that `program.exported` traces, on portable kernels."""
+"""ExecuTorch: the program that `program.exported` traces, with packed tables; what XNNPACK can compute is left to it.
+
+XNNPACK multiplies by constant float32 weights, which it packs for the processor when the program is loaded. So the MLP,
+1 % of a model, is stored in float32: unpacked at each call it took most of the time, and XNNPACK's products of 8-bit
+weights quantize their inputs too, which would move probabilities. Tables are looked up by portable kernels.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +37,16 @@ class ExecuTorchFormat(Format):
 
     def write(self, model: ClickModel, path: Path, metadata: Mapping[str, str]) -> None:
         try:
-            from executorch.exir import EdgeCompileConfig, to_edge
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
         except ImportError:
             raise self.missing("writing") from None
         from dqrm.export.formats.program import exported
 
-        program = exported(model, MAX_BATCH, MAX_VALUES)
-        edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
+        program = exported(model, MAX_BATCH, MAX_VALUES, float_mlp=True)
+        # The check of the intermediate form refuses operators that portable kernels have.
+        config = EdgeCompileConfig(_check_ir_validity=False)
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
         with path.open("wb") as file:
             edge.to_executorch().write_to_file(file)
 

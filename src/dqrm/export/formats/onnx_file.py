@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 24
 _GRAPH, _INITIALIZER, _RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))
 
 
-def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path, inline_limit: int | None = None) -> None:
     """Write an onnx.ModelProto with further initializers.
 
     From 2 GB on the tensors go into `<name>.data` beside it; or into `<name>.<8 hexadecimal digits>.data` if the
@@ -29,6 +29,7 @@ def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
 
     Args:
         tensors: uint8, int16, int32 or float32, on the CPU.
+        inline_limit: bytes above which they go into that file; None: INLINE_LIMIT.
 
     Raises:
         OSError: a file cannot be written.
@@ -36,7 +37,7 @@ def write_model(model: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
     heads = {name: _head(name, tensor) for name, tensor in tensors.items()}
     tags = {name: _tags(heads[name].SerializeToString(), tensor.nbytes) for name, tensor in tensors.items()}
     total = model.ByteSize() + sum(len(tags[name]) + tensor.nbytes for name, tensor in tensors.items())
-    if total > INLINE_LIMIT:
+    if tensors and total > (INLINE_LIMIT if inline_limit is None else inline_limit):
         data = path.with_name(path.name + ".data")
         if (path.parent.parent / data.name).exists():
             data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data")

@@ -30,7 +30,9 @@ OPSET, OPSET_WITH_BAGS = 13, 16
 """The oldest with all operators: ScatterElements adds from 16 on. The IR version is the lowest that supports it."""
 
 
-def write_onnx(model: ClickModel, path: Path, metadata: Mapping[str, str] = {}) -> None:
+def write_onnx(
+    model: ClickModel, path: Path, metadata: Mapping[str, str] = {}, inline_limit: int | None = None
+) -> None:
     """Write a converted model as ONNX; from 2 GB on, with its tables in `<name>.data` beside it.
 
     Inputs: dense float32 [batch, D], ids int64 [batch, S], and for each multi-valued table k (in the schema's order)
@@ -40,6 +42,7 @@ def write_onnx(model: ClickModel, path: Path, metadata: Mapping[str, str] = {}) 
     Args:
         model: its quantized layers in packed form. Its tables are streamed, never copied.
         metadata: stored as the file's metadata properties.
+        inline_limit: bytes above which the tables are in a file of their own; None: 2 GB.
 
     Raises:
         UserError: the package `onnx` is missing, or there is no graph for this model.
@@ -62,7 +65,7 @@ def write_onnx(model: ClickModel, path: Path, metadata: Mapping[str, str] = {}) 
         producer_name="dqrm",
     )
     helper.set_model_props(made, dict(metadata))
-    write_model(made, graph.streamed, path)
+    write_model(made, graph.streamed, path, inline_limit)
 
 
 def _build(graph: Graph, model: ClickModel) -> None:

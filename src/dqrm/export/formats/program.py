@@ -14,14 +14,19 @@ from dqrm.export.formats.traceable import flat_model
 from dqrm.models.base import ClickModel
 
 
-def exported(model: ClickModel, max_batch: int | None = None, max_values: int | None = None) -> Any:
+def exported(
+    model: ClickModel, max_batch: int | None = None, max_values: int | None = None, float_mlp: bool = False
+) -> Any:
     """A converted model as a torch.export program, for 1 to `max_batch` samples and up to `max_values` ids of each
     multi-valued table (None: any number).
+
+    Args:
+        float_mlp: as of `flat_model`.
 
     Raises:
         ValueError: the model is not converted.
     """
-    served = flat_model(model)
+    served = flat_model(model, float_mlp)
     single, samples, length = served.tables.num_single, 4, 7
     multi = len(served.tables.table_rows) - single
     batch = torch.export.Dim("batch", min=1, max=max_batch)

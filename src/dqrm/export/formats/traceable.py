@@ -74,14 +74,36 @@ def packed_stack(stack: nn.Module, pack: Callable[[QuantLinear], PackedLinear] =
     return QuantMLP(*modules)
 
 
-def flat_model(model: ClickModel) -> ClickModel:
+def _with_float_weight(layer: PackedLinear) -> PackedLinear:
+    """The same layer with its weight in float32: the same values, unpacked once and for all."""
+    return PackedLinear(
+        layer.in_features,
+        layer.out_features,
+        bits=32,
+        codes=layer.weight().clone(),
+        scale=torch.ones(1),
+        bias=layer.bias,
+        activation_bits=layer.activation_bits,
+        activation_scale=layer.activation_scale,
+    )
+
+
+def flat_model(model: ClickModel, float_mlp: bool = False) -> ClickModel:
     """The same model in operators that all runtimes support, as one function of tensors alone: dense, ids, then values
     and offsets of each multi-valued table. An id outside its table is looked up as row 0.
+
+    Args:
+        float_mlp: the weights of the linear layers are float32 instead of codes that are unpacked at each call.
 
     Raises:
         ValueError: the model is not converted.
     """
     stacks = {path: nn.Sequential(*packed_stack(stack)) for path, stack in model.stacks().items()}
+    if float_mlp:
+        for stack in stacks.values():
+            for number, module in enumerate(stack):
+                if isinstance(module, PackedLinear):
+                    stack[number] = _with_float_weight(module)
     flat = type(model).from_parts(model.config, model.num_dense, packed_tables(model), stacks)
     offset, calibration = model.logit_offset or 0.0, model.calibration
 
