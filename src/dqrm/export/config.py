@@ -29,6 +29,8 @@ class ExportConfig:
     """Rows that are scored with the exported file and with the trained model to compare them."""
     verify: bool = True
     """Compare checkpoint, vocabularies and the split of those rows with their checksums first (reads them whole)."""
+    triton: bool = False
+    """Of an .onnx file: write config.pbtxt beside it, for Triton's ONNX Runtime backend."""
 
     def __post_init__(self) -> None:
         check_fields(self)

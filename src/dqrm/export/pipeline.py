@@ -28,6 +28,7 @@ from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.container import CALIBRATED_VERSION, GROWING_VERSION, Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
+from dqrm.export.formats.triton import NAME, check_triton, triton_config
 from dqrm.export.origin import (
     check_data,
     dataset_of,
@@ -76,6 +77,8 @@ def export_run(
         raise UserError(
             f"vocabulary {config.vocabulary} is for .dqrm files; {output.suffix} files hold no vocabularies"
         )
+    if config.triton:
+        check_triton(output)
     with _workshop(output) as folder:
         made = folder / output.name
         start = _from_artifact if source.is_file() else _from_run
@@ -147,7 +150,7 @@ def _from_run(
     opened = Artifact.open(first, verify=True)
     if shipped and dataset is not None:
         batch = looked_up(batch, opened, dataset)
-    result = _finish(opened, rate, made, target, batch, expected, where)
+    result = _finish(opened, rate, made, target, config, batch, expected, where)
     return result if difference is None else {**result, "largest_difference_from_fp32": difference}
 
 
@@ -174,7 +177,7 @@ def _from_artifact(
             f"{source} is calibrated, and its calibration is on the log's own click rate; leave out "
             "--no-correct-subsampling"
         )
-    return _finish(opened, rate, made, target, batch, logits_of(_model(opened, rate), batch), where)
+    return _finish(opened, rate, made, target, config, batch, logits_of(_model(opened, rate), batch), where)
 
 
 def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
@@ -184,12 +187,15 @@ def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
 
 
 def _finish(
-    opened: Artifact, rate: BaseRate, made: Path, target: Format, batch: Batch, expected: Tensor, where: str
+    opened: Artifact, rate: BaseRate, made: Path, target: Format, config: ExportConfig, batch: Batch, expected: Tensor,
+    where: str,
 ) -> dict[str, Any]:
     """Write the other formats from the artifact, then compare the file with the trained model's outputs."""
     model = _model(opened, rate)
     target.write(model, made, _metadata(opened, rate))
     model.tables.check_source()
+    if config.triton:
+        made.with_name(NAME).write_text(triton_config(opened.content["model"], made.name), encoding="utf-8")
     logits = target.open(made)(batch)
     difference = judged = compare(logits, expected)
     if opened.content["model"]["activation_bits"] != 32 and not target.is_artifact and difference < TIPPED:

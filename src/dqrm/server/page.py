@@ -50,7 +50,7 @@ def describe(version: Version) -> dict[str, Any]:
         "name": version.name,
         "version": version.id,
         "failed": version.failed,
-        "model": str(described.get("config", {}).get("model", "")),
+        "model": type(version.model).__name__,
         "bits": {key: described[key] for key in ("table_bits", "mlp_bits", "activation_bits")},
         "method": content["quantization"]["method"],
         "dim": described["config"]["embedding_dim"],

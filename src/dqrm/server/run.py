@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
         config.load()
         config.http_protocol_class = guarded(config.http_protocol_class, options.request_timeout)
         super().__init__(config)
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -94,7 +95,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
         await super().startup(sockets)
-        loop = asyncio.get_running_loop()
+        self.loop = loop = asyncio.get_running_loop()
         if threading.current_thread() is threading.main_thread() and sys.platform != "win32":
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.end)
