@@ -266,7 +266,13 @@ def measure(artifact: Path, options: argparse.Namespace, folder: Path) -> dict[s
         if options.against:
             code = folder / "litserve_api.py"
             code.write_text(_LITSERVE)
-            command = [options.against_python or sys.executable, str(code), str(artifact), str(options.port + 2), "0.002"]
+            command = [
+                options.against_python or sys.executable,
+                str(code),
+                str(artifact),
+                str(options.port + 2),
+                "0.002",
+            ]
             stack.enter_context(server(command, options.port + 2, folder))
             time.sleep(10)  # its worker loads the model after the port is open
             loads["litserve"] = Load(options.port + 2, requests_of(artifact, "litserve"), options.clients)
@@ -278,7 +284,8 @@ def measure(artifact: Path, options: argparse.Namespace, folder: Path) -> dict[s
                 rounds[name].append(run(load.saturated(options.seconds)))
         rates = {name: [each["per_second"] for each in many] for name, many in rounds.items()}
         found["saturated"] = {
-            name: {"per_second": round(statistics.median(rates[name]), 1), "all": [round(rate, 1) for rate in rates[name]],
+            name: {"per_second": round(statistics.median(rates[name]), 1),
+                   "all": [round(rate, 1) for rate in rates[name]],
                    "p99_ms": statistics.median(each["p99_ms"] for each in many),
                    "failed": sum(each["failed"] for each in many)}
             for name, many in rounds.items()

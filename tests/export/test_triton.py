@@ -24,9 +24,7 @@ def test_the_configuration_is_that_of_the_file(generated, bags_data, tmp_path, b
     batched = 0 if bags else 1
     for kind, ports in (("input", session.get_inputs()), ("output", session.get_outputs())):
         declared = re.findall(kind + r' \[ \{ name: "(\w+)" data_type: (\w+) dims: \[ ([-\d, ]+) \]', text)
-        assert {(name, datatype) for name, datatype, _ in declared} == {
-            (port.name, TYPES[port.type]) for port in ports
-        }
+        assert {(name, datatype) for name, datatype, _ in declared} == {(port.name, TYPES[port.type]) for port in ports}
         for port in ports:
             (dims,) = [dims for name, _, dims in declared if name == port.name]
             inner = [size if isinstance(size, int) else -1 for size in port.shape][batched:]
@@ -57,5 +55,5 @@ def test_tritons_schema_parses_it():
 
 
 def test_other_files_have_none(tmp_path):
-    with pytest.raises(UserError, match="triton is for .onnx files"):
+    with pytest.raises(UserError, match=r"triton is for \.onnx files"):
         dqrm.export_run(tmp_path / "run", tmp_path / "m.dqrm", ExportConfig(triton=True))

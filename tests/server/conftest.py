@@ -36,6 +36,4 @@ def expected(served):
     """A batch of random tensors, and each artifact's probabilities for it, by version."""
     opened = [dqrm.Artifact.open(path) for path in served]
     batch = generate(opened[0].content["model"], 64)
-    return batch, {
-        each.container.checksum[:12]: logits_of(each.model(), batch).sigmoid().numpy() for each in opened
-    }
+    return batch, {each.container.checksum[:12]: logits_of(each.model(), batch).sigmoid().numpy() for each in opened}

@@ -217,7 +217,7 @@ def mangled(random, good, row):
     if kind == 2:
         given = json.loads(json.dumps(good))
         each = random.choice(given["inputs"])
-        each["data"][random.randrange(13)] = random.choice([float("nan"), float("inf"), "1", None, 10**25, [1], -5e40])
+        each["data"][random.randrange(13)] = random.choice([float("nan"), float("inf"), "1", None, 10**39, [1], -5e40])
         return INFER, json.dumps(given), {}
     if kind == 3:
         given = dict(row)

@@ -187,7 +187,13 @@ def _model(opened: Artifact, rate: BaseRate) -> ClickModel:
 
 
 def _finish(
-    opened: Artifact, rate: BaseRate, made: Path, target: Format, config: ExportConfig, batch: Batch, expected: Tensor,
+    opened: Artifact,
+    rate: BaseRate,
+    made: Path,
+    target: Format,
+    config: ExportConfig,
+    batch: Batch,
+    expected: Tensor,
     where: str,
 ) -> dict[str, Any]:
     """Write the other formats from the artifact, then compare the file with the trained model's outputs."""

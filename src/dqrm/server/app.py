@@ -1,11 +1,11 @@
 """The application: routes of the Open Inference Protocol v2, `/score`, `/metrics` and the page.
 
-    GET  /v2/health/live, /v2/health/ready             is the process up; should requests come here
-    GET  /v2                                           the server's metadata
-    GET  /v2/models/NAME[/versions/V][/ready]          a model's metadata; is it ready
-    POST /v2/models/NAME[/versions/V]/infer            tensors -> logits and probabilities
-    POST /score[/NAME]                                 raw rows -> probabilities
-    GET  /metrics, /, /models                          for Prometheus; the page, and what it shows
+GET  /v2/health/live, /v2/health/ready             is the process up; should requests come here
+GET  /v2                                           the server's metadata
+GET  /v2/models/NAME[/versions/V][/ready]          a model's metadata; is it ready
+POST /v2/models/NAME[/versions/V]/infer            tensors -> logits and probabilities
+POST /score[/NAME]                                 raw rows -> probabilities
+GET  /metrics, /, /models                          for Prometheus; the page, and what it shows
 """
 
 import asyncio

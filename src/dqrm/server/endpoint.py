@@ -1,4 +1,4 @@
-"""One endpoint of the server as an ASGI application: its handler's answer or refusal, with metrics and a line of log."""
+"""One endpoint of the server as an ASGI application: a handler's answer or refusal, with metrics and a line of log."""
 
 import json
 import time
