@@ -42,7 +42,7 @@ class ServeConfig:
     data: str | None = None
     """The dataset folder to take vocabularies from, of an artifact without them."""
     page: bool = True
-    """Serve a page at / that describes the models and scores a row; it shows frequent ids of the vocabularies."""
+    """Serve a page at / that describes the models and scores a row; it shows ids of the vocabularies."""
     access_log: bool = True
     """Write a line of JSON per request to standard output; without ids, values, addresses or names of users."""
 

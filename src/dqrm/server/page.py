@@ -41,7 +41,7 @@ POLICY = (b"content-security-policy", _policy())
 
 
 def describe(version: Version) -> dict[str, Any]:
-    """A model for the page: columns, sizes, metrics, provenance, and the fields of a row with frequent ids."""
+    """A model for the page: columns, sizes, metrics, provenance, and the fields of a row with ids."""
     opened = version.opened
     content = opened.content
     described, origin = content["model"], content["provenance"]
@@ -90,11 +90,8 @@ def _fields(version: Version) -> list[dict[str, Any]] | None:
 
 
 def _examples(encoder: RawEncoder, key: KeyColumn, vocabulary: Vocabulary | HashedRows | None) -> list[str]:
-    """The most frequent ids; none where they are hashed."""
+    """The ids that the log had first; none where they are hashed."""
     if not isinstance(vocabulary, Vocabulary) or encoder.plan.config.max_rows_per_table is not None:
         return []
-    order = np.arange(len(vocabulary.keys))
-    if vocabulary.counts is not None:
-        order = np.argsort(-vocabulary.counts, kind="stable")
-    keys = vocabulary.keys.gather(pl.Series(order[:_EXAMPLES]))
+    keys = vocabulary.keys.gather(pl.Series(np.argsort(vocabulary.table_rows)[:_EXAMPLES]))
     return [format(value, "08x") if key.kind == "hex" else str(value) for value in keys.to_list()]

@@ -140,7 +140,8 @@ def _of_json(given: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
         odd = next(value for value in data if type(value) not in kinds)
         raise Refusal(400, f"input '{name}' holds {shown(odd)}, expected {'whole ' * (dtype.kind == 'i')}numbers")
     try:
-        return np.array(data, dtype).reshape(shape)
+        with np.errstate(over="ignore"):  # infinity is refused with its row
+            return np.array(data, dtype).reshape(shape)
     except OverflowError:
         raise Refusal(400, f"input '{name}' holds a number that {dtype.name} cannot hold") from None
 
