@@ -222,7 +222,7 @@ def server(command: list[str], port: int, folder: Path) -> Any:
     with (folder / f"{port}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
-            for _ in range(600):
+            for _ in range(3000):
                 with contextlib.suppress(OSError), __import__("socket").create_connection(("127.0.0.1", port), 1):
                     break
                 if process.poll() is not None:
@@ -231,8 +231,8 @@ def server(command: list[str], port: int, folder: Path) -> Any:
             time.sleep(2)
             yield process
         finally:
-            process.terminate()
-            process.wait(60)
+            process.kill()  # what it serves is measured, not how it ends
+            process.wait()
 
 
 def resident_mb(process: int) -> float:

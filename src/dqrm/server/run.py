@@ -69,7 +69,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             build_app(service), lifespan="off", ws="none", log_config=None, access_log=False, server_header=False,
             proxy_headers=False, backlog=_BACKLOG, timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=options.shutdown_timeout,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=options.shutdown_timeout,
         )  # fmt: skip
         config.load()
         config.http_protocol_class = guarded(config.http_protocol_class, options.request_timeout)
@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
         self._event("ended", {})
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """See uvicorn; ours are handled by the loop."""
         yield
 
