@@ -19,6 +19,7 @@ ALLOWED = {
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
     "export": {"training", "models", "quant", "data"} | BASE,
     "serving": {"export", "training", "models", "quant", "data"} | BASE,
+    "server": {"serving", "export", "models", "data"} | BASE,
     "bench": {"distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
     "daily": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
     "studies": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,

@@ -14,6 +14,7 @@ import click
 from dqrm import __version__
 from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
 from dqrm.cli_report import report
+from dqrm.cli_serve import serve
 from dqrm.cli_studies import compare, demo, stopping, study, tune
 from dqrm.config import SECTIONS, Config, ExchangeConfig
 from dqrm.daily.config import DailyConfig, Recipe
@@ -313,7 +314,7 @@ def daily(config_file: str, logs: tuple[str, ...], output: str, as_json: bool, *
         print_days(lines, current)
 
 
-for _command in (compare, demo, report, study, tune):
+for _command in (compare, demo, report, serve, study, tune):
     cli.add_command(_command)
 
 

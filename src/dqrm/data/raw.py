@@ -64,8 +64,8 @@ class RawEncoder:
         for name in keep:
             if self.plan.sparse and name != config.label:
                 raise UserError(f"keep names '{name}', but of layout {config.layout} only the label can be kept")
-        self._vocabularies: list[Vocabulary | HashedRows] = list(vocabularies)
-        _check_columns(self.plan, columns, self._vocabularies)
+        self.vocabularies: list[Vocabulary | HashedRows] = list(vocabularies)
+        _check_columns(self.plan, columns, self.vocabularies)
 
     def blocks(self, source: Source, threads: ThreadPoolExecutor | None = None) -> Iterator["RawBlock"]:
         """The good rows of a source, block by block: a file's, or a table's in memory.
@@ -87,7 +87,7 @@ class RawEncoder:
         cells = (frame[f"k{n}"] for n in range(len(plan.keys)))
         run = threads.map if threads else map
         # Single-valued columns come first in every schema.
-        for n, (values, lengths) in enumerate(run(self._look_up, plan.keys, self._vocabularies, cells)):
+        for n, (values, lengths) in enumerate(run(self._look_up, plan.keys, self.vocabularies, cells)):
             entries.append(len(values))
             # Every id has a row where ids are hashed.
             unseen.append(0 if plan.hashing else len(values) - int(np.count_nonzero(values)))

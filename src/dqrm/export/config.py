@@ -32,6 +32,8 @@ class ExportConfig:
     (33 MB), then it is in the user's cache."""
     verify: bool = True
     """Compare checkpoint, vocabularies and the split of those rows with their checksums first (reads them whole)."""
+    triton: bool = False
+    """Of an .onnx file: write config.pbtxt beside it, for Triton's ONNX Runtime backend."""
 
     def __post_init__(self) -> None:
         check_fields(self)

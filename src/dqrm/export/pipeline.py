@@ -27,6 +27,7 @@ from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.container import CALIBRATED_VERSION, GROWING_VERSION, Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
+from dqrm.export.formats.triton import NAME, check_triton, triton_config
 from dqrm.export.origin import (
     check_data,
     dataset_of,
@@ -72,7 +73,7 @@ def export_run(
     """
     target = format_of(output)
     source, output = Path(source), Path(output)
-    _check_target(target, config)
+    _check_target(target, output, config)
     with workshop(output, target) as folder:
         made = folder / output.name
         start = _from_artifact if source.is_file() else _from_run
@@ -82,7 +83,9 @@ def export_run(
     return {"output": str(output), "files": files, "notes": target.notes(output), **result}
 
 
-def _check_target(target: Format, config: ExportConfig) -> None:
+def _check_target(target: Format, output: Path, config: ExportConfig) -> None:
+    if config.triton:
+        check_triton(output)
     if config.vocabulary == "beside" and not target.is_artifact:
         which = (
             "a folder for browsers has them inside"
@@ -201,6 +204,8 @@ def _finish(
     model = _model(opened, rate)
     target.export(opened, model, made, _metadata(opened, rate), config, progress)
     model.tables.check_source()
+    if config.triton:
+        made.with_name(NAME).write_text(triton_config(opened.content["model"], made.name), encoding="utf-8")
     logits = target.open(made)(batch)
     difference = judged = compare(logits, expected)
     if opened.content["model"]["activation_bits"] != 32 and not target.is_artifact and difference < TIPPED:

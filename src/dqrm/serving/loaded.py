@@ -1,6 +1,7 @@
 """The model that `dqrm.load` returns: packed, and able to score rows of raw values."""
 
 import threading
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from dqrm.data import ingest
 from dqrm.data.config import PrepareConfig
-from dqrm.data.raw import RawEncoder
+from dqrm.data.raw import RawBlock, RawEncoder
 from dqrm.data.tables import rows_source
 from dqrm.errors import UserError
 from dqrm.export.artifact import Artifact
@@ -66,12 +67,8 @@ class LoadedModel(ClickModel):
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, should be at least 1")
-        encoder, source = self._reader(), rows_source(rows)
-        if source is None:
-            return np.empty(0, np.float32)
-        ingest.check([source], encoder.plan)
         scored, done = [np.empty(0, np.float32)], 0
-        for block in encoder.blocks(source):
+        for block in encoded_rows(self._reader(), rows):
             scored.append(probabilities(partial(logits_of, self), block.batch, batch_size, done))
             done += len(block.batch)
         return np.concatenate(scored)
@@ -80,10 +77,27 @@ class LoadedModel(ClickModel):
         if self._encoder is None:
             with _READING:
                 if self._encoder is None:
-                    log = LogFormat.of_artifact(self._opened, self._data)
-                    read_as = build(PrepareConfig, log.options, str(self._opened.path))
-                    self._encoder = RawEncoder(read_as, log.columns, log.vocabularies)
+                    self._encoder = encoder_of(self._opened, self._data)
         return self._encoder
+
+
+def encoder_of(opened: Artifact, data: str | Path | None = None) -> RawEncoder:
+    """What makes batches of raw rows for an artifact. data: the dataset folder, for one without vocabularies.
+
+    Raises:
+        UserError: there are no vocabularies, or they are damaged.
+    """
+    log = LogFormat.of_artifact(opened, data)
+    read_as = build(PrepareConfig, log.options, str(opened.path))
+    return RawEncoder(read_as, log.columns, log.vocabularies)
+
+
+def encoded_rows(encoder: RawEncoder, rows: Any) -> Iterator[RawBlock]:
+    """Raw rows in memory as batches, in order: what `LoadedModel.score` takes and raises."""
+    source = rows_source(rows)
+    if source is not None:
+        ingest.check([source], encoder.plan)
+        yield from encoder.blocks(source)
 
 
 @cache

@@ -153,24 +153,29 @@ def probabilities(score: Score, batch: Batch, size: int, before: int = 0) -> NDA
     Raises:
         UserError: a logit that is not finite.
     """
-    logits = _logits(score, batch, size)
-    if not np.isfinite(logits).all():
-        at = int(np.argmin(np.isfinite(logits)))
-        raise UserError(
-            f"the model predicts {logits[at]} for row {before + at + 1} of the log, expected a finite number; its "
-            "training diverged"
-        )
+    return sigmoid(finite_logits(score, batch, size, before))
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The probabilities of logits: float32 [B]."""
     result: NDArray[np.float32] = torch.from_numpy(logits).sigmoid().numpy()
     return result
 
 
-def _logits(score: Score, batch: Batch, size: int) -> NDArray[np.float32]:
+def finite_logits(score: Score, batch: Batch, size: int, before: int = 0) -> NDArray[np.float32]:
+    """The logit of each row of a batch, scored in parts of `size` rows: float32 [B]; before and Raises as above."""
     logits = np.empty(len(batch), np.float32)
     with torch.inference_mode():
         for at in range(0, len(batch), size):
             part = _slice(batch, at, min(at + size, len(batch)))
             # No broadcasting: [B, 1] would silently become something else.
             logits[at : at + size] = score(part).detach().float().cpu().reshape(len(part)).numpy()
+    if not np.isfinite(logits).all():
+        at = int(np.argmin(np.isfinite(logits)))
+        raise UserError(
+            f"the model predicts {logits[at]} for row {before + at + 1} of the log, expected a finite number; its "
+            "training diverged"
+        )
     return logits
 
 
