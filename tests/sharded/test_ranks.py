@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def one_process(case):
         if bits < 32:
             model.refresh_scale()
         losses.append(float(loss))
-    return losses, [model.weight.detach()[first:last] for first, last in zip(starts, starts[1:])], model
+    return losses, [model.weight.detach()[first:last] for first, last in pairwise(starts)], model
 
 
 @pytest.mark.parametrize("case", ["row_wise", "table_wise", "forward_only", "int2_fp16", "fp32"])
@@ -93,7 +94,7 @@ def test_stochastic_rounding_of_gradients_follows_the_curve(found):
 
 @pytest.mark.parametrize("case", ["row_wise", "table_wise"])
 def test_evaluation_and_one_machine_use_the_scales_of_training(found, case):
-    """Rows that ranks receive in evaluation are bit for bit those of the gathered tables in a one-machine collection."""
+    """Rows that ranks receive in evaluation are bit for bit those of a collection of the gathered tables."""
     _, folder = found
     stored = load_file(folder / f"{case}.safetensors")
     ids = problem()[1][0, :BATCH]

@@ -81,8 +81,8 @@ def codec_registry(
     """What a TorchRec sharder takes as `qcomm_codecs_registry`, for tables of one embedding dim.
 
     An `EmbeddingCollection` trained with it is INT4 QAT with a scale per row: the forward codec rounds each row that is
-    looked up, and the gradient passes unchanged but for the backward codec. Pooled all-to-all (`EmbeddingBagCollection`,
-    table-wise) is compressed as well, after pooling, which is no QAT.
+    looked up, and the gradient passes unchanged but for the backward codec. Pooled all-to-all
+    (`EmbeddingBagCollection`, table-wise) is compressed as well, after pooling, which is no QAT.
 
     Args:
         dim: embedding dim of all tables.
@@ -96,9 +96,10 @@ def codec_registry(
     """
     registry = {}
     for op in ALL_TO_ALL:
-        rows = _Unchanged() if forward is None else RowCommCodec(RowCodec(dim, forward, scale))
-        gradients = (
-            _Unchanged() if backward is None else RowCommCodec(RowCodec(dim, backward, "fp32", stochastic), seed)
+        rows = None if forward is None else RowCodec(dim, forward, scale)
+        gradients = None if backward is None else RowCodec(dim, backward, "fp32", stochastic)
+        registry[op.name] = QuantizedCommCodecs(
+            forward=_Unchanged() if rows is None else RowCommCodec(rows),
+            backward=_Unchanged() if gradients is None else RowCommCodec(gradients, seed),
         )
-        registry[op.name] = QuantizedCommCodecs(forward=rows, backward=gradients)
     return registry

@@ -1,4 +1,4 @@
-"""TorchRec's sharder of an `EmbeddingCollection`, with codecs of its embedding dim, in plans in which they see all rows."""
+"""TorchRec's sharder of an `EmbeddingCollection`, with codecs of its embedding dim that see all rows."""
 
 from typing import Any
 
