@@ -137,19 +137,20 @@ class counted:
 
 
 def _pooled(rank: int) -> float:
-    """By how much pooled vectors of a table-wise `EmbeddingBagCollection` differ from rounded ones."""
+    """By how much pooled vectors of a table-wise `EmbeddingBagCollection` differ from rounded ones, on rank 0."""
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-    from dqrm.torchrec import codec_registry, fake_quantize_rows
+    from dqrm.torchrec import codec_registry, fake_quantize_rows, gather_tables
 
     sharder = EmbeddingBagCollectionSharder(fused_params=_fused(), qcomm_codecs_registry=codec_registry(DIM))
     module = _sharded(_collections(True), sharder, "table_wise")
-    tables, ids, _, _ = problem()
-    mine = ids[0, rank * BATCH : (rank + 1) * BATCH]
+    tables = dict(gather_tables(module))
+    mine = problem()[1][0, rank * BATCH : (rank + 1) * BATCH]
     found = module(_features(mine)).to_dict()
     sum(each.sum() for each in found.values()).backward()
-    wanted = [fake_quantize_rows(table[mine[:, t]]) for t, table in enumerate(tables)]
-    return max(float((found[f"f{t}"] - each).abs().max()) for t, each in enumerate(wanted))
+    wanted = {f"f{name[1:]}": fake_quantize_rows(table[mine[:, int(name[1:])]])
+              for name, table in tables.items() if table is not None}  # fmt: skip
+    return max((float((found[name] - each).abs().max()) for name, each in wanted.items()), default=0.0)
 
 
 def _refused(rank: int) -> str:
