@@ -66,7 +66,7 @@ class RowCommCodec(QuantizedCommCodec[None]):
 class _Unchanged(NoOpQuantizedCommCodec[None]):
     """FP32, as without a codec; the planner reads the dtype as an attribute, which TorchRec's own has as a method."""
 
-    quantized_dtype = torch.float32  # type: ignore[assignment]
+    quantized_dtype = torch.float32
 
 
 def codec_registry(

@@ -36,7 +36,7 @@ class EmbeddingCollectionSharder(theirs.EmbeddingCollectionSharder):
         fused_params: dict[str, Any] | None = None,
         use_index_dedup: bool = False,
     ) -> None:
-        self._codecs = {
+        self._codecs: dict[str, Any] = {
             "forward": forward, "backward": backward, "scale": scale, "stochastic": stochastic, "seed": seed,
         }  # fmt: skip
         # The planner reads the dtype on the wire only, and the dim is known once there is a module.
