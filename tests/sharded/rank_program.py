@@ -153,7 +153,7 @@ def _pooled(rank: int) -> float:
     return max((float((found[name] - each).abs().max()) for name, each in wanted.items()), default=0.0)
 
 
-def _refused(rank: int) -> str:
+def _refused(rank: int) -> list[str]:
     from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel
     from torchrec.distributed.types import ShardingEnv
 
@@ -165,11 +165,13 @@ def _refused(rank: int) -> str:
     from torchrec.distributed.embedding import EmbeddingCollectionSharder as theirs
 
     plan = construct_module_sharding_plan(collection, made, theirs(), RANKS, RANKS, "cpu")
-    try:
-        sharder.shard(collection, plan, ShardingEnv(RANKS, rank), torch.device("cpu"))
-    except UserError as error:
-        return str(error)
-    return ""
+    said = []
+    for env in (ShardingEnv(RANKS, rank), ShardingEnv(1, 0)):
+        try:
+            sharder.shard(collection, plan, env, torch.device("cpu"))
+        except UserError as error:
+            said.append(str(error))
+    return said
 
 
 def main(folder: Path) -> None:
