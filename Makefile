@@ -20,6 +20,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv "$(VENV)"
 	$(RUN) pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN) pip install --quiet --constraint constraints.txt --no-deps torchrec
 	touch "$@"
 
 demo: setup  ## INT4 against FP32 on a generated click log, at most 5 minutes

@@ -47,6 +47,8 @@ def test_the_code_of_a_page_runs(path, workspace, tmp_path, monkeypatch, capsys)
         pytest.skip("no code on this page")
     if any("onnx" in block.text for block in page):
         pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
+    if any("dqrm.torchrec" in block.text for block in page):
+        pytest.importorskip("torchrec", reason="the extra dqrm[torchrec] and TorchRec are not installed")
     if any("dqrm report" in block.text for block in page):
         pytest.importorskip("vl_convert", reason="the extra dqrm[report] is not installed")
     monkeypatch.chdir(shutil.copytree(workspace, tmp_path, dirs_exist_ok=True))

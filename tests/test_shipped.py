@@ -1,12 +1,15 @@
 """What we ship besides the package: the commands in the header of every configuration, the examples, the notebook."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -90,6 +93,19 @@ def test_scoring_service_answers_as_the_model_does(tmp_path):
 def test_onnx_elsewhere_gives_the_same_probabilities():
     pytest.importorskip("onnxruntime", reason="the extra dqrm[onnx] is not installed")
     assert example("onnx_elsewhere")["main"]() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrec_codec_learns():
+    if importlib.util.find_spec("torchrec") is None:
+        pytest.skip("the extra dqrm[torchrec] and TorchRec are not installed")
+    # A process of its own: its ranks import the file again.
+    command = [sys.executable, str(ROOT / "examples/torchrec_codec.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    before, after = re.fullmatch(r"loss (\S+) -> (\S+)", ended.stdout.strip().splitlines()[-1]).groups()
+    assert float(after) < 0.9 * float(before)
 
 
 @pytest.mark.slow

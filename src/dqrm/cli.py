@@ -12,7 +12,13 @@ from typing import Any
 import click
 
 from dqrm import __version__
-from dqrm.bench.config import BenchEmbeddingConfig, BenchExchangeConfig, BenchInferenceConfig, BenchStepConfig
+from dqrm.bench.config import (
+    BenchEmbeddingConfig,
+    BenchExchangeConfig,
+    BenchInferenceConfig,
+    BenchShardedConfig,
+    BenchStepConfig,
+)
 from dqrm.cli_report import report
 from dqrm.cli_serve import serve
 from dqrm.cli_studies import compare, demo, stopping, study, tune
@@ -353,6 +359,14 @@ def bench_inference(as_json: bool, **flags: Any) -> None:
 def bench_exchange(as_json: bool, **flags: Any) -> None:
     """Training steps of several ranks: what they send each other, and how long that takes, codec by codec."""
     _bench("exchange", build(BenchExchangeConfig, given(flags), "bench exchange"), as_json)
+
+
+@bench.command("sharded", cls=GroupedCommand, short_help="TorchRec's sharded tables: bytes and time per codec.")
+@_json
+@config_options(("What is measured", BenchShardedConfig))
+def bench_sharded(as_json: bool, **flags: Any) -> None:
+    """Training steps of tables that TorchRec shards: what their all-to-all sends, and how long that takes, by codec."""
+    _bench("sharded", build(BenchShardedConfig, given(flags), "bench sharded"), as_json)
 
 
 def _bench(kind: str, config: Any, as_json: bool) -> None:

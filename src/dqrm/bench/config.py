@@ -233,6 +233,45 @@ class BenchExchangeConfig:
         _check_names(self.variants, EXCHANGE_VARIANTS)
 
 
+SHARDED_VARIANTS = ("fp32", "int2", "int4", "int8")
+
+
+@dataclass(frozen=True)
+class BenchShardedConfig:
+    """What `dqrm bench sharded` measures."""
+
+    ranks: int = 2
+    """Processes that train together, one per rank."""
+    dim: tuple[int, ...] = (16, 64)
+    """Values per row, multiples of 4; several are measured one after the other."""
+    tables: int = 26
+    """Tables, one id each per sample."""
+    rows: int = 100_000
+    """Rows of each table."""
+    sharding: Literal["row_wise", "table_wise"] = "row_wise"
+    """How the tables are spread over the ranks."""
+    batch_size: int = 512
+    """Samples per step and rank."""
+    steps: int = 40
+    """Measured steps of each variant."""
+    warmup: int = 5
+    """Steps of each variant before the measured ones."""
+    variants: tuple[str, ...] = ("fp32", "int4")
+    """What to measure: fp32 (TorchRec without codecs), or int2, int4, int8 (rows forward; gradients INT8,
+    stochastically rounded)."""
+    threads: int = 1
+    """CPU threads of each rank."""
+    seed: int = 0
+    """Seed of weights, ids, rounding and the order of variants."""
+
+    def __post_init__(self) -> None:
+        at_least(self, ranks=2, tables=1, rows=1, batch_size=1, steps=1, warmup=1, threads=1, seed=0)
+        _check_sizes("dim", self.dim, "multiples of 4, as 16-64")
+        if any(dim % 4 for dim in self.dim):
+            raise ValueError(f"dim is {'-'.join(map(str, self.dim))!r}, expected multiples of 4, as 16-64 (FBGEMM)")
+        _check_names(self.variants, SHARDED_VARIANTS)
+
+
 def _check_scale(factor: float) -> None:
     if not 0 < factor <= 1:
         raise ValueError(f"rows_scale is {factor}, expected above 0 and at most 1")

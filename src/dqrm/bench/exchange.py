@@ -69,14 +69,14 @@ def run_exchange(
     with tempfile.TemporaryDirectory(prefix="dqrm-bench-") as folder:
         path = Path(folder)
         (path / "options.json").write_text(json.dumps(asdict(options)))
-        _run_ranks(path, hosts, progress)
+        run_ranks(path, hosts, progress, "dqrm.bench.exchange_rank")
         ranks = [json.loads((path / f"rank{rank}.json").read_text()) for rank in range(options.ranks)]
     about = machine(torch.device("cpu"), native()) | {"threads": options.threads}
     settings = {**asdict(options), "links": links, "table_rows": sum(table_rows)}
     return {"variants": _variants(options, ranks), "machine": about, "settings": settings}
 
 
-def _run_ranks(path: Path, hosts: Sequence[Host], progress: Progress) -> None:
+def run_ranks(path: Path, hosts: Sequence[Host], progress: Progress, module: str) -> None:
     """Start a process per rank and wait for all; the first that fails ends the others."""
     port = _NAMESPACE_PORT if hosts[0].prefix else _free_port()
     processes = []
@@ -87,7 +87,7 @@ def _run_ranks(path: Path, hosts: Sequence[Host], progress: Progress) -> None:
                 "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port),
                 "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1",
             }  # fmt: skip
-            command = [*host.prefix, sys.executable, "-m", "dqrm.bench.exchange_rank", str(path), host.interface]
+            command = [*host.prefix, sys.executable, "-m", module, str(path), host.interface]
             with (path / f"rank{host.rank}.log").open("wb") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         while running := [process for process in processes if process.poll() is None]:

@@ -148,7 +148,7 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
     while unfinished := [name for name in variants if done[name] < wanted[name]]:
         if world.first:
             slowest = min(unfinished, key=lambda name: done[name] / wanted[name])
-            _note(path, f"steps of {slowest}", done[slowest], wanted[slowest])
+            note(path, f"steps of {slowest}", done[slowest], wanted[slowest])
         for name in order.sample(unfinished, len(unfinished)):
             turn = min(1 if name == "dense" else _TURN, wanted[name] - done[name])
             items = [next(batches) for _ in range(turn)]
@@ -184,7 +184,7 @@ def measure(options: BenchExchangeConfig, path: Path, interface: str, world: Wor
     return figures
 
 
-def _note(path: Path, *progress: Any) -> None:
+def note(path: Path, *progress: Any) -> None:
     beside = path / "progress.partial"
     beside.write_text(json.dumps(progress))
     os.replace(beside, path / "progress.json")

@@ -90,6 +90,26 @@ def print_exchange(result: dict[str, Any]) -> None:
     _print_machine(result["machine"])
 
 
+def print_sharded(result: dict[str, Any]) -> None:
+    """What `run_sharded` measured."""
+    settings = result["settings"]
+    title = (
+        f"{settings['tables']} tables of {settings['rows']:,} rows, {settings['sharding']}, {settings['ranks']} ranks "
+        f"x batch {settings['batch_size']}, {settings['links']}: ms per step, bytes per step and rank"
+    )
+    columns = _times(1) | {
+        "forward": ("forward_bytes", None), "backward": ("backward_bytes", None), "kernel's": ("wire_bytes", None),
+        "fp32 / forward": ("forward_ratio", 2), "fp32 / backward": ("backward_ratio", 2),
+        "x fp32": ("ratio_to_fp32", 3),
+    }  # fmt: skip
+    _print_variants(title, columns, result["variants"])
+    results.print(
+        "Forward, backward: bytes of rows and of their gradients that a rank gives to all-to-all for other ranks. "
+        "Kernel's: all bytes\nsent, ids included, by the interface's counter. x fp32: the median of the rounds' ratios."
+    )
+    _print_machine(result["machine"])
+
+
 Columns = dict[str, tuple[str, int | None]]
 
 

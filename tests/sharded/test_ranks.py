@@ -1,0 +1,139 @@
+"""Two real ranks on TorchRec against INT4 QAT with row scales on one process: losses, tables, bytes, evaluation."""
+
+import importlib.util
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dqrm import QATConfig, QuantEmbeddingBagCollection
+from dqrm.quant.row_codec import RowCodec
+from launch_helpers import by_hand
+from sharded.rank_program import BATCH, CASES, DIM, RANKS, RATE, ROWS, STEPS, loss_of, problem
+
+TORCHREC = pytest.mark.skipif(
+    importlib.util.find_spec("torchrec") is None, reason="the extra dqrm[torchrec] and TorchRec are not installed"
+)
+pytestmark = [TORCHREC, pytest.mark.slow, pytest.mark.distributed]
+PROGRAM = (sys.executable, str(Path(__file__).with_name("rank_program.py")))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found, and the folder with the tensors."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with by_hand(folder / "log", (folder,), (folder,), program=PROGRAM) as launch:
+        for ended in launch.wait():
+            assert ended.code == 0, ended.err[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)], folder
+
+
+def one_process(case):
+    """Losses and tables of the same training on one process, in this package's own QAT where it has the format."""
+    tables, ids, labels, weights = problem()
+    options = CASES[case][1]
+    backward = options["backward"] and RowCodec(DIM, options["backward"])
+    starts = torch.tensor([0, *ROWS]).cumsum(0)
+    own = options.get("scale", "fp32") == "fp32"
+    bits = {None: 32, "int2": 2, "int4": 4}[options["forward"]]
+    qat = QATConfig(bits=bits if own else 32, table_granularity="row" if own and bits < 32 else "table")
+    model = QuantEmbeddingBagCollection(ROWS, DIM, _weight=torch.cat(tables), qat=qat).train()
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+
+    def sent(gradient):
+        """The gradient of the mean over one rank's samples, as the other ranks receive it."""
+        rows = (gradient * RANKS).reshape(-1, DIM)
+        return (backward.decode(backward.encode(rows)) / RANKS).view_as(gradient)
+
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        vectors = model(ids[step])
+        if not own:
+            vectors = RowCodec(DIM, options["forward"], options["scale"]).fake_quantize(vectors.view(-1, DIM))
+            vectors = vectors.view(-1, len(ROWS), DIM)
+        if backward:
+            vectors.register_hook(sent)
+        loss = loss_of(vectors, labels[step], weights)
+        loss.backward()
+        optimizer.step()
+        if bits < 32:
+            model.refresh_scale()
+        losses.append(float(loss))
+    return losses, [model.weight.detach()[first:last] for first, last in pairwise(starts)], model
+
+
+@pytest.mark.parametrize("case", ["row_wise", "table_wise", "forward_only", "int2_fp16", "fp32"])
+def test_losses_and_tables_are_those_of_one_process(found, case):
+    ranks, folder = found
+    losses, tables, _ = one_process(case)
+    assert ranks[0][case]["losses"] == ranks[1][case]["losses"]
+    assert losses[0] > losses[-1] + 0.05  # it learns, so equality says something
+    assert ranks[0][case]["losses"] == pytest.approx(losses, rel=1e-5)
+    stored = load_file(folder / f"{case}.safetensors")
+    for number, table in enumerate(tables):
+        torch.testing.assert_close(stored[f"t{number}"], table, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cases_differ(found):
+    """INT4, INT2 and FP32 do not give the same losses, nor do the two ways to round gradients."""
+    (first, _), _ = found
+    ends = {case: first[case]["losses"][-1] for case in ("row_wise", "forward_only", "stochastic", "int2_fp16", "fp32")}
+    assert len(set(ends.values())) == len(ends)
+
+
+def test_stochastic_rounding_of_gradients_follows_the_curve(found):
+    (first, _), _ = found
+    exact, rounded = first["forward_only"]["losses"], first["stochastic"]["losses"]
+    assert rounded == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("case", ["row_wise", "table_wise"])
+def test_evaluation_and_one_machine_use_the_scales_of_training(found, case):
+    """Rows that ranks receive in evaluation are bit for bit those of a collection of the gathered tables."""
+    _, folder = found
+    stored = load_file(folder / f"{case}.safetensors")
+    ids = problem()[1][0, :BATCH]
+    weight = torch.cat([stored[f"t{number}"] for number in range(len(ROWS))])
+    qat = QATConfig(bits=4, table_granularity="row")
+    model = QuantEmbeddingBagCollection(ROWS, DIM, _weight=weight, qat=qat).eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids), stored["evaluated"])
+    assert torch.equal(model.scale, RowCodec(DIM).scales(weight))
+
+
+def test_tables_are_gathered_on_the_first_rank_only(found):
+    (first, second), _ = found
+    assert first["row_wise"]["names"] == second["row_wise"]["names"] == ["t0", "t1", "t2"]
+    assert (first["row_wise"]["kept"], second["row_wise"]["kept"]) == ([True] * 3, [False] * 3)
+
+
+@pytest.mark.parametrize("plan", ["row_wise", "table_wise"])
+def test_bytes_at_the_collective(found, plan):
+    """Of all ranks: each looked-up row once in each direction, as many bytes as `row_bytes` says."""
+    ranks, _ = found
+    rows = STEPS * RANKS * BATCH * len(ROWS)
+    sent = {way: sum(rank[plan]["sent"][way] for rank in ranks) for way in ("forward", "backward")}
+    assert sent == {
+        "forward": rows * RowCodec(DIM, "int4").row_bytes, "backward": rows * RowCodec(DIM, "int8").row_bytes,
+    }  # fmt: skip
+    plain = {way: sum(rank["fp32"]["sent"][way] for rank in ranks) for way in ("forward", "backward")}
+    assert plain == {"forward": rows * 4 * DIM, "backward": rows * 4 * DIM}
+
+
+def test_pooled_all_to_all_is_compressed_as_well(found):
+    assert [rank["pooled"] for rank in found[0]] == [0.0, 0.0]
+
+
+def test_tables_whose_rows_would_not_pass_the_codec_are_refused(found):
+    for rank in found[0]:
+        assert rank["refused"] == [
+            "table 't0' is sharded data_parallel, expected table_wise or row_wise: only then its rows pass the codecs, "
+            "and whole",
+            "world size is 1, but TorchRec calls its codecs from 2 ranks on, so this would not be QAT; start 2 or more "
+            "ranks, or train without shards (dqrm.quant.embedding)",
+        ]
