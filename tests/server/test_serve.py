@@ -243,6 +243,20 @@ def test_the_queue_refuses_what_it_cannot_hold(served, expected, rows):
         assert client.json("POST", "/score", rows[0][:4])[0] == 200
 
 
+def test_values_too_large_for_the_model_are_refused_and_it_stays_ready(client, expected):
+    body = infer_body(expected[0], 0)
+    good = json.dumps(body)
+    body["inputs"][0]["data"] = [3e38, -3e38] * (len(body["inputs"][0]["data"]) // 2) + [3e38]
+    body["inputs"][0]["data"] = body["inputs"][0]["data"][: body["inputs"][0]["shape"][1]]
+    status, answer = client.json("POST", "/v2/models/m1/infer", body)
+    assert (status, answer["error"]) == (
+        400,
+        "these values have no finite probability: they are too large for the model",
+    )
+    assert client.json("GET", "/v2/health/ready")[0] == 200
+    assert client.json("POST", "/v2/models/m1/infer", json.loads(good))[0] == 200
+
+
 def test_a_model_without_vocabularies(served, expected, generated, tmp_path):
     config = dqrm.ExportConfig(vocabulary="none")
     dqrm.export_run(served[0].parent / "run1", tmp_path / "bare.dqrm", config)

@@ -118,8 +118,10 @@ def _type(value: Any, numeric: bool) -> Any:
 def _scored(version: Version, batch: Any) -> Scores:
     try:
         return version.score(batch)
-    except UserError as error:  # the model's fault and not the request's
-        version.failed = str(error)
+    except UserError as error:
+        if version.works():
+            raise Refusal(400, "these values have no finite probability: they are too large for the model") from None
+        version.failed = str(error)  # for good: the file was changed in place
         raise Refusal(503, f"{version.name} cannot score at present: {error}") from None
 
 

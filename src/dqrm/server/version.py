@@ -108,6 +108,14 @@ class Version:
             version.score(generate(opened.content["model"], rows))
         return version
 
+    def works(self) -> bool:
+        """Whether it still scores a row of ordinary values."""
+        try:
+            self.score(generate(self.opened.content["model"], 1))
+        except UserError:
+            return False
+        return True
+
     @cached_property
     def id(self) -> str:
         """See the class."""
