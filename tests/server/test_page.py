@@ -43,17 +43,17 @@ def test_examples_are_ids_that_the_model_knows(served, generated):
 def test_ids_that_are_hashed_have_no_examples(tmp_path):
     import polars as pl
 
-    log = pl.DataFrame({"click": [0, 1] * 50, "user": [f"u{number}" for number in range(100)]})
-    config = dqrm.PrepareConfig(label="click", categorical=("user",), vocabulary="hash", rows=16)
+    log = pl.DataFrame({"click": [0, 1] * 50, "user": [f"u{number}" for number in range(100)], "ad": ["a", "b"] * 50})
+    config = dqrm.PrepareConfig(label="click", categorical=("user", "ad"), vocabulary="hash", rows=16)
     data = dqrm.prepare(log, tmp_path / "data", config)
     dqrm.train(data, tmp_path / "run", tiny(max_steps=1, threads=1))
     dqrm.export_run(tmp_path / "run", tmp_path / "m.dqrm")
     with running(tmp_path / "m.dqrm") as client:
         assert client.json("GET", "/models")[1][0]["fields"] == [
-            {"name": "user", "number": False, "lists": False, "examples": []}
+            {"name": name, "number": False, "lists": False, "examples": []} for name in ("user", "ad")
         ]
-        _, answer = client.json("POST", "/score", {"user": "u3"})
-        assert close(answer["probabilities"], dqrm.load(tmp_path / "m.dqrm").score({"user": "u3"}))
+        _, answer = client.json("POST", "/score", {"user": "u3", "ad": "a"})
+        assert close(answer["probabilities"], dqrm.load(tmp_path / "m.dqrm").score([{"user": "u3", "ad": "a"}]))
 
 
 def test_the_policy_is_of_the_page():
