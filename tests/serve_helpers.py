@@ -158,7 +158,7 @@ class Threads:
         connection.close()
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=120):
     """Wait until it holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -184,7 +184,7 @@ def test_a_study_that_is_stopped_and_resumed_has_the_same_results(done, generate
         _, errors = study.communicate(timeout=120)
     if number == signal.SIGTERM:
         assert study.returncode == 130
-        assert "--resume continues" in errors
+        assert "--resume to continue" in errors
         assert "Traceback" not in errors
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and _trains(out):

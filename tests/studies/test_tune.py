@@ -123,7 +123,7 @@ def test_a_trial_that_was_cut_off_is_continued(optuna, generated, search_file, t
     monkeypatch.setattr(tune, "perform", cut)
     code, _, errors = command(capsys, *arguments)
     assert code == 130
-    assert "--resume continues" in errors
+    assert "--resume to continue" in errors
     before = Folder.open(out).variants
     code, _, errors = command(capsys, *arguments, "--resume")
     assert code == 0, errors
