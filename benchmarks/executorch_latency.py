@@ -1,6 +1,6 @@
 """Latency of one row in ExecuTorch and in ONNX Runtime, one thread each, and the sizes of the files; prints JSON.
 
-    python benchmarks/executorch_latency.py --rows-scale 0.05 --folder /tmp/latency
+    python benchmarks/executorch_latency.py --rows-scale 0.05 --folder latency
 
 Kaggle's layers with random weights. Blocks of calls alternate in one process. Needs dqrm[onnx] and dqrm[executorch].
 Files that are in the folder from an earlier call are used again.

@@ -125,3 +125,21 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{file.name}/{name}": t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()
     }
+
+
+_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+              "--disable-sync", "--no-first-run",
+              "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, headless."""
+    if _CHROMIUM is None:
+        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: dqrm[dev]")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=_CHROMIUM, args=_ARGUMENTS)
+        yield opened
+        opened.close()

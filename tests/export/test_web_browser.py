@@ -18,10 +18,6 @@ from dqrm.errors import UserError
 pytestmark = pytest.mark.slow
 pytest.importorskip("onnx", reason="the extra dqrm[onnx] is not installed")
 
-_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-              "--disable-sync", "--no-first-run",
-              "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
 _READY = 120_000  # milliseconds, on a machine that does other things
 _SCORE = """async (groups) => {
   const { Model } = await import("./dqrm.js");
@@ -59,17 +55,6 @@ def serve():
     for server in running:
         server.shutdown()
         server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if _CHROMIUM is None:
-        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: dqrm[dev]")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=_CHROMIUM, args=_ARGUMENTS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

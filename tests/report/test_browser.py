@@ -1,7 +1,6 @@
 """Pages in headless Chromium, opened from disk with the network off: drawn, readable, and broken by nothing."""
 
 import json
-import shutil
 
 import pytest
 
@@ -10,21 +9,7 @@ from report_helpers import HOSTILE, evaluation, histogram, write_run, write_stud
 
 pytestmark = pytest.mark.slow
 
-_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-              "--disable-sync", "--no-first-run"]  # fmt: skip
 _MARKS = ", ".join(f".mark-{kind}.role-mark > *" for kind in ("symbol", "line", "area", "rule"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if _CHROMIUM is None:
-        pytest.skip("there is no Chromium here (Debian: apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: dqrm[dev]")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=_CHROMIUM, args=_ARGUMENTS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
