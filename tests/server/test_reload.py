@@ -82,9 +82,9 @@ def test_a_file_that_cannot_be_loaded_changes_nothing(served, expected, tmp_path
         data = bytearray(served[1].read_bytes())
         for content in (data[: len(data) // 2], b"", bytes(data[:-1]) + bytes([data[-1] ^ 1])):
             broken.write_bytes(content)
-            os.replace(broken, live)
             failed = client.server.metrics.reloads.labels("live", "failed")._value
             count = failed.get()
+            os.replace(broken, live)
             wait_for(lambda failed=failed, count=count: failed.get() > count)
             time.sleep(0.1)
             assert failed.get() == count + 1  # once per file

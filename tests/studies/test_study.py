@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from statistics import mean, stdev
+from unittest.mock import patch
 
 import polars as pl
 import pytest
@@ -21,6 +22,7 @@ from dqrm.errors import UserError
 from dqrm.studies.folder import Folder, Result
 from dqrm.studies.plan import shipped
 from dqrm.training.launch import train
+from dqrm.training.metrics import METRICS
 from dqrm.training.run import Run
 from run_helpers import wait_for_checkpoint
 
@@ -234,6 +236,7 @@ def _trainer(out):
     raise AssertionError("no process holds the lock")
 
 
+@patch.dict(METRICS)
 def test_modules_that_a_study_names_are_imported_in_its_runs(generated, study_file, tmp_path, capsys):
     """A metric of the user's own decides which checkpoint is chosen, and is in the results."""
     (tmp_path / "metrics_of_mine.py").write_text(

@@ -162,8 +162,9 @@ class _OneTable(QuantizedTables):
         if dtype is None:  # encoded rows say that they are float32
             dtype = torch.float32 if given is None else given.dtype
         storage = storage_for(dtype) if isinstance(dtype, (torch.dtype, type)) else Storage
-        if storage is Storage or not (isinstance(dtype, torch.dtype) or issubclass(storage, Encoded)):
-            raise ValueError(f"dtype is {dtype!r}, expected {dtypes_of(Storage)}")
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if not floating and not issubclass(storage, Encoded):
+            raise ValueError(f"dtype is {dtype!r}, expected a floating-point dtype, or {dtypes_of(Encoded)}")
         if issubclass(storage, Encoded):
             drawn = given is None
             if given is None:
@@ -216,8 +217,8 @@ class QuantEmbedding(_OneTable, nn.Embedding):
     """`nn.Embedding` (its arguments, its `weight`) with looked-up rows fake-quantized to `bits` on one scale per table.
 
     Args:
-        dtype: torch.float32 or torch.bfloat16; or torch.int8 or torch.int4, which store the table in 8 bits
-            (`Int8Rows`) or 4 (`TieredRows`).
+        dtype: as of `nn.Embedding`; or torch.int8 or torch.int4, which store the table in 8 bits (`Int8Rows`) or 4
+            (`TieredRows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
@@ -233,8 +234,8 @@ class QuantEmbeddingBag(_OneTable, nn.EmbeddingBag):
     """`nn.EmbeddingBag` (modes sum and mean, all of its inputs, its `weight`) with rows fake-quantized before pooling.
 
     Args:
-        dtype: torch.float32 or torch.bfloat16; or torch.int8 or torch.int4, which store the table in 8 bits
-            (`Int8Rows`) or 4 (`TieredRows`).
+        dtype: as of `nn.EmbeddingBag`; or torch.int8 or torch.int4, which store the table in 8 bits (`Int8Rows`) or 4
+            (`TieredRows`).
         qat: a `QATConfig`; or its fields one by one, as `bits`, `quantizer`, `scale_refresh` and `scale_period`.
 
     Raises:
