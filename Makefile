@@ -13,7 +13,7 @@ SEEDS ?= 1
 OPTIONS ?=
 STUDIES := $(sort $(basename $(notdir $(wildcard src/dqrm/studies/shipped/*.yaml))))
 
-.PHONY: setup demo studies test test-slow lint docs clean
+.PHONY: setup demo studies test test-slow test-products lint docs clean
 
 setup: $(VENV)/.installed
 
@@ -38,10 +38,13 @@ studies/data: | $(VENV)/.installed
 	$(RUN) dqrm prepare studies/log.txt --layout criteo-kaggle -o studies/data
 
 test: setup  ## all that is quick, 10 to 15 minutes on 2 cores
-	$(TEST) -m 'not slow'
+	$(TEST) -m 'not slow and not product'
 
-test-slow: setup  ## the rest: full products of parameters
+test-slow: setup  ## what takes seconds each: processes that are killed, a browser, large tables
 	$(TEST) -m slow
+
+test-products: setup  ## full products of parameters, of which the others have each pair: before a change of a kernel
+	$(TEST) -m product
 
 lint: setup
 	$(RUN) ruff check .

@@ -1,7 +1,7 @@
 """Which cases of a test are quick: of a product of parameters, few in which every pair of values occurs.
 
 Most faults show with one value, nearly all of the rest with a pair of them. The others are the full product, which is
-marked `slow` and runs in CI.
+marked `product` and run by `make test-products`.
 """
 
 from collections.abc import Hashable, Iterable, Sequence

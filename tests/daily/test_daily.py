@@ -139,9 +139,9 @@ class Cut:
         return result
 
 
-@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
-    ("name", "at"), [("prepare", 2), ("write_json", 1), ("train", 2), ("export_run", 2), ("measure", 2)]
+    ("name", "at", "after"),
+    [("prepare", 2, True), ("write_json", 1, False), ("train", 2, True), ("export_run", 2, False), ("measure", 2, True)],
 )
 def test_cut_between_any_two_steps(logs, recipe, whole, tmp_path, monkeypatch, name, at, after):
     config = DailyConfig(keep=10, gate_margin=None)

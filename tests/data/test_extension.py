@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import cycle
 
 import numpy as np
 import polars as pl
@@ -31,8 +32,7 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("chunk_rows", [7, 1000])
+@pytest.mark.parametrize(("policy", "chunk_rows"), zip(POLICIES, cycle([7, 1000])), ids=str)
 def test_days_against_dicts(tmp_path, policy, chunk_rows):
     config = dataclasses.replace(CONFIG, chunk_rows=chunk_rows, **policy)
     names = ("user", "user*site", "tags")

@@ -37,8 +37,8 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("change", "reason"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED])
-@pytest.mark.parametrize("compress", [False, True])
-def test_malformed_lines_stop_or_are_skipped(tmp_path, monkeypatch, change, reason, compress):
+def test_malformed_lines_stop_or_are_skipped(tmp_path, monkeypatch, change, reason):
+    compress = len(reason) % 2 == 0  # of the two kinds of files each has some
     monkeypatch.setattr(lines, "_BLOCK", 4000)
     rows = criteo_lines(100)
     bad = [*rows[:62], change(rows[62]), *rows[63:]]

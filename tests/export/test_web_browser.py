@@ -142,6 +142,11 @@ def test_the_same_on_criteo(generated, tmp_path, serve, open_page, hashed):
     assert_scores(open_page(serve(folder)[0]), dqrm.load(tmp_path / "m.dqrm"), rows)
 
 
+def shown(page, selector):
+    page.locator(selector).wait_for()
+    return page.locator(selector).inner_text()
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "light"), (360, "dark")])
 def test_the_form_scores_a_row_and_fits_the_screen(table, serve, open_page, width, scheme):
     folder, model, _ = table
@@ -157,11 +162,11 @@ def test_the_form_scores_a_row_and_fits_the_screen(table, serve, open_page, widt
     assert all(box["height"] >= 38 for box in (each.bounding_box() for each in page.locator("input").all()))
     page.fill("input[name=price]", "cheap")
     page.click("button[type=submit]")
-    assert page.locator("#wrong").inner_text().startswith('column price holds "cheap", expected')
+    assert shown(page, "#wrong").startswith('column price holds "cheap", expected')
     page.click("#scoring summary")
     page.fill("#json", json.dumps([row, row]))
     page.click("#score-json")
-    assert float(page.locator("#results").inner_text().split()[0]) == pytest.approx(model.score(row)[0], abs=1e-6)
+    assert float(shown(page, "#results").split()[0]) == pytest.approx(model.score(row)[0], abs=1e-6)
 
 
 def test_loaded_once_it_opens_without_a_server(table, serve, open_page):
