@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests and all that they import are no garbage: looking through them takes 0.1 s and more each time."""
+    """Thousands of tests and all that they import are no garbage: looking through them takes 0.1 s or more."""
     gc.collect()
     gc.freeze()
 

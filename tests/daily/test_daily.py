@@ -141,7 +141,13 @@ class Cut:
 
 @pytest.mark.parametrize(
     ("name", "at", "after"),
-    [("prepare", 2, True), ("write_json", 1, False), ("train", 2, True), ("export_run", 2, False), ("measure", 2, True)],
+    [
+        ("prepare", 2, True),
+        ("write_json", 1, False),
+        ("train", 2, True),
+        ("export_run", 2, False),
+        ("measure", 2, True),
+    ],
 )
 def test_cut_between_any_two_steps(logs, recipe, whole, tmp_path, monkeypatch, name, at, after):
     config = DailyConfig(keep=10, gate_margin=None)
