@@ -17,7 +17,7 @@ def case(*grid, rtol=0.0, atol=0.0):
         quick = set(pairwise(grid))
         for number, point in enumerate(grid):
             name = "-".join(getattr(value, "__name__", str(value)) for value in (function, *point))
-            marks = () if number in quick else pytest.mark.slow
+            marks = () if number in quick else pytest.mark.product
             CASES.append(pytest.param(function, point, (rtol, atol), id=name, marks=marks))
         return function
 

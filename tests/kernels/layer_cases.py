@@ -117,6 +117,19 @@ def unpack_nibbles(count):
     return kernels.unpack_nibbles(plain.pack_nibbles(nibbles(count)), count), nibbles(count)
 
 
+ROWS = [*product([(0, 3), (1, 1), (9, 5), (7, 16), (1500, 16), (300, 64)], [2, 4, 8], [False, True])]
+
+
+@case(*(((*row, seed)) for row, seed in product(ROWS, [None, 7, 2**32 - 1])))
+def pack_rows(shape, bits, half, seed):
+    return (kernels.pack_rows(random_rows(*shape) * 10 ** (random_rows(shape[0], 1, seed=1) * 6), bits, half, seed),)
+
+
+@case(*ROWS)
+def unpack_rows(shape, bits, half):
+    return (kernels.unpack_rows(plain.pack_rows(random_rows(*shape), bits, half, 3), shape[1], bits, half),)
+
+
 FORMATS = [(torch.int8, 4), (torch.int8, 8), (BF16, 0), (FP32, 0)]
 MESSAGES = [*product([0, 1, 9, 70_000], [False, True], FORMATS, [None, 7])]
 

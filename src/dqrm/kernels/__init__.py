@@ -358,3 +358,20 @@ def decode_rows(
 ) -> tuple[Tensor, Tensor]:
     """The inverse: rows int64 [U] and values float32 [U, dim]."""
     return choose("decode_rows", message, bounds).decode_rows(message, bounds, widths, dim, per_row, dtype, bits)
+
+
+@_operation
+def pack_rows(values: Tensor, bits: int, half: bool, seed: int | None) -> Tensor:
+    """Messages of `quant.row_codec`: rows float32 [N, dim] as uint8 [N, ceil(dim * bits / 8) + 2 or 4].
+
+    Args:
+        bits: 2, 4 or 8. half: a scale in FP16, rounded up, instead of FP32. seed: of stochastic rounding, below 2**32;
+            None: half to even.
+    """
+    return choose("pack_rows", values).pack_rows(values, bits, half, seed)
+
+
+@_operation
+def unpack_rows(message: Tensor, dim: int, bits: int, half: bool) -> Tensor:
+    """The inverse: float32 [N, dim]."""
+    return choose("unpack_rows", message).unpack_rows(message, dim, bits, half)

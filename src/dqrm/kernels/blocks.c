@@ -225,3 +225,94 @@ EXPORT int dqrm_decode_rows(const uint8_t *message, int64_t count, int64_t dim, 
     free(codes);
     return 0;
 }
+
+/* ---- rows with their own scale behind them: messages of `quant/row_codec.py` ------------------------------------- */
+
+/* Scales as FP16: the smallest number that is not below, at most the largest one; infinity and NaN stay. */
+static inline uint16_t half_above(float x) {
+    if (!(x < 65504.0f)) return x <= float_of(0x7f7fffff) ? 0x7bff : x == x ? 0x7c00 : 0x7e00;
+    if (x < 0x1p-14f) return (uint16_t)ceilf(x * 0x1p24f);
+    return (uint16_t)((bits_of(x) - (112u << 23) + 0x1fff) >> 13);
+}
+static inline float of_half(uint16_t h) { /* not negative */
+    if (h < 0x400) return (float)h * 0x1p-24f;
+    return h < 0x7c00 ? float_of(((uint32_t)h << 13) + (112u << 23)) : float_of(0x7f800000 | (uint32_t)(h & 0x3ff) << 13);
+}
+
+static inline __attribute__((always_inline)) void pack_row(const float *restrict x, int64_t dim, int bits, float scale,
+                                                           int random, uint32_t seed, uint32_t position,
+                                                           uint8_t *restrict out) {
+    int64_t width = (dim * bits + 7) / 8;
+    float low = -(float)(1 << (bits - 1)), high = -low - 1;
+    int finite = (bits_of(scale) & 0x7f800000) != 0x7f800000;
+    for (int part = 0; part * bits < 8; part++) {
+        const float *from = x + part * width;
+        int64_t left = dim - part * width, n = !finite || left < 0 ? 0 : left < width ? left : width;
+        for (int64_t j = n; j < width; j++) /* code 0 */
+            out[j] = (uint8_t)((part ? out[j] : 0) | (1 << (bits - 1)) << (bits * part));
+        for (int64_t j = 0; j < n; j++) {
+            float q = from[j] / scale;
+            q = random ? floorf(q + uniform_of(position + (uint32_t)(part * width + j), seed)) : rintf(q);
+            q = q < low ? low : q;
+            q = (q > high ? high : q) - low;
+            out[j] = (uint8_t)((part ? out[j] : 0) | (uint32_t)(int32_t)q << (bits * part));
+        }
+    }
+}
+
+/* Row i [dim] as packed codes and its scale, in FP16 if `half`; random: as in dqrm_quantize_blocks, of position i * dim + d. */
+EXPORT void dqrm_pack_rows(const float *x, int64_t count, int64_t dim, int bits, int half, int random, uint32_t seed,
+                           uint8_t *out, int threads) {
+    int64_t width = (dim * bits + 7) / 8, size = width + (half ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t i = 0; i < count; i++) {
+        const float *row = x + i * dim;
+        uint8_t *to = out + i * size;
+        float scale = scale_of(max_bits_of(row, 0, dim), (1 << (bits - 1)) - 1);
+        if (half) {
+            uint16_t sent = half_above(scale);
+            scale = of_half(sent);
+            memcpy(to + width, &sent, 2);
+        } else {
+            memcpy(to + width, &scale, 4);
+        }
+        uint32_t position = (uint32_t)(i * dim);
+        if (bits == 4 && !random && dim == 16) pack_row(row, 16, 4, scale, 0, 0, 0, to);
+        else if (bits == 4 && !random) pack_row(row, dim, 4, scale, 0, 0, 0, to);
+        else if (bits == 8 && random && dim == 16) pack_row(row, 16, 8, scale, 1, seed, position, to);
+        else if (bits == 8 && random) pack_row(row, dim, 8, scale, 1, seed, position, to);
+        else pack_row(row, dim, bits, scale, random, seed, position, to);
+    }
+}
+
+static inline __attribute__((always_inline)) void unpack_row(const uint8_t *restrict from, int64_t dim, int bits, float scale,
+                                                             float *restrict out) {
+    int64_t width = (dim * bits + 7) / 8;
+    int mask = (1 << bits) - 1, middle = 1 << (bits - 1);
+    for (int part = 0; part * bits < 8; part++) {
+        int64_t left = dim - part * width, n = left < width ? left : width;
+        for (int64_t j = 0; j < n; j++)
+            out[part * width + j] = (float)((from[j] >> (bits * part) & mask) - middle) * scale;
+    }
+}
+
+/* The inverse. */
+EXPORT void dqrm_unpack_rows(const uint8_t *message, int64_t count, int64_t dim, int bits, int half, float *out,
+                             int threads) {
+    int64_t width = (dim * bits + 7) / 8, size = width + (half ? 2 : 4);
+#pragma omp parallel for num_threads(threads) if (count * dim > LITTLE)
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t *from = message + i * size;
+        float *to = out + i * dim, scale;
+        uint16_t sent;
+        if (half) {
+            memcpy(&sent, from + width, 2);
+            scale = of_half(sent);
+        } else {
+            memcpy(&scale, from + width, 4);
+        }
+        if (bits == 4 && dim == 16) unpack_row(from, 16, 4, scale, to);
+        else if (bits == 8 && dim == 16) unpack_row(from, 16, 8, scale, to);
+        else unpack_row(from, dim, bits, scale, to);
+    }
+}

@@ -40,6 +40,8 @@ _DTYPES: dict[str, Any] = {
     "unpack_nibbles": (_U8,),
     "encode_rows": (_I64, _F32, _F32, _I64),
     "decode_rows": (_U8, _I64),
+    "pack_rows": (_F32,),
+    "unpack_rows": (_U8,),
 }
 
 
@@ -83,6 +85,8 @@ _PROTOTYPES = {
     "unpack_nibbles": "plpi -",
     "encode_rows": "ppllppliiipiuppi i",
     "decode_rows": "pllppliiippi i",
+    "pack_rows": "plliiiupi -",
+    "unpack_rows": "plliipi -",
 }
 _functions: dict[str, Any] = {}
 

@@ -338,3 +338,16 @@ def decode_rows(
     ):
         raise MemoryError("decoding rows needs more memory than is available")
     return rows, values
+
+
+def pack_rows(values: Tensor, bits: int, half: bool, seed: int | None) -> Tensor:
+    count, dim = values.shape
+    out = torch.empty(count, -(-dim * bits // 8) + (2 if half else 4), dtype=torch.uint8)
+    call("pack_rows", values, count, dim, bits, half, seed is not None, seed or 0, out)
+    return out
+
+
+def unpack_rows(message: Tensor, dim: int, bits: int, half: bool) -> Tensor:
+    out = torch.empty(len(message), dim)
+    call("unpack_rows", message, len(message), dim, bits, half, out)
+    return out

@@ -347,3 +347,35 @@ def decode_rows(
         stored = stored[: blocks.total * dtype.itemsize].view(dtype)
     decode_blocks(stored, blocks, values.view(-1), scale)
     return rows, values
+
+
+# ---- rows with their own scale behind them
+
+
+def half_above(scale: Tensor) -> Tensor:
+    """Scales float32 as float16: the smallest that is not below, at most the largest one; infinity and NaN stay."""
+    most = torch.finfo(torch.float16).max
+    sent = torch.where(scale.isfinite(), scale.clamp(max=most), scale).half()
+    # Above 0, the next larger number is the next larger integer.
+    up = (sent.float() < scale) & (sent < most)
+    return (sent.view(torch.int16) + up.to(torch.int16)).view(torch.float16)
+
+
+def pack_rows(values: Tensor, bits: int, half: bool, seed: int | None) -> Tensor:
+    low, high = limits(bits)
+    scale = scale_of(values.abs().amax(1), high) if len(values) else values.new_empty(0)
+    sent = half_above(scale) if half else scale
+    ratios = values / sent.float()[:, None]
+    if seed is None:
+        ratios.round_()
+    else:
+        ratios.add_(uniform(torch.arange(values.numel(), device=values.device).view(values.shape), seed)).floor_()
+    codes = torch.where(sent.isfinite()[:, None], ratios.clamp_(low, high), 0.0).to(torch.int8)
+    return torch.cat([pack(codes, bits), sent[:, None].view(torch.uint8)], 1)
+
+
+def unpack_rows(message: Tensor, dim: int, bits: int, half: bool) -> Tensor:
+    width = -(-dim * bits // 8)
+    sent = message[:, width:].clone(memory_format=torch.contiguous_format)
+    scale = sent.view(torch.float16 if half else torch.float32).float()
+    return unpack(message[:, :width], bits, dim) * scale

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dqrm import kernels
-from dqrm.kernels import Blocks, GroupMap
-from dqrm.quant.packing import pack, packed_width
+from dqrm.kernels import Blocks
+from dqrm.kernels.plain import half_above
+from dqrm.quant.packing import packed_width
 from dqrm.quant.uniform import check_dtype, fake_quantize
 
 CODECS: dict[str, int] = {"int2": 2, "int4": 4, "int8": 8}
@@ -67,7 +68,9 @@ class RowCodec:
             ValueError: values of the wrong dtype or shape.
         """
         values = self._checked(values)
-        return self._representable(kernels.block_scales(values.view(-1), self._blocks(values), self.bits))
+        blocks = Blocks.of_rows(torch.tensor([len(values)], device=values.device), self.dim, per_row=True)
+        scales = kernels.block_scales(values.view(-1), blocks, self.bits)
+        return half_above(scales).float() if self.scale == "fp16" else scales
 
     def encode(self, values: Tensor, seed: int = 0) -> Tensor:
         """Values float32 [N, dim] as uint8 [N, row_bytes].
@@ -79,11 +82,7 @@ class RowCodec:
             ValueError: values of the wrong dtype or shape.
         """
         values = self._checked(values)
-        flat, blocks = values.view(-1), self._blocks(values)
-        scale = self._representable(kernels.block_scales(flat, blocks, self.bits))
-        codes = kernels.quantize_blocks(flat, blocks, scale, self.bits, None, seed if self.stochastic else None)
-        sent = scale.to(SCALES[self.scale])[:, None].view(torch.uint8)
-        return torch.cat([self._packed(codes.view(values.shape)), sent], 1)
+        return kernels.pack_rows(values, self.bits, self.scale == "fp16", seed if self.stochastic else None)
 
     def decode(self, message: Tensor) -> Tensor:
         """The inverse: uint8 [N, row_bytes] as float32 [N, dim].
@@ -94,14 +93,7 @@ class RowCodec:
         check_dtype("message", message, torch.uint8)
         if message.ndim != 2 or message.shape[1] != self.row_bytes:
             raise ValueError(f"message is {list(message.shape)}, expected [N, {self.row_bytes}]")
-        count, width = len(message), packed_width(self.dim, self.bits)
-        codes = message[:, :width].contiguous()
-        sent = message[:, width:].clone(memory_format=torch.contiguous_format).view(SCALES[self.scale])
-        ids = torch.arange(count, device=message.device)
-        zero = ids.new_zeros(1)
-        each = GroupMap(zero, zero, 0)
-        scale = sent[:, 0].float()
-        return kernels.lookup_packed(ids, zero, zero + count, codes, self.bits, scale, self.dim, None, each)[0]
+        return kernels.unpack_rows(message.contiguous(), self.dim, self.bits, self.scale == "fp16")
 
     def fake_quantize(self, values: Tensor) -> Tensor:
         """Values float32 [N, dim] as a receiver decodes them, rounded half to even whatever `stochastic` says.
@@ -112,24 +104,6 @@ class RowCodec:
             ValueError: values of the wrong dtype or shape.
         """
         return fake_quantize(values, self.scales(values.detach())[:, None], self.bits)
-
-    def _packed(self, codes: Tensor) -> Tensor:
-        """`packing.pack`, by compiled code where that has it: the halves of all rows are those of one long row."""
-        if self.bits != 4 or self.dim % 2:
-            return pack(codes, self.bits)
-        halves = codes.view(len(codes), 2, self.dim // 2).transpose(0, 1)
-        return kernels.pack_nibbles(halves.reshape(-1)).view(len(codes), self.dim // 2)
-
-    def _representable(self, scale: Tensor) -> Tensor:
-        if self.scale == "fp32":
-            return scale
-        sent = torch.where(scale.isfinite(), scale.clamp(max=torch.finfo(torch.float16).max), scale).half()
-        # Above 0, the next larger number is the next larger integer.
-        up = (sent.float() < scale) & (sent < torch.finfo(torch.float16).max)
-        return (sent.view(torch.int16) + up.to(torch.int16)).view(torch.float16).float()
-
-    def _blocks(self, values: Tensor) -> Blocks:
-        return Blocks.of_rows(torch.tensor([len(values)], device=values.device), self.dim, per_row=True)
 
     def _checked(self, values: Tensor) -> Tensor:
         check_dtype("values", values, torch.float32)
