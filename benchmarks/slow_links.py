@@ -1,6 +1,7 @@
 """`dqrm bench exchange` on hosts with slow links: `python benchmarks/slow_links.py 1gbit --ranks=4 --rows-scale=1`.
 
-After the rate come the flags of `dqrm bench exchange`, as --name=value; needs Linux and root. Each rank runs in a
+After the rate come the flags of `dqrm bench exchange`, as --name=value; or `sharded` and the flags of `dqrm bench
+sharded`: `python benchmarks/slow_links.py 100mbit sharded --dim=64`. Needs Linux and root. Each rank runs in a
 network namespace of its own with one interface; one namespace more holds a Linux bridge, the switch. The machine's own
 network is left alone: every interface is made inside these. Both directions of a link are limited by a token bucket (tc
 tbf), in the host for what it sends and at the switch for what it receives, where up to 50 ms of traffic may wait.
@@ -18,12 +19,14 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from dqrm.bench.config import BenchExchangeConfig
+from dqrm.bench.config import BenchExchangeConfig, BenchShardedConfig
 from dqrm.bench.exchange import Host, run_exchange
-from dqrm.bench.report import print_exchange
+from dqrm.bench.report import print_exchange, print_sharded
+from dqrm.bench.sharded import run_sharded
 from dqrm.errors import UserError
 from dqrm.options import build
 
@@ -122,12 +125,23 @@ def _remove(names: list[str]) -> None:
     subprocess.run(command, input=batch, capture_output=True, text=True, start_new_session=True, check=False)
 
 
-def main(rate: str, *flags: str) -> None:
+BENCHMARKS: dict[str, tuple[type[Any], Callable[..., Any], Callable[..., Any]]] = {
+    "exchange": (BenchExchangeConfig, run_exchange, print_exchange),
+    "sharded": (BenchShardedConfig, run_sharded, print_sharded),
+}
+"""By the verb of `dqrm bench`: its options, what measures, and what prints that."""
+
+
+def main(rate: str, *words: str) -> None:
     """Measure and print."""
+    verb, flags = (words[0], words[1:]) if words and not words[0].startswith("-") else ("exchange", words)
+    if verb not in BENCHMARKS:
+        raise UserError(f"slow_links measures {' or '.join(BENCHMARKS)}, got {verb!r}")
+    config, measure, show = BENCHMARKS[verb]
     values = dict(flag.removeprefix("--").replace("-", "_").split("=", 1) for flag in flags)
-    options = build(BenchExchangeConfig, values, "slow_links")
+    options = build(config, values, "slow_links")
     with hosts(options.ranks, rate) as places:
-        print_exchange(run_exchange(options, hosts=places, links=f"links of {rate}"))
+        show(measure(options, hosts=places, links=f"links of {rate}"))
 
 
 if __name__ == "__main__":

@@ -236,3 +236,8 @@ def test_two_networks_at_once():
 def test_the_benchmark_on_slow_links(capsys):
     slow_links.main(RATE, "--ranks=2", "--rows-scale=0.0001", "--steps=2", "--warmup=1", "--variants=int8")
     assert "2 ranks x batch 128, links of 100mbit" in capsys.readouterr().out
+
+
+def test_another_benchmark_is_refused():
+    with pytest.raises(UserError, match="slow_links measures exchange or sharded, got 'shraded'"):
+        slow_links.main("100mbit", "shraded", "--ranks=2")
