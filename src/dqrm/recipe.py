@@ -53,7 +53,7 @@ def left_open(section: str, given: Mapping[str, Any], tables: str | None) -> dic
     if section != "quantization":
         return {}
     bits = given.get("table_bits", given.get("bits"))
-    by_row = {"table_granularity": "row"} if rows and bits != 32 else {}
+    by_row = {"table_granularity": "row"} if rows and str(bits) != "32" else {}  # a flag's value is a string
     return quantization(by_row | dict(given)) | by_row
 
 

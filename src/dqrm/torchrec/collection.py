@@ -75,7 +75,9 @@ class ShardedTables(TableLayout):
         bits = qat.effective_table_bits
         self.bits, self.training_bits, self._world = bits, None, world
         self.weight = nn.Parameter(torch.empty(0, embedding_dim))
-        self.weight_fake_quantizer = new_quantizer(qat, bits, Groups.of_tables(qat, (), ()))
+        here = self.table_rows if bits == 32 else ()  # of tables that are not quantized a state dict has unset scales
+        groups = Groups.of_tables(qat, here, tuple(bits for _ in here))
+        self.weight_fake_quantizer = new_quantizer(qat, bits, groups)
         forward = None if bits == 32 else f"int{bits}"
         sharder = EmbeddingCollectionSharder(
             forward, backward, stochastic=stochastic, seed=seed, fused_params=dict(fused)

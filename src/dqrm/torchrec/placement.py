@@ -102,7 +102,7 @@ class Sharded(Placement):
 
     # Checkpoints.
 
-    def _columns(self, model: ClickModel, optimizers: Sequence[Any]) -> dict[tuple[str, str], ShardedRows]:
+    def _columns(self, model: ClickModel, optimizers: Sequence[Any] = ()) -> dict[tuple[str, str], ShardedRows]:
         """What a checkpoint has of the tables and is on several ranks, by file and name."""
         columns = {(WEIGHTS, _WEIGHT): model.tables.weights}
         if model.tables.scales is not None:
@@ -141,7 +141,7 @@ class Sharded(Placement):
         def load() -> None:
             if verify:
                 verify_checkpoint(checkpoint, WEIGHTS)
-            load_weights(checkpoint, model, skip=(_WEIGHT, _SCALE))
+            load_weights(checkpoint, model, skip=[name for file, name in self._columns(model) if file == WEIGHTS])
 
         self.world.together(lambda: load() if self.world.first else None)
         share_weights(self.world, model)

@@ -27,6 +27,8 @@ def _requirements(config: Config) -> Iterator[tuple[str, Any, bool, str]]:
     yield "table_granularity", qat.table_granularity, by_row, "'row': each row is sent with its scale"
     small = qat.small_table_bits
     yield "small_table_bits", small, small is None, "none: all tables pass one codec"
+    fresh = bits == 32 or qat.scale_refresh == "running_max"
+    yield "scale_refresh", qat.scale_refresh, fresh, "'running_max': the scale of a row follows from it"
     yield "quantizer", qat.quantizer, qat.quantizer == "max", "'max'"
     yield "table_qscheme", qat.table_qscheme, qat.table_qscheme == "symmetric", "'symmetric'"
     yield "forward_rounding", qat.forward_rounding, qat.forward_rounding == "nearest", "'nearest'"
