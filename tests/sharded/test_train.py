@@ -5,7 +5,9 @@ import importlib.util
 import shutil
 import signal
 import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -97,6 +99,21 @@ def test_a_streamed_tensor_is_written_as_any_other_and_read_by_the_row(tmp_path)
     part = torch.empty(2, 4)
     read_tensor(tmp_path / "a.safetensors", "rows", part, skip=5 * 16)
     assert torch.equal(part, values[5:7])
+
+
+def test_a_streamed_tensor_is_in_memory_by_the_piece(tmp_path):
+    made, most = [], 0
+
+    def pieces():
+        nonlocal most
+        for _ in range(20):
+            memory = np.zeros(8, np.float32)
+            made.append(weakref.ref(memory))
+            most = max(most, sum(each() is not None for each in made))
+            yield torch.from_numpy(memory)
+
+    save_file({"rows": Streamed((160,), torch.float32, pieces)}, tmp_path / "a.safetensors", {})
+    assert 1 <= most <= 4  # one is written, one is hashed
 
 
 # Ranks.

@@ -90,7 +90,7 @@ class ShardedTables(TableLayout):
         self.rows_of = partial(ShardedRows, shards, world=world)
         self.weights = self.rows_of((embedding_dim,))
         codec = None if bits == 32 else RowCodec(embedding_dim, f"int{bits}")
-        self.scales = None if codec is None else self.rows_of((), encode=codec.scales)
+        self.scales = None if codec is None else self.rows_of((), encode=codec.scales, width=embedding_dim)
 
     def _shard(self, sharder: EmbeddingCollectionSharder, world: World) -> Any:
         configs = [

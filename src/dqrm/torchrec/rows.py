@@ -45,7 +45,7 @@ class ShardedRows:
     Args:
         shards: all of them. shape: of a row in a checkpoint; on its rank it has as many values.
         world: the ranks; its methods are called on all of them, but for `local`.
-        encode: what a rank sends in place of its rows [N, ...], as values [N, *shape].
+        encode: what a rank sends in place of its rows [N, width], as values [N, *shape].
     """
 
     def __init__(
@@ -54,10 +54,12 @@ class ShardedRows:
         shape: Sequence[int],
         world: World,
         encode: Callable[[Tensor], Tensor] | None = None,
+        width: int = 1,
     ) -> None:
         self.shards = sorted(shards, key=lambda shard: shard.first)
         self.world, self._encode = world, encode
         self.row_shape = tuple(shape)
+        self._rows_at_once = max(1, PIECE // (4 * max(width, torch.Size(self.row_shape).numel())))
         self.count = sum(shard.length for shard in shards)
 
     @property
@@ -75,10 +77,8 @@ class ShardedRows:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """The rows that are sent at a time, as (first, last + 1)."""
-        values = torch.Size(self.row_shape).numel()
-        step = max(1, PIECE // (4 * values))
-        for first in range(0, self.count, step):
-            yield first, min(first + step, self.count)
+        for first in range(0, self.count, self._rows_at_once):
+            yield first, min(first + self._rows_at_once, self.count)
 
     @torch.no_grad()
     def gather(self, first: int, last: int) -> Tensor | None:

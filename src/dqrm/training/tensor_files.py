@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def save_file(tensors: Mapping[str, Tensor | Streamed], path: Path, files: dict[
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as thread, open(path, "wb") as file:
         hashing: Future[None] | None = None
-        for piece in (len(header).to_bytes(8, "little") + header, *_pieces(tensors[name] for name in order)):
+        for piece in chain([len(header).to_bytes(8, "little") + header], _pieces(tensors[name] for name in order)):
             if hashing is not None:
                 hashing.result()  # one at a time, in order, while the next is being written
             hashing = thread.submit(digest.update, piece)
