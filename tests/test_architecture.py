@@ -20,7 +20,7 @@ ALLOWED = {
     "export": {"training", "models", "quant", "data"} | BASE,
     "serving": {"export", "training", "models", "quant", "data"} | BASE,
     "server": {"serving", "export", "models", "data"} | BASE,
-    "torchrec": {"distributed", "quant", "errors"},
+    "torchrec": {"distributed", "training", "models", "quant", "data"} | BASE,
     "bench": {"torchrec", "distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
     "daily": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
     "studies": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,

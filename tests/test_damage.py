@@ -262,12 +262,12 @@ def test_all_dtypes_are_written_as_safetensors_reads_them(tmp_path):
     import torch
     from safetensors.torch import load_file
 
-    from dqrm.training import checkpoints
+    from dqrm.training import checkpoints, tensor_files
 
-    tensors = {str(dtype): torch.arange(7).to(dtype) for dtype in checkpoints._DTYPES}
+    tensors = {str(dtype): torch.arange(7).to(dtype) for dtype in tensor_files._DTYPES}
     tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "turned": torch.arange(6.0).view(2, 3).t()}
     files = {}
-    checkpoints.save_file(tensors, tmp_path / "x.safetensors", files)
+    tensor_files.save_file(tensors, tmp_path / "x.safetensors", files)
     found = load_file(tmp_path / "x.safetensors")
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)

@@ -18,6 +18,12 @@ from dqrm.models.config import ModelConfig
 from dqrm.options import at_least, build, check_device, coerce, did_you_mean, field_types, read_yaml
 from dqrm.quant.config import HOT_ROWS, STORAGES, QATConfig, check_registered
 
+PLACEMENTS: dict[str, Any] = {
+    "replicated": "dqrm.training.placement.Placement",
+    "sharded": "dqrm.torchrec.placement.Sharded",
+}
+"""What a TrainingConfig can name as `tables`: a `training.placement.Placement`, or where it is."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -169,6 +175,9 @@ class TrainingConfig:
     (half, the same, and --hot-rows in int8), all three updated with stochastic rounding."""
     hot_rows: float = HOT_ROWS
     """With --table-dtype int4: the share of rows, those updated most often, that are kept in int8; 0 to 0.5."""
+    tables: str = "replicated"
+    """Where the tables are: replicated (whole on each rank), or sharded over the ranks by TorchRec, with INT4 rows and
+    INT8 gradients on the wire (`pip install 'dqrm[torchrec]'`; docs/guides/sharded.md)."""
     seed: int = 0
     """Seed of the initial weights and of the order of samples."""
 
@@ -184,6 +193,7 @@ class TrainingConfig:
         )  # fmt: skip
         object.__setattr__(self, "callbacks", recipe.callbacks(self.callbacks))  # what is stored is the whole list
         check_registered("table_dtype", self.table_dtype, STORAGES)
+        check_registered("tables", self.tables, PLACEMENTS)
         if not 0 <= self.hot_rows <= 0.5:
             raise ValueError(f"hot_rows is {self.hot_rows}, expected 0 to 0.5 of the rows")
         if self.hot_rows != HOT_ROWS and self.table_dtype != "int4":
@@ -238,12 +248,13 @@ class Config:
             UserError: an unknown section or field, a value of the wrong type, an impossible combination.
         """
         built = {}
-        checked: dict[str, dict[str, Any]] = {"quantization": {}} | _checked(sections, where)
+        checked: dict[str, dict[str, Any]] = {"quantization": {}, "exchange": {}} | _checked(sections, where)
+        tables = checked.get("training", {}).get("tables")
         for section, values in checked.items():
             for name in values:
                 if name not in field_types(SECTIONS[section]) and (home := section_of(name)):
                     raise UserError(f"{where}: '{name}' is a field of section '{home}', not of '{section}'")
-            left_open = recipe.quantization(values) if section == "quantization" else {}
+            left_open = recipe.left_open(section, values, tables)
             built[section] = build(SECTIONS[section], left_open | values, f"{where}, {section}")
         try:
             return cls(**built)

@@ -44,6 +44,19 @@ MLP_BITS = SMALL_TABLE_BITS = 8
 together; the other tables have 4."""
 
 
+def left_open(section: str, given: Mapping[str, Any], tables: str | None) -> dict[str, Any]:
+    """The fields of a configuration's section that depend on others and that `given` leaves open; `tables`: where the
+    tables are. Sharded ones have a scale per row, in the forward pass and of their gradients."""
+    rows = tables == "sharded"
+    if section == "exchange":
+        return {"table_codec_scale": "row"} if rows else {}
+    if section != "quantization":
+        return {}
+    bits = given.get("table_bits", given.get("bits"))
+    by_row = {"table_granularity": "row"} if rows and str(bits) != "32" else {}  # a flag's value is a string
+    return quantization(by_row | dict(given)) | by_row
+
+
 def quantization(given: Mapping[str, Any]) -> dict[str, Any]:
     """The bits of a configuration's section `quantization` that its fields `given` leave open.
 

@@ -104,6 +104,23 @@ def build_tables(
     )
 
 
+def draw_rows(rows: Tensor, key: Sequence[int], first: int, width: float) -> None:
+    """Draw rows [N, dim] of a table, from row `first` on, uniform in +-width/2: in place and in pieces, since a second
+    copy may not fit. A row's values follow from the key, its number and the dim, not from where the pieces begin."""
+    random = np.random.default_rng(list(key))
+    skipped = first * rows.shape[1]
+    random.bit_generator.advance(skipped // 2)  # type: ignore[attr-defined]  # PCG64 gives two FP32 values a step
+    random.random(skipped % 2, dtype=np.float32)
+    for piece in rows.split(max(1, _PIECE // rows.shape[1])):
+        in_place = piece.device.type == "cpu" and storage_of(piece) is FP32
+        values = piece.numpy() if in_place else np.empty(piece.shape, np.float32)
+        random.random(dtype=np.float32, out=values)
+        values -= 0.5
+        values *= width
+        if not in_place:
+            piece.copy_(torch.from_numpy(values))
+
+
 class ClickModel(nn.Module, ABC):
     """A click model for any number of dense columns (none included) and any tables.
 
@@ -239,18 +256,10 @@ class ClickModel(nn.Module, ABC):
             list(threads.map(self._draw_table, numbers, repeat(seed), repeat(epoch)))
 
     def _draw_table(self, number: int, seed: int, epoch: int) -> None:
-        """In place and in pieces, since a second copy of a table may not fit."""
-        table = self.tables.table(number)
-        random = np.random.default_rng([seed, 0, number, epoch] if epoch else [seed, 0, number])
-        factor = 2 / np.sqrt(self.tables.table_rows[number])
-        for piece in table.split(max(1, _PIECE // table.shape[1])):
-            in_place = piece.device.type == "cpu" and storage_of(piece) is FP32
-            values = piece.numpy() if in_place else np.empty(piece.shape, np.float32)
-            random.random(dtype=np.float32, out=values)
-            values -= 0.5
-            values *= factor
-            if not in_place:
-                piece.copy_(torch.from_numpy(values))
+        """In place: the rows that are in this process."""
+        key = [seed, 0, number, epoch] if epoch else [seed, 0, number]
+        for first, rows in self.tables.local_rows(number):
+            draw_rows(rows, key, first, 2 / np.sqrt(self.tables.table_rows[number]))
 
     def forward(self, dense: Tensor, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """The logit of a click for each sample: float32 [B].

@@ -314,6 +314,10 @@ class QuantEmbeddingBagCollection(TableLayout, QuantizedTables):
         """The weights of one table, [rows, embedding_dim]: a view, without a gradient."""
         return self.weight.detach()[self._starts[number] : self._starts[number + 1]]
 
+    def local_rows(self, number: int) -> list[tuple[int, Tensor]]:
+        """The rows of one table that are in this process, as (number of the first, view): all of them."""
+        return [(0, self.table(number))]
+
     def forward(self, ids: Tensor, bags: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
         """One pooled vector per sample and table: float32 [B, T, embedding_dim].
 

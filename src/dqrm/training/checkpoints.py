@@ -6,18 +6,14 @@ A folder is written under a temporary name, flushed to disk and renamed, so one 
 kept: the newest, from which a run resumes, and the best on validation.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,18 +22,13 @@ from dqrm.errors import UserError
 from dqrm.files import COUNT, FLAG, NUMBER, OBJECT, TEXT, flush, read_json, require, why_not_written, write_json
 from dqrm.quant.storage import storage_of
 from dqrm.training.footprint import TableBytes
+from dqrm.training.tensor_files import Streamed, read_tensor, save_file, tensors_of
 
 _PREFIX, _PARTIAL = "step-", ".partial"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 EXCHANGE, CALLBACKS = "exchange.safetensors", "callbacks.safetensors"  # only if they have content
 STATE = "state.json"
 _STEPS = ("count", "flushed")  # of such an optimizer: steps so far, and at the last `catch_up_all`
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-# Bytes written and hashed at a time.
-_PIECE = 1 << 24
 
 METRICS = {"rows": COUNT, "*": (NUMBER, None)}
 BEST = {"step": COUNT, "epoch": COUNT, "train_loss": NUMBER, "metrics": METRICS}
@@ -72,12 +63,12 @@ def save_checkpoint(
     optimizers: Sequence[Optimizer],
     state: Mapping[str, Any],
     keep: set[int],
-    more: Mapping[str, dict[str, Tensor]] | None = None,
+    more: Mapping[str, Mapping[str, Tensor | Streamed]] | None = None,
 ) -> None:
     """Write the checkpoint of `step`, then delete all others but those of the steps in `keep`.
 
     Args:
-        more: further tensors by file (EXCHANGE, CALLBACKS); one without any is not written.
+        more: further tensors by file, which replace any of the same name; a file without any is not written.
     """
     final = checkpoint_path(folder, step)
     if final.exists():  # the same step of the same run: the same content
@@ -85,13 +76,12 @@ def save_checkpoint(
     partial = final.with_name(final.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     weights = {name: storage_of(weight).memory(weight) for name, weight in model.state_dict().items()}
+    own = {WEIGHTS: weights, OPTIMIZER: _optimizer_tensors(optimizers) | _random_state()}
     try:
         partial.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
-        save_file(weights, partial / WEIGHTS, files)
-        save_file(_optimizer_tensors(optimizers) | _random_state(), partial / OPTIMIZER, files)
-        for name, tensors in (more or {}).items():
-            if tensors:
+        for name in dict.fromkeys((*own, *(more or {}))):
+            if tensors := {**own.get(name, {}), **(more or {}).get(name, {})}:
                 save_file(tensors, partial / name, files)
         write_json(partial / STATE, checksums.seal({**state, checksums.FILES: files}))
         for path in (*partial.iterdir(), partial):
@@ -108,49 +98,6 @@ def save_checkpoint(
     for path in folder.glob(f"{_PREFIX}*"):
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def save_file(tensors: Mapping[str, Tensor], path: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Write a safetensors file in a stream, and note its size and SHA-256 in `files`.
-
-    Not by the safetensors library, which would need a second read for the hash, and makes files that only their owner
-    may read. The digest is of the content in memory, so it also detects errors of the disk.
-
-    Raises:
-        OSError: a full disk, a folder that may not be written.
-    """
-    # Those of wider elements first, so that each one is aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    described, at = {}, 0
-    for name in order:
-        tensor = tensors[name]
-        described[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes],
-        }  # fmt: skip
-        at += tensor.nbytes
-    header = json.dumps(described).encode()
-    header += b" " * (-(8 + len(header)) % 64)
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as thread, open(path, "wb") as file:
-        hashing: Future[None] | None = None
-        for piece in (len(header).to_bytes(8, "little") + header, *_pieces(tensors[name] for name in order)):
-            if hashing is not None:
-                hashing.result()  # one at a time, in order, while the next is being written
-            hashing = thread.submit(digest.update, piece)
-            file.write(piece)
-        if hashing is not None:
-            hashing.result()
-        file.flush()
-    files[path.name] = {"bytes": 8 + len(header) + at, "sha256": digest.hexdigest()}
-
-
-def _pieces(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    for tensor in tensors:
-        if not tensor.nbytes:
-            continue
-        flat = tensor.detach().contiguous().view(-1)
-        for piece in flat.split(max(1, _PIECE // tensor.element_size())):
-            yield piece.cpu().view(torch.uint8).numpy().data
 
 
 def verify_checkpoint(checkpoint: Path, *names: str) -> bool:
@@ -206,37 +153,39 @@ def mapped_tensor(checkpoint: Path, name: str) -> Tensor:
     Raises:
         UserError: the file is missing or damaged, or has no tensor of that name.
     """
-    for key, tensor in _tensors(checkpoint / WEIGHTS, name):
+    for key, tensor in tensors_of(checkpoint / WEIGHTS, name):
         if key == name:
             return tensor
     raise UserError(f"{checkpoint / WEIGHTS} lacks the key '{name}': it does not match the model, or is damaged")
 
 
-def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) -> None:
+def load_weights(checkpoint: Path, model: nn.Module, skip: Collection[str] = ()) -> None:
     """Read the weights of a checkpoint into `model`, tensor by tensor: no second copy of the tables, mapped or not.
 
     Args:
-        skip: the name of a parameter that holds its values already.
+        skip: names of tensors that are not to be read here.
 
     Raises:
         UserError: the file is missing or damaged, or does not match the model.
     """
     file = checkpoint / WEIGHTS
     small: dict[str, Tensor] = {}
-    copied = {skip}
+    copied = set(skip)
     parameters = dict(model.named_parameters())
-    for name, tensor in _tensors(file):
+    for name, tensor in tensors_of(file):
         target = parameters.get(name)
+        if name in copied:
+            continue
         if target is None:
             small[name] = tensor
-        elif name != skip:
+        else:
             memory = storage_of(target).memory(target)
             if (memory.shape, memory.dtype) != (tensor.shape, tensor.dtype):
                 raise UserError(
                     f"{file}: '{name}' is {list(tensor.shape)} {tensor.dtype}, but the model has {list(memory.shape)} "
                     f"{memory.dtype} there"
                 )
-            _read(file, name, memory)
+            read_tensor(file, name, memory)
             try:
                 storage_of(target).check(target)
             except ValueError as error:
@@ -253,31 +202,11 @@ def load_weights(checkpoint: Path, model: nn.Module, skip: str | None = None) ->
         raise UserError(f"{file} does not match the model: missing key '{missing[0]}'")
 
 
-def _read(file: Path, name: str, target: Tensor) -> None:
-    """Fill a contiguous tensor with the one of that name in a safetensors file that was opened before.
-
-    By reading: the pages of a mapping would count as this process's memory beside those that they are copied to.
-    """
-    try:
-        with open(file, "rb", buffering=0) as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            opened.seek(8 + length + json.loads(opened.read(length))[name]["data_offsets"][0])
-            for piece in target.view(-1).split(max(1, _PIECE // target.element_size())):
-                here = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-                rest = here.view(torch.uint8).numpy().data
-                while len(rest):
-                    count = opened.readinto(rest)
-                    if not count:
-                        raise UserError(f"{file} is damaged: it was cut short while it was read")
-                    rest = rest[count:]
-                if here is not piece:
-                    piece.copy_(here)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
-
-
-def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+def load_state(checkpoint: Path, optimizers: Sequence[Optimizer | None]) -> dict[str, Any]:
     """Restore optimizers and random state from a checkpoint; returns its state.json.
+
+    Args:
+        optimizers: those of `save_checkpoint`, None in place of one that is not to be restored here.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -289,8 +218,8 @@ def load_state(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, A
     return read_state(checkpoint)
 
 
-def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Restore optimizers from a checkpoint; returns all tensors of their file, mapped.
+def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer | None]) -> dict[str, Tensor]:
+    """Restore optimizers from a checkpoint (see `load_state`); returns all tensors of their file, mapped.
 
     State that an optimizer has already is read in place: a second copy of the tables' may not fit. No mapping is kept,
     since it would also keep the file's bytes on disk after a later checkpoint has replaced it.
@@ -299,15 +228,17 @@ def load_optimizers(checkpoint: Path, optimizers: Sequence[Optimizer]) -> dict[s
         UserError: the file is missing or damaged.
     """
     file = checkpoint / OPTIMIZER
-    tensors = dict(_tensors(file))
+    tensors = dict(tensors_of(file))
     if "random/cpu" not in tensors:
         raise UserError(f"{file} holds no random state: damaged, or not written by dqrm")
     for number, optimizer in enumerate(optimizers):
+        if optimizer is None:
+            continue
         saved = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{number}/")}
         present = _optimizer_tensors([optimizer], number)
         if _alike(saved, present):
             for name, tensor in present.items():
-                _read(file, name, tensor)
+                read_tensor(file, name, tensor)
             continue
         content = optimizer.state_dict()
         content["state"] = {}
@@ -333,7 +264,7 @@ def steps_pending(checkpoint: Path) -> bool:
     file = checkpoint / OPTIMIZER
     if not file.exists():
         return False
-    steps = [int(tensor) for name in _STEPS for _, tensor in _tensors(file, f"0/0/{name}")]
+    steps = [int(tensor) for name in _STEPS for _, tensor in tensors_of(file, f"0/0/{name}")]
     return len(steps) == 2 and steps[0] != steps[1]
 
 
@@ -343,8 +274,8 @@ def saved_table_bytes(checkpoint: Path) -> TableBytes:
     Raises:
         UserError: a file is missing or damaged.
     """
-    weights = [tensor.nbytes for _, tensor in _tensors(checkpoint / WEIGHTS, "tables.weight")]
-    state = [tensor.nbytes for name, tensor in _tensors(checkpoint / OPTIMIZER) if name.startswith("0/")]
+    weights = [tensor.nbytes for _, tensor in tensors_of(checkpoint / WEIGHTS, "tables.weight")]
+    state = [tensor.nbytes for name, tensor in tensors_of(checkpoint / OPTIMIZER) if name.startswith("0/")]
     return {"weights": sum(weights), "optimizer": sum(state)}
 
 
@@ -354,7 +285,7 @@ def saved_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return dict(_tensors(checkpoint / name))
+    return dict(tensors_of(checkpoint / name))
 
 
 def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -364,7 +295,7 @@ def load_more(checkpoint: Path, name: str) -> dict[str, Tensor]:
         UserError: the file is damaged.
     """
     file = checkpoint / name
-    return {key: tensor.clone() for key, tensor in _tensors(file)} if file.exists() else {}
+    return {key: tensor.clone() for key, tensor in tensors_of(file)} if file.exists() else {}
 
 
 def _optimizer_tensors(optimizers: Sequence[Optimizer], first: int = 0) -> dict[str, Tensor]:
@@ -382,16 +313,3 @@ def _random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["random/cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if only not in (None, name):
-                    continue
-                yield name, opened.get_tensor(name)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing from the checkpoint") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None

@@ -34,14 +34,15 @@ def predict_logits(
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
     sampled: bool = False,
+    collective: bool = False,
 ) -> np.ndarray:
     """Logits of every row of a split in its order: float32 [rows]. The model's mode is restored afterwards.
 
     With share (rank, ranks), of the rank's part: whole batches, so that logits do not depend on the ranks. `sampled`:
-    without the model's `logit_offset`.
+    without the model's `logit_offset`. `collective`: as of `score_split`.
     """
     with evaluating(model, sampled) as score:
-        return score_split(score, dataset, split, batch_size, progress, share)
+        return score_split(score, dataset, split, batch_size, progress, share, collective)
 
 
 @contextmanager
@@ -68,8 +69,12 @@ def score_split(
     batch_size: int,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
+    collective: bool = False,
 ) -> np.ndarray:
-    """The result of `score` for every row of a split, or of a rank's shard of its batches, in order: float32 [rows]."""
+    """The result of `score` for every row of a split, or of a rank's shard of its batches, in order: float32 [rows].
+
+    `collective`: `score` is a call of all ranks, so those with fewer batches score one whose result is dropped.
+    """
     part, (rank, ranks) = dataset.split(split), share
     batches = part.num_batches(batch_size)
     begin, end = batches * rank // ranks, batches * (rank + 1) // ranks
@@ -81,19 +86,28 @@ def score_split(
             done += len(batch)
             if progress:
                 progress(f"evaluating {split}", done, rows)
+        if collective and end - begin < -(-batches // ranks):
+            score(next(iter(part.batches(batch_size))))
     return logits
 
 
 def evaluate_shared(
-    model: ClickModel, dataset: Dataset, split: str, batch_size: int, world: World, progress: Progress | None = None
+    model: ClickModel,
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    world: World,
+    progress: Progress | None = None,
+    collective: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """`evaluate` with the split's batches shared among the ranks; all get the metrics of a single process, and its
-    `metrics.calibration_curve`.
+    `metrics.calibration_curve`. `collective`: as of `score_split`.
 
     Raises:
         UserError: as `evaluate`, on all ranks.
     """
-    own = predict_logits(model, dataset, split, batch_size, progress, (world.rank, world.size))
+    share = world.rank, world.size
+    own = predict_logits(model, dataset, split, batch_size, progress, share, collective=collective)
     parts = world.gather_rows(torch.from_numpy(own))
 
     def measured() -> tuple[dict[str, Any], dict[str, list[float]]]:

@@ -23,13 +23,14 @@ from dqrm.options import registered
 from dqrm.training.callbacks import Callback, RecordHistograms, RedrawTables, build_callbacks
 from dqrm.training.checkpoints import latest_step
 from dqrm.training.environment import Log, Progress, check_environment
-from dqrm.training.footprint import describe_table_bytes, table_bytes
+from dqrm.training.footprint import describe_table_bytes
 from dqrm.training.loggers import MetricsLogger
 from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
+from dqrm.training.placement import placement_of
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection, has_figure, selecting
-from dqrm.training.start import Start, keeps_state, share_weights
+from dqrm.training.start import Start, keeps_state
 from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check", "check_ranks", "resume", "train"]
@@ -90,7 +91,7 @@ def train(
             log(_described(config, data, callbacks))
         trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, loggers, start)
         if log and world.first:
-            found = table_bytes(model.tables.weight, trainer.optimizers[0])
+            found = trainer.placement.table_bytes(model, trainer.optimizers)
             log(describe_table_bytes(found, config, run.table_weights))
         return trainer.fit()
 
@@ -159,17 +160,10 @@ def _begun(
 ) -> tuple[ClickModel, Start | None]:
     """The model as it was drawn, or on all ranks with the weights that it starts from; and rank 0's plan of that."""
     start = world.together(lambda: plan() if world.first else None)
-    model = world.together(lambda: run.new_model(drawn=drawn))
-
-    def carry() -> None:
-        if start is not None:
-            if verify:
-                start.verify()
-            start.carry_weights(model, run.config)
-
-    world.together(carry)
+    placement = placement_of(run.config, world)
+    model = placement.new_model(run, drawn)
     if world.shared(start is not None):
-        share_weights(world, model)
+        placement.carry_weights(start, model, verify)
     return model, start
 
 
@@ -242,7 +236,9 @@ def _registered(
     histograms = [RecordHistograms(columns)] if (columns := config.training.record_histograms) else []
     for each in histograms:
         each.numbers(data)
-    return build_callbacks(config.training.callbacks, [*callbacks, *histograms])
+    built = build_callbacks(config.training.callbacks, [*callbacks, *histograms])
+    placement_of(config, World()).check_callbacks(built)
+    return built
 
 
 def _checked(
@@ -313,4 +309,5 @@ def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
             f"activation_bits is {config.quantization.activation_bits}, but ranks do not exchange the ranges of their "
             "activations; use 32 with several ranks"
         )
+    world.together(lambda: placement_of(config, world).check(dataset))
     world.set_timeout(config.exchange.exchange_timeout)

@@ -22,34 +22,27 @@ from dqrm.data.dataset import Batch, Dataset
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
-from dqrm.quant.convert import stored_bytes
 from dqrm.training.callbacks import Callback, load_callbacks, overriding, save_callbacks
 from dqrm.training.checkpoints import (
     CALLBACKS,
     EXCHANGE,
     STATE,
-    WEIGHTS,
     checkpoint_path,
     latest_step,
-    load_more,
-    load_state,
-    load_weights,
     save_checkpoint,
-    verify_checkpoint,
 )
 from dqrm.training.divergence import too_wide
 from dqrm.training.environment import Log, Progress, resolve_device, stop_signals
 from dqrm.training.evaluation import evaluate_shared
-from dqrm.training.footprint import table_bytes
 from dqrm.training.loggers import LoggedRun, Loggers, MetricsLogger, logger_names
 from dqrm.training.metrics import METRICS
 from dqrm.training.optimizers import learning_rate
+from dqrm.training.placement import placement_of
 from dqrm.training.recording import Recorder
 from dqrm.training.run import Run, versions
 from dqrm.training.selection import choose, chosen_by, stops
-from dqrm.training.start import Start, share_state, share_weights
+from dqrm.training.start import Start
 from dqrm.training.state import State, check_keys
-from dqrm.training.step import TrainStep
 
 # Flags that a rank sends with a step: a signal asked it to stop; the last checkpoint is old.
 _STOP, _SAVE = 1, 2
@@ -82,13 +75,14 @@ class Trainer:
         self.progress, self.log = progress or (lambda *_: None), log if log and self.world.first else (lambda _: None)
         self.warn = (lambda text: self.log(f"Warning: {text}.")) if log or not self.world.first else warnings.warn
         self.device = resolve_device(self.world.device(self.options.device))
+        self.placement = placement_of(self.config, self.world)
         torch.manual_seed(self.options.seed)
         self.state = State()
         last = self.world.on_first(lambda: latest_step(run.checkpoints))
         if last is not None:
             self._load_weights(last)
         self.model.to(self.device).train()
-        self.step = TrainStep(self.model, self.config, self.world)
+        self.step = self.placement.step(self.model)
         self.optimizers, self.exchange = self.step.optimizers, self.step.exchange
         self.model.tables.clamps.quiet = True  # the loop reports the counts
         if last is not None:
@@ -240,7 +234,8 @@ class Trainer:
 
     def _evaluate_on(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
         size = self.options.eval_batch_size
-        return evaluate_shared(self.model, self.dataset, split, size, self.world, self.progress)
+        collective = self.placement.collective
+        return evaluate_shared(self.model, self.dataset, split, size, self.world, self.progress, collective)
 
     def _evaluate(self, train_loss: float, epoch_ends: bool) -> None:
         state, options, position = self.state, self.options, self._position()
@@ -287,42 +282,27 @@ class Trainer:
         state = self.state
         self._sum_loss()
         exchange = self.exchange.state()
-        if self.recorder is not None:
-            state.metrics_bytes = self.recorder.sync()
-            keep = {state.best["step"]} if state.best else set()
-            with self._evaluated_weights():
-                state.callbacks, tensors = save_callbacks(self.callbacks)
-                more, saved = {EXCHANGE: exchange, CALLBACKS: tensors}, asdict(state)
-                save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, saved, keep, more)
+        with self.placement.saving(self.model, self.optimizers) as elsewhere:
+            if self.recorder is not None:
+                state.metrics_bytes = self.recorder.sync()
+                keep = {state.best["step"]} if state.best else set()
+                with self._evaluated_weights():
+                    state.callbacks, tensors = save_callbacks(self.callbacks)
+                    saved, more = asdict(state), {**elsewhere, EXCHANGE: exchange, CALLBACKS: tensors}
+                    save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, saved, keep, more)
         self.saved_at = time.monotonic()
 
     def _load_weights(self, step: int) -> None:
-        """The weights of a checkpoint: rank 0 reads them and sends them to the others."""
-        folder = checkpoint_path(self.run.checkpoints, step)
-
-        def load() -> None:
-            if self.verify:
-                verify_checkpoint(folder, WEIGHTS)
-            load_weights(folder, self.model)
-
-        self.world.together(lambda: load() if self.world.first else None)
-        share_weights(self.world, self.model)
+        """The weights of a checkpoint, on all ranks."""
+        self.placement.load_weights(checkpoint_path(self.run.checkpoints, step), self.model, self.verify)
 
     def _load_state(self, step: int) -> None:
         """Everything else of a checkpoint, likewise."""
         folder = checkpoint_path(self.run.checkpoints, step)
-
-        def load() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-            if self.verify:
-                verify_checkpoint(folder)
-            values = load_state(folder, self.optimizers)
-            check_keys(folder / STATE, values)
-            return values, load_more(folder, EXCHANGE), load_more(folder, CALLBACKS)
-
-        values, exchange, of_callbacks = self.world.on_first(load)
+        values, exchange, of_callbacks = self.placement.load_state(folder, self.optimizers, self.verify)
+        self.world.together(lambda: check_keys(folder / STATE, values))
         self.state = State(**values)
         self.world.together(lambda: load_callbacks(self.callbacks, self.state.callbacks, of_callbacks))
-        share_state(self.world, self.optimizers)
         before, now = len(exchange["counters"]) if exchange else 1, self.exchange.size
         if self.world.first:
             self.exchange.loss_sums[0] = self.state.loss_sum
@@ -336,8 +316,7 @@ class Trainer:
 
     def _carry_state(self, start: Start | None) -> None:
         """Optimizer state of the run that this one starts from."""
-        self.world.together(lambda: start and start.carry_optimizers(self.model, self.optimizers, self.config))
-        share_state(self.world, self.optimizers)
+        self.placement.carry_state(start, self.model, self.optimizers)
         if start:
             self.log(start.told)
             start.changes.clear()
@@ -357,8 +336,8 @@ class Trainer:
             "selection": chosen_by(state, self.options.select_by),
             "steps": state.step,
             "epochs": state.epoch,
-            "stored_bytes": stored_bytes(model),
-            "table_bytes": table_bytes(model.tables.weight, self.optimizers[0]),
+            "stored_bytes": self.placement.stored_bytes(model),
+            "table_bytes": self.placement.table_bytes(model, self.optimizers),
             "train_seconds": round(state.train_seconds, 3),
             "samples_per_second": round(state.train_rows / seconds, 1),
             "clamped_weights": state.clamping.share,

@@ -323,7 +323,7 @@ class Run:
         except ValueError as error:
             raise UserError(f"{checkpoint} is damaged: {error}") from None
         model = self.new_model(table_weight)
-        load_weights(checkpoint, model, skip="tables.weight")
+        load_weights(checkpoint, model, skip=("tables.weight",))
         return model.eval(), state
 
     def _catch_up(self, model: ClickModel, checkpoint: Path) -> None:

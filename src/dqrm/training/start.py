@@ -30,7 +30,7 @@ from dqrm.models.base import ClickModel
 from dqrm.quant.activations import ActivationFakeQuantizer
 from dqrm.quant.linear import QuantLinear
 from dqrm.quant.quantizer import WeightFakeQuantizer
-from dqrm.quant.storage import copy_rows
+from dqrm.quant.storage import copy_rows, storage_of
 from dqrm.training.checkpoints import OPTIMIZER, STATE, checkpoint_path, saved_tensors, verify_checkpoint
 from dqrm.training.optimizers import SparseOptimizer
 from dqrm.training.parameter_groups import parameter_groups
@@ -60,6 +60,7 @@ class Start:
     changes: list[RowChanges]
     carried: set[str] = field(default_factory=set)
     told: str = ""
+    table_weight: Tensor | None = None  # of the earlier run, where rows of it are carried
     _optimized: list[str] = field(default_factory=list)  # parameters of its optimizer for the layers, in that order
 
     @classmethod
@@ -113,8 +114,11 @@ class Start:
         verify_checkpoint(self._checkpoint)
 
     @torch.no_grad()
-    def carry_weights(self, model: ClickModel, config: Config) -> None:
+    def carry_weights(self, model: ClickModel, config: Config, tables: bool = True) -> None:
         """Weights of the earlier run into a model as it was drawn, on the CPU: its tables are memory-mapped.
+
+        Args:
+            tables: whether the tables' too; else `table_weight` has them.
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -128,7 +132,8 @@ class Start:
                 continue
             weight.copy_(theirs.get_parameter(name) if name in parameters else theirs.get_buffer(name))
             self.carried.add(name)
-        for number, change in enumerate(self.changes):
+        self.table_weight = theirs.tables.weight if self.changes else None
+        for number, change in enumerate(self.changes if tables else ()):
             kept = torch.from_numpy(change.kept).long()
             copy_rows(model.tables.table(number), kept, theirs.tables.table(number), kept)
         lost = self._carry_learned(quantizers, _quantizers(theirs))
@@ -181,8 +186,9 @@ class Start:
         return self.run.config.optimizer.rule == config.optimizer.rule
 
     @torch.no_grad()
-    def carry_optimizers(self, model: ClickModel, optimizers: Sequence[Optimizer], config: Config) -> None:
-        """The state of the optimizers [of the tables, of everything else], if they are of the same rule.
+    def carry_optimizers(self, model: ClickModel, optimizers: Sequence[Optimizer | None], config: Config) -> None:
+        """The state of the optimizers [of the tables, of everything else], if they are of the same rule; None: not of
+        the tables' (see `table_state`).
 
         Raises:
             UserError: the checkpoint is damaged.
@@ -190,15 +196,37 @@ class Start:
         if not self._same_rule(config):
             return
         tensors = saved_tensors(self._checkpoint, OPTIMIZER)
-        if self.changes:
+        if self.changes and optimizers[0] is not None:
             self._carry_table_state(model, optimizers[0], _of_parameter(tensors, "0/0/"))  # type: ignore[arg-type]
         names, numbers = _names(model), {name: number for number, name in enumerate(self._optimized)}
+        assert optimizers[1] is not None
         for parameter in (each for group in optimizers[1].param_groups for each in group["params"]):
             name = names[id(parameter)]
             if name in self.carried and name in numbers:
                 state = optimizers[1].state[parameter]
                 for key, value in _of_parameter(tensors, f"1/{numbers[name]}/").items():
                     state[key] = value.clone().to(state[key].device if key in state else parameter.device)
+
+    def table_state(self, name: str, config: Config) -> Tensor | None:
+        """A state of the tables' optimizer, by its key in checkpoints, memory-mapped; None where none is carried."""
+        if not self.changes or not self._same_rule(config):
+            return None
+        return saved_tensors(self._checkpoint, OPTIMIZER).get(name)
+
+    def copy_kept(self, source: Tensor, piece: Tensor, first: int, starts: Sequence[int]) -> None:
+        """Copy rows of known ids from a tensor of the earlier run, all tables' rows, into a piece of the new run's.
+
+        Args:
+            source: `table_weight`, or a `table_state`.
+            piece: float32, the rows from `first` on. starts: the first row of each table in the new run.
+        """
+        before = [0, *accumulate(column["rows"] for column in self.run.info["data"]["columns"])]
+        for change, old, start in zip(self.changes, before, starts):
+            kept = torch.from_numpy(change.kept).long()
+            here = kept[(kept + start >= first) & (kept + start < first + len(piece))]
+            if len(here):
+                rows = storage_of(source).gather(source, here + old)
+                piece[here + start - first] = rows.view(-1, *piece.shape[1:])
 
     def _carry_table_state(self, model: ClickModel, optimizer: SparseOptimizer, saved: Mapping[str, Tensor]) -> None:
         weight, state = model.tables.weight, optimizer.state[model.tables.weight]

@@ -17,7 +17,7 @@ from dqrm.distributed.simulated import SimulatedRanks
 from dqrm.distributed.world import World
 from dqrm.models.base import ClickModel
 from dqrm.quant.quantizer import WeightFakeQuantizer
-from dqrm.training.optimizers import build_optimizers
+from dqrm.training.optimizers import Pair, build_optimizers
 from dqrm.training.parameter_groups import RATE_FACTOR, parameter_groups
 
 
@@ -37,20 +37,14 @@ class TrainStep:
 
     def __init__(self, model: ClickModel, config: Config, world: World | None = None) -> None:
         self.model = model
-        tables = [model.tables.weight]
         self._parameters = list(model.parameters())
         self._learned: list[Any] = [module for module in model.modules() if hasattr(module, "updated")]
-        others = [parameter for parameter in self._parameters if parameter is not tables[0]]
+        others = [parameter for parameter in self._parameters if parameter is not model.tables.weight]
         groups = parameter_groups(model, others, config.optimizer)
-        self.optimizers = build_optimizers(tables, groups, config.optimizer, config.training.seed)
+        self.optimizers = self._build_optimizers(groups, config)
         model.tables.only_looked_up_rows_change()  # a SparseOptimizer changes no others, or says so (`catch_up`)
         self.optimizers[0].tables = model.tables
-        if world is not None and world.size > 1:
-            self.exchange = RealRanks(model.tables, others, config.exchange, world, config.training.seed)
-        elif config.exchange.simulate_ranks > 1:
-            self.exchange = SimulatedRanks(model.tables, others, config.exchange, config.training.seed)
-        else:
-            self.exchange = LocalExchange(tables[0].device)
+        self.exchange = self._build_exchange(others, config, world or World())
         # Each rank brings up to date what any rank looks up, so that scales stay equal.
         self.whole_batches = self.optimizers[0].catches_up and self.exchange.size > 1
         self._table_factor, self._clip_norm = config.optimizer.table_rate_factor, config.optimizer.clip_norm
@@ -61,6 +55,19 @@ class TrainStep:
             quantizer.rounding_seed = mix(self._seed, count)
         # With one rank, dropout masks continue from the generator state in the checkpoint.
         self._drops = self.exchange.size > 1 and any(isinstance(module, nn.Dropout) for module in model.modules())
+
+    def _build_optimizers(self, groups: list[Any], config: Config) -> Pair:
+        """Of the tables and of everything else, whose parameter groups these are."""
+        return build_optimizers([self.model.tables.weight], groups, config.optimizer, config.training.seed)
+
+    def _build_exchange(self, others: list[nn.Parameter], config: Config, world: World) -> Exchange:
+        """Between the ranks, of the gradients of the tables and of all others."""
+        tables, seed = self.model.tables, config.training.seed
+        if world.size > 1:
+            return RealRanks(tables, others, config.exchange, world, seed)
+        if config.exchange.simulate_ranks > 1:
+            return SimulatedRanks(tables, others, config.exchange, seed)
+        return LocalExchange(tables.weight.device)
 
     def __call__(
         self, batch: Batch, rate: float, samples: int | None = None, number: int = 0, flags: int = 0

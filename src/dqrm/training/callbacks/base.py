@@ -21,7 +21,13 @@ class Callback:
     `trainer` has `model`, `optimizers` (of the tables, of everything else), `state` (step, epoch, ...; set
     `state.finished` to end the run after this step), `config`, `dataset`, `world` and `log`, and `record` for lines
     of metrics.jsonl.
+
+    Attributes:
+        whole_tables: whether it uses the tables' weights or bits, `trainer.model.tables`, which a rank has not where
+            they are sharded; such a run is then refused.
     """
+
+    whole_tables: bool = False
 
     @property
     def name(self) -> str:

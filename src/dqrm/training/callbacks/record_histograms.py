@@ -31,6 +31,8 @@ class RecordHistograms(Callback):
         columns: names of categorical columns; or "largest": the three with the most rows.
     """
 
+    whole_tables = True
+
     def __init__(self, columns: Sequence[str] = ("largest",)) -> None:
         self.columns = tuple(columns)
 

@@ -42,6 +42,7 @@ class StageBits(Callback):
         if list(mlp) != sorted(mlp, reverse=True) or any(bits not in BITS for bits in mlp):
             raise ValueError(f"mlp is {shown(mlp)}, expected falling numbers among {shown(BITS[::-1])}, as 32-16-8")
         self.tables, self.mlp = tuple(tables), tuple(mlp)
+        self.whole_tables = bool(tables)
 
     def check(self, config: Config) -> None:
         qat, epochs = config.quantization, config.training.epochs

@@ -19,8 +19,8 @@ from dqrm.training.optimizers.frequency import CounterAdagrad, FrequencyAdagrad
 from dqrm.training.optimizers.simple import SparseAdagrad, SparseSGD
 
 __all__ = [
-    "OPTIMIZERS", "CounterAdagrad", "DenseAdam", "FrequencyAdagrad", "SparseAdagrad", "SparseAdam", "SparseOptimizer",
-    "SparseSGD", "build_optimizers", "learning_rate",
+    "OPTIMIZERS", "CounterAdagrad", "DenseAdam", "FrequencyAdagrad", "Pair", "SparseAdagrad", "SparseAdam",
+    "SparseOptimizer", "SparseSGD", "build_optimizers", "learning_rate",
 ]  # fmt: skip
 
 Pair = tuple[SparseOptimizer, Optimizer]

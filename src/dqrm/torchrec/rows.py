@@ -1,0 +1,124 @@
+"""Rows that are on several ranks, by their number in one contiguous tensor, as checkpoints of one machine have them.
+
+They pass rank 0 in pieces: it never holds more than one, and only it reads and writes files.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from dqrm.distributed.world import World
+
+# Bytes of a piece.
+PIECE = 1 << 24
+
+
+class Shard(NamedTuple):
+    """Some rows: the number of the first, how many, the rank that has them, and there the rows themselves."""
+
+    first: int
+    length: int
+    rank: int
+    rows: Tensor | None
+
+
+def shards_of(tensors: Sequence[ShardedTensor], starts: Sequence[int]) -> list[Shard]:
+    """The shards of tables whose first rows have the numbers `starts`."""
+    found = []
+    for tensor, start in zip(tensors, starts):
+        local = {each.metadata.shard_offsets[0]: each.tensor.detach() for each in tensor.local_shards()}
+        for shard in tensor.metadata().shards_metadata:
+            first, length = shard.shard_offsets[0], shard.shard_sizes[0]
+            if length:
+                rank: Any = shard.placement
+                found.append(Shard(start + first, length, rank.rank(), local.get(first)))
+    return found
+
+
+class ShardedRows:
+    """A tensor [R, ...] whose rows are on several ranks: the weights of all tables, or a state of their optimizer.
+
+    Args:
+        shards: all of them. shape: of a row in a checkpoint; on its rank it has as many values.
+        world: the ranks; its methods are called on all of them, but for `local`.
+        encode: what a rank sends in place of its rows [N, width], as values [N, *shape].
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        shape: Sequence[int],
+        world: World,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        width: int = 1,
+    ) -> None:
+        self.shards = sorted(shards, key=lambda shard: shard.first)
+        self.world, self._encode = world, encode
+        self.row_shape = tuple(shape)
+        self._rows_at_once = max(1, PIECE // (4 * max(width, torch.Size(self.row_shape).numel())))
+        self.count = sum(shard.length for shard in shards)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return (self.count, *self.row_shape)
+
+    def local(self, first: int, last: int) -> list[tuple[int, Tensor]]:
+        """Of the rows `first` to `last` those that this rank has: (number of the first, views), in order."""
+        return [
+            (begin, shard.rows[begin - shard.first : end - shard.first])
+            for shard, begin, end in self._within(first, last)
+            if shard.rows is not None
+        ]
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """The rows that are sent at a time, as (first, last + 1)."""
+        for first in range(0, self.count, self._rows_at_once):
+            yield first, min(first + self._rows_at_once, self.count)
+
+    @torch.no_grad()
+    def gather(self, first: int, last: int) -> Tensor | None:
+        """These rows on rank 0: float32 [last - first, *row_shape]; None on the others."""
+        whole = torch.empty(last - first, *self.row_shape) if self.world.first else None
+        with self.world.guard():
+            for shard, begin, end in self._within(first, last):
+                if whole is None and shard.rows is None:
+                    continue
+                into = None if whole is None else whole[begin - first : end - first]
+                if shard.rows is not None:
+                    own = shard.rows[begin - shard.first : end - shard.first]
+                    own = (self._encode(own) if self._encode else own).reshape(-1, *self.row_shape).contiguous()
+                    if into is None:
+                        dist.send(own, 0, group=self.world.group)
+                    else:
+                        into.copy_(own)
+                elif into is not None:
+                    dist.recv(into, shard.rank, group=self.world.group)
+        return whole
+
+    @torch.no_grad()
+    def scatter(self, first: int, last: int, values: Tensor | None) -> None:
+        """Rank 0's `values` float32 [last - first, *row_shape] into these rows."""
+        with self.world.guard():
+            for shard, begin, end in self._within(first, last):
+                own = None if shard.rows is None else shard.rows[begin - shard.first : end - shard.first]
+                if values is not None:
+                    sent = values[begin - first : end - first].contiguous()
+                    if own is None:
+                        dist.send(sent, shard.rank, group=self.world.group)
+                    else:
+                        own.copy_(sent.view_as(own))
+                elif own is not None:
+                    received = torch.empty(end - begin, *self.row_shape)
+                    dist.recv(received, 0, group=self.world.group)
+                    own.copy_(received.view_as(own))
+
+    def _within(self, first: int, last: int) -> Iterator[tuple[Shard, int, int]]:
+        for shard in self.shards:
+            begin, end = max(first, shard.first), min(last, shard.first + shard.length)
+            if begin < end:
+                yield shard, begin, end
