@@ -63,7 +63,7 @@ def test_the_demo_compares_the_recipe_in_two_widths_with_the_papers():
     (_, fp32), (_, int4), (_, paper) = demo.variants_of(demo.CONFIG).values()
     assert replace(fp32, quantization=int4.quantization) == int4
     assert (fp32.quantization.bits, int4.quantization) == (32, Config().quantization)
-    assert replace(int4.training, threads=0) == Config().training
+    assert replace(int4.training, threads=0, patience=5) == replace(Config().training, patience=5)
     assert int4.optimizer == Config().optimizer
     shipped = Config.load(Path(__file__).parents[2] / "configs" / "kaggle_fp32.yaml")
     same = replace(shipped.training, eval_every=0, threads=paper.training.threads)

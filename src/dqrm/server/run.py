@@ -170,8 +170,8 @@ def serve(models: Sequence[str], options: ServeConfig, started: Callable[[str], 
     Raises:
         UserError: the extra is missing, a model cannot be opened, or the address cannot be listened on.
     """
-    # What is imported is no garbage, and looking through it takes 0.1 s, in which no request is answered. Before models are
-    # opened: those that are replaced must be found.
+    # What is imported is no garbage, and looking through it takes 0.1 s, in which no request is answered. Not what is
+    # opened after it: models that are replaced must be found.
     gc.collect()
     gc.freeze()
     Server(models, options, started=started).serve_all()
