@@ -31,12 +31,15 @@ from dqrm.distributed.codecs import Codec
 from dqrm.distributed.dense import Bucket, MLPLayout
 from dqrm.distributed.sparse import RowCodec, add_up, join, split
 from dqrm.models.dlrm import DLRM
+from dqrm.quant import row_codec
 from dqrm.training.step import TrainStep
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 RATES = {"1 Gbit/s": 1e9, "10 Gbit/s": 1e10, "100 Gbit/s": 1e11}
 CODECS = ("fp32", "int8", "int4")
-STRATEGIES = ("all_gather", "all_to_all")
+STRATEGIES = ("all_gather", "all_to_all", "sharded")
+COLLECTIVES = {"all_gather": 2, "all_to_all": 4, "sharded": 6}
+"""Of a step, two of them the MLP's. Sharded tables: lengths, ids, rows and their gradients."""
 
 
 def seconds(action: Callable[[], Any], repeats: int = 7) -> float:
@@ -129,6 +132,24 @@ def sparse(
     return {"payload": payload, "sent": sent, "seconds": used}
 
 
+def sharded(name: str, ranks: int, lookups: int, dim: int) -> dict[str, float]:
+    """Likewise, of tables that TorchRec shards row-wise: a rank looks up `lookups` rows, each anywhere, and as many are
+    looked up in its shard. Rows have the codec, gradients INT8; FP32 has none. Ids take 8 bytes, lengths 4."""
+    vectors, used, per_row = torch.randn(lookups, dim), 0.0, 0
+    for direction in (name, "fp32" if name == "fp32" else "int8"):
+        if direction == "fp32":
+            per_row += 4 * dim
+            continue
+        codec = row_codec.RowCodec(dim, direction, stochastic=direction == "int8")
+        message = codec.encode(vectors)
+        used += seconds(lambda codec=codec: codec.encode(vectors)) + seconds(
+            lambda codec=codec, message=message: codec.decode(message)
+        )
+        per_row += codec.row_bytes
+    away = (ranks - 1) / ranks
+    return {"payload": lookups * per_row, "sent": away * lookups * (per_row + 12), "seconds": used}
+
+
 def _hop(rank: int, ranks: int, port: int, found: Any) -> None:
     import torch.distributed as dist
 
@@ -179,10 +200,14 @@ def measure(arch: Architecture, batch: int, seed: int) -> dict[str, Any]:
             of_mlp = dense(arch, Codec(name), ranks)
             rows = RowCodec(table_rows, dim, Codec(name), per_row=name == "int4")
             for strategy in STRATEGIES:
-                of_tables = sparse(rows, strategy, ranks, own, union, dim)
+                if strategy == "sharded":
+                    of_tables = sharded(name, ranks, batch * len(table_rows), dim)
+                else:
+                    of_tables = sparse(rows, strategy, ranks, own, union, dim)
                 both = {key: of_mlp[key] + of_tables[key] for key in of_mlp}
-                collectives = {"all_gather": 2, "all_to_all": 4}[strategy]
-                found.append({"ranks": ranks, "codec": name, "strategy": strategy, **both, "collectives": collectives})
+                found.append(
+                    {"ranks": ranks, "codec": name, "strategy": strategy, **both, "collectives": COLLECTIVES[strategy]}
+                )
         for each in found:
             if each["ranks"] == ranks:
                 each["rows"], each["union"] = float(np.mean([len(part) for part in own])), len(union)
