@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def server(command: list[str], port: int, folder: Path) -> Any:
     """A server's process, once it answers."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / f"{port}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             for _ in range(3000):
                 with contextlib.suppress(OSError), __import__("socket").create_connection(("127.0.0.1", port), 1):
@@ -231,7 +232,7 @@ def server(command: list[str], port: int, folder: Path) -> Any:
             time.sleep(2)
             yield process
         finally:
-            process.kill()  # what it serves is measured, not how it ends
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers; what it serves is measured, not how it ends
             process.wait()
 
 
