@@ -65,6 +65,7 @@ def test_the_learning_rate_follows_optimizer_and_batch_size(batch):
     rates = {name: recipe.learning_rate(name, batch) for name in ("sgd", "adagrad", "rowwise_adagrad", "your_own")}
     adaptive = 0.01 if batch < 256 else 0.02 if batch < 2048 else 0.03
     assert rates == {"sgd": 0.1, "adagrad": adaptive, "rowwise_adagrad": adaptive, "your_own": 0.01}
+    assert recipe.learning_rate("dense_adam", batch) == (0.0003 if batch < 256 else 0.0005 if batch < 2048 else 0.001)
     for rate in (0, 0.3):
         assert OptimizerConfig("adagrad", rate).rate == rate
     assert Config.load(None, {"learning_rate": "none"}).optimizer.learning_rate is None

@@ -33,9 +33,11 @@ class OptimizerConfig:
     """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
     row; plain Adagrad for the MLP), counter_adagrad (12 per row; with table_l2, rare rows decay more),
     frequency_adagrad (8 per row; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4),
-    dense_adam (8; L2 acts on all rows), or a registered one; none: adagrad, rowwise_adagrad for int8 or int4 tables."""
+    dense_adam (8; all rows move in each step), or a registered one; none: adagrad, rowwise_adagrad for int8 or int4
+    tables."""
     learning_rate: float | None = None
-    """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, from batch size 256 0.02, from 2048 0.03."""
+    """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, from batch size 256 0.02, from 2048 0.03; for
+    dense_adam 0.0003, 0.0005 and 0.001."""
     table_learning_rate: float | None = None
     """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10

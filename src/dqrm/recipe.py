@@ -26,7 +26,7 @@ LEARNING_RATES = {
     "frequency_adagrad": ((0, 0.01), (256, 0.02), (2048, 0.03)),
     "adam": ((0, 0.001),),
     "rowwise_adam": ((0, 0.001),),
-    "dense_adam": ((0, 0.001),),
+    "dense_adam": ((0, 0.0003), (256, 0.0005), (2048, 0.001)),
 }
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
 WARM_FACTORS = {"adagrad": 1.5, "rowwise_adagrad": 1.5}
