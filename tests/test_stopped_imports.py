@@ -18,8 +18,8 @@ def verb():
 sys.argv = ["dqrm"]
 run_command(verb, "dqrm")
 """
-# A module that swallows what stops it, as packages with C extensions do, and then does not work. It prints its last line
-# itself: after the import the stop comes at once on a busy machine, before anything else is printed.
+# A module that swallows what stops it, as packages with C extensions do, and then does not work. It prints
+# its last line itself: after the import the stop comes at once on a busy machine, before anything else is printed.
 SWALLOWS = """
 import os, signal, time
 try:
