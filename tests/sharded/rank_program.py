@@ -1,7 +1,8 @@
 """One of the ranks of the tests of sharded tables: `rank_program.py FOLDER [CASE...]`, started by hand.
 
 Trains the same small model with several plans and codecs, or only those named, and leaves what it found in
-FOLDER/rank<N>.json and the gathered tables in FOLDER/<case>.safetensors. `problem` is shared with the test, which trains it on one process.
+FOLDER/rank<N>.json and the gathered tables in FOLDER/<case>.safetensors. `problem` is shared with the test, which
+trains it on one process.
 """
 
 import json
