@@ -59,7 +59,7 @@ def train_and_die(options: argparse.Namespace) -> None:
         "tables": "sharded", "embedding_dim": DIM, "bottom_mlp": list(BOTTOM), "top_mlp": list(TOP), "threads": 1,
         "optimizer": "rowwise_adagrad", "batch_size": options.batch_size, "shuffle": "block", "epochs": 1,
         "patience": 0, "callbacks": [], "checkpoint_every": half, "checkpoint_minutes": 0.0, "log_every": 0,
-        "exchange_timeout": 3600.0,
+        "exchange_timeout": 3600.0, "eval_batch_size": 1024,
     }  # fmt: skip
 
     def progress(label: str, done: int, total: int | None) -> None:
@@ -126,10 +126,11 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     stages["evaluate artifact"] = tested = run_processes([*dqrm, "eval", artifact, data, "--split", "test", "--json"])
     checkpoint = folder / "run/checkpoints" / f"step-{options.steps:09d}"
     shards = {ranks: shard_bytes(options, ranks) / 1e6 for ranks in (options.ranks, RESUMED_BY)}
+    by_ranks = {"train, killed at half": options.ranks, "resume": RESUMED_BY}
     beside = {
-        "train, killed at half": [round(peak - shards[options.ranks], 1) for peak in stages["train, killed at half"]["peak_rss_mb"]],
-        "resume": [round(peak - shards[RESUMED_BY], 1) for peak in resumed["peak_rss_mb"]],
-    }  # fmt: skip
+        name: [round(peak - shards[ranks], 1) for peak in stages[name]["peak_rss_mb"]]
+        for name, ranks in by_ranks.items()
+    }
     return {
         "table_rows": sum(table_rows(options)),
         "embedding_dim": DIM,
