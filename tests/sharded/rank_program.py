@@ -1,10 +1,12 @@
-"""One of two ranks of the tests of sharded tables: `rank_program.py FOLDER`, started by torchrun.
+"""One of the ranks of the tests of sharded tables: `rank_program.py FOLDER [CASE...]`, started by hand.
 
-Trains the same small model with several plans and codecs, and leaves what it found in FOLDER/rank<N>.json and the
-gathered tables in FOLDER/<case>.safetensors. `problem` is shared with the test, which trains it on one process.
+Trains the same small model with several plans and codecs, or only those named, and leaves what it found in
+FOLDER/rank<N>.json and the gathered tables in FOLDER/<case>.safetensors. `problem` is shared with the test, which
+trains it on one process.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS, DIM, BATCH, STEPS, RATE, RANKS = (60, 31, 7), 8, 16, 30, 2.0, 2
+ROWS, DIM, BATCH, STEPS, RATE = (60, 31, 7), 8, 16, 30, 2.0
+RANKS = int(os.environ.get("WORLD_SIZE", "2"))
 CASES = {
     "row_wise": ("row_wise", {"forward": "int4", "backward": "int8", "stochastic": False}),
     "table_wise": ("table_wise", {"forward": "int4", "backward": "int8", "stochastic": False}),
@@ -23,12 +26,12 @@ CASES = {
 }
 
 
-def problem() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Tables, ids int64 [STEPS, RANKS * BATCH, tables], labels, and the weights of the logit."""
+def problem(ranks: int = RANKS) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Tables, ids int64 [STEPS, ranks * BATCH, tables], labels, and the weights of the logit."""
     generator = torch.Generator().manual_seed(0)
     tables = [torch.randn(rows, DIM, generator=generator) * 0.5 for rows in ROWS]
-    ids = torch.stack([torch.randint(rows, (STEPS, RANKS * BATCH), generator=generator) for rows in ROWS], 2)
-    labels = (torch.rand(STEPS, RANKS * BATCH, generator=generator) < 0.4).float()
+    ids = torch.stack([torch.randint(rows, (STEPS, ranks * BATCH), generator=generator) for rows in ROWS], 2)
+    labels = (torch.rand(STEPS, ranks * BATCH, generator=generator) < 0.4).float()
     return tables, ids, labels, torch.randn(DIM, generator=generator)
 
 
@@ -174,18 +177,19 @@ def _refused(rank: int) -> list[str]:
     return said
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *cases: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    found = {case: _train(folder, case, rank) for case in CASES}
-    found["pooled"], found["refused"] = _pooled(rank), _refused(rank)
+    found: dict = {case: _train(folder, case, rank) for case in cases or CASES}
+    if not cases:
+        found["pooled"], found["refused"] = _pooled(rank), _refused(rank)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Two real ranks on TorchRec against INT4 QAT with row scales on one process: losses, tables, bytes, evaluation."""
+"""Two and four real ranks on TorchRec against INT4 QAT with row scales on one process: losses, tables, bytes."""
 
 import importlib.util
 import json
@@ -22,19 +22,27 @@ pytestmark = [TORCHREC, pytest.mark.slow, pytest.mark.distributed]
 PROGRAM = (sys.executable, str(Path(__file__).with_name("rank_program.py")))
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def ran(folder, ranks, *cases):
     """What each rank found, and the folder with the tensors."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with by_hand(folder / "log", (folder,), (folder,), program=PROGRAM) as launch:
+    with by_hand(folder / "log", *[(folder, *cases)] * ranks, program=PROGRAM) as launch:
         for ended in launch.wait():
             assert ended.code == 0, ended.err[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)], folder
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)], folder
 
 
-def one_process(case):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return ran(tmp_path_factory.mktemp("ranks"), RANKS)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return ran(tmp_path_factory.mktemp("four"), 4, "row_wise", "table_wise", "forward_only")
+
+
+def one_process(case, ranks=RANKS):
     """Losses and tables of the same training on one process, in this package's own QAT where it has the format."""
-    tables, ids, labels, weights = problem()
+    tables, ids, labels, weights = problem(ranks)
     options = CASES[case][1]
     backward = options["backward"] and RowCodec(DIM, options["backward"])
     starts = torch.tensor([0, *ROWS]).cumsum(0)
@@ -46,8 +54,8 @@ def one_process(case):
 
     def sent(gradient):
         """The gradient of the mean over one rank's samples, as the other ranks receive it."""
-        rows = (gradient * RANKS).reshape(-1, DIM)
-        return (backward.decode(backward.encode(rows)) / RANKS).view_as(gradient)
+        rows = (gradient * ranks).reshape(-1, DIM)
+        return (backward.decode(backward.encode(rows)) / ranks).view_as(gradient)
 
     losses = []
     for step in range(STEPS):
@@ -69,9 +77,18 @@ def one_process(case):
 
 @pytest.mark.parametrize("case", ["row_wise", "table_wise", "forward_only", "int2_fp16", "fp32"])
 def test_losses_and_tables_are_those_of_one_process(found, case):
+    assert_as_on_one_process(found, case)
+
+
+@pytest.mark.parametrize("case", ["row_wise", "table_wise", "forward_only"])
+def test_losses_and_tables_of_four_ranks(four, case):
+    assert_as_on_one_process(four, case)
+
+
+def assert_as_on_one_process(found, case):
     ranks, folder = found
-    losses, tables, _ = one_process(case)
-    assert ranks[0][case]["losses"] == ranks[1][case]["losses"]
+    losses, tables, _ = one_process(case, len(ranks))
+    assert all(ranks[0][case]["losses"] == rank[case]["losses"] for rank in ranks)
     assert losses[0] > losses[-1] + 0.05  # it learns, so equality says something
     assert ranks[0][case]["losses"] == pytest.approx(losses, rel=1e-5)
     stored = load_file(folder / f"{case}.safetensors")

@@ -89,14 +89,23 @@ class Processes(World):
             with self.guard():
                 dist.broadcast(piece, src=0, group=self.group)
 
-    def gather_rows(self, tensor: Tensor) -> list[Tensor]:
+    def gather_rows(self, tensor: Tensor) -> Tensor | None:
         lengths = self.gather(len(tensor))
-        sent = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-        sent[: len(tensor)] = tensor
-        received = [torch.empty_like(sent) for _ in lengths] if self.first else None
+        # By rank, as a gather would need a tensor of each rank beside the whole.
+        whole = tensor.new_empty(sum(lengths), *tensor.shape[1:]) if self.first else None
         with self.guard():
-            dist.gather(sent, received, dst=0, group=self.group)
-        return [part[:length] for part, length in zip(received or [], lengths)]
+            for rank, part in enumerate(whole.split(lengths) if whole is not None else ()):
+                if rank == 0:
+                    part.copy_(tensor)
+                elif len(part):
+                    dist.recv(part, rank, group=self.group)
+            if whole is None and len(tensor):
+                dist.send(tensor.contiguous(), 0, group=self.group)
+        return whole
+
+    def add_up(self, tensor: Tensor) -> None:
+        with self.guard():
+            dist.reduce(tensor, 0, group=self.group)
 
     def device(self, name: str) -> str:
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):

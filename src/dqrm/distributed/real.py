@@ -141,12 +141,16 @@ class RealRanks(RankExchange):
     # State.
 
     def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {name: torch.cat(self.world.gather_rows(tensor) or [tensor]) for name, tensor in own.items()}
+        state = {}
+        for name, tensor in own.items():
+            whole = self.world.gather_rows(tensor)
+            if whole is not None:
+                state[name] = whole
         if self.owner_residual is not None:
             # Parts that this rank does not own are zero: the sum puts the owners' parts together.
-            parts = self.world.gather_rows(self.owner_residual[None])
-            if parts:
-                state["mlp_owner_residual"] = torch.cat(parts).sum(0)
+            whole = self.owner_residual.clone()
+            self.world.add_up(whole)
+            state["mlp_owner_residual"] = whole
         return state if self.world.first else {}
 
     def _load_owner_residual(self, residual: Tensor) -> None:

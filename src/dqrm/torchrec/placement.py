@@ -5,6 +5,7 @@ Rank 0 writes and reads them, and passes rows on to their ranks and from them in
 change, their machines need no common file system, and one process without TorchRec evaluates and exports the run.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dqrm.data.dataset import Dataset
+from dqrm.distributed.world import RankLost
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import model_class
@@ -35,6 +37,8 @@ from dqrm.training.start import Start, share_state, share_weights
 from dqrm.training.step import TrainStep
 from dqrm.training.tensor_files import Streamed, read_tensor, tensors_of
 
+# TorchRec asks torch.fx whether it is traced, for which each rank would print a warning to whoever traces.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 _WEIGHT, _SCALE, _SUM = "tables.weight", "tables.weight_fake_quantizer.scale", "0/0/sum"
 
 
@@ -134,8 +138,12 @@ class Sharded(Placement):
             found.setdefault(file, {})[name] = Streamed(rows.shape, torch.float32, partial(pieces, number))
         try:
             yield found
-        finally:
+        except RankLost:  # nobody waits for a request
+            raise
+        except BaseException:
             self.world.shared(None)
+            raise
+        self.world.shared(None)
 
     def load_weights(self, checkpoint: Path, model: ClickModel, verify: bool) -> None:
         def load() -> None:

@@ -13,8 +13,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dqrm.distributed.world import World
 
-# Bytes of a piece.
-PIECE = 1 << 24
+# Bytes of a piece; several are alive while one is received, one written and one hashed.
+PIECE = 1 << 22
 
 
 class Shard(NamedTuple):

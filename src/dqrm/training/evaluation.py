@@ -108,14 +108,11 @@ def evaluate_shared(
     """
     share = world.rank, world.size
     own = predict_logits(model, dataset, split, batch_size, progress, share, collective=collective)
-    parts = world.gather_rows(torch.from_numpy(own))
+    whole = world.gather_rows(torch.from_numpy(own))
 
     def measured() -> tuple[dict[str, Any], dict[str, list[float]]]:
-        logits, labels, weights = (
-            torch.cat(parts).numpy(),
-            dataset.split(split).labels(),
-            dataset.split(split).weights(),
-        )
+        assert whole is not None
+        logits, labels, weights = whole.numpy(), dataset.split(split).labels(), dataset.split(split).weights()
         metrics = measure(logits, dataset, split)
         return metrics, calibration_curve(np.asarray(labels), logits, None if weights is None else np.asarray(weights))
 

@@ -286,7 +286,8 @@ def check_ranks(world: World, config: Config, dataset: Dataset) -> None:
     """Raise UserError on all ranks unless they can train this together; set the timeout of collectives."""
     facts = {name: value for values in config.to_dict().values() for name, value in values.items()}
     of_all = {"the version of dqrm": __version__, "the data's fingerprint": dataset.fingerprint}
-    world.require_same(of_all | facts)  # in this order: the data decides some of the others
+    of_all["tables"] = config.training.tables
+    world.require_same(of_all | facts)  # in this order: the data and `tables` decide some of the others
     size, simulated = world.size, config.exchange.simulate_ranks
     if size > 1 and simulated > 1:
         raise UserError(f"simulate_ranks is {simulated}, but {size} real ranks were started; use one or the other")

@@ -30,7 +30,7 @@ from dqrm.training.checkpoints import (
 )
 from dqrm.training.footprint import TableBytes, table_bytes
 from dqrm.training.run import Run
-from dqrm.training.start import Start, share_state, share_weights
+from dqrm.training.start import Start, share_state, share_tensors, share_weights
 from dqrm.training.step import TrainStep
 
 Saved = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
@@ -102,13 +102,20 @@ class Placement:
         return saved
 
     def _read_state(self, checkpoint: Path, optimizers: Sequence[Optimizer | None], verify: bool) -> Saved:
-        def load() -> Saved:
+        def load() -> dict[str, Any]:
             if verify:
                 verify_checkpoint(checkpoint)
-            values = load_state(checkpoint, optimizers)
-            return values, load_more(checkpoint, EXCHANGE), load_more(checkpoint, CALLBACKS)
+            return load_state(checkpoint, optimizers)
 
-        return self.world.on_first(load)
+        def exchange() -> dict[str, Tensor]:
+            found = load_more(checkpoint, EXCHANGE)
+            if self.world.size > 1 and found and len(found["counters"]) != self.world.size:
+                return {"counters": found["counters"]}  # the residuals of so many ranks are of no use
+            return found
+
+        values = self.world.on_first(load)
+        of_callbacks = share_tensors(self.world, lambda: load_more(checkpoint, CALLBACKS))
+        return values, share_tensors(self.world, exchange), of_callbacks
 
     @contextmanager
     def saving(self, model: ClickModel, optimizers: Sequence[Optimizer]) -> Iterator[dict[str, dict[str, Any]]]:

@@ -9,7 +9,7 @@ rate schedule, residuals of the exchange and callbacks begin anew.
 Only rank 0 reads the earlier run; the others receive its tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -276,6 +276,22 @@ def share_state(world: World, optimizers: Sequence[Optimizer]) -> None:
             for values in (optimizer.state.get(parameter, {}) for parameter in parameters):
                 for value in (values[name] for name in sorted(values)):
                     world.broadcast(value)
+
+
+def share_tensors(world: World, load: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors (on the CPU) that `load` returns on rank 0, on all ranks: one by one, as a Python object with all of
+    them would be in memory several times.
+
+    Raises:
+        UserError: of `load`, on all ranks.
+    """
+    found = world.together(lambda: load() if world.first else {})
+    for name, shape, dtype in world.shared([(name, each.shape, each.dtype) for name, each in found.items()]):
+        if not world.first:
+            found[name] = torch.empty(shape, dtype=dtype)
+        if found[name].numel():
+            world.broadcast(found[name])
+    return found
 
 
 def _require_same_architecture(run: Run, config: Config) -> None:
