@@ -29,7 +29,7 @@ def test_what_is_no_size_is_refused(text):
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["0GB", "100MB", "0.5GB"])
+@pytest.mark.parametrize("text", ["0GB", "100MB", "0.5GB", "699MB"])
 def test_what_is_too_small_to_work_with_is_refused(text):
     with pytest.raises(ValueError, match=rf"^memory is '{text}', expected at least \d+MB"):
         PrepareConfig(categorical=("a",), memory=text)
@@ -62,7 +62,7 @@ def test_a_budget_changes_chunks_and_no_byte(tmp_path, monkeypatch):
 
 
 def test_the_budget_decides_the_size_of_chunks():
-    sizes = [Budget(text).chunk_bytes for text in (None, "700MB", "1GB", "2GB")]
+    sizes = [Budget(text).chunk_bytes for text in (None, "750MB", "1GB", "2GB")]
     assert sizes[0] is None
     assert sizes[1:] == sorted(set(sizes[1:]))
 

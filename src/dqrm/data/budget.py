@@ -11,7 +11,8 @@ from dqrm.errors import UserError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 # Measured: Python, polars and its threads, and the blocks of text that are read, parsed and staged at once.
-FIXED = 600_000_000
+FIXED = 650_000_000
+_LEAST = 700_000_000
 # Measured: memory per byte of a chunk, in the one that is staged, the next one and the copies that both need.
 _PER_CHUNK_BYTE = 8
 # While two runs of counted keys are merged: both, the keys of both in order, where each begins, and the result.
@@ -36,9 +37,10 @@ def parse(text: str) -> int:
         raise ValueError(f"memory is '{text}', expected a number and its unit, as in 2GB, 800MB or 1.5GiB")
     number, power, binary = found.groups()
     size = int(float(number) * (1024 if binary else 1000) ** _POWERS[power.lower()])
-    if size < FIXED:
+    if size < _LEAST:
         raise ValueError(
-            f"memory is '{text}', expected at least {FIXED // 10**6}MB, which Python, polars and a few blocks of lines take"
+            f"memory is '{text}', expected at least {_LEAST // 10**6}MB: Python, polars and some blocks of lines take "
+            f"{FIXED // 10**6}MB"
         )
     return size
 

@@ -120,7 +120,8 @@ class Chunker:
     def __init__(self, rows: int, size: int | None = None) -> None:
         self._rows, self._size = rows, size
         self._held: list[pl.DataFrame] = []
-        self._count, self._bytes = 0, 0
+        self._count = 0
+        self._bytes = 0.0
 
     def add(self, frame: pl.DataFrame) -> list[pl.DataFrame]:
         """The chunks that are full with these rows; none, while there are too few."""
@@ -137,7 +138,7 @@ class Chunker:
             return []
         joined, pieces = pl.concat(self._held), max(1, self._count // self._rows)
         if self._size is not None:
-            pieces = min(self._count, max(pieces, self._bytes // self._size))
+            pieces = min(self._count, max(pieces, int(self._bytes // self._size)))
         ends = [self._count * n // pieces for n in range(pieces + 1)]
-        self._held, self._count, self._bytes = [], 0, 0
+        self._held, self._count, self._bytes = [], 0, 0.0
         return [joined[begin:end] for begin, end in itertools.pairwise(ends)]

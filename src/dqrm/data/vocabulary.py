@@ -242,8 +242,8 @@ class Counter:
     def _merge(self) -> None:
         newer, older = self._runs.pop(), self._runs.pop()
         if self._budget.limited:
-            keys = newer.height + older.height
-            self._budget.require_merge(keys, _key_bytes(newer) + _key_bytes(older), self._what)
+            total = newer.height + older.height
+            self._budget.require_merge(total, _key_bytes(newer) + _key_bytes(older), self._what)
         both = older.merge_sorted(newer, "key")
         keys, counts = both["key"], both["count"].to_numpy()
         starts = (keys != keys.shift()).fill_null(True).arg_true().to_numpy()
