@@ -17,6 +17,8 @@ _LEAST = 700_000_000
 _PER_CHUNK_BYTE = 8
 # While two runs of counted keys are merged: both, the keys of both in order, where each begins, and the result.
 _PER_MERGED_KEY = 44
+# Of that, what is free once they are merged, and still the process's.
+_FREED_PER_MERGED_KEY = 32
 # While a vocabulary is ordered and written, beside its counts.
 _PER_WRITTEN_KEY = 52
 _STATM = Path("/proc/self/statm")
@@ -72,13 +74,15 @@ class Budget:
         """
         self._require(keys, _PER_MERGED_KEY * keys + 3 * key_bytes, what)
 
-    def require_write(self, keys: int, key_bytes: int, what: str) -> None:
-        """That a vocabulary of so many keys, which are in memory, can be ordered and written.
+    def require_write(self, keys: int, key_bytes: int, merged: int, what: str) -> None:
+        """That a vocabulary of so many keys, which are in memory, can be ordered and written; `merged` keys were in the
+        runs that were merged last, whose memory is used again.
 
         Raises:
             OverBudget: not in the memory that is left.
         """
-        self._require(keys, _PER_WRITTEN_KEY * keys + 3 * key_bytes, what)
+        more = _PER_WRITTEN_KEY * keys - _FREED_PER_MERGED_KEY * merged
+        self._require(keys, max(0, more) + 3 * key_bytes, what)
 
     def _require(self, keys: int, more: int, what: str) -> None:
         if self.given is None or (used := resident()) + more <= parse(self.given):

@@ -222,7 +222,7 @@ class Counter:
 
     def __init__(self, budget: Budget | None = None, what: str = "a column") -> None:
         self._runs: list[pl.DataFrame] = []
-        self._budget, self._what = budget or Budget(), what
+        self._budget, self._what, self._merged = budget or Budget(), what, 0
 
     def add(self, run: pl.DataFrame) -> None:
         """One chunk's run, as `count_chunk` makes it."""
@@ -236,13 +236,13 @@ class Counter:
             self._merge()
         run = self._runs.pop()
         if self._budget.limited:
-            self._budget.require_write(run.height, _key_bytes(run), self._what)
+            self._budget.require_write(run.height, _key_bytes(run), self._merged, self._what)
         return run
 
     def _merge(self) -> None:
         newer, older = self._runs.pop(), self._runs.pop()
         if self._budget.limited:
-            total = newer.height + older.height
+            total = self._merged = newer.height + older.height
             self._budget.require_merge(total, _key_bytes(newer) + _key_bytes(older), self._what)
         both = older.merge_sorted(newer, "key")
         keys, counts = both["key"], both["count"].to_numpy()
