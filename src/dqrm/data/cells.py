@@ -87,7 +87,9 @@ def missing(column: pl.Expr, kind: pl.DataType, markers: Sequence[str] = ()) -> 
     if kind.is_float():
         none = none | column.is_nan().fill_null(False)
     if is_textual(kind) or markers:
-        none = none | canonical(column, kind).is_in(["", *markers]).fill_null(True)
+        # Of texts the canonical one, which takes a function of Python, is empty where the cell is.
+        texts = canonical(column, kind) if markers else plain(column, kind)
+        none = none | texts.is_in(["", *markers]).fill_null(True)
     return none
 
 

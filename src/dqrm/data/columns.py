@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from dqrm.data import cells
+from dqrm.data.coding import code_numbers
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig, cross_parts
 from dqrm.data.hashing import HashedRows
 from dqrm.data.lines import Block
@@ -67,12 +68,15 @@ class KeyColumn:
         rows: what keys are taken modulo of (None: they are not). The codes are of the smallest unsigned type.
         """
         cells, lengths = self.entries(cells)
-        keys = cells.unique().sort()
-        codes: NDArray[Any] = keys.search_sorted(cells).to_numpy()
+        if cells.dtype == pl.UInt32 and len(cells):
+            keys, codes = code_numbers(cells.to_numpy())
+        else:
+            keys = cells.unique().sort()
+            codes = keys.search_sorted(cells).to_numpy()
         if rows is not None:
             remainders, inverse = np.unique(self.modulo(keys, rows), return_inverse=True)
             keys, codes = pl.Series(remainders), inverse[codes]
-        return keys, codes.astype(np.min_scalar_type(max(0, len(keys) - 1))), lengths
+        return keys, codes.astype(np.min_scalar_type(max(0, len(keys) - 1)), copy=False), lengths
 
 
 @dataclass(frozen=True)

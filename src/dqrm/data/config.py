@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dqrm.data import conditions
+from dqrm.data import budget, conditions
 from dqrm.data.layouts import CRITEO_CATEGORICAL, CRITEO_DENSE, LAYOUTS, LIBSVM_COLUMN, Layout
 from dqrm.options import check_fields, split_quoted, unquoted
 
@@ -95,6 +95,9 @@ class PrepareConfig:
     """On a malformed line: stop with file and line number, or skip and count it."""
     chunk_rows: int = 262_144
     """Rows in memory at a time; changes memory and speed, never the result."""
+    memory: str | None = None
+    """Resident memory to keep below, as in 2GB or 1.5GiB: chunks are no larger than fits, and ids that do not fit are
+    refused with all that is done kept; never changes the result; none: no limit."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -131,6 +134,8 @@ class PrepareConfig:
             raise ValueError(f"seed is {self.seed}, expected 0 or more")
         if self.chunk_rows < 1:
             raise ValueError(f"chunk_rows is {self.chunk_rows}, expected 1 or more")
+        if self.memory is not None:
+            budget.parse(self.memory)
         if self.delimiter is not None and (len(self.delimiter.encode()) != 1 or self.delimiter in '"\r\n'):
             tab = "; in a shell a tab is $'\\t'" * (self.delimiter in ("\\t", "tab"))
             raise ValueError(f"delimiter is '{self.delimiter}', expected one ASCII character other than a quote{tab}")

@@ -24,7 +24,7 @@ _PER_ROW = ("weight", "group")
 _OPTIONAL = {"weight": None, "group": None, "count_decay": 1.0, "evict_after": None, "rows": None,
              "column_rows": (), "hashes": 1}  # fmt: skip
 # Of no effect on the result, or recorded in another way.
-UNRECORDED = ("chunk_rows", "extend")
+UNRECORDED = ("chunk_rows", "memory", "extend")
 # Weights summed at a time: fixed, since the order of a sum shows in its last bit.
 _BLOCK = 1 << 20
 

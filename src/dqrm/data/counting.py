@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from dqrm.data.ahead import ahead
+from dqrm.data.budget import Budget
 from dqrm.data.splits import TRAIN, Splits
 from dqrm.data.staging import Staging
 from dqrm.data.vocabulary import Counter, count_chunk, position_type
@@ -16,7 +17,9 @@ def count(parts: Sequence[Staging], column: int, splits: Splits | None) -> pl.Da
     """The run of one column's keys over the training rows, or over all (splits: None): key, count, first position;
     sorted by key. Where all rows of a part count, and it has been counted already (`precount`), its run is taken.
     """
-    counter = Counter()
+    plan = parts[0].plan
+    name = plan.keys[column].name if column < len(plan.keys) else plan.config.group
+    counter = Counter(Budget(plan.config.memory), f"column {name}")
     for run in ahead(_runs(parts, column, splits)):
         counter.add(run)
     return counter.finish()

@@ -12,6 +12,7 @@ import polars as pl
 
 from dqrm.data import parquet_files, sparse_text
 from dqrm.data.ahead import ahead
+from dqrm.data.budget import Budget
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
 from dqrm.data.formats import format_of
@@ -81,7 +82,7 @@ def ingest(
     Raises:
         UserError: the first malformed line, with file and number, unless they are skipped.
     """
-    chunker, told = Chunker(plan.config.chunk_rows), 0
+    chunker, told = Chunker(plan.config.chunk_rows, Budget(plan.config.memory).chunk_bytes), 0
     share = range(len(sources)) if share is None else share
     done, start = _resume(sources, staged)
     keep = _Subsample(plan.config, sum(source.rows + source.dropped for source in sources))

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,28 @@ def number(
     else:
         tell("counting ids", left.start, len(plan.keys))
         counted = splits if plan.config.vocabulary == "train" else None
-        for at, run in zip(left, ahead(count(parts, at, counted) for at in left)):
-            journal.add(_write(plan, at, run, path, work, extended))
+        for at, run in zip(left, _in_turn(parts, left, counted)):
+            journal.add(_write(plan, at, run(), path, work, extended))
             tell("counting ids", at + 1, len(plan.keys))
     if plan.group is not None and not (work / _GROUP).exists():
         grown = growth.first_day(count(parts, len(plan.keys), None), 1)
         grown.vocabulary.write(work / "group.partial")
         flush(work / "group.partial")
         (work / "group.partial").replace(work / _GROUP)
+
+
+def _in_turn(parts: Sequence[Staging], columns: range, counted: Splits | None) -> Iterator[Callable[[], pl.DataFrame]]:
+    """Per column, what returns its counts: while one column is written, the next one is counted. Within a budget only
+    when they are asked for, so that one column's ids are in memory at a time."""
+    if parts[0].plan.config.memory is not None:
+        yield from (partial(count, parts, at, counted) for at in columns)
+    else:
+        for run in ahead(count(parts, at, counted) for at in columns):
+            yield partial(_same, run)
+
+
+def _same(run: pl.DataFrame) -> pl.DataFrame:
+    return run
 
 
 def load(plan: Plan, work: Path) -> Numbering:

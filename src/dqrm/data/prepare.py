@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dqrm.data import formats, ingest
+from dqrm.data.budget import OverBudget
 from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
@@ -162,7 +163,7 @@ def _replacing(target: Path, partial: Path, job: dict[str, Any] | None, log: Log
     except BaseException as error:
         # Asked before there is room again.
         why = why_not_written(error, target.parent) if isinstance(error, OSError) else ""
-        stopped = isinstance(error, KeyboardInterrupt) and job is not None
+        stopped = isinstance(error, (KeyboardInterrupt, OverBudget)) and job is not None
         if not moved and not stopped:  # if moved, what bears its name now is another run's
             _remove(partial)
         if isinstance(error, OSError):

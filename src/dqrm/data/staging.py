@@ -111,28 +111,34 @@ class Staging:
 
 
 class Chunker:
-    """Regroup frames into chunks of `rows` rows or more, but less than twice as many.
+    """Regroup frames into chunks of `rows` rows or more, but less than twice as many; or fewer, where they have `size`
+    bytes already.
 
     Chunks end where a frame ends, so that what was read and what was staged can be told in one place.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, size: int | None = None) -> None:
+        self._rows, self._size = rows, size
         self._held: list[pl.DataFrame] = []
         self._count = 0
+        self._bytes = 0.0
 
     def add(self, frame: pl.DataFrame) -> list[pl.DataFrame]:
         """The chunks that are full with these rows; none, while there are too few."""
         if frame.height:
             self._held.append(frame)
             self._count += frame.height
-        return self.rest() if self._count >= self._rows else []
+            self._bytes += frame.estimated_size() if self._size is not None else 0
+        full = self._count >= self._rows or (self._size is not None and self._bytes >= self._size)
+        return self.rest() if full else []
 
     def rest(self) -> list[pl.DataFrame]:
         """The chunks of all rows that are left."""
         if not self._count:
             return []
         joined, pieces = pl.concat(self._held), max(1, self._count // self._rows)
+        if self._size is not None:
+            pieces = min(self._count, max(pieces, int(self._bytes // self._size)))
         ends = [self._count * n // pieces for n in range(pieces + 1)]
-        self._held, self._count = [], 0
+        self._held, self._count, self._bytes = [], 0, 0.0
         return [joined[begin:end] for begin, end in itertools.pairwise(ends)]

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from dqrm.data.budget import Budget
 from dqrm.errors import UserError
 
 Array = NDArray[Any]
@@ -205,11 +206,23 @@ def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: 
     return pl.DataFrame({"key": keys, "count": counts.astype(integer), "first": first}).filter(pl.col("count") > 0)
 
 
-class Counter:
-    """Merge of runs of counted keys."""
+def _key_bytes(run: pl.DataFrame) -> int:
+    """What the keys take beyond 4 bytes each."""
+    return max(0, int(run["key"].estimated_size()) - 4 * run.height)
 
-    def __init__(self) -> None:
+
+class Counter:
+    """Merge of runs of counted keys.
+
+    budget: of the memory. what: is counted, for messages.
+
+    Raises:
+        OverBudget: the runs cannot be merged within the budget, or the vocabulary not be written.
+    """
+
+    def __init__(self, budget: Budget | None = None, what: str = "a column") -> None:
         self._runs: list[pl.DataFrame] = []
+        self._budget, self._what, self._merged = budget or Budget(), what, 0
 
     def add(self, run: pl.DataFrame) -> None:
         """One chunk's run, as `count_chunk` makes it."""
@@ -221,10 +234,16 @@ class Counter:
         """All chunks' run: key, count, first; sorted by key."""
         while len(self._runs) > 1:
             self._merge()
-        return self._runs.pop()
+        run = self._runs.pop()
+        if self._budget.limited:
+            self._budget.require_write(run.height, _key_bytes(run), self._merged, self._what)
+        return run
 
     def _merge(self) -> None:
         newer, older = self._runs.pop(), self._runs.pop()
+        if self._budget.limited:
+            total = self._merged = newer.height + older.height
+            self._budget.require_merge(total, _key_bytes(newer) + _key_bytes(older), self._what)
         both = older.merge_sorted(newer, "key")
         keys, counts = both["key"], both["count"].to_numpy()
         starts = (keys != keys.shift()).fill_null(True).arg_true().to_numpy()
