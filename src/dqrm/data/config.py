@@ -96,8 +96,8 @@ class PrepareConfig:
     chunk_rows: int = 262_144
     """Rows in memory at a time; changes memory and speed, never the result."""
     memory: str | None = None
-    """Resident memory to keep below, as in 2GB or 1.5GiB: chunks are no larger than fits, and ids that do not fit are
-    refused with all that is done kept; never changes the result; none: no limit."""
+    """Limit on resident memory, such as 2GB or 1.5GiB: it sizes the chunks, and a vocabulary that does not fit is
+    refused (with a larger limit the same command resumes); never changes the result; none: no limit."""
 
     def __post_init__(self) -> None:
         check_fields(self)
