@@ -37,7 +37,7 @@ def test_defaults_are_the_recipe_in_int4():
     assert (bits.effective_table_bits, bits.effective_mlp_bits) == (4, recipe.MLP_BITS)
     assert (bits.small_table_bits, bits.small_table_rows) == (recipe.SMALL_TABLE_BITS, 10_000)
     assert (config.quantization.quantizer, config.quantization.scale_refresh) == ("max", "running_max")
-    assert (config.optimizer.optimizer, config.optimizer.rate) == (recipe.OPTIMIZER, 0.03)
+    assert (config.optimizer.optimizer, config.optimizer.rate) == (recipe.OPTIMIZER, 0.001)
     assert config.training.callbacks == recipe.CALLBACKS
     assert (config.training.epochs, config.training.batch_size, config.training.patience) == (0, 0, recipe.PATIENCE)
 
@@ -65,7 +65,7 @@ def test_the_learning_rate_follows_optimizer_and_batch_size(batch):
     rates = {name: recipe.learning_rate(name, batch) for name in ("sgd", "adagrad", "rowwise_adagrad", "your_own")}
     adaptive = 0.01 if batch < 256 else 0.02 if batch < 2048 else 0.03
     assert rates == {"sgd": 0.1, "adagrad": adaptive, "rowwise_adagrad": adaptive, "your_own": 0.01}
-    assert recipe.learning_rate("dense_adam", batch) == (0.0003 if batch < 256 else 0.0005 if batch < 2048 else 0.001)
+    assert recipe.learning_rate("dense_adam", batch) == (0.0003 if batch < 256 else 0.0005 if batch < 1024 else 0.001)
     for rate in (0, 0.3):
         assert OptimizerConfig("adagrad", rate).rate == rate
     assert Config.load(None, {"learning_rate": "none"}).optimizer.learning_rate is None
@@ -73,12 +73,13 @@ def test_the_learning_rate_follows_optimizer_and_batch_size(batch):
 
 
 def test_the_batch_size_rises_with_the_rows():
-    sizes = [recipe.batch_size(rows) for rows in (0, 1, 8_000, 100_000, 720_000, 40_000_000)]
+    sizes = [recipe.batch_size(rows, "adagrad") for rows in (0, 1, 8_000, 100_000, 720_000, 40_000_000)]
     assert sizes == sorted(sizes)
     assert {size for _, size in recipe.BATCH_SIZES} >= set(sizes)
     for least, size in recipe.BATCH_SIZES:
-        assert recipe.batch_size(least) == size
-        assert least == 0 or recipe.batch_size(least - 1) < size
+        assert recipe.batch_size(least, "adagrad") == size
+        assert recipe.batch_size(least, "dense_adam") == min(size, 1024)
+        assert least == 0 or recipe.batch_size(least - 1, "adagrad") < size
 
 
 def test_dictionary_round_trip():

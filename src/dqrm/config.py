@@ -33,11 +33,11 @@ class OptimizerConfig:
     """Update rule, and its state in bytes per weight of the tables: sgd (none), adagrad (4), rowwise_adagrad (4 per
     row; plain Adagrad for the MLP), counter_adagrad (12 per row; with table_l2, rare rows decay more),
     frequency_adagrad (8 per row; rare rows learn more slowly), adam (8; rows of the batch), rowwise_adam (4),
-    dense_adam (8; all rows move in each step), or a registered one; none: adagrad, rowwise_adagrad for int8 or int4
-    tables."""
+    dense_adam (8; all rows move in each step), or a registered one; none: dense_adam, adagrad for bf16 or sharded
+    tables, rowwise_adagrad for int8 or int4 tables."""
     learning_rate: float | None = None
-    """Step size; none: 0.1 for sgd, 0.001 for adam; for adagrad 0.01, from batch size 256 0.02, from 2048 0.03; for
-    dense_adam 0.0003, 0.0005 and 0.001."""
+    """Step size; none: 0.1 for sgd, 0.001 for adam; for dense_adam 0.0003, from batch size 256 0.0005, from 1024 0.001;
+    for adagrad 0.01, from batch size 256 0.02, from 2048 0.03."""
     table_learning_rate: float | None = None
     """Step size of the tables, under the same schedule; none: learning_rate."""
     adagrad_eps: float = 1e-10
@@ -105,7 +105,7 @@ class OptimizerConfig:
 
     @property
     def rule(self) -> str:
-        """`optimizer`; if it is none (only outside a `Config`), the default with tables that are not in INT8."""
+        """`optimizer`; if it is none (only outside a `Config`), the default with FP32 tables."""
         return recipe.OPTIMIZER if self.optimizer is None else self.optimizer
 
     @property
@@ -134,7 +134,7 @@ class TrainingConfig:
     epochs: int = 0
     """Most passes over the training split; 0: 20, which --patience ends, or 1 without patience or validation figure."""
     batch_size: int = 0
-    """Samples per training step; 0: from 64 to 2048, by the rows of the training split."""
+    """Samples per training step; 0: from 64 to 1024 (Adagrad: 2048), by the rows of the training split."""
     max_steps: int = 0
     """Stop after this many steps; 0: all epochs."""
     shuffle: Literal["global", "block", "none"] = "global"
@@ -222,7 +222,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.optimizer.optimizer is None:  # resolved here, so that what is stored says it
-            rule = recipe.optimizer(self.training.table_dtype)
+            rule = recipe.optimizer(self.training.table_dtype, self.training.tables)
             object.__setattr__(self, "optimizer", replace(self.optimizer, optimizer=rule))
         if 0 < self.training.batch_size < self.exchange.simulate_ranks:
             raise ValueError(

@@ -9,15 +9,19 @@ from typing import Any
 
 from dqrm.quant.config import REFRESHES, unused_period
 
-OPTIMIZER = "adagrad"
-OPTIMIZER_OF = {"int8": "rowwise_adagrad", "int4": "rowwise_adagrad"}
-"""By table_dtype, where it differs: an FP32 value per weight would take four times the bytes of INT8 rows, one per row
-takes 6 % of them at dim 64 and 22 % at dim 16."""
+OPTIMIZER = "dense_adam"
+OPTIMIZER_OF = {"bf16": "adagrad", "int8": "rowwise_adagrad", "int4": "rowwise_adagrad"}
+"""By table_dtype, where it differs: Adam's 8 bytes per weight would undo what smaller master weights save. Of INT8 rows
+a value per row takes 6 % at dim 64 and 22 % at dim 16."""
+SHARDED_OPTIMIZER = "adagrad"
+"""Of tables that are sharded, whose update is FBGEMM's."""
 CALLBACKS = ("redraw_tables:min_rows=1000", "ema:decay=0.999")
 EPOCHS, PATIENCE = 20, 5
 """The largest number of epochs, and the number of epochs without improvement before training stops."""
 BATCH_SIZES = ((0, 64), (50_000, 128), (500_000, 2048))
 """(least rows of the training split, batch size), ascending."""
+LARGEST_BATCH_SIZES = {"dense_adam": 1024}
+"""By optimizer, the largest of them that it takes by default."""
 LEARNING_RATES = {
     "sgd": ((0, 0.1),),
     "adagrad": ((0, 0.01), (256, 0.02), (2048, 0.03)),
@@ -26,7 +30,7 @@ LEARNING_RATES = {
     "frequency_adagrad": ((0, 0.01), (256, 0.02), (2048, 0.03)),
     "adam": ((0, 0.001),),
     "rowwise_adam": ((0, 0.001),),
-    "dense_adam": ((0, 0.0003), (256, 0.0005), (2048, 0.001)),
+    "dense_adam": ((0, 0.0003), (256, 0.0005), (1024, 0.001)),
 }
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
 WARM_FACTORS = {"adagrad": 1.5, "rowwise_adagrad": 1.5}
@@ -96,9 +100,9 @@ def callbacks(given: Sequence[str], base: Sequence[str] = CALLBACKS) -> Sequence
     return (*(each for each in base if each.partition(":")[0] not in names), *added)
 
 
-def optimizer(table_dtype: str) -> str:
-    """The update rule for tables whose master weights are stored so."""
-    return OPTIMIZER_OF.get(table_dtype, OPTIMIZER)
+def optimizer(table_dtype: str, tables: str = "replicated") -> str:
+    """The update rule for tables whose master weights are stored so; `tables`: where they are."""
+    return SHARDED_OPTIMIZER if tables == "sharded" else OPTIMIZER_OF.get(table_dtype, OPTIMIZER)
 
 
 def overridden(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -111,9 +115,10 @@ def overridden(given: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(names[:3] if "small_table_bits" in given else names), *scales, *periods)
 
 
-def batch_size(rows: int) -> int:
-    """The batch size for a training split of this number of rows."""
-    return max(size for least, size in BATCH_SIZES if rows >= least)
+def batch_size(rows: int, optimizer: str) -> int:
+    """The batch size for a training split of this number of rows with this optimizer."""
+    size = max(size for least, size in BATCH_SIZES if rows >= least)
+    return min(size, LARGEST_BATCH_SIZES.get(optimizer, size))
 
 
 def warmup_steps(optimizer: str, epoch_steps: int, goes_on: bool = False) -> int:

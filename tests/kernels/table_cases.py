@@ -6,7 +6,7 @@ import torch
 
 from dqrm import kernels
 from dqrm.kernels import GroupMap, IdleCourse, TableRanges, plain
-from dqrm.kernels.layout import idle_powers
+from dqrm.kernels.layout import idle_fades, idle_powers
 from kernel_helpers import ODD, ROW_GRADIENTS, here, random_ids, random_rows, same
 from kernels.cases import BF16, FP32, INT8, case, odd
 
@@ -172,14 +172,25 @@ def sum_duplicates_(largest):
 # torch's root is not always rounded to nearest, the compiled one's is.
 @case(*product([0, 1, 300], [1, 3, 16, 17], [0.0, 1e-5, 1e-3], [1, 4], [0, 40]), rtol=1e-4, atol=1e-7)
 def idle_adam(count, dim, l2, stride, earliest):
-    first = random_rows(count, dim, seed=1) * 1e-4
-    weight, second, now = random_rows(count, dim) * 0.05, first.square(), 2000
-    last = (torch.arange(count) * 61 % (now - earliest) + earliest + 1).int()
+    table = max(count, 1)
+    first = random_rows(table, dim, seed=1) * 1e-4
+    weight, second, now = random_rows(table, dim) * 0.05, first.square(), 2000
+    last = (torch.arange(table) * 61 % (now - earliest) + earliest + 1).int()
     steps = torch.arange(1, now + 1, stride, dtype=torch.float64)
     alpha, root = 1e-3 / (1 - 0.9**steps), (1 - 0.999**steps).rsqrt()
-    course = IdleCourse(alpha.float(), root.float(), idle_powers(0.999, l2), stride, 0.9, 1e-8, l2)
-    kernels.idle_adam(weight, first, second, last, now, course)
-    return weight, first * 1e3, second * 1e6
+    powers, fades = idle_powers(0.999, l2), idle_fades(0.9, 0.999, l2)
+    course = IdleCourse(alpha.float(), root.float(), powers, fades, stride, 0.9, 0.999, 1e-8, l2)
+    rows = torch.arange(count) * 7 % max(count * 2 // 3, 1)  # some twice, others not at all
+    changed = kernels.idle_adam(weight, first, second, last, rows, now, course)
+    return weight, first * 1e3, second * 1e6, last, changed.sort().values
+
+
+@case(*product([0, 1, 300], [1, 3, 16, 17], [1.0, 31.6]), rtol=1e-5, atol=1e-7)
+def adam_moments(count, dim, root):
+    first, second = random_rows(400, dim, seed=1), random_rows(400, dim, seed=2).square()
+    rows, values = torch.arange(count) * 3 % 400, random_rows(count, dim)
+    values = kernels.adam_moments(first, second, rows, values, 0.9, 0.999, root, 1e-8)
+    return first, second, values
 
 
 @case(*product([FP32, BF16, INT8], [0.0, 1e30, float("nan"), 0.05], [odd, random_rows], [0, 1, 300, 6000]))

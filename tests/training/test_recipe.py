@@ -44,21 +44,25 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
     config = Config(model=SMALL, training=TrainingConfig(max_steps=3))
     told = []
     summary = train(generated, tmp_path / "run", config, log=told.append)
-    steps = generated.rows["train"] // 64 // 3
-    assert 0 < steps < 100
     assert told[0] == (
-        f"Training with adagrad, learning rate 0.01 ({steps} steps of warm-up), batch size 64, at most 20 epochs "
+        f"Training with dense_adam, learning rate 0.0003, batch size 64, at most 20 epochs "
         f"(patience {recipe.PATIENCE}); callbacks: redraw_tables:min_rows=1000, ema:decay=0.999"
     )
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert written == summary["config"]
-    wanted = {"batch_size": recipe.batch_size(generated.rows["train"]), "epochs": recipe.EPOCHS}
+    wanted = {"batch_size": recipe.batch_size(generated.rows["train"], "dense_adam"), "epochs": recipe.EPOCHS}
     assert {name: written["training"][name] for name in wanted} == wanted
     assert written["training"]["callbacks"] == list(recipe.CALLBACKS)
-    assert written["optimizer"]["optimizer"] == "adagrad"
-    assert written["optimizer"]["learning_rate"] == recipe.learning_rate("adagrad", wanted["batch_size"])
+    assert written["optimizer"]["optimizer"] == "dense_adam"
+    assert written["optimizer"]["learning_rate"] == recipe.learning_rate("dense_adam", wanted["batch_size"])
     large = replace(config, training=TrainingConfig(batch_size=4096))
-    assert resolved(large, generated).optimizer.learning_rate == 0.03
+    assert resolved(large, generated).optimizer.learning_rate == 0.001
+    adagrad = replace(config, optimizer=OptimizerConfig("adagrad"))
+    told.clear()
+    train(generated, tmp_path / "adagrad", adagrad, log=told.append)
+    steps = generated.rows["train"] // 64 // recipe.WARMUP_PARTS
+    assert 0 < steps < 100
+    assert told[0].startswith(f"Training with adagrad, learning rate 0.01 ({steps} steps of warm-up), batch size 64, ")
     given = Config(
         SMALL, optimizer=OptimizerConfig("sgd", 0.3, warmup_steps=2), training=TrainingConfig(epochs=7, batch_size=9)
     )
@@ -66,16 +70,17 @@ def test_what_is_left_open_is_resolved_before_the_run_is_written(generated, tmp_
 
 
 @pytest.mark.parametrize(("optimizer", "batch_size", "goes_on", "steps"), [
-    (OptimizerConfig(), 1, False, 100),
+    (OptimizerConfig(), 1, False, 0),
+    (OptimizerConfig("adagrad"), 1, False, 100),
     (OptimizerConfig("rowwise_adagrad"), 1, False, 100),
-    (OptimizerConfig(), 10, False, 13),
-    (OptimizerConfig(), 400, False, 0),
-    (OptimizerConfig(), 1, True, 0),
+    (OptimizerConfig("adagrad"), 10, False, 13),
+    (OptimizerConfig("adagrad"), 400, False, 0),
+    (OptimizerConfig("adagrad"), 1, True, 0),
     (OptimizerConfig("sgd"), 1, False, 0),
     (OptimizerConfig("adam"), 1, False, 0),
     (OptimizerConfig(warmup_steps=7), 400, True, 7),
-    (OptimizerConfig(decay_start_step=99, decay_steps=9), 1, False, 0),
-    (OptimizerConfig(decay_start_step=100, decay_steps=9), 1, False, 100),
+    (OptimizerConfig("adagrad", decay_start_step=99, decay_steps=9), 1, False, 0),
+    (OptimizerConfig("adagrad", decay_start_step=100, decay_steps=9), 1, False, 100),
 ])  # fmt: skip
 def test_steps_of_warm_up(tmp_path, optimizer, batch_size, goes_on, steps):
     data = log_of(tmp_path / "data", 400, validation_fraction=0, test_fraction=0)

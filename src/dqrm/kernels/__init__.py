@@ -213,20 +213,42 @@ def blocks_max(table: Weight, block: int, dirty: Tensor, maxima: Tensor) -> floa
 
 
 @_operation
-def idle_adam(weight: Tensor, first: Tensor, second: Tensor, last: Tensor, now: int, course: IdleCourse) -> None:
-    """Bring rows from step `last` of Adam to step `now`, in place; in between, their gradient was `l2 * weight` alone.
+def idle_adam(
+    weight: Tensor, first: Tensor, second: Tensor, last: Tensor, rows: Tensor, now: int, course: IdleCourse
+) -> Tensor:
+    """Bring rows from the step of Adam that they have seen last to step `now`, in place; in between, their gradient
+    was `l2 * weight` alone. Returns those that were not there, int64 [U], each once, in any order.
 
-    The first 16 steps of a row are made one by one, then up to 64 at once: within such a block the root of the second
-    moment has one value, that of its middle, and weight and first moment follow a matrix of 2 x 2, so the cost grows
-    with the logarithm of the gap up to 512 steps and by 1/64 per step from there. A weight below 1e-10 that moves by
-    less than that in a step is set to 0 and stays there.
+    Without L2, a row that has seen `EARLY_STEPS` steps goes all the way in one: its first moment fades, and the root of
+    its second moment does in proportion, so that the sum of the steps is a number of the gap times `first /
+    (sqrt(second) + eps')`, with the mean of `eps` over root and bias correction for eps'.
+
+    Else the first 16 steps of a row are made one by one, then up to 64 at once: within such a block the root of the
+    second moment has one value, that of its middle, and weight and first moment follow a matrix of 2 x 2, so the cost
+    grows with the logarithm of the gap up to 512 steps and by 1/64 per step from there. A weight below 1e-10 that moves
+    by less than that in a step is set to 0 and stays there.
 
     Args:
-        weight, first, second: float32 [U, dim]: weights and moments of the rows.
-        last: int32 [U]: steps that each row has seen, at most `now`.
+        weight, first, second: float32 [R, dim]: weights and moments.
+        last: int32 [R]: steps that each row has seen, at most `now`; updated.
+        rows: int64 [N], repeated or not.
     """
-    backend = choose("idle_adam", weight, first, second, last, course.alpha, course.root, course.powers)
-    backend.idle_adam(weight, first, second, last, now, course)
+    backend = choose("idle_adam", weight, first, second, last, rows, course.alpha, course.root, course.powers)
+    return backend.idle_adam(weight, first, second, last, rows, now, course)
+
+
+@_operation
+def adam_moments(
+    first: Tensor, second: Tensor, rows: Tensor, values: Tensor, beta1: float, beta2: float, root: float, eps: float
+) -> Tensor:
+    """Update the moments, float32 [R, dim], of rows by their gradients, and return first / (sqrt(second) * root + eps).
+
+    Args:
+        rows: int64 [U], each once.
+        values: float32 [U, dim]: gradients; overwritten by what is returned.
+    """
+    backend = choose("adam_moments", first, second, rows, values)
+    return backend.adam_moments(first, second, rows, values, beta1, beta2, root, eps)
 
 
 # ---- linear layers and interaction

@@ -1,14 +1,18 @@
-/* What Adam with L2 does to rows that get no gradient: many steps at once, in registers. */
+/* Adam on some rows: what it does to those that get no gradient, many steps at once, and its moments of the others. */
 #include "common.h"
+#include <math.h>
 
 enum { LANES = 16, SIZES = 7 }; /* block lengths 1, 2, 4, ... 64 */
 #define AT_REST 1e-10f
+#define AHEAD 8 /* rows that are fetched while others are computed */
 
 /* What a block of 2^j steps needs: see `kernels.IdleCourse`. */
 typedef struct {
     const float *alpha, *root, *powers; /* [entries], [entries], [4 * SIZES] */
+    const float *fades, *grows; /* [steps] each */
+    int64_t steps;
     int shift; /* an entry is of 2^shift steps */
-    float beta1, one_minus_beta1, eps, l2, gamma, most;
+    float beta1, one_minus_beta1, beta2, eps, l2, gamma, most;
 } Course;
 
 /* The number of steps from `done` on that are taken at once: 2^j; rows had their last gradient `age` steps ago. */
@@ -92,20 +96,106 @@ static void idle_lanes(float *restrict w, float *restrict m, float *restrict v, 
     }
 }
 
-EXPORT void dqrm_idle_adam(float *weight, float *first, float *second, const int32_t *last, int64_t count, int64_t dim,
-                           int64_t now, const float *alpha, const float *root, int64_t stride, const float *powers,
-                           float beta1, float one_minus_beta1, float eps, float l2, float gamma, float most,
-                           int threads) {
+/* A gap without L2: w -= way * m / (sqrt(v) + eps), then the moments shrink. */
+typedef struct {
+    float way, eps, first, second;
+} Coast;
+
+static Coast coast_of(int64_t last, int64_t now, const Course *c) {
+    int64_t gap = now - last, steps = gap < c->steps ? gap : c->steps;
+    float way = 0.0f, spread = 0.0f;
+    if (c->shift == 0) {
+        const float *alpha = c->alpha + last, *root = c->root + last;
+_Pragma("omp simd reduction(+ : way, spread)")
+        for (int64_t k = 0; k < steps; k++) {
+            float grown = c->grows[k] / root[k], share = alpha[k] * c->fades[k] * grown;
+            way += share, spread += share * grown;
+        }
+    } else {
+        for (int64_t k = 0; k < steps; k++) {
+            int64_t at = (last + k) >> c->shift;
+            float grown = c->grows[k] / c->root[at], share = c->alpha[at] * c->fades[k] * grown;
+            way += share, spread += share * grown;
+        }
+    }
+    float first = gap > c->steps ? 0.0f : powf(c->beta1, (float)gap);
+    return (Coast){way, c->eps * (way == 0.0f ? 1.0f : spread / way), first, expf((float)(gap * log(c->beta2)))};
+}
+
+static void coast_lanes(float *restrict w, float *restrict m, float *restrict v, const Coast *c) {
+_Pragma("omp simd")
+    for (int i = 0; i < LANES; i++) {
+        w[i] = w[i] - c->way * m[i] / (sqrtf(v[i]) + c->eps);
+        m[i] = m[i] * c->first, v[i] = v[i] * c->second;
+    }
+}
+
+static int all_zero(const float *x, int64_t count) {
+    uint32_t any = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        any |= bits << 1; /* without the sign */
+    }
+    return !any;
+}
+
+/* The rows that have seen less than `now` steps go to the start of `changed`, each once; returns their number. */
+EXPORT int64_t dqrm_idle_adam(float *weight, float *first, float *second, int32_t *last, int64_t dim,
+                              const int64_t *rows, int64_t count, int64_t now, int64_t early, const float *alpha,
+                              const float *root, int64_t stride, const float *powers, const float *fades, int64_t steps,
+                              float beta1, float one_minus_beta1, float beta2, float eps, float l2, float gamma,
+                              float most, int64_t *changed, int threads) {
     int shift = 0;
     while (1LL << shift < stride) shift++;
-    Course c = {alpha, root, powers, shift, beta1, one_minus_beta1, eps, l2, gamma, most};
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads) if (count > 256)
-    for (int64_t i = 0; i < count; i++)
+    Course c = {alpha, root, powers, fades, fades + steps, steps, shift, beta1, one_minus_beta1, beta2, eps, l2, gamma,
+                most};
+    int64_t found = 0, *since = changed + count;
+    for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) __builtin_prefetch(&last[rows[i + AHEAD]], 1);
+        if (last[rows[i]] < now) {
+            changed[found] = rows[i], since[found++] = last[rows[i]];
+            last[rows[i]] = (int32_t)now;
+        }
+    }
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads) if (found > 256)
+    for (int64_t i = 0; i < found; i++) {
+        if (i + AHEAD < found)
+            for (int64_t d = changed[i + AHEAD] * dim, end = d + dim; d < end; d += LANES)
+                __builtin_prefetch(weight + d, 1), __builtin_prefetch(first + d, 1), __builtin_prefetch(second + d, 1);
+        if (steps > 0 && all_zero(first + changed[i] * dim, dim) && all_zero(second + changed[i] * dim, dim))
+            continue; /* without L2, a row that has had no gradient stays where it is */
+        int coasts = steps > 0 && since[i] >= early;
+        Coast coast = {0};
+        if (coasts) coast = coast_of(since[i], now, &c);
         for (int64_t d = 0; d < dim; d += LANES) {
-            int64_t at = i * dim + d, width = (dim - d < LANES ? dim - d : LANES) * 4;
+            int64_t at = changed[i] * dim + d, width = (dim - d < LANES ? dim - d : LANES) * 4;
             float w[LANES] = {0}, m[LANES] = {0}, v[LANES] = {0};
             memcpy(w, weight + at, width), memcpy(m, first + at, width), memcpy(v, second + at, width);
-            idle_lanes(w, m, v, last[i], now, &c);
+            if (coasts)
+                coast_lanes(w, m, v, &coast);
+            else
+                idle_lanes(w, m, v, since[i], now, &c);
             memcpy(weight + at, w, width), memcpy(first + at, m, width), memcpy(second + at, v, width);
         }
+    }
+    return found;
+}
+
+EXPORT void dqrm_adam_moments(float *first, float *second, int64_t dim, const int64_t *rows, int64_t count,
+                              float *values, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
+                              float root, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 256)
+    for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count)
+            for (int64_t d = rows[i + AHEAD] * dim, end = d + dim; d < end; d += LANES)
+                __builtin_prefetch(first + d, 1), __builtin_prefetch(second + d, 1);
+        float *restrict m = first + rows[i] * dim, *restrict v = second + rows[i] * dim, *restrict g = values + i * dim;
+_Pragma("omp simd")
+        for (int64_t d = 0; d < dim; d++) {
+            m[d] = beta1 * m[d] + one_minus_beta1 * g[d];
+            v[d] = beta2 * v[d] + one_minus_beta2 * (g[d] * g[d]);
+            g[d] = m[d] / (sqrtf(v[d]) * root + eps);
+        }
+    }
 }

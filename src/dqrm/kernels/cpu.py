@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dqrm.kernels import plain
 from dqrm.kernels.calls import call, takes  # noqa: F401 (`takes` makes this a backend)
-from dqrm.kernels.layout import Blocks, GroupMap, IdleCourse, Limits, TableRanges, Tiers, Weight
+from dqrm.kernels.layout import EARLY_STEPS, Blocks, GroupMap, IdleCourse, Limits, TableRanges, Tiers, Weight
 
 _KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -74,10 +74,15 @@ def _before_update(weight: Weight, rows: Tensor, values: Tensor) -> None:
     odd = isinstance(weight, Tensor) and weight.dtype == torch.int8 and values.shape == (len(rows), dim - 1)
     if values.shape != (len(rows), dim) and not odd:
         raise ValueError(f"values are {list(values.shape)}, expected [{len(rows)}, {dim}]")
-    wrong = call("outside", rows, len(rows), len(weight))
-    if wrong >= 0:
-        raise IndexError(f"row {int(rows[wrong])} is outside a weight of {len(weight)} rows")
+    _check_rows(rows, len(weight))
     torch.autograd.graph.increment_version(_memory(weight)[0])
+
+
+def _check_rows(rows: Tensor, count: int) -> None:
+    """Refuse rows outside a weight of `count` rows."""
+    wrong = call("outside", rows, len(rows), count)
+    if wrong >= 0:
+        raise IndexError(f"row {int(rows[wrong])} is outside a weight of {count} rows")
 
 
 def _watched(ranges: TableRanges | None) -> tuple[Any, ...]:
@@ -148,11 +153,30 @@ def blocks_max(table: Weight, block: int, dirty: Tensor, maxima: Tensor) -> floa
     return ctypes.c_float.from_buffer(c_uint32(bits)).value
 
 
-def idle_adam(weight: Tensor, first: Tensor, second: Tensor, last: Tensor, now: int, course: IdleCourse) -> None:
-    call(
-        "idle_adam", weight, first, second, last, *weight.shape, now, course.alpha, course.root, course.stride,
-        course.powers, course.beta1, 1 - course.beta1, course.eps, course.l2, course.gamma, course.most,
+def idle_adam(
+    weight: Tensor, first: Tensor, second: Tensor, last: Tensor, rows: Tensor, now: int, course: IdleCourse
+) -> Tensor:
+    _check_rows(rows, len(last))
+    changed = rows.new_empty(2 * len(rows))  # the kernel keeps where they were in the second half
+    count = call(
+        "idle_adam", weight, first, second, last, weight.shape[1], rows, len(rows), now, EARLY_STEPS, course.alpha,
+        course.root, course.stride, course.powers, course.fades, len(course.fades) // 2, course.beta1,
+        1 - course.beta1, course.beta2, course.eps, course.l2, course.gamma, course.most, changed,
     )  # fmt: skip
+    if count:
+        torch.autograd.graph.increment_version(weight)
+    return changed[:count]
+
+
+def adam_moments(
+    first: Tensor, second: Tensor, rows: Tensor, values: Tensor, beta1: float, beta2: float, root: float, eps: float
+) -> Tensor:
+    _check_rows(rows, len(first))
+    call(
+        "adam_moments", first, second, first.shape[1], rows, len(rows), values, beta1, 1 - beta1, beta2, 1 - beta2,
+        root, eps,
+    )  # fmt: skip
+    return values
 
 
 # ---- linear layers

@@ -1,6 +1,7 @@
 """Memory layouts that operations take: blocks of values that share a scale, and the scales of tables in a weight."""
 
-from functools import cached_property
+import math
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,8 @@ class TableRanges(NamedTuple):
 
 IDLE_SIZES = 7
 """Idle steps are taken 1, 2, 4, ... 64 at once."""
+EARLY_STEPS = 128
+"""Before this step the bias corrections change too fast for a gap to be taken in one."""
 
 
 class IdleCourse(NamedTuple):
@@ -97,8 +100,11 @@ class IdleCourse(NamedTuple):
     """float32 [entries]: 1 / sqrt(1 - beta2^t)."""
     powers: Tensor
     """float32 [4 * IDLE_SIZES]: see `idle_powers`."""
+    fades: Tensor
+    """float32 [2 * steps]: see `idle_fades`."""
     stride: int
     beta1: float
+    beta2: float
     eps: float
     l2: float
 
@@ -113,6 +119,7 @@ class IdleCourse(NamedTuple):
         return (1 + self.beta1) / self.gamma if self.gamma else float("inf")
 
 
+@lru_cache(8)
 def idle_powers(beta2: float, l2: float, device: torch.device | str = "cpu") -> Tensor:
     """For n = 1, 2, 4, ... 64 steps: beta2^((n + 1) / 2), (1 - that) * l2^2, beta2^n, and (1 - that) * l2^2 / 3.
 
@@ -123,6 +130,20 @@ def idle_powers(beta2: float, l2: float, device: torch.device | str = "cpu") -> 
     last = [1 - beta2, *((1 - power) * l2**2 / 3 for power in whole[1:])]
     lines = [*middle, *((1 - power) * l2**2 for power in middle), *whole, *last]
     return torch.tensor(lines, dtype=torch.float32, device=device)
+
+
+@lru_cache(8)
+def idle_fades(beta1: float, beta2: float, l2: float, device: torch.device | str = "cpu") -> Tensor:
+    """For n = 1, 2, ... steps, until beta1^n is below 1e-7: beta1^n, then beta2^(-n / 2) for each n.
+
+    float32 [2 * steps], of a multiple of 16 steps; empty where a gap is not to be taken in one: with L2, or where the
+    second moment fades as fast as the first.
+    """
+    if l2 or beta2 < 0.99 or beta1**2 > beta2:
+        return torch.zeros(0, device=device)
+    steps = 1 if beta1 < 1e-7 else math.ceil(math.log(1e-7) / math.log(beta1))
+    n = torch.arange(1, -(-steps // 16) * 16 + 1, dtype=torch.float64)
+    return torch.cat([beta1**n, beta2 ** (-n / 2)]).float().to(device)
 
 
 class Blocks:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqrm.kernels.idle import idle_adam  # noqa: F401 (an operation of this backend)
+from dqrm.kernels.idle import adam_moments, idle_adam  # noqa: F401 (operations of this backend)
 from dqrm.kernels.layout import Blocks, GroupMap, Limits, TableRanges, Weight
 from dqrm.kernels.rows import (
     MASK,

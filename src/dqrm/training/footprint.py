@@ -35,7 +35,9 @@ def describe_table_bytes(found: TableBytes, config: Config, weights: int) -> str
         f"({found['weights'] / each:.3g} bytes per weight), {config.optimizer.rule} state "
         f"{found['optimizer'] / 1e6:,.1f} MB ({found['optimizer'] / each:.3g})"
     )
-    storage, default = registered(config.training.table_dtype, STORAGES), recipe.optimizer(config.training.table_dtype)
+    training = config.training
+    storage = registered(training.table_dtype, STORAGES)
+    default = recipe.optimizer(training.table_dtype, training.tables)
     if issubclass(storage, Encoded) and found["optimizer"] > found["weights"] and config.optimizer.rule != default:
         text += "; rowwise_adagrad keeps 4 bytes per row, sgd none"
     return text

@@ -176,7 +176,7 @@ def resolved(config: Config, dataset: Dataset, starts: bool = False, goes_on: bo
     """
     options, optimizer, rows = config.training, config.optimizer, dataset.rows
     if not options.batch_size:
-        options = replace(options, batch_size=recipe.batch_size(rows["train"]))
+        options = replace(options, batch_size=recipe.batch_size(rows["train"], optimizer.rule))
     if not options.epochs:
         judged = has_figure(options.select_by, dataset)
         options = replace(options, epochs=recipe.EPOCHS if judged and options.patience and not starts else 1)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dqrm import kernels
-from dqrm.kernels.layout import IdleCourse, idle_powers
-from dqrm.quant.storage import storage_of
-from dqrm.training.optimizers.adam import check_adam, new_moments, update_moments
+from dqrm.kernels.layout import IdleCourse, idle_fades, idle_powers
+from dqrm.quant.storage import FP32, storage_of
+from dqrm.training.optimizers.adam import check_adam, new_moments
 from dqrm.training.optimizers.base import SparseOptimizer
 
 # Steps whose learning rates are remembered one by one; of a longer run, that of every 2nd, 4th, ... step.
@@ -96,37 +96,38 @@ class DenseAdam(SparseOptimizer):
         state["last"][rows] = int(state["count"])
 
     def _catch_up(self, weight: Tensor, rows: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[weight]
-        now, storage = int(state["count"]), storage_of(weight)
-        rows = rows[state["last"].index_select(0, rows) < now]
-        if not len(rows):
-            return
-        rows = torch.unique(rows)
-        before, last = storage.gather(weight, rows), state["last"].index_select(0, rows)
-        after = before.clone()
-        first, second = (state[name].index_select(0, rows) for name in ("exp_avg", "exp_avg_sq"))
-        kernels.idle_adam(after, first, second, last, now, self._course(weight, group))
-        state["exp_avg"].index_copy_(0, rows, first)
-        state["exp_avg_sq"].index_copy_(0, rows, second)
-        state["last"].index_copy_(0, rows, last.fill_(now))
-        self._add(weight, rows, after.sub_(before), 1.0)
-        if self.tables is not None:
+        state, storage, course = self.state[weight], storage_of(weight), self._course(weight, group)
+        now, parts = int(state["count"]), (state["exp_avg"], state["exp_avg_sq"], state["last"])
+        if storage is FP32:
+            rows = kernels.idle_adam(weight, *parts, rows, now, course)
+        else:
+            rows = torch.unique(rows[state["last"].index_select(0, rows) < now])
+            before, own = storage.gather(weight, rows), [part.index_select(0, rows) for part in parts]
+            after = before.clone()
+            kernels.idle_adam(after, *own, torch.arange(len(rows), device=rows.device), now, course)
+            for part, values in zip(parts, own):
+                part.index_copy_(0, rows, values)
+            self._add(weight, rows, after.sub_(before), 1.0)
+        if self.tables is not None and len(rows):
             self.tables.rows_changed(rows)
 
     def _course(self, weight: Tensor, group: dict[str, Any]) -> IdleCourse:
-        state, l2 = self.state[weight], group["l2"]
-        powers = idle_powers(group["beta2"], l2, weight.device)
-        return IdleCourse(state["alpha"], state["root"], powers, int(state["stride"]), group["beta1"], group["eps"], l2)
+        state, beta1, beta2, l2 = self.state[weight], group["beta1"], group["beta2"], group["l2"]
+        powers, fades = idle_powers(beta2, l2, weight.device), idle_fades(beta1, beta2, l2, weight.device)
+        stride = int(state["stride"])
+        return IdleCourse(state["alpha"], state["root"], powers, fades, stride, beta1, beta2, group["eps"], l2)
 
     def _update(self, weight: Tensor, rows: Tensor, values: Tensor, group: dict[str, Any]) -> None:
         rows, values = kernels.sum_duplicates(rows, values)
         self._catch_up(weight, rows, group)
         state = self.state[weight]
         alpha, root = self._count(weight, group)
-        values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
-        first, second = update_moments(state, rows, values, values.square(), group)
+        if group["l2"]:
+            values.add_(storage_of(weight).gather(weight, rows), alpha=group["l2"])
+        moments, betas = (state["exp_avg"], state["exp_avg_sq"]), (group["beta1"], group["beta2"])
+        values = kernels.adam_moments(*moments, rows, values, *betas, root, group["eps"])
         state["last"].index_copy_(0, rows, torch.full_like(rows, int(state["count"]), dtype=torch.int32))
-        self._add(weight, rows, first.div_(second.sqrt_().mul_(root).add_(group["eps"])), -alpha)
+        self._add(weight, rows, values, -alpha)
 
     def _count(self, weight: Tensor, group: dict[str, Any]) -> tuple[float, float]:
         """One more step: its rate over 1 - b1**t, and 1 / sqrt(1 - b2**t)."""
