@@ -15,6 +15,7 @@ from cli_helpers import command
 from conftest import tiny
 from dqrm.config import Config, OptimizerConfig, TrainingConfig
 from dqrm.models.registry import build_model
+from dqrm.training import launch
 from dqrm.training.checkpoints import checkpoint_path, latest_step, load_optimizers, load_weights
 from dqrm.training.footprint import table_bytes
 from dqrm.training.optimizers import OPTIMIZERS
@@ -32,7 +33,7 @@ def lean(optimizer=None, dtype="int8", **training):
 
 @pytest.mark.parametrize(
     ("dtype", "given", "expected"),
-    [("fp32", None, "adagrad"), ("bf16", None, "adagrad"), ("int8", None, "rowwise_adagrad"), ("int8", "adam", "adam")],
+    [("fp32", None, "dense_adam"), ("bf16", None, "adagrad"), ("int8", None, "rowwise_adagrad"), ("int8", "adam", "adam")],
 )
 def test_the_default_optimizer_follows_the_storage(dtype, given, expected):
     in_python = Config(optimizer=OptimizerConfig(given), training=TrainingConfig(table_dtype=dtype))
@@ -84,6 +85,16 @@ def test_a_state_that_outweighs_int8_tables_is_pointed_out(generated, tmp_path):
     (said,) = [line for line in lines if line.startswith("Tables in training")]
     assert "adagrad state" in said
     assert said.endswith("rowwise_adagrad keeps 4 bytes per row, sgd none")
+
+
+@pytest.mark.parametrize(("free", "warned"), [(10, True), (10**12, False), (None, False)])
+def test_a_state_that_does_not_fit_is_told(generated, tmp_path, monkeypatch, free, warned):
+    monkeypatch.setattr(launch, "free_memory", lambda device: free)
+    lines = []
+    dqrm.train(generated, tmp_path / "run", lean("dense_adam", "fp32"), log=lines.append)
+    (said,) = [line for line in lines if line.startswith("Tables in training")]
+    assert said.endswith("--optimizer adagrad keeps 4 bytes per weight, rowwise_adagrad 4 per row") == warned
+    assert ("Warning: 0.0 MB of memory are free" in said) == warned
 
 
 def test_a_run_without_a_checkpoint_has_no_bytes_yet(generated, tmp_path):

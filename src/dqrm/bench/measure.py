@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dqrm.errors import UserError
+from dqrm.training.environment import free_memory
 
 
 class Clock:
@@ -79,17 +80,8 @@ def peak_rss_mb() -> float | None:
 
 def require_memory(needed: int, device: torch.device) -> None:
     """Raise UserError if tables of `needed` bytes do not fit in what is free on `device`."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        try:
-            lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        except OSError:
-            return
-        if "MemAvailable" not in lines:
-            return
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    if needed > free:
+    free = free_memory(device)
+    if free is not None and needed > free:
         raise UserError(
             f"the tables take {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB of memory are free; "
             "a smaller --rows-scale shrinks them"

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def check_environment(options: TrainingConfig, loggers: Sequence[MetricsLogger] 
     """Raise UserError if the requested device, or what a logger needs, is not available."""
     resolve_device(options.device)
     check_loggers(logger_names(options), loggers)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, as far as its system says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 @contextmanager

@@ -27,8 +27,9 @@ def table_bytes(weight: nn.Parameter, optimizer: Optimizer) -> TableBytes:
     }
 
 
-def describe_table_bytes(found: TableBytes, config: Config, weights: int) -> str:
-    """The same as a sentence, for tables of so many weights."""
+def describe_table_bytes(found: TableBytes, config: Config, weights: int, free: int | None = None) -> str:
+    """The same as a sentence, for tables of so many weights; `free`: bytes of memory that are left for the state, which
+    takes none before the rows that it belongs to are updated."""
     each = max(weights, 1)
     text = (
         f"Tables in training: {config.training.table_dtype} weights {found['weights'] / 1e6:,.1f} MB "
@@ -40,4 +41,9 @@ def describe_table_bytes(found: TableBytes, config: Config, weights: int) -> str
     default = recipe.optimizer(training.table_dtype, training.tables)
     if issubclass(storage, Encoded) and found["optimizer"] > found["weights"] and config.optimizer.rule != default:
         text += "; rowwise_adagrad keeps 4 bytes per row, sgd none"
+    if free is not None and found["optimizer"] > free:
+        text += (
+            f". Warning: {free / 1e6:,.1f} MB of memory are free, so the run may be killed before all rows have been "
+            "updated; --optimizer adagrad keeps 4 bytes per weight, rowwise_adagrad 4 per row"
+        )
     return text

@@ -22,7 +22,7 @@ from dqrm.models.base import ClickModel
 from dqrm.options import registered
 from dqrm.training.callbacks import Callback, RecordHistograms, RedrawTables, build_callbacks
 from dqrm.training.checkpoints import latest_step
-from dqrm.training.environment import Log, Progress, check_environment
+from dqrm.training.environment import Log, Progress, check_environment, free_memory
 from dqrm.training.footprint import describe_table_bytes
 from dqrm.training.loggers import MetricsLogger
 from dqrm.training.loop import Interrupted, Trainer
@@ -92,7 +92,7 @@ def train(
         trainer = Trainer(run, model, data, progress, log, world, verify, callbacks, loggers, start)
         if log and world.first:
             found = trainer.placement.table_bytes(model, trainer.optimizers)
-            log(describe_table_bytes(found, config, run.table_weights))
+            log(describe_table_bytes(found, config, run.table_weights, free_memory(trainer.device)))
         return trainer.fit()
 
 
