@@ -33,8 +33,11 @@ def lean(optimizer=None, dtype="int8", **training):
 
 @pytest.mark.parametrize(
     ("dtype", "given", "expected"),
-    [("fp32", None, "dense_adam"), ("bf16", None, "adagrad"), ("int8", None, "rowwise_adagrad"), ("int8", "adam", "adam")],
-)
+    [
+        ("fp32", None, "dense_adam"), ("bf16", None, "adagrad"), ("int8", None, "rowwise_adagrad"),
+        ("int8", "adam", "adam"),
+    ],
+)  # fmt: skip
 def test_the_default_optimizer_follows_the_storage(dtype, given, expected):
     in_python = Config(optimizer=OptimizerConfig(given), training=TrainingConfig(table_dtype=dtype))
     overrides = {"table_dtype": dtype} | ({} if given is None else {"optimizer": given})

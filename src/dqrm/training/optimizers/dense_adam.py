@@ -102,10 +102,10 @@ class DenseAdam(SparseOptimizer):
             rows = kernels.idle_adam(weight, *parts, rows, now, course)
         else:
             rows = torch.unique(rows[state["last"].index_select(0, rows) < now])
-            before, own = storage.gather(weight, rows), [part.index_select(0, rows) for part in parts]
-            after = before.clone()
-            kernels.idle_adam(after, *own, torch.arange(len(rows), device=rows.device), now, course)
-            for part, values in zip(parts, own):
+            before = storage.gather(weight, rows)
+            after, (first, second, last) = before.clone(), (part.index_select(0, rows) for part in parts)
+            kernels.idle_adam(after, first, second, last, torch.arange(len(rows), device=rows.device), now, course)
+            for part, values in zip(parts, (first, second, last)):
                 part.index_copy_(0, rows, values)
             self._add(weight, rows, after.sub_(before), 1.0)
         if self.tables is not None and len(rows):
