@@ -33,9 +33,9 @@ LEARNING_RATES = {
     "dense_adam": ((0, 0.0003), (256, 0.0005), (1024, 0.001)),
 }
 """By optimizer, (least batch size, learning rate), ascending; the rate of sgd is DLRM's on Kaggle."""
-WARM_FACTORS = {"adagrad": 1.5, "rowwise_adagrad": 1.5}
-"""By optimizer, the factor on the learning rate of a run that goes on with the optimizer state of another, which makes
-steps smaller and smaller (docs/guides/daily.md)."""
+WARM_FACTORS = {"adagrad": 1.5, "rowwise_adagrad": 1.5, "dense_adam": 2.0}
+"""By optimizer, the factor on the learning rate of a run that goes on with the optimizer state of another: it has one
+epoch, and Adagrad's state makes steps smaller and smaller (docs/guides/daily.md)."""
 OTHER_LEARNING_RATE = 0.01
 """Of optimizers that are not listed."""
 WARMUP_STEPS = {name: 100 for name in LEARNING_RATES if name.endswith("adagrad")}

@@ -270,7 +270,7 @@ def test_the_record_and_the_default_of_one_epoch(datasets, tmp_path):
     assert np.isfinite(Run.open(tmp_path / "2").summary["test"]["log_loss"])
 
 
-def test_the_learning_rate_of_a_run_that_goes_on_with_adagrads_state(generated, tmp_path):
+def test_the_learning_rate_of_a_run_that_goes_on_with_the_optimizers_state(generated, tmp_path):
     def rate_of(name, rule="adagrad", rate=None, **more):
         config = tiny(max_steps=2, epochs=0)
         config = replace(config, optimizer=OptimizerConfig(rule, rate))
@@ -286,3 +286,6 @@ def test_the_learning_rate_of_a_run_that_goes_on_with_adagrads_state(generated, 
     assert rate_of("other", "rowwise_adagrad", start_from=tmp_path / "first") == first
     assert rate_of("adam", "adam", start_from=tmp_path / "first") == recipe.learning_rate("adam", 64)
     assert rate_of("adam again", "adam", start_from=tmp_path / "adam") == recipe.learning_rate("adam", 64)
+    dense = rate_of("dense", "dense_adam", start_from=tmp_path / "first")
+    assert dense == recipe.learning_rate("dense_adam", 64)
+    assert rate_of("dense again", "dense_adam", start_from=tmp_path / "dense") == dense * 2
