@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class _Schedule:
         self.context = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self.context.set_forkserver_preload(_PRELOADED)
+            _start_forkserver()
 
     def run(self) -> None:
         try:
@@ -109,6 +111,19 @@ class _Schedule:
             for each in self.running:
                 each.process.kill()
             raise
+
+
+def _start_forkserver() -> None:
+    """It takes seconds to import; a Ctrl-C in that time, which reaches all processes of a terminal, is this one's."""
+    from multiprocessing.forkserver import ensure_running
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _killed(code: int | None) -> str:
