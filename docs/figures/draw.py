@@ -38,7 +38,7 @@ def draw(figures: dict, output: Path) -> None:
             color = _color(row["name"])
             left.errorbar(at, row["mean"], yerr=row["std"], fmt="o", color=color, capsize=4, markersize=6)
             top = (at, row["mean"] + row["std"])
-            label = f"{row['mean']:.4f} ± {row['std']:.4f}"
+            label = f"{row['mean']:.4f}\n± {row['std']:.4f}"
             left.annotate(label, top, (0, 6), textcoords="offset points", ha="center", fontsize=8)
         left.set_xticks(range(len(quality)), [row["name"] for row in quality])
         left.set_xlim(-0.6, len(quality) - 0.4)
