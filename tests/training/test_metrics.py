@@ -1,11 +1,14 @@
 """Metrics against their definitions, and where they are not defined."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from sklearn.metrics import log_loss, roc_auc_score
 
-from dqrm.training.metrics import calibration_curve, click_metrics
+from dqrm.training.metrics import calibration_curve, click_metrics, roc_auc
 
 
 def test_against_the_definitions():
@@ -23,6 +26,34 @@ def test_against_the_definitions():
     assert found["accuracy"] == pytest.approx(((p > 0.5) == labels).mean(), abs=1e-12)
     assert found["ne"] == pytest.approx(loss / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)), abs=1e-9)
     assert found["calibration"] == pytest.approx(p.sum() / labels.sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("digits", [0, 1, 7])  # from many ties to none
+def test_auc_and_log_loss_are_those_of_scikit_learn(weighted, digits):
+    random = np.random.default_rng(digits)
+    labels = random.integers(0, 2, 5000)
+    logits = (random.standard_normal(5000) * 4 + labels).astype(np.float32).round(digits)
+    weights = 10.0 ** random.uniform(-3, 3, 5000) if weighted else None
+    found = click_metrics(labels, logits, weights)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    assert found["auc"] == pytest.approx(roc_auc_score(labels, logits, sample_weight=weights), abs=1e-12)
+    assert found["log_loss"] == pytest.approx(log_loss(labels, p, sample_weight=weights), rel=1e-12)
+
+
+def test_auc_of_huge_weights_and_of_logits_that_are_not_numbers():
+    labels, logits = np.array([1, 0, 1, 0]), np.array([3.0, 1.0, 0.0, 2.0], np.float32)
+    assert roc_auc(labels, logits, np.full(4, 1e300)) == 0.5
+    assert math.isnan(roc_auc(labels, np.array([0, 1, math.nan, 2], np.float32)))
+    assert click_metrics(labels, np.array([0, 1, math.nan, 2], np.float32))["auc"] is None
+
+
+def test_metrics_do_not_import_scikit_learn():
+    code = (
+        "import numpy, sys; from dqrm.training.metrics import click_metrics; "
+        "click_metrics(numpy.arange(4) % 2, numpy.arange(4.)); print('sklearn' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_predicting_the_rate_has_normalized_entropy_and_calibration_1():

@@ -39,7 +39,7 @@ from dqrm.training.tensor_files import Streamed, read_tensor, tensors_of
 
 # TorchRec asks torch.fx whether it is traced, for which each rank would print a warning to whoever traces.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-_WEIGHT, _SCALE, _SUM = "tables.weight", "tables.weight_fake_quantizer.scale", "0/0/sum"
+_WEIGHT, _SCALE = "tables.weight", "tables.weight_fake_quantizer.scale"
 
 
 class Sharded(Placement):
@@ -73,7 +73,7 @@ class Sharded(Placement):
 
     def new_model(self, run: Run, drawn: bool = True) -> ClickModel:
         config, data, optimizer = self.config, run.info["data"], self.config.optimizer
-        codec = config.exchange.table_codec
+        codec, rule = config.exchange.table_codec, optimizer.rule
 
         def build() -> ClickModel:
             try:
@@ -87,7 +87,7 @@ class Sharded(Placement):
                     backward=codec if codec in CODECS else None,
                     stochastic=config.exchange.codec_rounding == "stochastic",
                     seed=config.training.seed,
-                    fused={"optimizer": EmbOptimType[FUSED[optimizer.rule]], "eps": optimizer.adagrad_eps},
+                    fused={"optimizer": EmbOptimType[FUSED.get(rule, FUSED["sgd"])], "eps": optimizer.adagrad_eps},
                 )
                 model = model_class(config.model)(
                     len(data["dense"]), tables, config=config.model, qat=config.quantization, seed=config.training.seed,
@@ -111,8 +111,8 @@ class Sharded(Placement):
         columns = {(WEIGHTS, _WEIGHT): model.tables.weights}
         if model.tables.scales is not None:
             columns[WEIGHTS, _SCALE] = model.tables.scales
-        if optimizers and optimizers[0].sums is not None:
-            columns[OPTIMIZER, _SUM] = optimizers[0].sums
+        if optimizers:
+            columns |= {(OPTIMIZER, name): rows for name, rows in _state(optimizers).items()}
         return columns
 
     @contextmanager
@@ -135,7 +135,7 @@ class Sharded(Placement):
 
         found: dict[str, dict[str, Streamed]] = {}
         for number, ((file, name), rows) in enumerate(columns.items()):
-            found.setdefault(file, {})[name] = Streamed(rows.shape, torch.float32, partial(pieces, number))
+            found.setdefault(file, {})[name] = Streamed(rows.shape, rows.dtype, partial(pieces, number))
         try:
             yield found
         except RankLost:  # nobody waits for a request
@@ -158,8 +158,8 @@ class Sharded(Placement):
     def load_state(self, checkpoint: Path, optimizers: Sequence[Any], verify: bool) -> Saved:
         saved = self._read_state(checkpoint, [None, *optimizers[1:]], verify)
         share_state(self.world, optimizers[1:])
-        if optimizers[0].sums is not None:
-            self._read(checkpoint / OPTIMIZER, _SUM, optimizers[0].sums)
+        for name, rows in _state(optimizers).items():
+            self._read(checkpoint / OPTIMIZER, name, rows)
         return saved
 
     def _read(self, file: Path, name: str, rows: ShardedRows) -> None:
@@ -167,11 +167,11 @@ class Sharded(Placement):
 
         def check() -> None:
             for _, tensor in tensors_of(file, name):
-                if (tuple(tensor.shape), tensor.dtype) == (rows.shape, torch.float32):
+                if (tuple(tensor.shape), tensor.dtype) == (rows.shape, rows.dtype):
                     return
                 raise UserError(
                     f"{file}: '{name}' is {list(tensor.shape)} {tensor.dtype}, but the model has {list(rows.shape)} "
-                    "torch.float32 there"
+                    f"{rows.dtype} there"
                 )
             raise UserError(f"{file} lacks the key '{name}': it does not match the model, or is damaged")
 
@@ -179,7 +179,7 @@ class Sharded(Placement):
         for first, last in rows.pieces():
             piece = None
             if self.world.first:
-                piece = torch.empty(last - first, *rows.row_shape)
+                piece = torch.empty(last - first, *rows.row_shape, dtype=rows.dtype)
                 read_tensor(file, name, piece, skip=first * piece[0].nbytes)
             rows.scatter(first, last, piece)
 
@@ -199,8 +199,8 @@ class Sharded(Placement):
     def carry_state(self, start: Start | None, model: ClickModel, optimizers: Sequence[Any]) -> None:
         self.world.together(lambda: start and start.carry_optimizers(model, [None, *optimizers[1:]], self.config))
         share_state(self.world, optimizers[1:])
-        if optimizers[0].sums is not None:
-            self._carry(start, model, start.table_state(_SUM, self.config) if start else None, optimizers[0].sums)
+        for name, rows in _state(optimizers).items():
+            self._carry(start, model, start.table_state(name, self.config) if start else None, rows)
 
     def _carry(self, start: Start | None, model: ClickModel, source: Tensor | None, rows: ShardedRows) -> None:
         """Rows of known ids from a tensor of the earlier run, memory-mapped on rank 0."""
@@ -217,11 +217,17 @@ class Sharded(Placement):
     # Sizes.
 
     def table_bytes(self, model: ClickModel, optimizers: Sequence[Any]) -> TableBytes:
-        rows = {"weights": model.tables.weights, "optimizer": optimizers[0].sums}
-        sizes = {name: 0 if each is None else 4 * torch.Size(each.shape).numel() for name, each in rows.items()}
-        return {"weights": sizes["weights"], "optimizer": sizes["optimizer"]}
+        def size(*columns: ShardedRows) -> int:
+            return sum(4 * torch.Size(each.shape).numel() for each in columns)
+
+        return {"weights": size(model.tables.weights), "optimizer": size(*_state(optimizers).values())}
 
     def stored_bytes(self, model: ClickModel) -> dict[str, int]:
         sizes, (count, dim), bits = super().stored_bytes(model), model.tables.weights.shape, model.tables.bits
         sizes["tables"] = -(-count * dim * bits // 8) + (4 * count if bits != 32 else 0)
         return {**sizes, "total": sizes["tables"] + sizes["mlp"]}
+
+
+def _state(optimizers: Sequence[Any]) -> dict[str, ShardedRows]:
+    """The state of the tables' optimizer by its key in checkpoints."""
+    return {f"0/0/{name}": rows for name, rows in optimizers[0].columns.items()}

@@ -5,7 +5,7 @@ from typing import Any
 
 from dqrm.config import Config
 from dqrm.quant.row_codec import CODECS
-from dqrm.torchrec.step import FUSED
+from dqrm.torchrec.step import FUSED, OURS
 
 _BITS = (*CODECS.values(), 32)
 
@@ -20,8 +20,8 @@ def refusals(config: Config) -> Iterator[tuple[str, Any, str]]:
 def _requirements(config: Config) -> Iterator[tuple[str, Any, bool, str]]:
     qat, optimizer, exchange, training = config.quantization, config.optimizer, config.exchange, config.training
     bits, dim = qat.effective_table_bits, config.model.embedding_dim
-    rule, rules = optimizer.rule, ", ".join(map(repr, FUSED))
-    yield "optimizer", rule, rule in FUSED, f"one of {rules}, which FBGEMM fuses on the CPU"
+    rule, rules = optimizer.rule, (*FUSED, *OURS)
+    yield "optimizer", rule, rule in rules, "one of " + ", ".join(map(repr, rules))
     yield "table_bits", bits, bits in _BITS, "2, 4 or 8, which the codecs have, or 32"
     by_row = bits == 32 or qat.table_granularity == "row"
     yield "table_granularity", qat.table_granularity, by_row, "'row': each row is sent with its scale"

@@ -3,7 +3,7 @@
 They pass rank 0 in pieces: it never holds more than one, and only it reads and writes files.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,7 @@ class ShardedRows:
         shards: all of them. shape: of a row in a checkpoint; on its rank it has as many values.
         world: the ranks; its methods are called on all of them, but for `local`.
         encode: what a rank sends in place of its rows [N, width], as values [N, *shape].
+        dtype: of the values, 4 bytes each.
     """
 
     def __init__(
@@ -55,12 +56,27 @@ class ShardedRows:
         world: World,
         encode: Callable[[Tensor], Tensor] | None = None,
         width: int = 1,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.shards = sorted(shards, key=lambda shard: shard.first)
         self.world, self._encode = world, encode
-        self.row_shape = tuple(shape)
+        self.row_shape, self.dtype = tuple(shape), dtype
         self._rows_at_once = max(1, PIECE // (4 * max(width, torch.Size(self.row_shape).numel())))
         self.count = sum(shard.length for shard in shards)
+
+    def like(
+        self, own: Mapping[int, Tensor], shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> "ShardedRows":
+        """Other values of the same rows.
+
+        Args:
+            own: of this rank's shards, by the number of their first row; what follows their rows is left out.
+            shape, dtype: as of `ShardedRows`.
+        """
+        shards = [
+            each._replace(rows=own[each.first][: each.length] if each.first in own else None) for each in self.shards
+        ]
+        return ShardedRows(shards, shape, self.world, dtype=dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,8 +98,8 @@ class ShardedRows:
 
     @torch.no_grad()
     def gather(self, first: int, last: int) -> Tensor | None:
-        """These rows on rank 0: float32 [last - first, *row_shape]; None on the others."""
-        whole = torch.empty(last - first, *self.row_shape) if self.world.first else None
+        """These rows on rank 0: [last - first, *row_shape]; None on the others."""
+        whole = torch.empty(last - first, *self.row_shape, dtype=self.dtype) if self.world.first else None
         with self.world.guard():
             for shard, begin, end in self._within(first, last):
                 if whole is None and shard.rows is None:
@@ -102,7 +118,7 @@ class ShardedRows:
 
     @torch.no_grad()
     def scatter(self, first: int, last: int, values: Tensor | None) -> None:
-        """Rank 0's `values` float32 [last - first, *row_shape] into these rows."""
+        """Rank 0's `values` [last - first, *row_shape] into these rows."""
         with self.world.guard():
             for shard, begin, end in self._within(first, last):
                 own = None if shard.rows is None else shard.rows[begin - shard.first : end - shard.first]
@@ -113,7 +129,7 @@ class ShardedRows:
                     else:
                         own.copy_(sent.view_as(own))
                 elif own is not None:
-                    received = torch.empty(end - begin, *self.row_shape)
+                    received = torch.empty(end - begin, *self.row_shape, dtype=self.dtype)
                     dist.recv(received, 0, group=self.world.group)
                     own.copy_(received.view_as(own))
 

@@ -218,14 +218,15 @@ class Start:
 
         Args:
             source: `table_weight`, or a `table_state`.
-            piece: float32, the rows from `first` on. starts: the first row of each table in the new run.
+            piece: the rows from `first` on; float32, or of the source's integers. starts: the first row of each table in the new run.
         """
         before = [0, *accumulate(column["rows"] for column in self.run.info["data"]["columns"])]
         for change, old, start in zip(self.changes, before, starts):
             kept = torch.from_numpy(change.kept).long()
             here = kept[(kept + start >= first) & (kept + start < first + len(piece))]
             if len(here):
-                rows = storage_of(source).gather(source, here + old)
+                floats = piece.is_floating_point()
+                rows = storage_of(source).gather(source, here + old) if floats else source[here + old]
                 piece[here + start - first] = rows.view(-1, *piece.shape[1:])
 
     def _carry_table_state(self, model: ClickModel, optimizer: SparseOptimizer, saved: Mapping[str, Tensor]) -> None:
