@@ -17,7 +17,7 @@ Outcome = Callable[[Task, str | None, float], None]
 """Called with a task that has ended, why it failed (None: it did not), and its seconds."""
 
 # What every run would import, in seconds.
-_PRELOADED = [child.__module__, "torch._dynamo", "scipy.special"]
+_PRELOADED = [child.__module__, "torch._dynamo"]
 
 
 @dataclass

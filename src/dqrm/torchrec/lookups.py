@@ -56,7 +56,7 @@ def update_in_backward(group: Group, update: Callable[[Tensor, Tensor], None]) -
     def forward(features: Any) -> Tensor:
         counts = torch.tensor(features.length_per_key())
         rows = features.values().long() + starts.repeat_interleave(counts)
-        return _Lookup.apply(anchor, group.weight.detach(), rows, update)  # type: ignore[no-any-return]
+        return _Lookup.apply(anchor, group.weight.detach(), rows, update)
 
     group.lookup.forward = forward
 

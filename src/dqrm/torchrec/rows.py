@@ -14,7 +14,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from dqrm.distributed.world import World
 
 # Bytes of a piece; several are alive while one is received, one written and one hashed.
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 class Shard(NamedTuple):

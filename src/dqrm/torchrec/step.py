@@ -92,7 +92,7 @@ class OwnOptimizer(InBackward):
         # A rank may have no rows at all, but has to know what the others keep.
         spare = nn.Parameter(torch.empty(0, tables.embedding_dim))
         for name, empty in optimizer._new_state(spare).items():
-            own = {}
+            own: dict[int, Tensor] = {}
             for group in groups:
                 state = optimizer.state[group.weight][name]
                 own |= {first: state[start:] for first, start in zip(group.firsts, group.starts)}

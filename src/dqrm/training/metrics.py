@@ -90,6 +90,12 @@ class Metric:
     legend: str = ""
 
 
+def _sigmoid(logits: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-z) is then inf, and the result 0
+        probabilities: Array = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    return probabilities
+
+
 def roc_auc(labels: Array, logits: Array, weights: Array | None = None) -> float:
     """The share of pairs of a row with label 1 and one with label 0 in which the first has the larger logit, equal ones
     counted half: the area under the ROC curve.
@@ -189,8 +195,6 @@ def click_metrics(
         With groups also gauc and gauc_coverage, see `group_auc`. All but `rows` are None where there are no rows, or
         none with weight.
     """
-    from scipy.special import expit
-
     computed = {name: metric for name, metric in METRICS.items() if groups is not None or not metric.needs_group}
     rows = {"rows": len(labels)}
     if weights is not None and not (weights > 0).all():
@@ -205,7 +209,7 @@ def click_metrics(
     counted = row_weights
     if negative_weight != 1:
         counted = np.where(labels == 1, 1.0, negative_weight) * (1.0 if row_weights is None else row_weights)
-    scores = Scores(labels, logits, expit(logits.astype(np.float64)), row_weights, counted, groups)
+    scores = Scores(labels, logits, _sigmoid(logits), row_weights, counted, groups)
     values = {name: metric.compute(scores) for name, metric in computed.items()}
     return rows | {
         name: value if value is not None and math.isfinite(value) else None for name, value in values.items()
@@ -226,8 +230,6 @@ def calibration_curve(
         Per bin: rows, their weight; predicted, the mean probability; clicked, the share of clicks. Empty lists without
         rows.
     """
-    from scipy.special import expit
-
     if not len(logits):
         return {"rows": [], "predicted": [], "clicked": []}
     at = np.unique(np.linspace(0, len(logits), bins, endpoint=False).astype(np.int64))
@@ -235,7 +237,7 @@ def calibration_curve(
     number = np.searchsorted(edges, logits, side="right") - 1
     rows, predicted, clicked = (
         np.bincount(number, weights=each if weights is None else each * weights, minlength=len(edges))
-        for each in (np.ones(len(logits)), expit(logits.astype(np.float64)), labels)
+        for each in (np.ones(len(logits)), _sigmoid(logits), labels)
     )
     some = rows > 0
     values = {"rows": rows[some], "predicted": predicted[some] / rows[some], "clicked": clicked[some] / rows[some]}

@@ -218,7 +218,8 @@ class Start:
 
         Args:
             source: `table_weight`, or a `table_state`.
-            piece: the rows from `first` on; float32, or of the source's integers. starts: the first row of each table in the new run.
+            piece: the rows from `first` on: float32, or integers as the source.
+            starts: the first row of each table in the new run.
         """
         before = [0, *accumulate(column["rows"] for column in self.run.info["data"]["columns"])]
         for change, old, start in zip(self.changes, before, starts):
