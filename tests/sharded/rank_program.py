@@ -156,20 +156,46 @@ def _pooled(rank: int) -> float:
     return max((float((found[name] - each).abs().max()) for name, each in wanted.items()), default=0.0)
 
 
+def _column_wise(rank: int) -> dict[str, float]:
+    """By how much rows of a column-wise plan, with our codecs in TorchRec's own sharder, differ from what has a scale
+    per row, and from what has one per half of a row."""
+    import torch.distributed as dist
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.shard import shard
+    from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan
+    from torchrec.distributed.types import ShardingEnv
+
+    from dqrm.torchrec import codec_registry, fake_quantize_rows
+
+    sharder = EmbeddingCollectionSharder(_fused(), codec_registry(DIM // 2))
+    collection, table = _collections(False), problem()[0][0]
+    with torch.no_grad():
+        next(collection.parameters()).copy_(table)
+    how = {f"t{t}": column_wise(ranks=[0, 1], compute_kernel="fused") for t in range(len(ROWS))}
+    made = construct_module_sharding_plan(collection, how, sharder, RANKS, RANKS, "cpu")
+    module = shard(collection, made, ShardingEnv.from_process_group(dist.group.WORLD), torch.device("cpu"), sharder)
+    mine = problem()[1][0, rank * BATCH : (rank + 1) * BATCH]
+    found, rows = module(_features(mine))["f0"].values().detach(), table[mine[:, 0]]
+    halves = torch.cat([fake_quantize_rows(half) for half in rows.chunk(2, 1)], 1)
+    differ = {"halves": halves, "rows": fake_quantize_rows(rows)}
+    return {name: float((found - each).abs().max()) for name, each in differ.items()}
+
+
 def _refused(rank: int) -> list[str]:
-    from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel
+    from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, data_parallel
     from torchrec.distributed.types import ShardingEnv
 
     from dqrm.errors import UserError
     from dqrm.torchrec import EmbeddingCollectionSharder
 
     collection, sharder = _collections(False), EmbeddingCollectionSharder()
-    made = {f"t{t}": data_parallel() for t in range(len(ROWS))}
     from torchrec.distributed.embedding import EmbeddingCollectionSharder as theirs
 
-    plan = construct_module_sharding_plan(collection, made, theirs(), RANKS, RANKS, "cpu")
     said = []
-    for env in (ShardingEnv(RANKS, rank), ShardingEnv(1, 0)):
+    kinds = (data_parallel(), column_wise(ranks=[0, 1], compute_kernel="fused"))
+    for kind, env in zip((*kinds, kinds[0]), (*[ShardingEnv(RANKS, rank)] * 2, ShardingEnv(1, 0))):
+        made = {f"t{t}": kind for t in range(len(ROWS))}
+        plan = construct_module_sharding_plan(collection, made, theirs(), RANKS, RANKS, "cpu")
         try:
             sharder.shard(collection, plan, env, torch.device("cpu"))
         except UserError as error:
@@ -185,7 +211,7 @@ def main(folder: Path, *cases: str) -> None:
     rank = dist.get_rank()
     found: dict = {case: _train(folder, case, rank) for case in cases or CASES}
     if not cases:
-        found["pooled"], found["refused"] = _pooled(rank), _refused(rank)
+        found |= {"pooled": _pooled(rank), "columns": _column_wise(rank), "refused": _refused(rank)}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

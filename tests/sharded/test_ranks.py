@@ -146,10 +146,58 @@ def test_pooled_all_to_all_is_compressed_as_well(found):
     assert [rank["pooled"] for rank in found[0]] == [0.0, 0.0]
 
 
+def test_a_column_wise_plan_has_scales_of_parts_of_rows(found):
+    """Why it is refused: no other part of this package could give a row the scale that it trains with."""
+    for rank in found[0]:
+        assert rank["columns"]["halves"] == 0
+        assert rank["columns"]["rows"] > 1e-3
+
+
+def test_fbgemm_has_no_adam_on_the_cpu():
+    """Why Adam of sharded tables is ours; once this fails, `dqrm.torchrec.lookups` may be compared with FBGEMM's."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    table = (10, 8, EmbeddingLocation.HOST, ComputeDevice.CPU)
+    for rule in (EmbOptimType.ADAM, EmbOptimType.PARTIAL_ROWWISE_ADAM):
+        with pytest.raises(AssertionError, match="not supported in CPU mode"):
+            SplitTableBatchedEmbeddingBagsCodegen([table], optimizer=rule)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_torchrec_s_planner_balances_tables_of_our_sharder(ranks):
+    from torchrec import EmbeddingCollection, EmbeddingConfig
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+
+    from dqrm.torchrec import EmbeddingCollectionSharder
+
+    sizes = (10131227, 1460, 93145, 633, 27, 3)
+    names = [f"t{number}" for number in range(len(sizes))]
+    tables = [
+        EmbeddingConfig(name=name, embedding_dim=16, num_embeddings=rows, feature_names=[name])
+        for name, rows in zip(names, sizes)
+    ]
+    planner = EmbeddingShardingPlanner(topology=Topology(world_size=ranks, compute_device="cpu"), batch_size=512)
+    collection = EmbeddingCollection(tables=tables, device=torch.device("meta"))
+    (plan,) = planner.plan(collection, [EmbeddingCollectionSharder()]).plan.values()
+    assert {each.sharding_type for each in plan.values()} == {"row_wise"}  # that of 3 rows, too
+    rows = [0] * ranks
+    for each in plan.values():
+        for shard in each.sharding_spec.shards:
+            rows[shard.placement.rank()] += shard.shard_sizes[0]
+    assert max(rows) - min(rows) <= len(sizes) * ranks
+
+
 def test_tables_whose_rows_would_not_pass_the_codec_are_refused(found):
     for rank in found[0]:
         assert rank["refused"] == [
             "table 't0' is sharded data_parallel, expected table_wise or row_wise: only then its rows pass the codecs, "
+            "and whole",
+            "table 't0' is sharded column_wise, expected table_wise or row_wise: only then its rows pass the codecs, "
             "and whole",
             "world size is 1, but TorchRec calls its codecs from 2 ranks on, so this would not be QAT; start 2 or more "
             "ranks, or train without shards (dqrm.quant.embedding)",
