@@ -14,7 +14,7 @@ OPTIMIZER_OF = {"bf16": "adagrad", "int8": "rowwise_adagrad", "int4": "rowwise_a
 """By table_dtype, where it differs: Adam's 8 bytes per weight would undo what smaller master weights save. Of INT8 rows
 a value per row takes 6 % at dim 64 and 22 % at dim 16."""
 SHARDED_OPTIMIZER = "adagrad"
-"""Of tables that are sharded, whose update is FBGEMM's."""
+"""Of tables that are sharded: FBGEMM's, which has no Adam on the CPU, and rows that nobody looks up do not move."""
 CALLBACKS = ("redraw_tables:min_rows=1000", "ema:decay=0.999")
 EPOCHS, PATIENCE = 20, 5
 """The largest number of epochs, and the number of epochs without improvement before training stops."""

@@ -79,6 +79,24 @@ def test_a_rows_first_update_is_a_whole_step_whenever_it_comes():
     assert optimizer.state[weight]["row_steps"].tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize(("steps", "ratio"), [(1, 1.0), (10, 0.4844), (1000, 2.5146)])
+def test_bias_correction_by_all_steps_gives_late_rows_other_first_updates(steps, ratio):
+    """What torch's SparseAdam and FBGEMM do, in float64, and by how much a row's first update then differs from ours."""
+    b1, b2 = 0.9, 0.999
+    weights = [nn.Parameter(torch.zeros(2, 1, dtype=dtype)) for dtype in (torch.float64, torch.float32)]
+    theirs = torch.optim.SparseAdam([weights[0]], 0.1, (b1, b2), 1e-30)
+    ours = SparseAdam([weights[1]], 0.1, (b1, b2), 1e-30)
+    for step in range(steps):
+        row = int(step == steps - 1)
+        for weight, optimizer in zip(weights, (theirs, ours)):
+            weight.grad = sparse([row], torch.ones(1, 1, dtype=weight.dtype), weight.shape)
+            optimizer.step()
+    formula = (1 - b1) / (1 - b1**steps) / np.sqrt((1 - b2) / (1 - b2**steps))
+    assert float(weights[0].detach()[1]) == pytest.approx(-0.1 * formula, rel=1e-9)
+    assert float(weights[1].detach()[1]) == pytest.approx(-0.1, rel=1e-5)
+    assert formula == pytest.approx(ratio, abs=1e-4)
+
+
 def test_bf16_weights_follow_float32_ones_on_average():
     float32, half = (nn.Parameter(torch.ones(400, 16, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
     for weight in (float32, half):

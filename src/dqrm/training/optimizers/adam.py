@@ -43,7 +43,7 @@ class SparseAdam(SparseOptimizer):
 
     Adam (Kingma and Ba 2015, arXiv 1412.6980) for the rows of a gradient, g summed over duplicates of a row first and
     t the steps in which this row had a gradient. `torch.optim.SparseAdam` and FBGEMM correct by the number of all
-    steps, so a row's first updates are too small there the later it first appears.
+    steps, so there a row's first update is not of size lr: half of that in step 10, 3.2 times as much after thousands.
 
     Row-wise, as FBGEMM's PARTIAL_ROWWISE_ADAM: one v per row for the mean of g**2 over the embedding dim.
 
