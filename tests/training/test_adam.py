@@ -81,7 +81,7 @@ def test_a_rows_first_update_is_a_whole_step_whenever_it_comes():
 
 @pytest.mark.parametrize(("steps", "ratio"), [(1, 1.0), (10, 0.4844), (1000, 2.5146)])
 def test_bias_correction_by_all_steps_gives_late_rows_other_first_updates(steps, ratio):
-    """What torch's SparseAdam and FBGEMM do, in float64, and by how much a row's first update then differs from ours."""
+    """As torch's SparseAdam and FBGEMM do: by how much a row's first update then differs from ours, in float64."""
     b1, b2 = 0.9, 0.999
     weights = [nn.Parameter(torch.zeros(2, 1, dtype=dtype)) for dtype in (torch.float64, torch.float32)]
     theirs = torch.optim.SparseAdam([weights[0]], 0.1, (b1, b2), 1e-30)
