@@ -202,8 +202,8 @@ def schema(source: Source) -> pl.Schema | None:
 class _Subsample:
     """Drop a fraction of the rows with label 0; the draws depend on the seed and the order of rows only.
 
-    Each file has a stream of its own, that of the first as if there were no others: which process reads the files before
-    it does not matter. With sources that are read only once, which cannot be in parts, all have one.
+    Each file has a stream of its own, that of the first as if there were no others: which process reads the files
+    before it does not matter. With sources that are read only once, which cannot be in parts, all have one.
     """
 
     def __init__(self, config: PrepareConfig, sources: Sequence[Source], number: int) -> None:
