@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -183,6 +184,20 @@ def test_cut_within_a_step(logs, recipe, whole, tmp_path, call):
     except Killed:
         assert len(Folder(tmp_path).done()) < 2
     assert_same(pipeline.run_daily(recipe, [logs.replace("*", "[12]")], tmp_path, config), tmp_path, whole, 2)
+
+
+@pytest.mark.slow
+def test_cut_at_twenty_random_moments(logs, recipe, whole, tmp_path):
+    config, draw, cuts = DailyConfig(keep=10, gate_margin=None), random.Random(15), 0
+    while True:
+        try:
+            lines = pipeline.run_daily(recipe, [logs], tmp_path, config, progress=killer(draw.randint(1, 20)))
+            break
+        except Killed:
+            cuts += 1
+            assert cuts < 200, "it never ends"
+    assert cuts >= 20
+    assert_same(lines, tmp_path, whole, 4)
 
 
 def assert_same(lines, folder, whole, count):

@@ -69,6 +69,8 @@ def same(dataset, whole):
         (tables, {}),
         (tables, {"max_rows_per_table": 7, "split": "file", "test_values": ("1.csv",), "on_error": "skip"}),
         (days, {"vocabulary": "hash", "rows": 40}),
+        (tables, {"subsample_negatives": 0.6, "split": "random", "on_error": "skip"}),
+        (days, {"subsample_negatives": 0.875}),
         *(
             pytest.param(days, fields, marks=pytest.mark.slow)
             for fields in (
@@ -173,8 +175,6 @@ def test_refusals(tmp_path):
     ]:
         assert said in refused(prepare_part, files, output, part, TERABYTE)
     assert "no part of" in refused(merge_parts, files, output, TERABYTE)
-    few = dataclasses.replace(TERABYTE, subsample_negatives=0.5)
-    assert "subsample_negatives does not go with --part" in refused(prepare_part, files, output, "1/3", few)
     frame = pl.DataFrame({"label": [0, 1], "c": ["a", "b"]})
     assert "cannot be prepared in parts" in refused(
         prepare_part, frame, output, "1/1", PrepareConfig(categorical=("c",))

@@ -85,13 +85,13 @@ def ingest(
     chunker, told = Chunker(plan.config.chunk_rows, Budget(plan.config.memory).chunk_bytes), 0
     share = range(len(sources)) if share is None else share
     done, start = _resume(sources, staged)
-    keep = _Subsample(plan.config, sum(source.rows + source.dropped for source in sources))
     finished: list[Any] = []
     for number in share:
         source, before = sources[number], told
         if number not in done:
             if _read_apart(source):
                 hash_file(source)
+            keep = _Subsample(plan.config, sources, number)
             with closing(ahead(_typed(source, plan, start))) as blocks:
                 for block in blocks:
                     frame = keep(block.frame)
@@ -202,13 +202,16 @@ def schema(source: Source) -> pl.Schema | None:
 class _Subsample:
     """Drop a fraction of the rows with label 0; the draws depend on the seed and the order of rows only.
 
-    before: how many rows have been drawn for.
+    Each file has a stream of its own, that of the first as if there were no others: which process reads the files
+    before it does not matter. With sources that are read only once, which cannot be in parts, all have one.
     """
 
-    def __init__(self, config: PrepareConfig, before: int) -> None:
+    def __init__(self, config: PrepareConfig, sources: Sequence[Source], number: int) -> None:
         self._share = config.subsample_negatives
-        bits = np.random.PCG64(np.random.SeedSequence([config.seed, 2]))
-        bits.advance(before)
+        once = any(source.stream or isinstance(source, TableSource) for source in sources)
+        drawn = sources if once else sources[number : number + 1]
+        bits = np.random.PCG64(np.random.SeedSequence([config.seed, 2])).jumped(0 if once else number)
+        bits.advance(sum(source.rows + source.dropped for source in drawn))
         self._random = np.random.Generator(bits)
 
     def __call__(self, frame: pl.DataFrame) -> pl.DataFrame:

@@ -159,10 +159,6 @@ def _job(task: Task, progress: Progress | None, count: int) -> tuple[Work, dict[
     job = describe_job(task.files, task.plan, task.extended, count)
     if job is None:
         raise UserError("a pipe or a table in memory cannot be prepared in parts, which read files more than once")
-    if task.plan.config.subsample_negatives:
-        raise UserError(
-            "subsample_negatives does not go with --part: which rows are dropped depends on how many are before them"
-        )
     return task.work(progress, count), job
 
 

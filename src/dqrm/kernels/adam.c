@@ -101,23 +101,29 @@ typedef struct {
     float way, eps, first, second;
 } Coast;
 
+/* Summed lane by lane, so that the order of the sum does not depend on the width of the processor's vectors. */
 static Coast coast_of(int64_t last, int64_t now, const Course *c) {
     int64_t gap = now - last, steps = gap < c->steps ? gap : c->steps;
-    float way = 0.0f, spread = 0.0f;
-    if (c->shift == 0) {
-        const float *alpha = c->alpha + last, *root = c->root + last;
-_Pragma("omp simd reduction(+ : way, spread)")
-        for (int64_t k = 0; k < steps; k++) {
-            float grown = c->grows[k] / root[k], share = alpha[k] * c->fades[k] * grown;
-            way += share, spread += share * grown;
-        }
-    } else {
-        for (int64_t k = 0; k < steps; k++) {
-            int64_t at = (last + k) >> c->shift;
-            float grown = c->grows[k] / c->root[at], share = c->alpha[at] * c->fades[k] * grown;
-            way += share, spread += share * grown;
+    float ways[LANES] = {0}, spreads[LANES] = {0};
+    for (int64_t k = 0; k < steps; k += LANES) {
+        float alpha[LANES] = {0}, root[LANES];
+        int width = steps - k < LANES ? (int)(steps - k) : LANES;
+        for (int i = 0; i < LANES; i++) root[i] = 1.0f;
+        if (c->shift == 0)
+            memcpy(alpha, c->alpha + last + k, width * 4), memcpy(root, c->root + last + k, width * 4);
+        else
+            for (int i = 0; i < width; i++) {
+                int64_t at = (last + k + i) >> c->shift;
+                alpha[i] = c->alpha[at], root[i] = c->root[at];
+            }
+_Pragma("omp simd")
+        for (int i = 0; i < LANES; i++) {
+            float grown = c->grows[k + i] / root[i], share = alpha[i] * c->fades[k + i] * grown;
+            ways[i] += share, spreads[i] += share * grown;
         }
     }
+    float way = 0.0f, spread = 0.0f;
+    for (int i = 0; i < LANES; i++) way += ways[i], spread += spreads[i];
     float first = gap > c->steps ? 0.0f : powf(c->beta1, (float)gap);
     return (Coast){way, c->eps * (way == 0.0f ? 1.0f : spread / way), first, expf((float)(gap * log(c->beta2)))};
 }
