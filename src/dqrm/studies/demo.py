@@ -29,7 +29,7 @@ LOG = GenerateConfig()
 CONFIG = Config(
     model=ModelConfig(embedding_dim=16, bottom_mlp=(128, 64, 16), top_mlp=(128, 64, 1)),
     # A second thread gains steps this small nothing, and costs them tenfold where another program holds the core.
-    # On this log the second epoch is the best, and two more show it as well as five.
+    # On this log the first or second epoch is the best, and two more show it as well as five.
     training=TrainingConfig(threads=1, patience=2),
 )
 BITS = {"FP32": QATConfig(bits=32), "INT4": CONFIG.quantization}
