@@ -103,3 +103,154 @@ EXPORT int64_t dqrm_parse_lines(const uint8_t *text, int64_t size, int64_t lines
     }
     return at == end ? others : -1;
 }
+
+/* ---- coding: distinct numbers, and of each number which one it is ------------------------------------------------ */
+
+static inline uint64_t spread(uint32_t key) { return key * 0x9E3779B97F4A7C15u >> 32; }
+
+/* The distinct ones of some numbers in order of first appearance, and which of them each number is. slots: 1 << bits of
+ * them, 0, for at most half as many keys. Returns how many there are, -1 where they are more than `limit`. */
+EXPORT int64_t dqrm_code_few(const uint32_t *numbers, int64_t count, int64_t limit, uint64_t *slots, int64_t bits,
+                             uint32_t *keys, uint32_t *codes) {
+    uint64_t mask = ((uint64_t)1 << bits) - 1;
+    int64_t distinct = 0;
+    for (int64_t i = 0; i < count; i++) { /* a slot: the key, and one more than its code */
+        uint32_t key = numbers[i];
+        uint64_t at = spread(key) & mask, slot;
+        while ((slot = slots[at]) && slot >> 32 != key) at = (at + 1) & mask;
+        if (!slot) {
+            if (distinct == limit) return -1;
+            keys[distinct++] = key;
+            slots[at] = slot = (uint64_t)key << 32 | (uint64_t)distinct;
+        }
+        codes[i] = (uint32_t)slot - 1;
+    }
+    return distinct;
+}
+
+/* Each number with its place, in one integer that is ordered by number first. */
+EXPORT int64_t dqrm_place(const uint32_t *numbers, int64_t count, uint64_t *placed) {
+    for (int64_t i = 0; i < count; i++) placed[i] = (uint64_t)numbers[i] << 32 | (uint64_t)i;
+    return 0;
+}
+
+/* As `code_few` of these, sorted: then the distinct ones are sorted, too. */
+EXPORT int64_t dqrm_code_placed(const uint64_t *placed, int64_t count, uint32_t *keys, uint32_t *codes) {
+    int64_t distinct = 0;
+    uint32_t last = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t key = (uint32_t)(placed[i] >> 32);
+        keys[distinct] = key; /* behind the last one, until it is another */
+        distinct += !i || key != last;
+        last = key;
+        codes[(uint32_t)placed[i]] = (uint32_t)distinct - 1;
+    }
+    return distinct;
+}
+
+/* ---- counting ---------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t code_at(const void *codes, int64_t width, int64_t i) {
+    return width == 1 ? ((const uint8_t *)codes)[i] : width == 2 ? ((const uint16_t *)codes)[i] : ((const uint32_t *)codes)[i];
+}
+
+static inline void count_all(const void *codes, int64_t width, int64_t count, const uint8_t *counted, uint32_t position,
+                             uint32_t *counts, uint32_t *first) {
+    for (int64_t i = count - 1; i >= 0; i--) {
+        if (counted && !counted[i]) continue;
+        uint32_t code = code_at(codes, width, i);
+        counts[code]++;
+        first[code] = position + (uint32_t)i;
+    }
+}
+
+/* How often each code occurs among those that are `counted` (or NULL: all), and the position of its first one. codes of
+ * `width` bytes; counts: 0. */
+EXPORT int64_t dqrm_count_codes(const void *codes, int64_t width, int64_t count, const uint8_t *counted, int64_t position,
+                                uint32_t *counts, uint32_t *first) {
+    if (width == 1) count_all(codes, 1, count, counted, (uint32_t)position, counts, first);
+    else if (width == 2) count_all(codes, 2, count, counted, (uint32_t)position, counts, first);
+    else count_all(codes, 4, count, counted, (uint32_t)position, counts, first);
+    return 0;
+}
+
+/* Two runs of (key, count, first position), each sorted by distinct keys, as one; returns its length. */
+EXPORT int64_t dqrm_merge_runs(const uint32_t *a, const uint32_t *a_counts, const uint32_t *a_first, int64_t a_length,
+                               const uint32_t *b, const uint32_t *b_counts, const uint32_t *b_first, int64_t b_length,
+                               uint32_t *keys, uint32_t *counts, uint32_t *first) {
+    int64_t i = 0, j = 0, n = 0;
+    while (i < a_length && j < b_length) { /* without branches: which key is lower cannot be predicted */
+        uint32_t x = a[i], y = b[j], in_a = x <= y, in_b = y <= x;
+        uint32_t at_a = a_first[i] | (in_a - 1), at_b = b_first[j] | (in_b - 1);
+        keys[n] = in_a ? x : y;
+        counts[n] = (a_counts[i] & -in_a) + (b_counts[j] & -in_b);
+        first[n++] = at_a < at_b ? at_a : at_b;
+        i += in_a;
+        j += in_b;
+    }
+    int64_t left = i < a_length ? a_length - i : b_length - j;
+    memcpy(keys + n, i < a_length ? a + i : b + j, (size_t)left * 4);
+    memcpy(counts + n, i < a_length ? a_counts + i : b_counts + j, (size_t)left * 4);
+    memcpy(first + n, i < a_length ? a_first + i : b_first + j, (size_t)left * 4);
+    return n + left;
+}
+
+/* ---- table rows -------------------------------------------------------------------------------------------------- */
+
+/* The table row of each of some sorted keys: that of the same one among sorted `known`, or 0. */
+EXPORT int64_t dqrm_find_sorted(const uint32_t *known, const int32_t *table_rows, int64_t length, const uint32_t *keys,
+                                int64_t count, int32_t *out) {
+    int64_t at = 0; /* the first known key that is not below the last one looked for */
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t key = keys[i];
+        int64_t step = 1;
+        if (at < length && known[at] < key) { /* steps of 1, 2, 4 ... until beyond it, then halves */
+            while (at + step < length && known[at + step] < key) {
+                at += step;
+                step *= 2;
+            }
+            int64_t high = at + step < length ? at + step : length;
+            for (int64_t left = high - at - 1; left > 0;) { /* at is below the key, high is not */
+                int64_t half = (left + 1) / 2;
+                if (known[at + half] < key) {
+                    at += half;
+                    left -= half;
+                } else left = half - 1;
+            }
+            at++;
+        }
+        out[i] = at < length && known[at] == key ? table_rows[at] : 0;
+    }
+    return 0;
+}
+
+static inline uint64_t rotated(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
+
+/* Table row 1 + XXH64(key, seed) mod (rows - 1) of each key, as 4 little-endian bytes; 0 of key 0 (data/hashing.py). Of
+ * several seeds the rows stand side by side. */
+EXPORT int64_t dqrm_hash_ids(const uint32_t *keys, int64_t count, const uint64_t *seeds, int64_t functions, int64_t rows,
+                             int32_t *out) {
+    const uint64_t p1 = 0x9E3779B185EBCA87u, p2 = 0xC2B2AE3D27D4EB4Fu, p3 = 0x165667B19E3779F9u, p5 = 0x27D4EB2F165667C5u;
+    uint64_t least = (uint64_t)rows - 1;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t f = 0; f < functions; f++) {
+            uint64_t hash = (seeds[f] + p5 + 4) ^ (keys[i] * p1);
+            hash = rotated(hash, 23) * p2 + p3;
+            hash = (hash ^ hash >> 33) * p2;
+            hash = (hash ^ hash >> 29) * p3;
+            hash ^= hash >> 32;
+            out[i * functions + f] = keys[i] ? (int32_t)(hash % least) + 1 : 0;
+        }
+    return 0;
+}
+
+/* out[i, column] = table_rows[codes[i]], or codes[i] where there are no table rows, of a matrix of `width` columns. */
+EXPORT int64_t dqrm_put_column(const void *codes, int64_t bytes, int64_t count, const int32_t *table_rows, int32_t *out,
+                               int64_t column, int64_t width) {
+    out += column;
+    if (!table_rows) for (int64_t i = 0; i < count; i++) out[i * width] = ((const int32_t *)codes)[i];
+    else if (bytes == 1) for (int64_t i = 0; i < count; i++) out[i * width] = table_rows[((const uint8_t *)codes)[i]];
+    else if (bytes == 2) for (int64_t i = 0; i < count; i++) out[i * width] = table_rows[((const uint16_t *)codes)[i]];
+    else for (int64_t i = 0; i < count; i++) out[i * width] = table_rows[((const uint32_t *)codes)[i]];
+    return 0;
+}
