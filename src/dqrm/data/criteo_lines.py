@@ -45,7 +45,9 @@ def decoder(plan: Plan, names: Sequence[str]) -> Callable[[bytes], pl.DataFrame 
     return decode
 
 
-def transformed(plan: Plan, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def transformed(
+    plan: Plan, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Numbers of dense columns as `Plan.typed` transforms them, float32."""
     frame = pl.DataFrame({"number": numbers})
     return frame.select(plan.transform(pl.col("number"))).to_series().to_numpy()

@@ -16,22 +16,32 @@ static const uint8_t DIGITS[256] = {
     NONE16, NONE16, NONE16, NONE16, NONE16, NONE16, NONE16, NONE16,
 };
 
+/* The value of eight hexadecimal digits, the first in the lowest byte; *sound: whether they are some. Byte by byte in one
+ * register: to lower case, then 0 to 9 and a to f are 0x30 to 0x3f, where letters are those of 0x3a and above. */
+static inline uint32_t eight_digits(uint64_t text, int *sound) {
+    const uint64_t each = 0x0101010101010101u;
+    uint64_t letters = text >> 6 & each;
+    uint64_t digits = (text | letters << 5) - letters * 0x27;
+    uint64_t values = digits & each * 0x0f;
+    *sound = !(text & each * 0x80) && (digits & each * 0xf0) == each * 0x30 && ((values + each * 6) >> 4 & each) == letters;
+    values = __builtin_bswap64(values);
+    values = (values | values >> 4) & 0x00ff00ff00ff00ffu;
+    values = (values | values >> 8) & 0x0000ffff0000ffffu;
+    return (uint32_t)(values | values >> 16);
+}
+
 /* Up to 8 hexadecimal digits at `at`, ended by `stop`; returns what follows, NULL if it is anything else. Nothing is 0. */
 static inline const uint8_t *hex_field(const uint8_t *at, const uint8_t *end, uint8_t stop, uint32_t *out) {
     uint32_t value = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     if (end - at > 8 && at[8] == stop) { /* as nearly all are */
-        uint32_t wrong = 0;
-        for (int i = 0; i < 8; i++) {
-            uint32_t digit = DIGITS[at[i]];
-            wrong |= digit;
-            value = value << 4 | digit;
-        }
-        if (wrong < 16) {
-            *out = value;
-            return at + 9;
-        }
-        value = 0;
+        uint64_t text;
+        int sound;
+        memcpy(&text, at, 8);
+        *out = eight_digits(text, &sound);
+        if (sound) return at + 9;
     }
+#endif
     for (int i = 0; at < end && *at != stop; i++, at++) {
         uint32_t digit = DIGITS[*at];
         if (digit > 15 || i == 8) return NULL;
@@ -58,6 +68,18 @@ static inline const uint8_t *int_field(const uint8_t *at, const uint8_t *end, ui
     if (at == first || at == end) return NULL;
     *out = negative ? -value : value;
     return at + 1;
+}
+
+/* Newlines in a text. */
+EXPORT int64_t dqrm_count_lines(const uint8_t *text, int64_t size) {
+    int64_t lines = 0;
+    for (int64_t at = 0; at < size; at += 255) { /* so many that a byte can count them */
+        int64_t until = size - at < 255 ? size - at : 255;
+        uint8_t here = 0;
+        for (int64_t i = 0; i < until; i++) here += text[at + i] == '\n';
+        lines += here;
+    }
+    return lines;
 }
 
 /* So many lines of so many fields with tabs between them, each line ended by a newline. roles: what each field is. labels
@@ -226,12 +248,19 @@ EXPORT int64_t dqrm_find_sorted(const uint32_t *known, const int32_t *table_rows
 
 static inline uint64_t rotated(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
 
+/* x mod divisor, given floor((2^64 - 1) / divisor): the product is at most two below the quotient. */
+static inline uint64_t remainder_of(uint64_t x, uint64_t divisor, uint64_t inverse) {
+    uint64_t rest = x - (uint64_t)((unsigned __int128)x * inverse >> 64) * divisor;
+    rest -= rest >= divisor ? divisor : 0;
+    return rest - (rest >= divisor ? divisor : 0);
+}
+
 /* Table row 1 + XXH64(key, seed) mod (rows - 1) of each key, as 4 little-endian bytes; 0 of key 0 (data/hashing.py). Of
  * several seeds the rows stand side by side. */
 EXPORT int64_t dqrm_hash_ids(const uint32_t *keys, int64_t count, const uint64_t *seeds, int64_t functions, int64_t rows,
                              int32_t *out) {
     const uint64_t p1 = 0x9E3779B185EBCA87u, p2 = 0xC2B2AE3D27D4EB4Fu, p3 = 0x165667B19E3779F9u, p5 = 0x27D4EB2F165667C5u;
-    uint64_t least = (uint64_t)rows - 1;
+    uint64_t least = (uint64_t)rows - 1, inverse = ~(uint64_t)0 / least;
     for (int64_t i = 0; i < count; i++)
         for (int64_t f = 0; f < functions; f++) {
             uint64_t hash = (seeds[f] + p5 + 4) ^ (keys[i] * p1);
@@ -239,7 +268,7 @@ EXPORT int64_t dqrm_hash_ids(const uint32_t *keys, int64_t count, const uint64_t
             hash = (hash ^ hash >> 33) * p2;
             hash = (hash ^ hash >> 29) * p3;
             hash ^= hash >> 32;
-            out[i * functions + f] = keys[i] ? (int32_t)(hash % least) + 1 : 0;
+            out[i * functions + f] = keys[i] ? (int32_t)remainder_of(hash, least, inverse) + 1 : 0;
         }
     return 0;
 }
