@@ -31,8 +31,8 @@ BAD_DENSE = [
     "é",
     "\r",
 ]
-BAD_HEX = ["123456789", "0000000001", "ghijklmn", "68fd1e6g", "68fd1e6 ", "+8fd1e64", "-1", "0x12", ":;<=>?@a", "`1234567",
-           "é", "68fd1e6\x10", "\x10\x11\x12\x13\x14\x15\x16\x17", "68fd1é"]  # fmt: skip
+BAD_HEX = ["123456789", "0000000001", "ghijklmn", "68fd1e6g", "68fd1e6 ", "+8fd1e64", "-1", "0x12", ":;<=>?@a",
+           "`1234567", "é", "68fd1e6\x10", "\x10\x11\x12\x13\x14\x15\x16\x17", "68fd1é"]  # fmt: skip
 BAD_LABEL = ["", "2", "01", "-1", "1.0", " 1", "true"]
 
 
@@ -88,15 +88,18 @@ def test_same_rows(block, transform, newline, monkeypatch, tmp_path):
     monkeypatch.setattr(lines, "_BLOCK", block)
     calls = counted(monkeypatch)
     compiled, plain = both(text(log(300), newline), monkeypatch, tmp_path, dense_transform=transform)
-    assert compiled == plain and len(plain[0]) == 300
-    assert calls and all(parsed is not None for parsed in calls)
+    assert compiled == plain
+    assert len(plain[0]) == 300
+    assert calls
+    assert all(parsed is not None for parsed in calls)
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\n\n\n", b"\r\n\r\n"], ids=["none", "one", "several", "returns"])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_end_of_the_file(rows, end, monkeypatch, tmp_path):
     compiled, plain = both(text(log(rows)).rstrip(b"\n") + end, monkeypatch, tmp_path)
-    assert compiled == plain and len(plain[0]) == rows
+    assert compiled == plain
+    assert len(plain[0]) == rows
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"\r\n", b"0\n", b"\t" * 39, b"\t" * 39 + b"\n", b"1" + b"\t" * 39])
@@ -112,7 +115,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-@pytest.mark.parametrize("field, bad", FIELDS)
+@pytest.mark.parametrize(("field", "bad"), FIELDS)
 def test_same_answer_to_an_odd_field(field, bad, on_error, monkeypatch, tmp_path):
     rows = log(40)
     rows[23][field] = bad

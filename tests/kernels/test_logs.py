@@ -26,7 +26,8 @@ NUMBERS = [
 def test_code(numbers):
     keys, codes = logs.code(numbers)
     wanted, inverse = np.unique(numbers, return_inverse=True)
-    assert np.array_equal(keys, wanted) and np.array_equal(codes, inverse)
+    assert np.array_equal(keys, wanted)
+    assert np.array_equal(codes, inverse)
     assert codes.dtype == np.min_scalar_type(len(wanted) - 1)
 
 
@@ -60,7 +61,7 @@ def test_merge_runs(sizes, below):
     assert list(zip(*merged)) == [(key, *wanted[key]) for key in sorted(wanted)]
 
 
-@pytest.mark.parametrize("known, asked", [(0, 5), (1, 1), (1, 100), (1000, 7), (1000, 1000), (7, 1000), (5, 0)])
+@pytest.mark.parametrize(("known", "asked"), [(0, 5), (1, 1), (1, 100), (1000, 7), (1000, 1000), (7, 1000), (5, 0)])
 def test_find_sorted(known, asked):
     for largest in (1500, 2**32):
         keys = np.unique(np.append(DRAW.integers(0, largest, known), [0, largest - 1][: min(2, known)])).astype(
@@ -82,7 +83,8 @@ def test_hash_ids(hashes, rows, monkeypatch):
     compiled = hashed.lookup(column)
     monkeypatch.setattr(logs, "available", lambda: False)
     plain = hashed.lookup(column)
-    assert np.array_equal(compiled, plain) and compiled.dtype == plain.dtype == np.int32
+    assert np.array_equal(compiled, plain)
+    assert compiled.dtype == plain.dtype == np.int32
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, None])
@@ -100,4 +102,5 @@ def test_lines_are_counted(size):
     """Through `parse_lines` of lines of one label."""
     text = b"1\n" * size
     parsed = logs.parse_lines(text, bytes([logs.LABEL]), np.zeros(1, np.float32), 0)
-    assert parsed is not None and parsed.labels.tolist() == [1] * size
+    assert parsed is not None
+    assert parsed.labels.tolist() == [1] * size

@@ -1,7 +1,7 @@
 """Criteo's lines -> typed rows by compiled code, block by block.
 
-`Plan.typed` is the reference, and what parses a block in which anything is not as usual, so that both give the same rows
-and the same messages.
+`Plan.typed` is the reference, and parses each block in which anything is not as usual, so that rows and messages are
+the same either way.
 """
 
 from collections.abc import Callable, Sequence

@@ -86,8 +86,8 @@ class Vocabulary:
         if not len(self.keys):
             return np.zeros(len(keys), np.int32)
         if self.keys.dtype == keys.dtype == pl.UInt32 and logs.available():
-            known = self.keys.to_numpy(), np.ascontiguousarray(self.table_rows, np.int32)
-            return logs.find_sorted(*known, keys.to_numpy())
+            table_rows = np.ascontiguousarray(self.table_rows, np.int32)
+            return logs.find_sorted(self.keys.to_numpy(), table_rows, keys.to_numpy())
         # With both sides sorted a binary search walks through memory in order, which no hash table does.
         at = np.minimum(self.keys.search_sorted(keys).to_numpy(), len(self.keys) - 1)
         known = (self.keys.gather(at) == keys).to_numpy()

@@ -1,5 +1,5 @@
-"""What preparing a log does for every line or id, compiled (`logs.c`); each function works in one thread and lets others
-run meanwhile. Without the library (`available`) the callers compute the same with polars and NumPy.
+"""What preparing a log does for every line or id, compiled (`logs.c`). Each function works in one thread and lets
+others run meanwhile. Without the library (`available`) the callers compute the same with polars and NumPy.
 """
 
 from ctypes import c_int64, c_void_p
