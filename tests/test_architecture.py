@@ -13,7 +13,7 @@ BASE = {"errors", "options", "config", "files", "identity", "checksums", "recipe
 ALLOWED = {
     "kernels": set(),
     "quant": {"kernels"},
-    "data": {"errors", "options", "files", "identity", "checksums", "__init__"},
+    "data": {"kernels", "errors", "options", "files", "identity", "checksums", "__init__"},
     "models": {"kernels", "quant", "config", "options", "errors"},
     "distributed": {"quant", "kernels", "options", "errors"},
     "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,

@@ -180,7 +180,7 @@ class Plan:
         )
         values = raw.hstack(parsed).select(
             *(("label",) if self.label is not None else ()),
-            *(self._transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
+            *(self.transform(pl.col(f"d{n}")).alias(f"d{n}") for n in range(len(self.dense))),
             *(self._key(key, kinds).alias(f"k{n}") for n, key in enumerate(self.keys)),
             *(("w",) if self.weight is not None else ()),
             *((self._key(self.group, kinds).alias("g"),) if self.group is not None else ()),
@@ -224,7 +224,8 @@ class Plan:
         value = cells.number(column, kind)
         return pl.when(~cells.missing(column, kind, self.markers)).then(value) if self.markers else value
 
-    def _transform(self, number: pl.Expr) -> pl.Expr:
+    def transform(self, number: pl.Expr) -> pl.Expr:
+        """What a number of a dense column becomes, Float32; missing is 0."""
         known = number.cast(pl.Float64).fill_nan(None).fill_null(0.0)
         return (known.clip(0.0).log1p() if self.config.dense_transform == "log1p" else known).cast(pl.Float32)
 

@@ -15,6 +15,7 @@ from dqrm.data.journal import Journal
 from dqrm.data.splits import Splits
 from dqrm.data.staging import Staging
 from dqrm.files import flush
+from dqrm.kernels import logs
 
 Array = NDArray[Any]
 # Of a column, the table row (of the group: the number) of each of sorted keys.
@@ -46,16 +47,15 @@ class Translations:
         self._starts.append(starts)
         return starts
 
-    def read(self, staged: Staging, chunk: int) -> list[Callable[[Array], Array]]:
-        """Per column, a function from the codes of one chunk to table rows."""
+    def read(self, staged: Staging, chunk: int) -> list[Array | None]:
+        """Per column, the table row of each code of one chunk; None: the codes are table rows."""
         if not any(self._starts):
-            return [np.asarray] * len(self._starts)
+            return [None] * len(self._starts)
         with self._path.open("rb") as file:
             return [
-                np.asarray if starts is None
-                else self._read(file, starts[chunk], staged.distinct[n][chunk]).__getitem__
+                None if starts is None else self._read(file, starts[chunk], staged.distinct[n][chunk])
                 for n, starts in enumerate(self._starts)
-            ]  # fmt: skip
+            ]
 
     @staticmethod
     def _read(file: IO[bytes], start: int, count: int) -> Array:
@@ -179,7 +179,7 @@ def write_splits(
             ids = np.empty((rows, len(single)), np.int32)
             maps = translated.read(staged, chunk)
             for at, n in enumerate(single):
-                ids[:, at] = maps[n](arrays[f"codes{n}"])
+                _put_column(ids, at, arrays[f"codes{n}"], maps[n])
             here = splits[row : row + rows]
             for split, writer in enumerate(writers):
                 chosen = here == split
@@ -190,14 +190,26 @@ def write_splits(
                 if weighted:
                     writer.add_column(folder.WEIGHT, arrays["weight"][part])
                 if grouped:
-                    writer.add_column(folder.GROUP, maps[group](arrays[f"codes{group}"][part]))
+                    writer.add_column(folder.GROUP, _mapped(maps[group], arrays[f"codes{group}"][part]))
                 for n in multi:
-                    lengths, values = arrays[f"lengths{n}"], maps[n](arrays[f"codes{n}"])
+                    lengths, values = arrays[f"lengths{n}"], _mapped(maps[n], arrays[f"codes{n}"])
                     writer.add_bags(n, values if whole else values[np.repeat(chosen, lengths)], lengths[part])
                 writer.add(dense[part], ids[part], arrays["label"][part])
             steps.done(writers)
             row += rows
             advance(rows)
+
+
+def _mapped(table_rows: Array | None, codes: Array) -> Array:
+    return codes if table_rows is None else table_rows[codes]
+
+
+def _put_column(ids: Array, column: int, codes: Array, table_rows: Array | None) -> None:
+    """ids[:, column] = the table rows of the codes."""
+    if logs.available() and (codes.dtype == np.int32 if table_rows is None else codes.itemsize <= 4):
+        logs.put_column(codes, table_rows, ids, column)
+    else:
+        ids[:, column] = _mapped(table_rows, codes)
 
 
 class _Steps:

@@ -15,6 +15,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from dqrm.kernels import logs
+
 Array = NDArray[Any]
 Hashes = NDArray[np.uint64]
 
@@ -57,6 +59,8 @@ class HashedRows:
             int32 [N * hashes], those of one key side by side.
         """
         seeds = [self.seed + (function << 32) for function in range(self.hashes)]
+        if keys.dtype == pl.UInt32 and logs.available():
+            return logs.hash_ids(keys.to_numpy(), np.array(seeds, np.uint64), self.rows)
         if keys.dtype == pl.String:
             present, hashes = (keys != "").to_numpy(), _of_texts(keys, seeds)
         else:

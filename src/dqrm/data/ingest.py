@@ -15,6 +15,7 @@ from dqrm.data.ahead import ahead
 from dqrm.data.budget import Budget
 from dqrm.data.columns import CRITEO_COLUMNS, Plan, check_types
 from dqrm.data.config import PrepareConfig
+from dqrm.data.criteo_lines import decoder
 from dqrm.data.formats import format_of
 from dqrm.data.formats.base import BLOCK_ROWS
 from dqrm.data.lines import Block, TextReader
@@ -157,7 +158,7 @@ def _typed(source: Source, plan: Plan, start: int) -> Iterator[_Typed]:
     unit = "row" if source.parquet or source.format else "line"
     for block in _blocks(source, plan, start):
         try:
-            frame = plan.typed(block)
+            frame = plan.typed(block) if block.typed is None else block.typed
         except pl.exceptions.PanicException as error:
             raise UserError(f"{source.where}: a column has values that cannot be converted ({error})") from None
         if block.bad and plan.config.on_error == "stop":
@@ -270,6 +271,8 @@ def _reader(source: Source, plan: Plan) -> TextReader | SparseReader:
         labelled = f"layout {plan.config.layout}"
         where = labelled if plan.label is not None else f"{where}, which has {len(reader.names)} columns"
     plan.check(offered(reader.names, source.partitions), where, text=not plan.criteo)
+    if not set(plan.needed) & set(source.partitions):
+        reader.decode = decoder(plan, reader.names)
     return reader
 
 

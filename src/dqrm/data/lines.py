@@ -5,7 +5,7 @@ of the wrong shape is parsed line by line, to report which line and why.
 import codecs
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,19 +28,24 @@ _MAX_LINE = 1 << 26
 class Block:
     """Rows of String columns, the line that each one begins on (int64), and the malformed lines among them.
 
-    end: the line after them, from which `TextReader.blocks` goes on.
+    end: the line after them, from which `TextReader.blocks` goes on. typed: what the fields mean, where the reader's
+    `decode` knew it; there are no fields then.
     """
 
     fields: pl.DataFrame
     lines: NDArray[np.int64]
     bad: list[tuple[int, str]] = field(default_factory=list)
     end: int = 0
+    typed: pl.DataFrame | None = None
 
 
 class TextReader:
     """Reader of delimited text.
 
     pieces: the bytes. separator: one byte. names: the columns of every line, or none where the first line names them.
+
+    Attributes:
+        decode: what makes typed rows of whole lines, or returns None where it cannot; None: fields are always text.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class TextReader:
         self._pieces = _coalesce(pieces)
         self._rest = b""
         self._line = 1
+        self.decode: Callable[[bytes], pl.DataFrame | None] | None = None
         escaped = re.escape(self.separator)
         plain = rb'(?:"(?:[^"]++|"")*+"|[^"\n' + escaped + rb"]*+)"
         self._record = re.compile(plain + rb"(?:" + escaped + plain + rb")*+\Z")
@@ -85,6 +91,10 @@ class TextReader:
         return data[cut:]
 
     def _parse(self, block: bytes, positions: list[int], wanted: Sequence[str], last: bool) -> Block:
+        if self.decode is not None and (typed := self.decode(block)) is not None:
+            lines = np.arange(self._line, self._line + typed.height)
+            self._line += typed.height
+            return Block(pl.DataFrame(), lines, [], self._line, typed)
         quotes = self.quoting and b'"' in block
         shape = self._shape(block, quotes, last)
         bad: list[tuple[int, str]] = []

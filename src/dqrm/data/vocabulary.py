@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dqrm.data.budget import Budget
 from dqrm.errors import UserError
+from dqrm.kernels import logs
 
 Array = NDArray[Any]
 
@@ -84,6 +85,9 @@ class Vocabulary:
         """The table row of each of the sorted keys, int32; 0 where it has none."""
         if not len(self.keys):
             return np.zeros(len(keys), np.int32)
+        if self.keys.dtype == keys.dtype == pl.UInt32 and logs.available():
+            table_rows = np.ascontiguousarray(self.table_rows, np.int32)
+            return logs.find_sorted(self.keys.to_numpy(), table_rows, keys.to_numpy())
         # With both sides sorted a binary search walks through memory in order, which no hash table does.
         at = np.minimum(self.keys.search_sorted(keys).to_numpy(), len(self.keys) - 1)
         known = (self.keys.gather(at) == keys).to_numpy()
@@ -197,6 +201,9 @@ def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: 
     position: that of the first entry, of `total` in all chunks.
     """
     integer = np.uint32 if position_type(total) == pl.UInt32 else np.int64
+    if integer is np.uint32 and codes.dtype.kind == "u" and codes.itemsize <= 4 and logs.available():
+        run = pl.DataFrame([keys.alias("key"), *_counted(codes, counted, position, len(keys))])
+        return run if counted is None else run.filter(pl.col("count") > 0)
     positions = np.arange(position, position + len(codes), dtype=integer)
     if counted is not None:
         codes, positions = codes[counted], positions[counted]
@@ -204,6 +211,11 @@ def count_chunk(keys: pl.Series, codes: Array, counted: Array | None, position: 
     first = np.zeros(len(keys), integer)
     first[codes[::-1]] = positions[::-1]  # of several values for one place the last stays
     return pl.DataFrame({"key": keys, "count": counts.astype(integer), "first": first}).filter(pl.col("count") > 0)
+
+
+def _counted(codes: Array, counted: Array | None, position: int, distinct: int) -> tuple[pl.Series, pl.Series]:
+    counts, first = logs.count_codes(np.ascontiguousarray(codes), counted, position, distinct)
+    return pl.Series("count", counts), pl.Series("first", first)
 
 
 def _key_bytes(run: pl.DataFrame) -> int:
@@ -244,6 +256,10 @@ class Counter:
         if self._budget.limited:
             total = self._merged = newer.height + older.height
             self._budget.require_merge(total, _key_bytes(newer) + _key_bytes(older), self._what)
+        if set(older.dtypes) == set(newer.dtypes) == {pl.UInt32} and logs.available():
+            a, b = (tuple(column.to_numpy() for column in run) for run in (older, newer))
+            self._runs.append(pl.DataFrame(dict(zip(older.columns, logs.merge_runs(a, b)))))  # type: ignore[arg-type]
+            return
         both = older.merge_sorted(newer, "key")
         keys, counts = both["key"], both["count"].to_numpy()
         starts = (keys != keys.shift()).fill_null(True).arg_true().to_numpy()

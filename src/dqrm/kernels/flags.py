@@ -5,7 +5,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "blocks.c", "adam.c", "tiers.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "blocks.c", "adam.c", "tiers.c", "logs.c"))
 HEADER = Path(__file__).with_name("common.h")
 # -ffp-contract=off: the same bits with and without fused multiply-add.
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
