@@ -73,7 +73,7 @@ def prepare(
             work.encode(1)
         work.finish()
         require_same_files(task.named, task.on_disk)
-    return Dataset(output)
+    return Dataset(task.output)
 
 
 @dataclass
