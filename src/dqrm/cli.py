@@ -81,8 +81,8 @@ def prepare(
 ) -> None:
     """Turn raw click logs into a dataset folder. Stopped or killed, the same command resumes it.
 
-    SOURCES are files, folders and globs; - is standard input, a folder may be a Delta Lake table, and hf:NAME (or
-    hf:FOLDER) is a Hugging Face dataset.
+    SOURCES are files, folders and globs, also by URL (s3://bucket/logs); - is standard input, a folder may be a Delta
+    Lake table, and hf:NAME (or hf:FOLDER) is a Hugging Face dataset.
     """
     from dqrm.data.extension import prepare_config
     from dqrm.preparing import run_prepare

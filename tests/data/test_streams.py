@@ -152,7 +152,7 @@ def test_what_is_neither_file_nor_pipe(tmp_path):
         (tmp_path / "dangling", "is a link to nowhere, and there is no such file"),
         (tmp_path / "log.csv.bz2", "is bzip2"),
         ("a\0b", "not a file name"),
-        ("s3://bucket/day_0", "is not on a file system; mount the bucket"),
+        ("nosuch://bucket/day_0", "cannot read nosuch://bucket/day_0|needs the package fsspec"),
         ("", "not a file name"),
     ]:
         with pytest.raises(UserError, match=said):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dqrm.daily.config import Recipe
-from dqrm.data.listing import hidden, natural
+from dqrm.data.listing import hidden, is_url, local, natural
 from dqrm.errors import UserError
 from dqrm.files import FLAG, OBJECT, TEXT, flush, read_json, require, write_json
 
@@ -26,29 +26,36 @@ _OURS = (_RECIPE, f"{_RECIPE}.partial", ".lock")
 _LINE = {"day": TEXT, "published": FLAG, "rows": OBJECT, "before": (OBJECT, None), "gate": (OBJECT, None)}
 
 
-def list_days(logs: Sequence[str]) -> dict[str, Path]:
-    """The files and folders that paths and globs name, each the log of a day, by their names in natural order.
+def list_days(logs: Sequence[str]) -> dict[str, Path | str]:
+    """The files and folders that paths, URLs and globs name, each the log of a day, by their names in natural order.
 
     Raises:
         UserError: none, or two of the same name.
     """
-    found: list[Path] = []
-    for text in logs:
-        matches = [Path(text)] if os.path.lexists(text) or not glob.has_magic(text) else map(Path, glob.glob(text))
-        kept = [path for path in matches if not hidden(path.name)]
+    found: list[tuple[str, Path | str]] = []
+    for text in map(local, logs):
+        kept = [(name, source) for name, source in _matches(text) if not hidden(name)]
         if not kept:
             raise UserError(f"nothing matches '{text}', expected a file or a folder for each day")
         found += kept
-    days: dict[str, Path] = {}
-    for path in sorted(found, key=lambda path: natural(Path(path.name))):
-        if not path.exists():
-            raise UserError(f"there is no {path}, expected the log of a day")
-        if path.name in days:
-            raise UserError(
-                f"{days[path.name]} and {path} have the same name, expected one file or folder for each day"
-            )
-        days[path.name] = path
+    days: dict[str, Path | str] = {}
+    for name, source in sorted(found, key=lambda each: natural(Path(each[0]))):
+        if isinstance(source, Path) and not source.exists():
+            raise UserError(f"there is no {source}, expected the log of a day")
+        if name in days:
+            raise UserError(f"{days[name]} and {source} have the same name, expected one file or folder for each day")
+        days[name] = source
     return days
+
+
+def _matches(text: str) -> list[tuple[str, Path | str]]:
+    """What a path, a URL or a glob names, each with its name."""
+    if is_url(text):
+        from dqrm.data import stores
+
+        return [(name, url) for url, name in stores.matches(text).items()]
+    literal = os.path.lexists(text) or not glob.has_magic(text)
+    return [(path.name, path) for path in map(Path, [text] if literal else glob.glob(text))]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def _gate(config: DailyConfig) -> Metric:
     return registered("gate_metric", config.gate_metric, choices)
 
 
-def _left(days: dict[str, Path], lines: Sequence[dict[str, Any]]) -> dict[str, Path]:
+def _left(days: dict[str, Path | str], lines: Sequence[dict[str, Any]]) -> dict[str, Path | str]:
     """The days that are not done.
 
     Raises:
@@ -121,7 +121,7 @@ class _Day:
     """One day. lines: of those before it."""
 
     name: str
-    source: Path
+    source: Path | str
     folder: Folder
     recipe: Recipe
     config: DailyConfig

@@ -5,7 +5,8 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from dqrm.data.partitions import is_partition, partitions
 from dqrm.data.sources import Source, Stream, is_parquet
@@ -18,25 +19,31 @@ _DESCRIPTOR = re.compile(r"/dev/(?:stdin|fd/(\d+))|/proc/(?:self|thread-self|\d+
 _MARKERS = re.compile(r"_(SUCCESS|metadata|common_metadata|committed_.*|started_.*)|.*\.crc")
 # Folders in a folder that says which of its files count: reading all would bring deleted rows back.
 _TABLES = {".hoodie": "a Hudi"}
-_DELTA = "_delta_log"
+DELTA = "_delta_log"
 # Of Hadoop's output committer: where tasks write until the job is committed, and what then marks a folder as whole.
 _UNCOMMITTED, _COMMITTED = "_temporary", "_SUCCESS"
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://.*")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://.+")
+_FILE = "file://"
 # Of a dataset of Hugging Face.
 _HUB = "hf:"
+_Folder = TypeVar("_Folder", bound=PurePath)
 
 
 def resolve(given: Sequence[str | Path]) -> list[Source]:
     """The sources named by paths, globs and folders: in the order given, those of one glob or folder in natural order
     (day_2 before day_10). `-` is standard input. Pipes are not read yet. A Delta Lake table is the files of its newest
-    version, `hf:NAME` a dataset of Hugging Face, split by split (`dqrm.data.formats`).
+    version, `hf:NAME` a dataset of Hugging Face, split by split (`dqrm.data.formats`); what a URL names is read by
+    fsspec (`dqrm.data.stores`).
 
     Raises:
         UserError: none given, none of that name, a file that cannot be opened, a device, or a source meant twice.
     """
     sources: list[Source] = []
-    for item in map(str, given):
-        sources += _hub(item) if item.startswith(_HUB) else [_source(path, base) for path, base in _expand(item)]
+    for item in map(local, given):
+        if item.startswith(_HUB):
+            sources += _hub(item)
+        else:
+            sources += _stored(item) if is_url(item) else [_source(path, base) for path, base in _expand(item)]
     if not sources:
         only = f", got only {', '.join(map(str, given))}, Spark's marker files" if given else ""
         raise UserError(f"no source file was given{only}; expected at least one")
@@ -59,18 +66,31 @@ def require_same_files(given: Sequence[str | Path], sources: Sequence[Source]) -
     Raises:
         UserError: a file appeared or disappeared while they were read.
     """
-    before = {source.path for source in sources if source.state or source.stream}
-    now = {path for path, _ in _listed(given)}
-    for path in sorted(before ^ now):
-        what = "is new" if path in now else "is gone"
+    before = {
+        str(source.path) if source.stream else source.where for source in sources if source.state or source.stream
+    }
+    now = {name for item in map(local, given) for name in _names(item)}
+    for name in sorted(before ^ now, key=lambda name: natural(Path(name))):
+        what = "is new" if name in now else "is gone"
         raise UserError(
-            f"the source files changed while they were read: {path} {what}; start again when nothing writes there"
+            f"the source files changed while they were read: {name} {what}; start again when nothing writes there"
         )
+
+
+def is_url(text: str) -> bool:
+    """Whether a source is named by a URL, unless a file has that name."""
+    return _URL.fullmatch(text) is not None and not os.path.lexists(text)
+
+
+def local(given: str | Path) -> str:
+    """The path that a URL of a local file means; anything else as it is."""
+    text = str(given)
+    return text.removeprefix(_FILE) if is_url(text) else text
 
 
 def reads(given: Sequence[str | Path], path: Path) -> str | None:
     """The one of the given folders and globs that means the file or folder `path` (resolved), or what is in it."""
-    for text in map(str, given):
+    for text in map(local, given):
         literal = os.path.lexists(text) or not glob.has_magic(text)
         for match in [text] if literal else glob.glob(text, recursive=True):
             real = Path(os.path.realpath(match))
@@ -81,9 +101,15 @@ def reads(given: Sequence[str | Path], path: Path) -> str | None:
     return None
 
 
-def _listed(given: Sequence[str | Path]) -> list[tuple[Path, Path | None]]:
-    """Each file, and the folder below which it is told from the others (None: a stream)."""
-    return [pair for item in map(str, given) if not item.startswith(_HUB) for pair in _expand(item)]
+def _names(item: str) -> list[str]:
+    """Each file that an item names; of a dataset of Hugging Face, none."""
+    if item.startswith(_HUB):
+        return []
+    if is_url(item):
+        from dqrm.data import stores
+
+        return stores.urls(item)
+    return [str(path) for path, _ in _expand(item)]
 
 
 def _hub(text: str) -> Sequence[Source]:
@@ -92,24 +118,28 @@ def _hub(text: str) -> Sequence[Source]:
     return hub.sources(text)
 
 
+def _stored(url: str) -> Sequence[Source]:
+    from dqrm.data import stores
+
+    return stores.sources(url)
+
+
 def _expand(text: str) -> list[tuple[Path, Path | None]]:
     if text == STDIN:
         return [(Path(STDIN), None)]
-    if _REMOTE.fullmatch(text) and not os.path.lexists(text):
-        raise UserError(f"{text} is not on a file system; mount the bucket, or pipe the object into - (standard input)")
     if not text or "\0" in text:
         raise UserError(f"cannot read '{text}': not a file name")
     if os.path.lexists(text) or not glob.has_magic(text):
         path = Path(text)
         if os.path.isdir(path):
-            return [(file, _base(path)) for file in _walk(path, ())]
-        return [] if _MARKERS.fullmatch(path.name) else [(path, _base(path.parent))]
+            return [(file, base_of(path)) for file in _walk(path, ())]
+        return [] if _MARKERS.fullmatch(path.name) else [(path, base_of(path.parent))]
     fixed = Path(text)
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     files: dict[Path, None] = {}
     for path in sorted(map(Path, glob.glob(text, recursive=True)), key=natural):
-        if any(map(hidden, path.relative_to(fixed).parts)) and not _names_hidden(Path(text).relative_to(fixed), path):
+        if any(map(hidden, path.relative_to(fixed).parts)) and not names_hidden(Path(text).relative_to(fixed), path):
             continue  # such as _temporary, with what failed tasks of Spark left
         if not os.path.isdir(path):
             files[path] = None
@@ -117,7 +147,7 @@ def _expand(text: str) -> list[tuple[Path, Path | None]]:
             files |= dict.fromkeys(_walk(path, ()))
     if not files:
         raise UserError(f"no file matches '{text}'")
-    return [(path, _base(fixed)) for path in files]
+    return [(path, base_of(fixed)) for path in files]
 
 
 def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
@@ -130,20 +160,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
     names = {entry.name for entry in entries}
-    for marker, kind in _TABLES.items():
-        if marker in names:
-            raise UserError(
-                f"{folder} is {kind} table, whose files also hold rows that were deleted or replaced; "
-                "export it as Parquet or CSV first"
-            )
-    if {"dataset.json", "train"} <= names:
-        raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
-    if _UNCOMMITTED in names and _COMMITTED not in names:
-        raise UserError(
-            f"{folder} is not complete: a job of Spark or Hadoop writes to it, or was stopped (it has {_UNCOMMITTED} "
-            f"and no {_COMMITTED}); wait for the job or run it again, or remove {_UNCOMMITTED} if all files are there"
-        )
-    if _DELTA in names:
+    require_log(folder, names)
+    if DELTA in names:
         from dqrm.data.formats import delta
 
         return sorted(delta.files(folder), key=natural)
@@ -163,17 +181,39 @@ def _walk(folder: Path, above: tuple[str, ...]) -> list[Path]:
     return files
 
 
+def require_log(folder: Path | str, names: set[str]) -> None:
+    """Whether a folder with entries of these names can be a log, as a whole.
+
+    Raises:
+        UserError: it is a table, a dataset folder, or not complete.
+    """
+    for marker, kind in _TABLES.items():
+        if marker in names:
+            raise UserError(
+                f"{folder} is {kind} table, whose files also hold rows that were deleted or replaced; "
+                "export it as Parquet or CSV first"
+            )
+    if {"dataset.json", "train"} <= names:
+        raise UserError(f"{folder} is a dataset folder, which dqrm prepare made; expected the log itself")
+    if _UNCOMMITTED in names and _COMMITTED not in names:
+        raise UserError(
+            f"{folder} is not complete: a job of Spark or Hadoop writes to it, or was stopped (it has {_UNCOMMITTED} "
+            f"and no {_COMMITTED}); wait for the job or run it again, or remove {_UNCOMMITTED} if all files are there"
+        )
+
+
 def hidden(name: str) -> bool:
     """What Spark and Hive leave out, too. A column may begin with an underscore: _day=3."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name) or _MARKERS.fullmatch(name) is not None
 
 
-def _names_hidden(pattern: Path, path: Path) -> bool:
+def names_hidden(pattern: PurePath, path: PurePath) -> bool:
     """Whether a pattern (what follows the folders before it) such as _day* or .day* asks for such names."""
     return _MARKERS.fullmatch(path.name) is None and any(part[0] in "_." for part in pattern.parts)
 
 
-def _base(folder: Path) -> Path:
+def base_of(folder: _Folder) -> _Folder:
+    """The folder below which files are told apart: that above the columns in a path."""
     while is_partition(folder.name):
         folder = folder.parent
     return folder
@@ -235,7 +275,7 @@ def _tell_apart(sources: Sequence[Source]) -> None:
         source.name = path.relative_to(common).as_posix()
 
 
-def natural(path: Path) -> list[list[str | int]]:
+def natural(path: PurePath) -> list[list[str | int]]:
     """A key that sorts by the numbers in names: day_2 before day_10."""
     # Every second piece is a number.
     return [

@@ -21,7 +21,7 @@ def schema(source: Source) -> pl.Schema:
         UserError: it cannot be read.
     """
     try:
-        return _scan(source).collect_schema()
+        return _scan(source, rows=False).collect_schema()
     except UNREADABLE as error:
         source.require_unchanged()
         raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
@@ -34,7 +34,7 @@ def count(source: Source) -> int:
         UserError: it cannot be read.
     """
     try:
-        return int(_scan(source).select(pl.len()).collect().item())
+        return int(_scan(source, rows=False).select(pl.len()).collect().item())
     except UNREADABLE as error:
         source.require_unchanged()
         raise UserError(f"{source.where} cannot be read as Parquet ({error})") from None
@@ -48,15 +48,17 @@ def blocks(source: Source, wanted: Sequence[str], rows: int, start: int = 1) -> 
     """
     row = start
     try:
-        scan = _scan(source).select(by_name(*wanted)).slice(start - 1)
+        scan = _scan(source, rows=True).select(by_name(*wanted)).slice(start - 1)
         for frame in scan.collect_batches(chunk_size=rows, maintain_order=True):
             yield Block(frame, np.arange(row, row + frame.height), end=row + frame.height)
             row += frame.height
     except UNREADABLE as error:
         source.require_unchanged()
         raise UserError(f"{source.where}, after row {row - 1}: cannot be read as Parquet ({error})") from None
+    finally:
+        source.release()
 
 
-def _scan(source: Source) -> pl.LazyFrame:
+def _scan(source: Source, rows: bool) -> pl.LazyFrame:
     # The name is a file's, whatever brackets are in it, and what its folders name is not polars' to find.
-    return pl.scan_parquet(source.path, glob=False, hive_partitioning=False)
+    return pl.scan_parquet(source.scannable(rows), glob=False, hive_partitioning=False)

@@ -23,8 +23,10 @@ def is_partition(part: str) -> bool:
     return part.partition("=")[0] != "" and "=" in part
 
 
-def partitions(path: PurePath) -> dict[str, str | None]:
+def partitions(path: PurePath, where: str = "") -> dict[str, str | None]:
     """The columns that the folders of a path name, as text (%XX decoded), None where the value is missing.
+
+    where: the path in messages.
 
     Raises:
         UserError: two folders give one column different values.
@@ -34,7 +36,9 @@ def partitions(path: PurePath) -> dict[str, str | None]:
         name, value = map(unquote, part.split("=", 1))
         known = None if value in ("", _MISSING) else value
         if columns.setdefault(name, known) != known:
-            raise UserError(f"{path} gives column {name} two values, '{columns[name]}' and '{known}', expected one")
+            raise UserError(
+                f"{where or path} gives column {name} two values, '{columns[name]}' and '{known}', expected one"
+            )
     return columns
 
 

@@ -16,7 +16,7 @@ from dqrm.data.columns import Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
 from dqrm.data.extension import Extended, complete_config
-from dqrm.data.listing import reads, require_same_files
+from dqrm.data.listing import is_url, local, reads, require_same_files
 from dqrm.data.sources import Source
 from dqrm.data.tables import TableSource, as_list, gather
 from dqrm.data.work import Progress, Work, describe_job, difference
@@ -60,7 +60,7 @@ def prepare(
             extend that is damaged or has other columns or options.
         KeyboardInterrupt: Ctrl-C; what is done is kept, unless the sources can be read only once.
     """
-    require_new(Path(output))
+    require_new(local_output(output))
     task = Task.of(sources, output, config, extend)
     ingest.check(task.files, task.plan)
     job = describe_job(task.files, task.plan, task.extended, 1)
@@ -73,7 +73,7 @@ def prepare(
             work.encode(1)
         work.finish()
         require_same_files(task.named, task.on_disk)
-    return Dataset(output)
+    return Dataset(task.output)
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Task:
         Raises:
             UserError: as `prepare`.
         """
-        output, config = Path(output), complete_config(config, extend)
+        output, config = local_output(output), complete_config(config, extend)
         given = as_list(sources)
         found = gather(given)
         files = formats.arrange(found, config)
@@ -265,6 +265,20 @@ def _remove(partial: Path) -> None:
         _empty(partial)
         (partial / MARKER).unlink()
         partial.rmdir()
+
+
+def local_output(output: str | Path) -> Path:
+    """The path of a folder to be made.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    if is_url(path := local(output)):
+        raise UserError(
+            f"the output is {output}, expected a folder on this machine: a dataset is memory-mapped; copy the folder "
+            "to the store once it is complete"
+        )
+    return Path(path)
 
 
 def require_new(output: Path) -> None:

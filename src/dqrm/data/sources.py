@@ -16,7 +16,7 @@ import zstandard
 from dqrm.errors import UserError
 from dqrm.identity import FileIdentity
 
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_GZIP, _ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _OTHERS = {
     b"BZh91AY&SY": "bzip2",
     b"\xfd7zXZ\0": "xz",
@@ -30,6 +30,9 @@ _OTHERS = {
 }
 # Bytes read from the file at a time; small, since a compressed block may become a thousand times larger.
 _READ = 1 << 18
+
+
+Pieces = Iterator[bytes]
 
 
 class Stream:
@@ -123,6 +126,39 @@ class Source:
             {**described, "partitions": {name: self.partitions[name] for name in self.used}} if self.used else described
         )
 
+    def identity(self) -> FileIdentity:
+        """What the file is now.
+
+        Raises:
+            OSError: it is gone.
+        """
+        return FileIdentity.of(self.path.stat())
+
+    def pieces(self) -> Pieces:
+        """The bytes of the file itself, in order.
+
+        Raises:
+            UserError: it cannot be read, or changed meanwhile.
+        """
+        try:
+            with self.stream.open() if self.stream else self.path.open("rb") as file:
+                opened = os.fstat(file.fileno())
+                while block := file.read(_READ):
+                    yield block
+                # Standard input may be a file without a name.
+                if stat.S_ISREG(opened.st_mode):
+                    replace(self, state=FileIdentity.of(opened)).require_unchanged(os.fstat(file.fileno()))
+        except OSError as error:
+            raise UserError(f"cannot read {self.where}: {error.strerror}") from None
+
+    def scannable(self, rows: bool) -> Any:
+        """What polars is to scan, of a Parquet file: its path, or an open file. rows: whether rows are to be read, or
+        only what the file says of them."""
+        return self.path
+
+    def release(self) -> None:
+        """Free what `scannable` needed; the rows are read."""
+
     def require_unchanged(self, now: os.stat_result | None = None) -> None:
         """Whether the file is still the one that was found. now: what is known of it; none: it is looked at.
 
@@ -134,7 +170,7 @@ class Source:
         if self.state is None:
             return
         try:
-            identity = FileIdentity.of(now or self.path.stat())
+            identity = FileIdentity.of(now) if now else self.identity()
         except OSError as error:
             raise UserError(f"{self.where} changed while it was read: {error.strerror}; {_STILL}") from None
         if self.state.unchanged(identity):
@@ -169,7 +205,7 @@ def is_parquet(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
-            return file.read(4) == _PARQUET
+            return file.read(4) == PARQUET
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
@@ -183,7 +219,7 @@ def read_bytes(source: Source) -> Iterator[bytes]:
     """
     raw = source.rest = _raw(source)
     head = next(raw, b"")
-    if head.startswith(_PARQUET) and source.stream:
+    if head.startswith(PARQUET) and source.stream:
         raise UserError(f"{source.where} is Parquet in a pipe, which can only be read from a file; save it as one")
     for magic, kind in _OTHERS.items():
         if head.startswith(magic):
@@ -216,20 +252,12 @@ def finish(source: Source) -> None:
 
 
 def _raw(source: Source) -> Iterator[bytes]:
-    try:
-        with source.stream.open() if source.stream else source.path.open("rb") as file:
-            opened = os.fstat(file.fileno())
-            while block := file.read(_READ):
-                source.digest.update(block)
-                source.bytes += len(block)
-                if source.state is not None and source.bytes > source.state.size:
-                    source.require_unchanged()  # at once: what grows might never end
-                yield block
-            # Standard input may be a file without a name.
-            if stat.S_ISREG(opened.st_mode):
-                replace(source, state=FileIdentity.of(opened)).require_unchanged(os.fstat(file.fileno()))
-    except OSError as error:
-        raise UserError(f"cannot read {source.where}: {error.strerror}") from None
+    for block in source.pieces():
+        source.digest.update(block)
+        source.bytes += len(block)
+        if source.state is not None and source.bytes > source.state.size:
+            source.require_unchanged()  # at once: what grows might never end
+        yield block
     source.require_unchanged()
     source.sha256 = source.digest.hexdigest()
 

@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 from dqrm.data.config import PrepareConfig
 from dqrm.data.formats.base import Format
 from dqrm.data.sources import Source
+from dqrm.data.stores import StoredSource
 from dqrm.data.tables import TableSource
 from dqrm.errors import UserError
 
@@ -26,7 +27,7 @@ def arrange(sources: Sequence[Source], config: PrepareConfig) -> list[Source]:
     """The sources of a log, of the files that were found: as the layout's format reads them, if it has one.
 
     Raises:
-        UserError: as `Format.arrange`; a file is in a pipe that has to be read from more than one place.
+        UserError: as `Format.arrange`; a file is in a pipe, or not on this machine, and is read from several places.
     """
     known = format_of(config)
     if known is None:
@@ -35,6 +36,11 @@ def arrange(sources: Sequence[Source], config: PrepareConfig) -> list[Source]:
     for source in files:
         if source.stream and not known.streamed:
             raise UserError(f"{source.where} is a pipe; layout {config.layout} can only be read from files")
+        if isinstance(source, StoredSource) and not known.streamed:
+            raise UserError(
+                f"{source.where} is not on this machine; layout {config.layout} can only be read from local files, "
+                "copy them first"
+            )
     if len(files) == len(sources):
         return known.arrange(files)
     tables = [source for source in sources if isinstance(source, TableSource)]

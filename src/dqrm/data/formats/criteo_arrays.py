@@ -89,8 +89,7 @@ class RecordFormat(Format):
     def schema(self, source: Source) -> pl.Schema:
         """As `Format.schema`."""
         if source.state is not None:
-            with _reading(source), source.path.open("rb") as file:
-                head = file.read(4)
+            head = next(source.again().pieces(), b"")[:4]
             # The first four bytes are a label; compressed files begin otherwise.
             if head in (b"\0\0\0\0", b"\1\0\0\0") and source.state.size % _RECORD:
                 raise UserError(f"{source.where} has {source.state.size} bytes, {_WHOLE}")
