@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from dqrm import Callback, Dataset, PrepareConfig, prepare, train
+from dqrm.daily import pipeline
+from dqrm.daily.config import DailyConfig, Recipe
 
 DATA: dict[str, Any] = {
     "categorical": ("user", "tags"), "multi": ("tags",), "dense": ("price",), "split": "random",
@@ -67,3 +69,8 @@ def started(data: Dataset, folder: Path, config: Any, **more: Any) -> First:
     first = First()
     train(data, folder, config, callbacks=[first], **more)
     return first
+
+
+def run_days(recipe: Path, logs: str, folder: Path) -> list[dict[str, Any]]:
+    """All days, all kept: what a process can be started with."""
+    return pipeline.run_daily(Recipe.read(recipe), [logs], folder, DailyConfig(keep=10, gate_margin=None))

@@ -8,6 +8,8 @@ from collections import Counter
 import numpy as np
 
 from dqrm.data.config import CRITEO_CATEGORICAL, CRITEO_DENSE, PrepareConfig
+from dqrm.data.parts import merge_parts, prepare_part
+from dqrm.data.prepare import prepare
 
 KAGGLE = PrepareConfig(layout="criteo-kaggle")
 
@@ -106,3 +108,19 @@ LOG = [
     for n in range(20)
 ]
 LOG_CONFIG = PrepareConfig(label="click", categorical=("user", "ad"), dense=("price",), split="time")
+
+
+def prepare_again(files, config, folder):
+    """What a killed process is called with until its folder is there."""
+    if not folder.exists():
+        prepare(files, folder, config)
+
+
+def prepare_in_parts(files, config, folder):
+    """As `prepare_again`, in two parts."""
+    if not folder.exists():
+        for part in ("1/2", "2/2"):
+            prepare_part(files, folder, part, config)
+        merge_parts(files, folder, config)
+        for part in ("1/2", "2/2"):
+            prepare_part(files, folder, part, config)

@@ -1,9 +1,11 @@
 """Runs that are killed and resumed, and what they must be then."""
 
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,33 @@ def killer(call: int) -> Callable[..., None]:
             raise Killed
 
     return progress
+
+
+def kill_often(kills: int, work: Callable[[Path], Any], folder: Path, ended: Callable[[Path], None]) -> None:
+    """Start `work(folder / "N")` in one new process after the other, each killed (SIGKILL) at a random moment, until so
+    many were killed and the last work has ended.
+
+    work: can be pickled. ended: called with each folder whose work has ended; the next process has a new one.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["dqrm.daily.pipeline"])
+    draw, longest, number, left = random.Random(15), None, 0, kills
+    while True:
+        out, began = folder / str(number), time.monotonic()
+        process = context.Process(target=work, args=(out,))
+        process.start()
+        process.join(draw.uniform(0, longest) if longest and left else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            left -= 1
+            continue
+        assert process.exitcode == 0
+        ended(out)
+        if not left:
+            return
+        longest = longest or time.monotonic() - began
+        number += 1
 
 
 def last(run: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 import dqrm
 from conftest import tiny
-from daily_helpers import DATA, days, write_day
+from daily_helpers import DATA, days, run_days, write_day
 from dqrm import Run, UserError, train
 from dqrm.cli import cli
 from dqrm.console import sparkline
@@ -25,7 +26,7 @@ from dqrm.daily.scores import measure
 from dqrm.data.folder import SPLITS
 from dqrm.training.metrics import click_metrics
 from launch_helpers import same_tensors
-from run_helpers import Killed, command, killer
+from run_helpers import Killed, command, kill_often, killer
 
 TRAIN = {
     "model": {"embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1]},
@@ -208,6 +209,12 @@ def assert_same(lines, folder, whole, count):
         same_tensors(kept.run(line["day"]), expected.run(line["day"]))
         assert kept.model(line["day"]).read_bytes() == expected.model(line["day"]).read_bytes()
     assert kept.current.read_bytes() == expected.model(lines[-1]["day"]).read_bytes()
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_random_moments(logs, whole, tmp_path):
+    file, log = write_recipe(tmp_path), logs.replace("*", "[12]")
+    kill_often(20, partial(run_days, file, log), tmp_path, lambda out: assert_same(Folder(out).done(), out, whole, 2))
 
 
 @pytest.mark.slow

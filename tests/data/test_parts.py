@@ -4,15 +4,12 @@ import dataclasses
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 
 import polars as pl
 import pytest
 
-from data_helpers import content, criteo_lines, table, write
+from data_helpers import content, criteo_lines, prepare_in_parts, table, write
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
 from dqrm.data.journal import Journal
@@ -20,6 +17,7 @@ from dqrm.data.parts import merge_parts, prepare_part
 from dqrm.data.prepare import MARKER, prepare
 from dqrm.data.work import shares
 from dqrm.errors import UserError
+from run_helpers import kill_often
 
 TERABYTE = PrepareConfig(layout="criteo-terabyte", chunk_rows=50)
 TABLE = PrepareConfig(
@@ -247,30 +245,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, small_disk):
 
 
 @pytest.mark.slow
-def test_sigkill_of_parts_at_random_moments(tmp_path):
-    for day in range(4):
-        write(tmp_path / f"day_{day}", criteo_lines(500, seed=day))
-    log = [f"day_{day}" for day in range(4)]
-    command = [sys.executable, "-m", "dqrm", "prepare", *log, "--layout", "criteo-terabyte", "--chunk-rows", "100"]
-    whole = prepare([tmp_path / name for name in log], tmp_path / "whole", TERABYTE)
-    draw = random.Random(5)
-
-    def again(*flags):
-        for attempt in range(2):
-            with subprocess.Popen([*command, "-o", "out", *flags], cwd=tmp_path, stderr=subprocess.PIPE) as process:
-                if not attempt:
-                    time.sleep(draw.uniform(1, 3))
-                    process.send_signal(signal.SIGKILL)
-                told = process.stderr.read()
-            if process.returncode == 0:
-                return
-            assert process.returncode == -signal.SIGKILL, told
-            if (tmp_path / "out").exists():  # done before the signal
-                return
-
-    for number in (1, 2):
-        again("--part", f"{number}/2")
-    again("--merge")
-    for number in (1, 2):
-        again("--part", f"{number}/2")
-    same(Dataset(tmp_path / "out"), whole)
+def test_sigkill_of_parts_at_forty_random_moments(tmp_path):
+    files = [write(tmp_path / f"day_{day}", criteo_lines(1000, seed=day)) for day in range(4)]
+    whole = prepare(files, tmp_path / "whole", TERABYTE)
+    kill_often(40, partial(prepare_in_parts, files, TERABYTE), tmp_path, lambda out: same(Dataset(out), whole))

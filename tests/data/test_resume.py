@@ -5,22 +5,20 @@ import gzip
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from data_helpers import KAGGLE, content, criteo_lines, table, write
+from data_helpers import KAGGLE, content, criteo_lines, prepare_again, table, write
 from dqrm.data import ingest, lines
 from dqrm.data.config import PrepareConfig
 from dqrm.data.dataset import Dataset
 from dqrm.data.journal import Journal
 from dqrm.data.prepare import MARKER, prepare
 from dqrm.errors import UserError
+from run_helpers import kill_often
 
 SMALL = dataclasses.replace(KAGGLE, chunk_rows=60)
 MIXED = PrepareConfig(
@@ -245,18 +243,8 @@ def test_a_journal_ends_at_its_first_torn_line(tmp_path, torn):
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments(tmp_path):
-    for day in range(2):
-        write(tmp_path / f"day_{day}", criteo_lines(2000, seed=day))
-    command = [sys.executable, "-m", "dqrm", "prepare", "day_0", "day_1", "--layout", "criteo-terabyte",
-               "--chunk-rows", "200"]  # fmt: skip
-    began = time.monotonic()
-    subprocess.run([*command, "-o", "whole"], cwd=tmp_path, check=True, capture_output=True)
-    took, draw = time.monotonic() - began, random.Random(0)
-    for _ in range(2):
-        with subprocess.Popen([*command, "-o", "out"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-            time.sleep(took * draw.uniform(0.3, 0.8))
-            process.send_signal(signal.SIGKILL)
-    if not (tmp_path / "out").exists():  # done before the signal
-        subprocess.run([*command, "-o", "out"], cwd=tmp_path, check=True, capture_output=True)
-    same(Dataset(tmp_path / "out"), Dataset(tmp_path / "whole"))
+def test_sigkill_at_twenty_random_moments(tmp_path):
+    files = [write(tmp_path / f"day_{day}", criteo_lines(2000, seed=day)) for day in range(2)]
+    config = PrepareConfig(layout="criteo-terabyte", chunk_rows=200)
+    whole = prepare(files, tmp_path / "whole", config)
+    kill_often(20, partial(prepare_again, files, config), tmp_path, lambda out: same(Dataset(out), whole))
