@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,13 @@ def kill_often(kills: int, work: Callable[[Path], Any], folder: Path, ended: Cal
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["dqrm.daily.pipeline"])
-    draw, longest, number, left = random.Random(15), None, 0, kills
+    draw, number, left = random.Random(15), 0, kills
+    longest = inf  # the first one waits for imports
     while True:
         out, began = folder / str(number), time.monotonic()
         process = context.Process(target=work, args=(out,))
         process.start()
-        process.join(draw.uniform(0, longest) if longest and left else None)
+        process.join(draw.uniform(0, longest) if number > 1 and left else None)
         if process.is_alive():
             process.kill()
             process.join()
@@ -56,7 +58,7 @@ def kill_often(kills: int, work: Callable[[Path], Any], folder: Path, ended: Cal
         ended(out)
         if not left:
             return
-        longest = longest or time.monotonic() - began
+        longest = min(longest, time.monotonic() - began)
         number += 1
 
 

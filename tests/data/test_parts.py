@@ -246,6 +246,6 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, small_disk):
 
 @pytest.mark.slow
 def test_sigkill_of_parts_at_forty_random_moments(tmp_path):
-    files = [write(tmp_path / f"day_{day}", criteo_lines(1000, seed=day)) for day in range(4)]
+    files = [write(tmp_path / f"day_{day}", criteo_lines(200, seed=day)) for day in range(4)]
     whole = prepare(files, tmp_path / "whole", TERABYTE)
     kill_often(40, partial(prepare_in_parts, files, TERABYTE), tmp_path, lambda out: same(Dataset(out), whole))

@@ -244,7 +244,7 @@ def test_a_journal_ends_at_its_first_torn_line(tmp_path, torn):
 
 @pytest.mark.slow
 def test_sigkill_at_twenty_random_moments(tmp_path):
-    files = [write(tmp_path / f"day_{day}", criteo_lines(2000, seed=day)) for day in range(2)]
-    config = PrepareConfig(layout="criteo-terabyte", chunk_rows=200)
+    files = [write(tmp_path / f"day_{day}", criteo_lines(500, seed=day)) for day in range(2)]
+    config = PrepareConfig(layout="criteo-terabyte", chunk_rows=100)
     whole = prepare(files, tmp_path / "whole", config)
     kill_often(20, partial(prepare_again, files, config), tmp_path, lambda out: same(Dataset(out), whole))
