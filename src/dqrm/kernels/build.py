@@ -42,8 +42,8 @@ def library() -> ctypes.CDLL | None:
         shipped = _shipped()
         if shipped is None:
             warnings.warn(
-                f"the CPU kernels cannot be built ({error}); training runs in plain torch, more slowly. A C compiler "
-                "(gcc or clang) makes them available, DQRM_NATIVE=0 silences this.",
+                f"the CPU kernels cannot be built ({error}); training runs in plain torch and preparing in polars, "
+                "more slowly. A C compiler (gcc or clang) makes them available, DQRM_NATIVE=0 silences this.",
                 stacklevel=2,
             )
         return shipped
