@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from dqrm import kernels
 from dqrm.distributed.codecs import Codec, mix
 from dqrm.distributed.config import ExchangeConfig
 from dqrm.distributed.dense import Bucket, MLPLayout
+from dqrm.distributed.rows import ShardedRows
 from dqrm.distributed.sparse import RowCodec, split
 
 # World size from which on owners sum rows first; below it, all ranks get all rows (docs/distributed.md).
@@ -78,11 +80,15 @@ class Exchange(ABC):
         `.grad`, as the MLP's is."""
 
     def state(self) -> dict[str, Tensor]:
-        """The state of all ranks that a resumed run needs; on rank 0, and empty on the others."""
+        """What a resumed run needs of all ranks, but for `residual_rows`; on rank 0, and empty on the others."""
+        return {}
+
+    def residual_rows(self) -> dict[str, ShardedRows]:
+        """The rest of it, which is large: flat, whatever its shape in `state`."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (nothing without state)
-        """Restore the state that `state` returned on rank 0; each rank takes its own part.
+        """Restore the state that `state` and `residual_rows` had, flat or not; each rank takes its own part.
 
         Raises:
             ValueError: the world size differs; nothing is restored.
@@ -141,7 +147,7 @@ class RankExchange(Exchange):
         compensate = config.mlp_compensation and not self.mlp_codec.lossless
         # Residuals of the ranks, and of the owners' sums; the latter by value, whoever owns it.
         self.residuals = torch.zeros(len(local), self.layout.total, device=device) if compensate else None
-        self.owner_residual = torch.zeros(self.layout.total, device=device) if compensate else None
+        self.owner_residual = _untouched_zeros(self.layout.total, device) if compensate else None
         # The MLP's gradients of each local rank, flat; the reduced ones take the place of the first.
         self.gradients = torch.zeros(len(local), self.layout.total, device=device)
         bounds = list(pairwise([*self.layout.starts, self.layout.total]))
@@ -183,20 +189,10 @@ class RankExchange(Exchange):
     def _exchange(self) -> Gradient:
         """The tables' gradient, summed; the MLP's goes into gradients[0]."""
 
-    def state(self) -> dict[str, Tensor]:
-        return self._gathered(self._own_state())
-
-    @abstractmethod
-    def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of each rank, stacked in their order [N, ...], from that of this process's [local, ...]."""
-
     def _own_state(self) -> dict[str, Tensor]:
-        """Per local rank, [local, ...]."""
+        """Per local rank, [local, ...]; without residuals."""
         counts = [*self.payload.values(), self.sent, self.waited, self.steps]
-        own = {"counters": torch.tensor([counts] * len(self.local), dtype=torch.float64), "loss_sums": self.loss_sums}
-        if self.residuals is not None:
-            own["mlp_residual"] = self.residuals
-        return own
+        return {"counters": torch.tensor([counts] * len(self.local), dtype=torch.float64), "loss_sums": self.loss_sums}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if len(state["counters"]) != self.size:
@@ -210,9 +206,9 @@ class RankExchange(Exchange):
             self.residuals.copy_(state["mlp_residual"][ranks])
             self._load_owner_residual(state["mlp_owner_residual"])
 
+    @abstractmethod
     def _load_owner_residual(self, residual: Tensor) -> None:
-        assert self.owner_residual is not None
-        self.owner_residual.copy_(residual)
+        """What this process owns of it, float32 [values of all parameters]."""
 
     def report(self) -> dict[str, Any]:
         steps = max(self.steps, 1)
@@ -264,3 +260,8 @@ class RankExchange(Exchange):
         self.payload["table_values"] += parts["values"]
         self.payload["mlp_scales"] += self.bucket.scale_bytes
         self.payload["mlp_values"] += self.bucket.value_bytes
+
+
+def _untouched_zeros(count: int, device: torch.device) -> Tensor:
+    """float32 [count]. On the CPU pages are in memory once they are written: a rank writes those of what it owns."""
+    return torch.from_numpy(np.zeros(count, np.float32)) if device.type == "cpu" else torch.zeros(count, device=device)

@@ -103,10 +103,6 @@ class Processes(World):
                 dist.send(tensor.contiguous(), 0, group=self.group)
         return whole
 
-    def add_up(self, tensor: Tensor) -> None:
-        with self.guard():
-            dist.reduce(tensor, 0, group=self.group)
-
     def device(self, name: str) -> str:
         if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
             return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"

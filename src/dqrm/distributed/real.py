@@ -8,6 +8,7 @@ Fewer, larger collectives proved faster than overlapping them with the backward 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dqrm.distributed.config import ExchangeConfig
 from dqrm.distributed.exchange import MLP, MLP_OWNER, TABLES_OWNER, Gradient, RankExchange
+from dqrm.distributed.rows import Shard, ShardedRows
 from dqrm.distributed.sparse import add_up, join, reduce
 from dqrm.distributed.world import World
 
@@ -140,24 +142,33 @@ class RealRanks(RankExchange):
 
     # State.
 
-    def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {}
-        for name, tensor in own.items():
-            whole = self.world.gather_rows(tensor)
-            if whole is not None:
-                state[name] = whole
-        if self.owner_residual is not None:
-            # Parts that this rank does not own are zero: the sum puts the owners' parts together.
-            whole = self.owner_residual.clone()
-            self.world.add_up(whole)
-            state["mlp_owner_residual"] = whole
-        return state if self.world.first else {}
+    def state(self) -> dict[str, Tensor]:
+        gathered = {name: self.world.gather_rows(tensor) for name, tensor in self._own_state().items()}
+        return {name: whole for name, whole in gathered.items() if whole is not None}
 
-    def _load_owner_residual(self, residual: Tensor) -> None:
-        super()._load_owner_residual(residual)
+    def residual_rows(self) -> dict[str, ShardedRows]:
+        if self.residuals is None:
+            return {}
+        total, size = self.layout.total, self.size
+        shards = [
+            Shard(rank * total, total, rank, self.residuals[0] if rank == self.rank else None) for rank in range(size)
+        ]
+        values = partial(ShardedRows, shape=(), world=self.world, device=self.device)
+        return {"mlp_residual": values(shards, stored=(size, total)), "mlp_owner_residual": values(self._owned())}
+
+    def _owned(self) -> list[Shard]:
+        """The owners' parts of `owner_residual`: consecutive blocks of each parameter."""
         assert self.owner_residual is not None
+        found = []
         for number, start in enumerate(self.layout.starts):
             for owner, (begins, lengths) in enumerate(self.layout.owned(number, self.size)):
-                if owner != self.rank:
-                    for begin, length in zip(begins.tolist(), lengths.tolist()):
-                        self.owner_residual[start + begin : start + begin + length] = 0
+                if len(begins):
+                    first, count = start + int(begins[0]), int(lengths.sum())
+                    own = self.owner_residual[first : first + count] if owner == self.rank else None
+                    found.append(Shard(first, count, owner, own))
+        return found
+
+    def _load_owner_residual(self, residual: Tensor) -> None:
+        for shard in self._owned():
+            if shard.rows is not None:
+                shard.rows.copy_(residual[shard.first : shard.first + shard.length])

@@ -55,7 +55,12 @@ class SimulatedRanks(RankExchange):
         totals = [reduce(self.row_codec, received, seed)[0] for received in zip(*messages)]
         return join(self.row_codec, totals)
 
-    def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.owner_residual is not None:
-            own["mlp_owner_residual"] = self.owner_residual
-        return own
+    def state(self) -> dict[str, Tensor]:
+        state = self._own_state()
+        if self.residuals is not None and self.owner_residual is not None:
+            state |= {"mlp_residual": self.residuals, "mlp_owner_residual": self.owner_residual}
+        return state
+
+    def _load_owner_residual(self, residual: Tensor) -> None:
+        assert self.owner_residual is not None
+        self.owner_residual.copy_(residual)

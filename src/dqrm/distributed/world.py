@@ -61,9 +61,6 @@ class World:
         """A tensor of each rank, [N, ...] with N of its own, on rank 0 one behind the other; others get None."""
         return tensor
 
-    def add_up(self, tensor: Tensor) -> None:
-        """The sum of a tensor of all ranks into rank 0's, in place; the content of the others' is then undefined."""
-
     def device(self, name: str) -> str:
         """The device of this rank for a configuration's `device`: each rank on a machine has its own GPU."""
         return name

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.shard import shard
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ShardingEnv
 
+from dqrm.distributed.rows import Shard, ShardedRows
 from dqrm.distributed.world import World
 from dqrm.errors import UserError
 from dqrm.quant.clamping import Clamps
@@ -20,7 +22,6 @@ from dqrm.quant.groups import Groups
 from dqrm.quant.quantizer import new_quantizer
 from dqrm.quant.row_codec import RowCodec
 from dqrm.quant.tables import TableLayout, integers
-from dqrm.torchrec.rows import ShardedRows, shards_of
 from dqrm.torchrec.sharder import EmbeddingCollectionSharder
 
 ROW_WISE_ROWS = 1000
@@ -86,7 +87,7 @@ class ShardedTables(TableLayout):
         # In a list, so that FBGEMM's parameters are not the model's: nothing but FBGEMM may update or copy them.
         self._collection = [self._shard(sharder, world)]
         weights = {name.rpartition(".")[0].rpartition(".")[2]: each for name, each in self.sharded.state_dict().items()}
-        shards = shards_of([weights[key] for key in self._keys], self._starts)
+        shards = _shards_of([weights[key] for key in self._keys], self._starts)
         self.rows_of = partial(ShardedRows, shards, world=world)
         self.weights = self.rows_of((embedding_dim,))
         codec = None if bits == 32 else RowCodec(embedding_dim, f"int{bits}")
@@ -184,3 +185,16 @@ class ShardedTables(TableLayout):
 
     def tables_redrawn(self, numbers: Sequence[int]) -> None:
         """Nothing follows from it."""
+
+
+def _shards_of(tensors: Sequence[ShardedTensor], starts: Sequence[int]) -> list[Shard]:
+    """The shards of tables whose first rows have the numbers `starts`."""
+    found = []
+    for tensor, start in zip(tensors, starts):
+        local = {each.metadata.shard_offsets[0]: each.tensor.detach() for each in tensor.local_shards()}
+        for each in tensor.metadata().shards_metadata:
+            first, length = each.shard_offsets[0], each.shard_sizes[0]
+            if length:
+                rank: Any = each.placement
+                found.append(Shard(start + first, length, rank.rank(), local.get(first)))
+    return found

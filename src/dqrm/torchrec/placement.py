@@ -6,26 +6,22 @@ change, their machines need no common file system, and one process without Torch
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dqrm.data.dataset import Dataset
-from dqrm.distributed.world import RankLost
+from dqrm.distributed.rows import ShardedRows
 from dqrm.errors import UserError
 from dqrm.models.base import ClickModel
 from dqrm.models.registry import model_class
 from dqrm.quant.row_codec import CODECS
 from dqrm.torchrec.collection import ShardedTables
 from dqrm.torchrec.refusals import refusals
-from dqrm.torchrec.rows import ShardedRows
 from dqrm.torchrec.step import FUSED, ShardedStep
 from dqrm.training.callbacks import Callback
 from dqrm.training.checkpoints import OPTIMIZER, WEIGHTS, load_weights, verify_checkpoint
@@ -35,7 +31,7 @@ from dqrm.training.placement import Placement, Saved
 from dqrm.training.run import Run
 from dqrm.training.start import Start, share_state, share_weights
 from dqrm.training.step import TrainStep
-from dqrm.training.tensor_files import Streamed, read_tensor, tensors_of
+from dqrm.training.tensor_files import read_tensor, tensors_of
 
 # TorchRec asks torch.fx whether it is traced, for which each rank would print a warning to whoever traces.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -107,43 +103,12 @@ class Sharded(Placement):
     # Checkpoints.
 
     def _columns(self, model: ClickModel, optimizers: Sequence[Any] = ()) -> dict[tuple[str, str], ShardedRows]:
-        """What a checkpoint has of the tables and is on several ranks, by file and name."""
         columns = {(WEIGHTS, _WEIGHT): model.tables.weights}
         if model.tables.scales is not None:
             columns[WEIGHTS, _SCALE] = model.tables.scales
         if optimizers:
             columns |= {(OPTIMIZER, name): rows for name, rows in _state(optimizers).items()}
         return columns
-
-    @contextmanager
-    def saving(self, model: ClickModel, optimizers: Sequence[Optimizer]) -> Iterator[dict[str, dict[str, Any]]]:
-        columns = self._columns(model, optimizers)
-        each = list(columns.values())
-        if not self.world.first:
-            while (request := self.world.shared(None)) is not None:
-                number, first, last = request
-                each[number].gather(first, last)
-            yield {}
-            return
-
-        def pieces(number: int) -> Iterator[Tensor]:
-            for first, last in each[number].pieces():
-                self.world.shared((number, first, last))
-                piece = each[number].gather(first, last)
-                assert piece is not None
-                yield piece
-
-        found: dict[str, dict[str, Streamed]] = {}
-        for number, ((file, name), rows) in enumerate(columns.items()):
-            found.setdefault(file, {})[name] = Streamed(rows.shape, rows.dtype, partial(pieces, number))
-        try:
-            yield found
-        except RankLost:  # nobody waits for a request
-            raise
-        except BaseException:
-            self.world.shared(None)
-            raise
-        self.world.shared(None)
 
     def load_weights(self, checkpoint: Path, model: ClickModel, verify: bool) -> None:
         def load() -> None:

@@ -14,11 +14,11 @@ from dqrm.config import Config
 from dqrm.data.batches import Batch
 from dqrm.distributed.exchange import Exchange
 from dqrm.distributed.real import RealRanks
+from dqrm.distributed.rows import ShardedRows
 from dqrm.distributed.world import World
 from dqrm.models.base import ClickModel
 from dqrm.torchrec.collection import ShardedTables
 from dqrm.torchrec.lookups import Group, groups_of, update_in_backward
-from dqrm.torchrec.rows import ShardedRows
 from dqrm.training.optimizers import Pair, SparseOptimizer, build_optimizers
 from dqrm.training.step import TrainStep
 

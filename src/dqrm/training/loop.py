@@ -25,7 +25,6 @@ from dqrm.models.base import ClickModel
 from dqrm.training.callbacks import Callback, load_callbacks, overriding, save_callbacks
 from dqrm.training.checkpoints import (
     CALLBACKS,
-    EXCHANGE,
     STATE,
     checkpoint_path,
     latest_step,
@@ -281,14 +280,13 @@ class Trainer:
     def _save(self) -> None:
         state = self.state
         self._sum_loss()
-        exchange = self.exchange.state()
-        with self.placement.saving(self.model, self.optimizers) as elsewhere:
+        with self.placement.saving(self.model, self.optimizers, self.exchange) as elsewhere:
             if self.recorder is not None:
                 state.metrics_bytes = self.recorder.sync()
                 keep = {state.best["step"]} if state.best else set()
                 with self._evaluated_weights():
                     state.callbacks, tensors = save_callbacks(self.callbacks)
-                    saved, more = asdict(state), {**elsewhere, EXCHANGE: exchange, CALLBACKS: tensors}
+                    saved, more = asdict(state), {**elsewhere, CALLBACKS: tensors}
                     save_checkpoint(self.run.checkpoints, state.step, self.model, self.optimizers, saved, keep, more)
         self.saved_at = time.monotonic()
 

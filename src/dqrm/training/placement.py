@@ -6,6 +6,7 @@ elsewhere; checkpoints are the same files, so a run is evaluated, exported and s
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.optim import Optimizer
 
 from dqrm.config import PLACEMENTS, Config
 from dqrm.data.dataset import Dataset
-from dqrm.distributed.world import World
+from dqrm.distributed.exchange import Exchange
+from dqrm.distributed.rows import ShardedRows
+from dqrm.distributed.world import RankLost, World
 from dqrm.models.base import ClickModel
 from dqrm.quant.config import registered
 from dqrm.quant.convert import stored_bytes
@@ -32,6 +35,7 @@ from dqrm.training.footprint import TableBytes, table_bytes
 from dqrm.training.run import Run
 from dqrm.training.start import Start, share_state, share_tensors, share_weights
 from dqrm.training.step import TrainStep
+from dqrm.training.tensor_files import Streamed
 
 Saved = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
 
@@ -118,9 +122,43 @@ class Placement:
         return values, share_tensors(self.world, exchange), of_callbacks
 
     @contextmanager
-    def saving(self, model: ClickModel, optimizers: Sequence[Optimizer]) -> Iterator[dict[str, dict[str, Any]]]:
-        """Inside, rank 0 writes a checkpoint: what it has to read from the other ranks, by file and name."""
-        yield {}
+    def saving(
+        self, model: ClickModel, optimizers: Sequence[Optimizer], exchange: Exchange
+    ) -> Iterator[dict[str, dict[str, Any]]]:
+        """Inside, rank 0 writes a checkpoint: what of it is not in the model and the optimizers, or on several ranks,
+        by file and name."""
+        state, residuals = exchange.state(), exchange.residual_rows()
+        columns = self._columns(model, optimizers) | {(EXCHANGE, name): rows for name, rows in residuals.items()}
+        each = list(columns.values())
+        if not self.world.first:
+            while (request := self.world.shared(None)) is not None:
+                number, first, last = request
+                each[number].gather(first, last)
+            yield {}
+            return
+
+        def pieces(number: int) -> Iterator[Tensor]:
+            for first, last in each[number].pieces():
+                self.world.shared((number, first, last))
+                piece = each[number].gather(first, last)
+                assert piece is not None
+                yield piece
+
+        found: dict[str, dict[str, Tensor | Streamed]] = {EXCHANGE: {**state}}
+        for number, ((file, name), rows) in enumerate(columns.items()):
+            found.setdefault(file, {})[name] = Streamed(rows.shape, rows.dtype, partial(pieces, number))
+        try:
+            yield found
+        except RankLost:  # nobody waits for a request
+            raise
+        except BaseException:
+            self.world.shared(None)
+            raise
+        self.world.shared(None)
+
+    def _columns(self, model: ClickModel, optimizers: Sequence[Any] = ()) -> dict[tuple[str, str], ShardedRows]:
+        """What a checkpoint has of the tables and is on several ranks, by file and name."""
+        return {}
 
     def table_bytes(self, model: ClickModel, optimizers: Sequence[Optimizer]) -> TableBytes:
         """What the tables take in training, on all ranks that share them together."""

@@ -1,15 +1,14 @@
-"""Rows that are on several ranks, by their number in one contiguous tensor, as checkpoints of one machine have them.
+"""Rows or values that are on several ranks, by their number in one contiguous tensor, as a checkpoint has them.
 
 They pass rank 0 in pieces: it never holds more than one, and only it reads and writes files.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dqrm.distributed.world import World
 
@@ -26,27 +25,18 @@ class Shard(NamedTuple):
     rows: Tensor | None
 
 
-def shards_of(tensors: Sequence[ShardedTensor], starts: Sequence[int]) -> list[Shard]:
-    """The shards of tables whose first rows have the numbers `starts`."""
-    found = []
-    for tensor, start in zip(tensors, starts):
-        local = {each.metadata.shard_offsets[0]: each.tensor.detach() for each in tensor.local_shards()}
-        for shard in tensor.metadata().shards_metadata:
-            first, length = shard.shard_offsets[0], shard.shard_sizes[0]
-            if length:
-                rank: Any = shard.placement
-                found.append(Shard(start + first, length, rank.rank(), local.get(first)))
-    return found
-
-
 class ShardedRows:
-    """A tensor [R, ...] whose rows are on several ranks: the weights of all tables, or a state of their optimizer.
+    """A tensor [R, ...] whose rows are on several ranks: of tables or their optimizer, or residuals.
 
     Args:
         shards: all of them. shape: of a row in a checkpoint; on its rank it has as many values.
         world: the ranks; its methods are called on all of them, but for `local`.
         encode: what a rank sends in place of its rows [N, width], as values [N, *shape].
-        dtype: of the values, 4 bytes each.
+        dtype: of the values, 4 bytes each. device: where they are.
+        stored: shape of the tensor in a checkpoint, where it is not [R, *shape].
+
+    Attributes:
+        count: R. shape: of the tensor in a checkpoint.
     """
 
     def __init__(
@@ -57,12 +47,15 @@ class ShardedRows:
         encode: Callable[[Tensor], Tensor] | None = None,
         width: int = 1,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        stored: Sequence[int] | None = None,
     ) -> None:
         self.shards = sorted(shards, key=lambda shard: shard.first)
         self.world, self._encode = world, encode
-        self.row_shape, self.dtype = tuple(shape), dtype
+        self.row_shape, self.dtype, self.device = tuple(shape), dtype, device
         self._rows_at_once = max(1, PIECE // (4 * max(width, torch.Size(self.row_shape).numel())))
         self.count = sum(shard.length for shard in shards)
+        self.shape = (self.count, *self.row_shape) if stored is None else tuple(stored)
 
     def like(
         self, own: Mapping[int, Tensor], shape: Sequence[int], dtype: torch.dtype = torch.float32
@@ -77,11 +70,6 @@ class ShardedRows:
             each._replace(rows=own[each.first][: each.length] if each.first in own else None) for each in self.shards
         ]
         return ShardedRows(shards, shape, self.world, dtype=dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        return (self.count, *self.row_shape)
 
     def local(self, first: int, last: int) -> list[tuple[int, Tensor]]:
         """Of the rows `first` to `last` those that this rank has: (number of the first, views), in order."""
@@ -99,7 +87,8 @@ class ShardedRows:
     @torch.no_grad()
     def gather(self, first: int, last: int) -> Tensor | None:
         """These rows on rank 0: [last - first, *row_shape]; None on the others."""
-        whole = torch.empty(last - first, *self.row_shape, dtype=self.dtype) if self.world.first else None
+        size = (last - first, *self.row_shape)
+        whole = torch.empty(size, dtype=self.dtype, device=self.device) if self.world.first else None
         with self.world.guard():
             for shard, begin, end in self._within(first, last):
                 if whole is None and shard.rows is None:
@@ -129,7 +118,7 @@ class ShardedRows:
                     else:
                         own.copy_(sent.view_as(own))
                 elif own is not None:
-                    received = torch.empty(end - begin, *self.row_shape, dtype=self.dtype)
+                    received = torch.empty(end - begin, *self.row_shape, dtype=self.dtype, device=self.device)
                     dist.recv(received, 0, group=self.world.group)
                     own.copy_(received.view_as(own))
 
