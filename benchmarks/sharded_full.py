@@ -5,8 +5,10 @@
 The tables of MLPerf's Terabyte model (187,767,399 rows of dim 128, 96 GB in FP32) times `--rows-scale`, on generated
 ids, with row-wise Adagrad, INT4 rows and INT8 gradients. Stages: `dqrm train --tables sharded`, whose last rank is
 killed (SIGKILL) after half of the steps; its continuation on 2 ranks; export without vocabularies; evaluation of the
-artifact. One JSON object has the seconds of each, and the peak of resident memory of each rank beside the bytes of its
-shards: weights and optimizer state. Needs `dqrm[torchrec]`, and twice the tables' bytes of disk.
+artifact. One JSON object has the seconds of each, and the peak of each rank's memory beside the bytes of its shards
+(weights and optimizer state): resident (RSS), and proportional (PSS, sampled twice a second), where a page that several
+processes have, of a library or a file, counts a part for each. Needs Linux, `dqrm[torchrec]`, and twice the tables'
+bytes of disk.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +62,7 @@ def train_and_die(options: argparse.Namespace) -> None:
         "tables": "sharded", "embedding_dim": DIM, "bottom_mlp": list(BOTTOM), "top_mlp": list(TOP), "threads": 1,
         "optimizer": "rowwise_adagrad", "batch_size": options.batch_size, "shuffle": "block", "epochs": 1,
         "patience": 0, "callbacks": [], "checkpoint_every": half, "checkpoint_minutes": 0.0, "log_every": 0,
-        "exchange_timeout": 3600.0, "eval_batch_size": 1024,
+        "exchange_timeout": 3600.0, "eval_batch_size": 256,
     }  # fmt: skip
 
     def progress(label: str, done: int, total: int | None) -> None:
@@ -77,7 +80,7 @@ STAGES = {"data": write_data, "train": train_and_die}
 
 
 def run_processes(command: Sequence[str], ends: Sequence[int] = (0,)) -> dict[str, Any]:
-    """Run a command once, or as ranks: seconds, peaks of resident memory, and what the first one printed as JSON.
+    """Run a command once, or as ranks: seconds, peaks of memory, and what the first one printed as JSON.
 
     Raises:
         SystemExit: they ended otherwise than with the exit statuses `ends`.
@@ -94,16 +97,35 @@ def run_processes(command: Sequence[str], ends: Sequence[int] = (0,)) -> dict[st
         out = subprocess.DEVNULL if rank else subprocess.PIPE
         processes.append(subprocess.Popen(list(command), stdout=out, text=True, env=environment))
     assert processes[0].stdout is not None
+    pids = [process.pid for process in processes]
+    proportional, done = dict.fromkeys(pids, 0), threading.Event()
+    sampling = threading.Thread(target=_sample, args=(proportional, done))
+    sampling.start()
     printed, peaks = processes[0].stdout.read(), []
     for process in processes:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         peaks.append(round(usage.ru_maxrss * 1024 / 1e6, 1))
+    done.set()
+    sampling.join()
     ended = [process.returncode for process in processes]
     if ended != list(ends):
         raise SystemExit(f"{' '.join(command)} ended with {ended}, expected {list(ends)}")
     seconds = round(time.perf_counter() - started, 1)
-    return {"seconds": seconds, "peak_rss_mb": peaks} | (json.loads(printed) if printed else {})
+    memory = {"peak_rss_mb": peaks, "peak_pss_mb": [round(each / 1e6, 1) for each in proportional.values()]}
+    return {"seconds": seconds} | memory | (json.loads(printed) if printed else {})
+
+
+def _sample(peaks: dict[int, int], done: threading.Event) -> None:
+    """The largest PSS of each process in bytes, until one ends: the others would then have what they shared."""
+    while not done.wait(0.5):
+        try:
+            texts = {pid: Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in peaks}
+        except OSError:
+            return
+        for pid, text in texts.items():
+            found = [1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")]
+            peaks[pid] = max([peaks[pid], *found])
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
@@ -127,23 +149,28 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     checkpoint = folder / "run/checkpoints" / f"step-{options.steps:09d}"
     shards = {ranks: shard_bytes(options, ranks) / 1e6 for ranks in (options.ranks, RESUMED_BY)}
     by_ranks = {"train, killed at half": options.ranks, "resume": RESUMED_BY}
-    beside = {
-        name: [round(peak - shards[ranks], 1) for peak in stages[name]["peak_rss_mb"]]
-        for name, ranks in by_ranks.items()
-    }
+
+    def beside(kind: str) -> dict[str, list[float]]:
+        return {
+            name: [round(peak - shards[ranks], 1) for peak in stages[name][kind]] for name, ranks in by_ranks.items()
+        }
+
     return {
         "table_rows": sum(table_rows(options)),
         "embedding_dim": DIM,
         "steps": resumed["steps"],
         "batch_size": options.batch_size,
         "shard_mb": {str(ranks): round(size, 1) for ranks, size in shards.items()},
-        "peak_rss_mb_beside_shards": beside,
+        "peak_rss_mb_beside_shards": beside("peak_rss_mb"),
+        "peak_pss_mb_beside_shards": beside("peak_pss_mb"),
         "step_ms": round(1e3 * resumed["train_seconds"] / resumed["steps"], 1),
         "checkpoint_bytes": {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir())},
         "artifact_bytes": os.path.getsize(artifact),
         "largest_difference": stages["export"]["largest_difference"],
         "test": {"summary": _metrics(resumed["test"]), "artifact": _metrics(tested)},
-        "stages": {name: {key: each[key] for key in ("seconds", "peak_rss_mb")} for name, each in stages.items()},
+        "stages": {
+            name: {key: each[key] for key in ("seconds", "peak_rss_mb", "peak_pss_mb")} for name, each in stages.items()
+        },
     }
 
 
