@@ -17,11 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from dqrm.artifact.file import Artifact
 from dqrm.bench.config import ARCHITECTURES, BenchInferenceConfig
 from dqrm.bench.measure import machine
 from dqrm.bench.random_model import write_artifact
 from dqrm.data.batches import Batch
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import compare, generate, logits_of
 from dqrm.export.formats import formats
 from dqrm.kernels import native

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from dqrm import kernels
+from dqrm.artifact.file import Artifact
 from dqrm.bench.config import ARCHITECTURES, BenchInferenceConfig
 from dqrm.bench.random_model import fp32_model, write_artifact
 from dqrm.data.batches import Batch
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import generate
 from dqrm.models.dlrm import DLRM
 from dqrm.quant.packed import PackedEmbeddingBagCollection

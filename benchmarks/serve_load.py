@@ -28,7 +28,7 @@ from typing import Any
 _LITSERVE = """
 import sys
 import litserve, torch
-from dqrm.export.artifact import Artifact
+from dqrm.artifact.file import Artifact
 
 class Api(litserve.LitAPI):
     def setup(self, device):
@@ -184,7 +184,7 @@ def requests_of(artifact: Path, payload: str) -> list[bytes]:
     """512 requests of one random row each, as bytes."""
     import numpy as np
 
-    from dqrm.export.artifact import Artifact
+    from dqrm.artifact.file import Artifact
     from dqrm.export.check import generate
 
     batch = generate(Artifact.open(artifact).content["model"], 512)

@@ -9,6 +9,7 @@ import dqrm
 
 SOURCE = Path(dqrm.__file__).parent
 BASE = {"errors", "options", "config", "files", "identity", "checksums", "recipe", "__init__"}
+TRAINED = {"artifact", "export", "training", "models", "quant", "data"} | BASE
 # What each part may import of the others.
 ALLOWED = {
     "kernels": set(),
@@ -16,14 +17,15 @@ ALLOWED = {
     "data": {"kernels", "errors", "options", "files", "identity", "checksums", "__init__"},
     "models": {"kernels", "quant", "config", "options", "errors"},
     "distributed": {"quant", "kernels", "options", "errors"},
-    "training": {"models", "quant", "kernels", "data", "distributed"} | BASE,
-    "export": {"training", "models", "quant", "data"} | BASE,
-    "serving": {"export", "training", "models", "quant", "data"} | BASE,
-    "server": {"serving", "export", "models", "data"} | BASE,
+    "artifact": {"models", "quant", "data", "errors", "identity"},
+    "training": {"artifact", "models", "quant", "kernels", "data", "distributed"} | BASE,
+    "export": TRAINED,
+    "serving": TRAINED,
+    "server": {"serving", "artifact", "export", "models", "data"} | BASE,
     "torchrec": {"distributed", "training", "models", "quant", "data"} | BASE,
-    "bench": {"torchrec", "distributed", "export", "training", "models", "quant", "data", "kernels", "console"} | BASE,
-    "daily": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
-    "studies": {"distributed", "serving", "export", "training", "models", "quant", "data", "console"} | BASE,
+    "bench": {"torchrec", "distributed", "kernels", "console"} | TRAINED,
+    "daily": {"distributed", "serving", "console"} | TRAINED,
+    "studies": {"distributed", "serving", "console"} | TRAINED,
     "report": {"training", "data", "console"} | BASE,
 }
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dqrm import UserError, checksums
+from dqrm.artifact.watch import Watch
 from dqrm.data import listing
-from dqrm.export.watch import Watch
 from dqrm.identity import FileIdentity
 
 

@@ -11,10 +11,10 @@ import pytest
 
 import dqrm
 from conftest import tiny
+from dqrm.artifact.watch import Watch
 from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.errors import UserError
-from dqrm.export.watch import Watch
 from selection import slow
 
 # The command, which sends itself SIGINT as it begins to import a module.

@@ -6,6 +6,7 @@ The names below are the public API. They are imported on first use, so that `imp
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
+    from dqrm.artifact.file import Artifact as Artifact
     from dqrm.config import Config as Config
     from dqrm.config import ModelConfig as ModelConfig
     from dqrm.config import OptimizerConfig as OptimizerConfig
@@ -18,7 +19,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from dqrm.data.prepare import prepare as prepare
     from dqrm.distributed.config import ExchangeConfig as ExchangeConfig
     from dqrm.errors import UserError as UserError
-    from dqrm.export.artifact import Artifact as Artifact
     from dqrm.export.config import ExportConfig as ExportConfig
     from dqrm.export.config import PTQConfig as PTQConfig
     from dqrm.export.pipeline import export_run as export_run
@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Artifact": "dqrm.export.artifact",
+    "Artifact": "dqrm.artifact.file",
     "Batch": "dqrm.data.batches",
     "ClickModel": "dqrm.models.base",
     "Callback": "dqrm.training.callbacks",

@@ -99,9 +99,9 @@ def prepare(
 @click.option(
     "--from",
     "start_from",
-    metavar="RUN",
-    help="Start from this finished run, on its data or on data that "
-    "extends it (prepare --extend): its rows, layers and optimizer state; 1 epoch unless --epochs says.",
+    metavar="RUN|FILE",
+    help="Start from this finished run, on its data or on data that extends it (prepare --extend): its rows, layers "
+    "and optimizer state; or from a .dqrm file, which has no state; 1 epoch unless --epochs says.",
 )
 @click.option(
     "--carry",

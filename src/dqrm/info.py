@@ -32,7 +32,7 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         UserError: it is none of them, or the artifact is damaged.
     """
     if Path(path).is_file():
-        from dqrm.export.artifact import Artifact
+        from dqrm.artifact.file import Artifact
 
         opened = Artifact.open(path, verify)
         if verify:
@@ -144,7 +144,7 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
 
 def print_predictions(log: Sequence[str], result: dict[str, Any]) -> None:
     """What `dqrm predict` made of a log."""
-    from dqrm.export.base_rate import BaseRate
+    from dqrm.artifact.base_rate import BaseRate
 
     for text in result["damaged"]:
         messages.print(f"{text}; the rows before were scored")
@@ -292,7 +292,7 @@ def print_export(result: dict[str, Any]) -> None:
 
 def print_base_rate(content: dict[str, Any]) -> None:
     """Which click rate a file's probabilities are on, where negatives were subsampled, and how they are calibrated."""
-    from dqrm.export.base_rate import BaseRate
+    from dqrm.artifact.base_rate import BaseRate
     from dqrm.models.calibration import Calibration
 
     calibration = Calibration.of(content)

@@ -10,13 +10,13 @@ import torch
 
 import dqrm
 from cli_helpers import command
+from dqrm.artifact.file import Artifact
 from dqrm.bench import inference
 from dqrm.bench.config import ARCHITECTURES, INFERENCE_VARIANTS, BenchInferenceConfig
 from dqrm.bench.data import write_split
 from dqrm.bench.inference import fp32_model, measure, run_inference, write_artifact
 from dqrm.cli import cli
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import compare, generate
 
 SMALL = {"rows_scale": 0.00001, "repeats": 4, "warmup": 1, "batch_size": (3,), "threads": (1,)}

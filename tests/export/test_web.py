@@ -12,8 +12,8 @@ import torch
 import dqrm
 import web_helpers as helpers
 from cli_helpers import command
+from dqrm.artifact.file import Artifact
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import generate, logits_of
 from dqrm.export.formats import format_of, score_file, web, web_runtime
 

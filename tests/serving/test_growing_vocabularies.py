@@ -17,8 +17,8 @@ from cli_helpers import command
 from conftest import tiny
 from data_helpers import table
 from dqrm import ExportConfig, PredictConfig, UserError
+from dqrm.artifact.file import Artifact
 from dqrm.data.vocabulary import Vocabulary
-from dqrm.export.artifact import Artifact
 from extension_helpers import CONFIG, log
 
 # Of the AUC of a few hundred rows, for pairs of rows that differ in what the model does not see.

@@ -199,9 +199,11 @@ def three(generated, bags_data, pair, killed, tmp_path_factory):
     """Three ranks: the killed run resumed, a run from one of one machine, and multi-valued columns."""
     folder = tmp_path_factory.mktemp("three")
     resumed = shutil.copytree(killed[0], folder / "resumed")
+    dqrm.export_run(pair["adam"][0], folder / "adam.dqrm")
     commands = {
         "resumed": ["train", "--resume", resumed],
         **{name: [*words(generated, **STARTS[name]), "--from", pair[name][0]] for name in STARTS},
+        "artifact": [*words(generated, **CASES["adam"]), "--from", folder / "adam.dqrm"],
         # The last of its batches has one sample for three ranks; validation is one batch.
         "bags": words(bags_data, batch_size=80, eval_batch_size=1000, pooling="mean", max_steps=0),
     }
@@ -265,6 +267,13 @@ class TestRanks:
         start = ["--from", pair[case][0]]
         here(capsys, "train", generated.path, "-o", tmp_path / "one", *flags(table_granularity="row", **fields), *start)
         assert_close(tmp_path / "one", three[case][0])
+
+    def test_an_artifact_is_the_start_of_a_sharded_run(self, three, pair, generated, tmp_path, capsys):
+        dqrm.export_run(pair["adam"][0], tmp_path / "adam.dqrm")
+        fields = {"max_steps": STEPS, **EXACT, **CASES["adam"], "table_granularity": "row"}
+        start = ["--from", tmp_path / "adam.dqrm"]
+        here(capsys, "train", generated.path, "-o", tmp_path / "one", *flags(**fields), *start)
+        assert_close(tmp_path / "one", three["artifact"][0])
 
     def test_multi_valued_columns_are_pooled_after_the_exchange(self, three, bags_data, tmp_path, capsys):
         fields = {"batch_size": 80, "eval_batch_size": 1000, "pooling": "mean", "max_steps": 0}

@@ -16,8 +16,8 @@ from torch import nn
 
 import dqrm
 from conftest import tensors, tiny
+from dqrm.artifact.file import Artifact
 from dqrm.errors import NotVerified
-from dqrm.export.artifact import Artifact
 from dqrm.export.weights import EncodedWeights
 from dqrm.models.registry import build_model
 from dqrm.quant.int8_rows import Int8Rows, row_width

@@ -9,7 +9,7 @@ import torch
 
 import dqrm
 from conftest import tiny
-from dqrm.export.artifact import Artifact
+from dqrm.artifact.file import Artifact
 from dqrm.info import print_description
 from dqrm.quant.embedding import QuantEmbeddingBagCollection
 from dqrm.quant.packing import joined

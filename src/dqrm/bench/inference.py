@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dqrm.artifact.file import Artifact
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchInferenceConfig
 from dqrm.bench.data import endless, write_split
 from dqrm.bench.measure import machine, median, require_memory, spread
 from dqrm.bench.random_model import fp32_model, write_artifact
 from dqrm.data.batches import Batch, Split
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import compare, generate, logits_of
 from dqrm.export.formats import score_file
 from dqrm.export.pipeline import TOLERANCE
@@ -55,7 +55,7 @@ import json, sys, time
 from pathlib import Path
 import torch, dqrm
 from dqrm.bench.measure import rss_mb
-from dqrm.export.artifact import Artifact
+from dqrm.artifact.file import Artifact
 from dqrm.export.check import generate
 kind, path, artifact, rows, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))

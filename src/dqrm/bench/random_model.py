@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dqrm import __version__
+from dqrm.artifact.container import Entry, write
+from dqrm.artifact.file import KIND
 from dqrm.bench.config import ARCHITECTURES, NUM_DENSE, BenchInferenceConfig
 from dqrm.config import ModelConfig
-from dqrm.export.artifact import KIND
-from dqrm.export.container import Entry, write
 from dqrm.export.weights import EncodedWeights
 from dqrm.models.base import ClickModel, build_tables
 from dqrm.models.dlrm import DLRM

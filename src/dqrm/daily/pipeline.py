@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dqrm.artifact.file import Artifact
 from dqrm.daily.config import DailyConfig, Recipe
 from dqrm.daily.days import Folder, list_days, published
 from dqrm.daily.scores import measure
@@ -19,7 +20,6 @@ from dqrm.data.listing import natural
 from dqrm.data.prepare import prepare
 from dqrm.distributed import launched
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.export.config import ExportConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import exclusive, read_json, write_json

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dqrm.artifact.file import Artifact
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 
 
 def sample(described: Mapping[str, Any], dataset: Dataset | None, rows: int) -> tuple[Batch, str]:

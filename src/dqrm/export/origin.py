@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from dqrm import __version__
+from dqrm.artifact.watch import Watch
 from dqrm.data.dataset import Dataset
 from dqrm.data.lineage import as_seen_by
 from dqrm.errors import UserError
 from dqrm.export.calibrate import SPLIT
 from dqrm.export.check import sampled_split
 from dqrm.export.config import ExportConfig
-from dqrm.export.watch import Watch
 from dqrm.training.checkpoints import WEIGHTS, checkpoint_path
 from dqrm.training.environment import Progress
 from dqrm.training.run import Run, versions

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqrm.artifact import file as artifact
+from dqrm.artifact.base_rate import BaseRate
+from dqrm.artifact.container import CALIBRATED_VERSION, GROWING_VERSION, Entry, write
+from dqrm.artifact.file import Artifact
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.export import artifact
-from dqrm.export.artifact import Artifact
-from dqrm.export.base_rate import BaseRate
 from dqrm.export.calibrate import fit
 from dqrm.export.check import compare, logits_of, looked_up, sample
 from dqrm.export.config import ExportConfig, PTQConfig
-from dqrm.export.container import CALIBRATED_VERSION, GROWING_VERSION, Entry, write
 from dqrm.export.formats import either, format_of, formats
 from dqrm.export.formats.base import Format
 from dqrm.export.formats.triton import NAME, check_triton, triton_config

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqrm.artifact.container import Entry
 from dqrm.errors import UserError
 from dqrm.export.config import PTQConfig
-from dqrm.export.container import Entry
 from dqrm.export.formats.traceable import packed_stack
 from dqrm.models.base import ClickModel
 from dqrm.quant.affine import affine_parameters

@@ -84,6 +84,12 @@ class MixedPackedCollection(TableLayout):
         vectors = [part(*self.share(number, ids, bags)) for number, part in enumerate(self.parts)]
         return torch.cat(vectors, dim=1).index_select(1, self.order)
 
+    def table_values(self, number: int, ids: Tensor) -> Tensor:
+        """As `PackedEmbeddingBagCollection.table_values`."""
+        part, tables = next(pair for pair in zip(self.parts, self.members.values()) if number in pair[1])
+        found: Tensor = part.table_values(tables.index(number), ids)  # type: ignore[operator]
+        return found
+
     def extra_repr(self) -> str:
         return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}"
 

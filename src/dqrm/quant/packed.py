@@ -160,6 +160,14 @@ class PackedEmbeddingBagCollection(TableLayout, _PackedTables):
         self.check_source()  # after, since a file may change while it is read
         return self._pooled(looked_up, len(ids), bags)
 
+    def table_values(self, number: int, ids: Tensor) -> Tensor:
+        """Values float32 [N, dim] of ids int64 [N] of table `number`."""
+        self.check_source()
+        table = slice(number, number + 1)
+        values = self._values(ids[:, None], self.row_offsets[table], self.rows_per_table[table], number)
+        self.check_source()
+        return values
+
     def extra_repr(self) -> str:
         return f"{len(self.table_rows)} tables, {self._starts[-1]} rows, {self.embedding_dim}, bits={self.bits}"
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dqrm.artifact.file import Artifact
 from dqrm.data.batches import Batch
 from dqrm.data.raw import RawEncoder
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import generate, logits_of
 from dqrm.identity import FileIdentity
 from dqrm.models.base import ClickModel

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dqrm.artifact.base_rate import BaseRate
+from dqrm.artifact.file import Artifact
 from dqrm.data.batches import Split
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
-from dqrm.export.base_rate import BaseRate
 from dqrm.export.formats.base import Format
 from dqrm.export.origin import require_dataset
 from dqrm.models.calibration import Calibration

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dqrm.artifact.file import Artifact
 from dqrm.data import ingest
 from dqrm.data.config import PrepareConfig
 from dqrm.data.raw import RawBlock, RawEncoder
 from dqrm.data.tables import rows_source
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.export.check import logits_of
 from dqrm.models.base import ClickModel
 from dqrm.options import build

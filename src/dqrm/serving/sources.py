@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqrm.artifact.base_rate import BaseRate
+from dqrm.artifact.file import Artifact
 from dqrm.data.batches import Batch
 from dqrm.data.dataset import Dataset
 from dqrm.data.hashing import HashedRows
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
-from dqrm.export.base_rate import BaseRate
 from dqrm.export.check import logits_of
 from dqrm.export.formats import either, formats
 from dqrm.export.formats.base import Format

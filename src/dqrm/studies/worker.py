@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from dqrm.artifact.file import WEIGHTS
 from dqrm.config import Config
 from dqrm.data.dataset import Dataset
 from dqrm.errors import UserError
-from dqrm.export.artifact import WEIGHTS
 from dqrm.export.config import ExportConfig, PTQConfig
 from dqrm.export.pipeline import export_run
 from dqrm.files import write_json

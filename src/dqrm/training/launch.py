@@ -24,13 +24,15 @@ from dqrm.training.callbacks import Callback, RecordHistograms, RedrawTables, bu
 from dqrm.training.checkpoints import latest_step
 from dqrm.training.environment import Log, Progress, check_environment, free_memory
 from dqrm.training.footprint import describe_table_bytes
+from dqrm.training.from_artifact import FromArtifact
+from dqrm.training.from_run import FromRun
 from dqrm.training.loggers import MetricsLogger
 from dqrm.training.loop import Interrupted, Trainer
 from dqrm.training.optimizers import OPTIMIZERS
 from dqrm.training.placement import placement_of
 from dqrm.training.run import Run
 from dqrm.training.selection import check_selection, has_figure, selecting
-from dqrm.training.start import Start, keeps_state
+from dqrm.training.start import Start
 from dqrm.training.threads import choose_threads, threads_set
 
 __all__ = ["Interrupted", "check", "check_ranks", "resume", "train"]
@@ -57,8 +59,9 @@ def train(
         progress: called as progress(stage, done, total). log: called with one line of text per evaluation.
         verify: compare the dataset with its checksums first, which reads all of it; one rank does so on each machine.
         callbacks, loggers: objects, in addition to those that `config` names; see `training.loggers`.
-        start_from: a finished run to start from, whose best checkpoint is read: the same architecture, on this dataset
-            or one whose vocabularies it extends. Epochs that are not set are then 1; see `resolved`, `training.start`.
+        start_from: a finished run to start from, whose best checkpoint is read, or an artifact: the same architecture,
+            on this dataset or one whose vocabularies it extends. Epochs that are not set are then 1; see `resolved`,
+            `training.start`.
         carry: what is taken over from it: 'all', or 'mlp', all but the tables, whose ids may be others.
 
     Returns:
@@ -144,7 +147,9 @@ def resume(
 def _planned(run: Run, config: Config, data: Dataset, start_from: str | Path | None, carry: str) -> Start | None:
     if start_from is None:
         return None
-    start = Start.plan(start_from, carry, config, data)
+    if carry not in ("all", "mlp"):
+        raise UserError(f"carry: got {carry!r}, expected 'all' or 'mlp' (all but the tables)")
+    start = (FromArtifact if Path(start_from).is_file() else FromRun).plan(start_from, carry, config, data)
     run.info["start"] = start.record
     return start
 
@@ -152,7 +157,8 @@ def _planned(run: Run, config: Config, data: Dataset, start_from: str | Path | N
 def _recorded(run: Run, data: Dataset) -> Start | None:
     """What a run without a checkpoint starts from."""
     record = run.info.get("start")
-    return Start.recorded(record, run.config, data) if record else None
+    kinds: tuple[type[Start], ...] = (FromRun, FromArtifact)
+    return next((kind.recorded(record, run.config, data) for kind in kinds if record and kind.kind in record), None)
 
 
 def _begun(
@@ -208,8 +214,15 @@ def check(config: Config, dataset: Dataset, starts: bool = False) -> Config:
 
 def _resolved(world: World, asked: Config, data: Dataset, start_from: str | Path | None, carry: str) -> Config:
     """The same on all ranks, of which only the first needs to see the earlier run."""
-    goes_on = world.on_first(lambda: keeps_state(start_from, carry, asked))
+    goes_on = world.on_first(lambda: _keeps_state(start_from, carry, asked))
     return world.together(lambda: resolved(asked, data, start_from is not None, goes_on))
+
+
+def _keeps_state(earlier: str | Path | None, carry: str, config: Config) -> bool:
+    """Whether a run of this configuration that starts so takes over the tables' optimizer state."""
+    if earlier is None or carry != "all" or Path(earlier).is_file():
+        return False
+    return Run.open(earlier).config.optimizer.rule == config.optimizer.rule
 
 
 def _described(config: Config, dataset: Dataset, callbacks: Sequence[Callback]) -> str:

@@ -14,8 +14,8 @@ from dqrm.files import require_replaceable
 if TYPE_CHECKING:  # `dqrm export --help` lists the formats, and should not import torch
     from torch import Tensor
 
+    from dqrm.artifact.file import Artifact
     from dqrm.data.batches import Batch
-    from dqrm.export.artifact import Artifact
     from dqrm.export.config import ExportConfig
     from dqrm.models.base import ClickModel
     from dqrm.training.environment import Progress
@@ -119,7 +119,7 @@ class Format(ABC):
 
     def sizes(self, opened: Artifact, path: Path) -> dict[str, int]:
         """Bytes of each part of the file that was written from an artifact; 'file' is all of it."""
-        from dqrm.export.artifact import WEIGHTS
+        from dqrm.artifact.file import WEIGHTS
 
         parts = opened.sizes()
         weights = {name: parts[name] for name in WEIGHTS}

@@ -1,4 +1,4 @@
-"""The artifact as one of the export formats; its content is described in `dqrm.export.artifact`."""
+"""The artifact as one of the export formats; its content is described in `dqrm.artifact.file`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dqrm.export.formats.base import Format, beside
 
 if TYPE_CHECKING:
-    from dqrm.export.artifact import Artifact
+    from dqrm.artifact.file import Artifact
     from dqrm.export.formats.base import Score
     from dqrm.models.base import ClickModel
 
@@ -27,7 +27,7 @@ class DqrmFormat(Format):
         """Nothing to do: an export writes the artifact first."""
 
     def open(self, path: Path, threads: int = 0) -> Score:
-        from dqrm.export.artifact import Artifact
+        from dqrm.artifact.file import Artifact
         from dqrm.export.check import logits_of
 
         return partial(logits_of, Artifact.open(path).model())

@@ -48,7 +48,7 @@ class OnnxFormat(Format):
         return score
 
     def content(self, path: Path) -> dict[str, Any]:
-        from dqrm.export.base_rate import BaseRate
+        from dqrm.artifact.base_rate import BaseRate
         from dqrm.models.calibration import Calibration
 
         try:

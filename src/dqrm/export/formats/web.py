@@ -14,7 +14,7 @@ from dqrm.errors import UserError
 from dqrm.export.formats.base import FOLDER, Format
 
 if TYPE_CHECKING:
-    from dqrm.export.artifact import Artifact
+    from dqrm.artifact.file import Artifact
     from dqrm.export.config import ExportConfig
     from dqrm.export.formats.base import Score
     from dqrm.models.base import ClickModel
@@ -130,7 +130,7 @@ def _require_room(path: Path) -> None:
 
 
 def _told(model: ClickModel, opened: Artifact) -> list[str]:
-    from dqrm.export.base_rate import BaseRate
+    from dqrm.artifact.base_rate import BaseRate
 
     share = opened.base_rate.subsample_negatives
     rate = BaseRate(share, bool(share and model.logit_offset))

@@ -13,13 +13,13 @@ from typing import IO, Any
 import numpy as np
 import polars as pl
 
+from dqrm.artifact.file import Artifact
 from dqrm.data.cells import KEY_VERSION
 from dqrm.data.columns import CRITEO_CATEGORICAL, KeyColumn, Plan, make_plan
 from dqrm.data.config import PrepareConfig
 from dqrm.data.hashing import HashedRows
 from dqrm.data.vocabulary import Vocabulary
 from dqrm.errors import UserError
-from dqrm.export.artifact import Artifact
 from dqrm.models.registry import described_config, model_class, weight_count
 from dqrm.options import build
 

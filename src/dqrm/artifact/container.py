@@ -31,8 +31,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from dqrm.artifact.watch import Watch
 from dqrm.errors import UserError
-from dqrm.export.watch import Watch
 from dqrm.identity import FileIdentity
 
 FORMAT_VERSION = 1

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dqrm.artifact.base_rate import BaseRate
+from dqrm.artifact.container import FORMAT_VERSION, GROUPS_VERSION, MIXED_BITS_VERSION, Container, brief
 from dqrm.errors import UserError
-from dqrm.export.base_rate import BaseRate
-from dqrm.export.container import FORMAT_VERSION, GROUPS_VERSION, MIXED_BITS_VERSION, Container, brief
 from dqrm.models.base import ClickModel
 from dqrm.models.calibration import Calibration
 from dqrm.models.registry import described_plan, packed_model, table_groups, weight_count
