@@ -152,6 +152,11 @@ def held_at(step: int) -> list[str]:
     return [_PROGRAM, "hold", str(step)]
 
 
+def full_at(step: int, name: str) -> list[str]:
+    """A program as `dqrm`, for whose checkpoint of this step the disk is full when this file of it is written."""
+    return [_PROGRAM, "full", str(step), name]
+
+
 def several(folder: Path, ranks: int, *commands: Sequence[Any]) -> Launch:
     """torchrun with so many ranks that run several `dqrm` commands one after the other, as one start costs seconds.
 

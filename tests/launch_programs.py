@@ -1,7 +1,10 @@
-"""What ranks run for the tests besides `dqrm`: python launch_programs.py probe FOLDER, or hold STEP ARGUMENTS..."""
+"""What ranks run for the tests besides `dqrm`: python launch_programs.py probe FOLDER, hold STEP ARGUMENTS..., or
+full STEP FILE ARGUMENTS..."""
 
+import errno
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -81,8 +84,30 @@ def hold(step: int, arguments: Sequence[str]) -> None:
     main()
 
 
+def full(step: int, name: str, arguments: Sequence[str]) -> None:
+    """What `full_at` starts on each rank."""
+    from dqrm.__main__ import main
+    from dqrm.training import checkpoints
+
+    save = checkpoints.save_file
+
+    def saved(tensors: Any, path: Path, files: Any) -> None:
+        if path.name == name and f"{step:09d}" in path.parent.name:
+            for tensor in tensors.values():
+                if hasattr(tensor, "pieces"):
+                    next(tensor.pieces())
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(tensors, path, files)
+
+    checkpoints.save_file = saved
+    sys.argv = ["dqrm", *arguments]
+    main()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "hold":
         hold(int(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1] == "full":
+        full(int(sys.argv[2]), sys.argv[3], sys.argv[4:])
     else:
         probe(Path(sys.argv[2]))

@@ -19,7 +19,7 @@ from dqrm.data.config import PrepareConfig
 from dqrm.data.prepare import prepare
 from dqrm.data.synthetic import generate
 from dqrm.data.synthetic_config import GenerateConfig
-from launch_helpers import Ended, Launch, no_traceback_of_ours, steps_saved, torchrun, until
+from launch_helpers import Ended, Launch, full_at, no_traceback_of_ours, steps_saved, torchrun, until
 from nursery import HANGS, IN_TIME, PATIENCE, Nursery, finish, sentences, shorten, training
 
 pytestmark = pytest.mark.distributed
@@ -175,6 +175,20 @@ def test_rank_0_cannot_save_under_torchrun(generated, tmp_path):
     assert len(ended.sentences) == 2
     assert sum("rank 0 ended" in sentence for sentence in ended.sentences) == 1
     assert all("cannot save the checkpoint" in sentence for sentence in ended.sentences)
+
+
+@pytest.mark.slow
+def test_a_disk_is_full_when_rank_0_has_a_piece_of_the_residuals_of_others(ranks, generated, tmp_path):
+    run = tmp_path / "run"
+    program = full_at(20, "exchange.safetensors")
+    with torchrun(tmp_path / "out", 2, *training(generated, run), program=program) as launch:
+        (ended,) = launch.wait(IN_TIME)
+    no_traceback_of_ours(ended)
+    assert len(ended.sentences) == 2
+    assert sum("rank 0 ended" in sentence for sentence in ended.sentences) == 1
+    assert all("No space left on device" in sentence for sentence in ended.sentences)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000010"]
+    finish(ranks, run, 2)
 
 
 # A rank dies or hangs.

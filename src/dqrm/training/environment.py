@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dqrm.config import TrainingConfig
+from dqrm.distributed.world import RankLost
 from dqrm.errors import UserError
 from dqrm.training.loggers import MetricsLogger, check_loggers, logger_names
 
@@ -53,7 +54,10 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def stop_signals(quiet: bool = False) -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C or SIGTERM sets the event instead of ending the process; the second ends it."""
+    """Inside, the first Ctrl-C or SIGTERM sets the event instead of ending the process; the second ends it.
+
+    After RankLost the next SIGTERM is ignored.
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -67,8 +71,16 @@ def stop_signals(quiet: bool = False) -> Iterator[threading.Event]:
             signal.signal(restored, handler)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ignored(number: int, frame: Any) -> None:
+        signal.signal(number, terminated)
+
+    terminated = previous[signal.SIGTERM]
     try:
         yield stopped
+    except RankLost:  # torchrun sees the same rank end, and terminates this one before it has said why it ends
+        previous[signal.SIGTERM] = ignored
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
