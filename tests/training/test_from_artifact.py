@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_it_again(
     assert resume(tmp_path / "2")["test"] == whole["test"]
 
 
-@pytest.mark.parametrize("change", ["architecture", "vocabulary", "batch_norm", "carry", "damaged", "no artifact"])
+@pytest.mark.parametrize("change", ["architecture", "vocabulary", "batch_norm", "carry", "damaged", "no artifact", "nothing"])
 def test_what_does_not_fit_is_refused_before_anything_is_written(datasets, tmp_path, change):
     config, more = tiny(max_steps=3), {}
     if change == "batch_norm":
@@ -155,9 +155,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(datasets, tmp_p
         data_bytes[-5] ^= 1
         artifact.write_bytes(data_bytes)
         message = "model.dqrm is damaged"
+    elif change == "nothing":
+        artifact.unlink()
+        message = "model.dqrm does not exist, expected a run folder or a .dqrm file to start from"
     else:
         artifact.write_text("no artifact")
-        message = "model.dqrm"
+        message = "model.dqrm is not a dqrm model, expected a .dqrm file"
     with pytest.raises(UserError, match=message):
         train(data, tmp_path / "2", config, start_from=artifact, **more)
     assert not (tmp_path / "2").exists()

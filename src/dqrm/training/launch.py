@@ -220,6 +220,8 @@ def _resolved(world: World, asked: Config, data: Dataset, start_from: str | Path
 
 def _keeps_state(earlier: str | Path | None, carry: str, config: Config) -> bool:
     """Whether a run of this configuration that starts so takes over the tables' optimizer state."""
+    if earlier is not None and not Path(earlier).exists():
+        raise UserError(f"{earlier} does not exist, expected a run folder or a .dqrm file to start from")
     if earlier is None or carry != "all" or Path(earlier).is_file():
         return False
     return Run.open(earlier).config.optimizer.rule == config.optimizer.rule
