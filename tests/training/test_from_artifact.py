@@ -133,7 +133,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_it_again(
     assert resume(tmp_path / "2")["test"] == whole["test"]
 
 
-@pytest.mark.parametrize("change", ["architecture", "vocabulary", "batch_norm", "carry", "damaged", "no artifact", "nothing"])
+@pytest.mark.parametrize(
+    "change", ["architecture", "vocabulary", "batch_norm", "carry", "damaged", "no artifact", "nothing"]
+)
 def test_what_does_not_fit_is_refused_before_anything_is_written(datasets, tmp_path, change):
     config, more = tiny(max_steps=3), {}
     if change == "batch_norm":
