@@ -84,11 +84,11 @@ class Exchange(ABC):
         return {}
 
     def residual_rows(self) -> dict[str, ShardedRows]:
-        """The rest of it, which is large: flat, whatever its shape in `state`."""
+        """The rest of it by name, on all ranks: too large to be gathered as a whole."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 (nothing without state)
-        """Restore the state that `state` and `residual_rows` had, flat or not; each rank takes its own part.
+        """Restore what `state` and `residual_rows` had, in one mapping on all ranks; each takes its own part.
 
         Raises:
             ValueError: the world size differs; nothing is restored.

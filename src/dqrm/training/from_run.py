@@ -59,7 +59,6 @@ class FromRun(Start):
 
     @property
     def record(self) -> dict[str, Any]:
-
         return {
             "run": str(self.run.path.resolve()),
             "step": self.step,
