@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import shutil
+import tempfile
 from functools import partial
 
 import polars as pl
@@ -249,3 +250,33 @@ def test_sigkill_of_parts_at_forty_random_moments(tmp_path):
     files = [write(tmp_path / f"day_{day}", criteo_lines(200, seed=day)) for day in range(4)]
     whole = prepare(files, tmp_path / "whole", TERABYTE)
     kill_often(40, partial(prepare_in_parts, files, TERABYTE), tmp_path, lambda out: same(Dataset(out), whole))
+
+
+def step_of(files, done, number, output):
+    """Step `number` of a preparation in two parts (each read, both merged, each written), after those that `done` has;
+    what a process can be started with."""
+    partial_of = output.with_name(f"{output.name}.partial")
+    if done and not output.exists() and not partial_of.exists():
+        copy = shutil.copytree(done, tempfile.mkdtemp(dir=output.parent), dirs_exist_ok=True)
+        os.rename(copy, partial_of)  # at once: it may be killed
+    if number == 2:
+        merge_parts(files, output, TERABYTE)
+    else:
+        prepare_part(files, output, "1/2" if number in (0, 3) else "2/2", TERABYTE)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("number", range(5), ids=["read 1/2", "read 2/2", "merge", "write 1/2", "write 2/2"])
+def test_sigkill_of_a_step_at_twenty_random_moments(tmp_path, number):
+    files = [write(tmp_path / f"day_{day}", criteo_lines(200, seed=day)) for day in range(4)]
+    whole, done = prepare(files, tmp_path / "whole", TERABYTE), None
+    for before in range(number):
+        step_of(files, None, before, tmp_path / "done")
+        done = tmp_path / "done.partial"
+
+    def ended(output):
+        for after in range(number + 1, 5):
+            step_of(files, None, after, output)
+        same(Dataset(output), whole)
+
+    kill_often(20, partial(step_of, files, done, number), tmp_path, ended)
