@@ -43,7 +43,7 @@ test: setup  ## all that is quick, 10 to 15 minutes on 2 cores
 test-slow: setup  ## what takes seconds each: processes that are killed, a browser, large tables
 	$(TEST) -m slow
 
-test-products: setup  ## full products of parameters, of which the others have each pair: before a change of a kernel
+test-products: setup  ## what takes minutes: full products of parameters, of which the others have each pair; each step of a preparation killed often
 	$(TEST) -m product
 
 lint: setup
