@@ -37,13 +37,14 @@ class FromRun(Start):
     """See `Start`.
 
     Attributes:
-        run: the earlier run. step: that of its checkpoint.
+        run: the earlier run. step: that of its checkpoint. carried: names of the parameters that were taken over.
     """
 
     kind = "run"
 
     run: Run
     step: int
+    carried: set[str] = field(default_factory=set, init=False)
     _optimized: list[str] = field(default_factory=list, init=False)  # parameters of the layers' optimizer, in order
 
     @classmethod

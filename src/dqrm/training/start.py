@@ -41,7 +41,7 @@ class Start(ABC):
         path: the earlier run or file. columns: name and rows of each of its tables. carry: 'all', or 'mlp': all but
             the tables.
         changes: of each table's rows since then; empty for 'mlp'.
-        carried: names of the parameters that were taken over. told: what was done, as a sentence.
+        told: what was done, as a sentence.
         table_weight: of the earlier model, where rows of it are carried: what `copy_kept` takes.
     """
 
@@ -52,7 +52,6 @@ class Start(ABC):
     columns: Sequence[Mapping[str, Any]]
     carry: str
     changes: list[RowChanges]
-    carried: set[str] = field(default_factory=set, init=False)
     told: str = field(default="", init=False)
     table_weight: Any = field(default=None, init=False)
 
